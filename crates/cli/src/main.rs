@@ -1,0 +1,3 @@
+//! The command line; one file per command, output in one place.
+
+fn main() {}

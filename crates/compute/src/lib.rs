@@ -1,0 +1,19 @@
+//! The seam between the network and the arithmetic: plain data and the trait [`Stage`].
+//!
+//! The network side (worker) moves [`Activation`]s and token ids; the compute side (engine) turns one into the other.
+//! Neither knows the other: both know this crate. No IO, no async, no MLX here, so that the pipeline can be tested
+//! with the [`simulated`] stage and the engine without a network.
+
+mod activation;
+mod quantity;
+mod sampling;
+pub mod simulated;
+mod stage;
+
+pub use activation::{Activation, ActivationError, Dtype};
+pub use quantity::{ByteCount, LayerRange};
+pub use sampling::{Candidate, LogprobRequest, Penalty, Sampled, Sampling, SamplingError, Xtc};
+pub use stage::{
+    SequenceEnd, SequenceId, SequenceSpec, Stage, StageError, StageInfo, StageMemory, Step, StepInput,
+    StepOutput,
+};

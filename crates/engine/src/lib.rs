@@ -1,0 +1,1 @@
+//! Runs layers on MLX; implements Stage: decoder, architectures, KV caches, sampling, local generation.

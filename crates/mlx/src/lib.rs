@@ -1,0 +1,1 @@
+//! What mlx-rs lacks, made safe: collectives, quantization modes, memory limits. The only unsafe.

@@ -1,0 +1,1 @@
+//! RTN, mixed, AWQ, GPTQ, DWQ, dynamic; a Job.

@@ -1,0 +1,1 @@
+//! LoRA, DoRA, full: datasets, losses, optimizers, the resumable loop; a Job.

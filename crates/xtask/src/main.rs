@@ -1,0 +1,3 @@
+//! What a developer runs: set-up, demo, test, bench, checks.
+
+fn main() {}

@@ -1,0 +1,37 @@
+//! What this machine is: memory, processor, name.
+
+use crate::options::NodeOptions;
+use mlxnode_compute::ByteCount;
+
+/// Facts about the machine that do not change while the node runs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MachineFacts {
+    /// Name shown to people.
+    pub name: String,
+    /// Physical memory.
+    pub memory_total: ByteCount,
+    /// What models may use of it.
+    pub memory_budget: ByteCount,
+    /// "Apple M4 Max", or the processor's name on other systems.
+    pub chip: String,
+}
+
+impl MachineFacts {
+    /// Asks the system; the options decide where they say something.
+    pub fn read(options: &NodeOptions) -> Self {
+        let mut system = sysinfo::System::new();
+        system.refresh_memory();
+        system.refresh_cpu_list(sysinfo::CpuRefreshKind::nothing());
+        let memory_total = ByteCount(system.total_memory());
+        let share = (memory_total.0 as f64 * NodeOptions::DEFAULT_BUDGET_SHARE) as u64;
+        let chip = system.cpus().first().map(|cpu| cpu.brand().trim().to_owned()).unwrap_or_default();
+        let name = options.name.clone().or_else(sysinfo::System::host_name).unwrap_or_else(|| "node".to_owned());
+        Self {
+            // macOS appends ".local" to the host's name; people do not say it.
+            name: name.trim_end_matches(".local").to_owned(),
+            memory_total,
+            memory_budget: options.memory_budget.unwrap_or(ByteCount(share)),
+            chip: if chip.is_empty() { "unknown processor".to_owned() } else { chip },
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! What a node needs to know before it starts. The command line fills it; nothing here reads the environment.
+
+use mlxnode_compute::ByteCount;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Settings of one node.
+#[derive(Clone, Debug)]
+pub struct NodeOptions {
+    /// Everything the node keeps: key, roster, control log, downloaded state. One node at a time owns it.
+    pub data_dir: PathBuf,
+    /// Where the gRPC listener binds. Port 0 lets the system choose.
+    pub listen: SocketAddr,
+    /// Name shown to people; the host's name when absent.
+    pub name: Option<String>,
+    /// Name of the cluster, when this node makes one.
+    pub cluster_name: Option<String>,
+    /// Short code or long token of an invite, when this node joins a cluster.
+    pub invite: Option<String>,
+    /// Addresses (HOST:PORT) to try besides those that mDNS finds.
+    pub peers: Vec<String>,
+    /// Look for other nodes by mDNS and announce this one.
+    pub discovery: bool,
+    /// How much memory models may use here; [`NodeOptions::DEFAULT_BUDGET_SHARE`] of the machine's when absent.
+    pub memory_budget: Option<ByteCount>,
+    /// The executable that is started as `<command> worker` for each shard.
+    pub worker_command: PathBuf,
+    /// Where models come from.
+    pub hub: mlxnode_hub::Options,
+    /// How long a stopping node waits for running requests.
+    pub drain: Duration,
+}
+
+impl NodeOptions {
+    /// Three quarters: what macOS lets the GPU wire by default on most machines, with room left for the system.
+    pub const DEFAULT_BUDGET_SHARE: f64 = 0.75;
+    /// Long enough for a short answer to finish, short enough for a person who waits at a terminal.
+    pub const DEFAULT_DRAIN: Duration = Duration::from_secs(5);
+}

@@ -1,1 +1,16 @@
-//! A cluster in a test: tiny checkpoints, local clusters, network lab, golden values.
+//! A cluster in a test: local clusters of real processes, a network lab, the oracle's scripts.
+//!
+//! - [`binary`]: the `mlxnode` that the tests run
+//! - [`node`]: one node as a process, by the machine-readable contracts of the command line
+//! - [`cluster`]: several nodes on this machine, paired
+//! - [`eventually`]: waiting with a bound instead of sleeping
+//! - [`oracle`]: the Python environment whose numbers are the judge
+//! - [`netlab`]: hosts of a network of their own (Linux network namespaces)
+
+pub mod binary;
+pub mod cluster;
+pub mod eventually;
+#[cfg(target_os = "linux")]
+pub mod netlab;
+pub mod node;
+pub mod oracle;

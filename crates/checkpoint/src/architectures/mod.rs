@@ -1,0 +1,65 @@
+//! The families we know: one small file each, which says how its config.json maps to a [`ModelSpec`].
+//!
+//! Field names, defaults and what is ignored follow mlx-lm 0.32.2, so that a folder that runs there means the same here.
+
+mod dense;
+mod llama;
+mod mistral;
+mod qwen2;
+mod qwen3;
+mod rope;
+
+use crate::config::{Config, ConfigError};
+use crate::spec::ModelSpec;
+
+/// A family of models.
+#[derive(Clone, Copy, Debug)]
+pub struct Architecture {
+    /// Its name: the `model_type` of its configs.
+    pub name: &'static str,
+    /// Other values of `model_type` that mean the same.
+    pub aliases: &'static [&'static str],
+    /// Describes a model of this family.
+    pub spec: fn(&Config) -> Result<ModelSpec, ConfigError>,
+}
+
+/// All families, in alphabetical order.
+pub fn known() -> &'static [Architecture] {
+    &[llama::ARCHITECTURE, mistral::ARCHITECTURE, qwen2::ARCHITECTURE, qwen3::ARCHITECTURE]
+}
+
+/// The family that a config names.
+pub fn find(config: &Config) -> Result<&'static Architecture, ConfigError> {
+    let model_type = config.model_type()?;
+    known().iter().find(|known| known.name == model_type || known.aliases.contains(&model_type)).ok_or_else(
+        || ConfigError::UnknownArchitecture {
+            model_type: model_type.chars().take(60).collect(),
+            known: names().join(", "),
+        },
+    )
+}
+
+/// Describes the model of a config.
+pub fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
+    if let Some(file) = config.str("model_file")? {
+        // Python code in the repository; nothing that we could or should run.
+        return Err(config.refuse(
+            "model_file",
+            file,
+            "absent: models with code of their own are not supported",
+        ));
+    }
+    (find(config)?.spec)(config)
+}
+
+fn names() -> Vec<&'static str> {
+    let mut names: Vec<_> = known()
+        .iter()
+        .flat_map(|known| [known.name].into_iter().chain(known.aliases.iter().copied()))
+        .collect();
+    names.sort_unstable();
+    names
+}
+
+#[cfg(test)]
+mod tests;

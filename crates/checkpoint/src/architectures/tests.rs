@@ -1,0 +1,216 @@
+use super::*;
+use crate::spec::{FeedForward, Mixer, QkNorm, RopeScaling};
+use mlxnode_compute::Dtype;
+use serde_json::{Value, json};
+
+fn config(value: Value) -> Config {
+    Config::from_json(value.to_string().as_bytes()).unwrap()
+}
+
+/// A small config of a family, with some fields replaced (null removes one).
+fn small(model_type: &str, changes: Value) -> Config {
+    let mut value = json!({
+        "model_type": model_type, "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 128,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-6, "vocab_size": 100,
+        "max_position_embeddings": 4096, "rope_theta": 500000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16"
+    });
+    for (field, change) in changes.as_object().unwrap() {
+        value[field] = change.clone();
+    }
+    config(value)
+}
+
+fn attention(spec: &ModelSpec, layer: usize) -> &crate::AttentionSpec {
+    let Mixer::Attention(attention) = &spec.layers[layer].mixer;
+    attention
+}
+
+fn scaling(rope_scaling: Value) -> Result<RopeScaling, ConfigError> {
+    let spec = spec(&small("llama", json!({ "rope_scaling": rope_scaling })))?;
+    Ok(attention(&spec, 0).rope.clone().unwrap().scaling)
+}
+
+#[test]
+fn each_family_has_its_own_shape() {
+    for (model_type, architecture, head_dim, qkv_bias, qk_norm) in [
+        ("llama", "llama", 32, false, None),
+        ("xverse", "llama", 32, false, None),
+        ("mistral", "mistral", 32, false, None),
+        ("qwen2", "qwen2", 16, true, None), // ignores head_dim
+        ("qwen3", "qwen3", 32, false, Some(QkNorm::PerHead)),
+    ] {
+        let spec = spec(&small(model_type, json!({ "sliding_window": 128 }))).unwrap();
+        assert_eq!((spec.architecture, spec.layer_count()), (architecture, 3));
+        assert_eq!((spec.hidden, spec.vocabulary, spec.dtype), (64, 100, Dtype::BF16));
+        let attention = attention(&spec, 2);
+        assert_eq!((attention.heads, attention.kv_heads, attention.head_dim), (4, 2, head_dim));
+        assert_eq!((attention.qkv_bias, attention.out_bias), (qkv_bias, false));
+        assert_eq!((attention.qk_norm, attention.window), (qk_norm, None));
+        assert_eq!(attention.scale, (1.0 / (head_dim as f64).sqrt()) as f32);
+        let rope = attention.rope.as_ref().unwrap();
+        assert_eq!((rope.dims, rope.base, rope.traditional), (head_dim, 500_000.0, false));
+        let FeedForward::Gated { intermediate, bias, .. } = spec.layers[0].feed_forward;
+        assert_eq!((intermediate, bias), (128, false));
+    }
+}
+
+#[test]
+fn absent_fields_have_mlx_lms_defaults() {
+    let absent = json!({ "num_key_value_heads": null, "head_dim": null, "rope_theta": null,
+        "tie_word_embeddings": null, "max_position_embeddings": null });
+    let llama = spec(&small("llama", absent)).unwrap();
+    assert!(llama.tied_embeddings);
+    assert_eq!(llama.context, None);
+    assert_eq!((attention(&llama, 0).kv_heads, attention(&llama, 0).head_dim), (4, 16));
+    assert_eq!(attention(&llama, 0).rope.as_ref().unwrap().base, 10_000.0);
+    let absent = json!({ "rope_theta": null, "tie_word_embeddings": null, "max_position_embeddings": null });
+    let qwen2 = spec(&small("qwen2", absent)).unwrap();
+    assert!(qwen2.tied_embeddings);
+    assert_eq!(qwen2.context, Some(32_768));
+    assert_eq!(attention(&qwen2, 0).rope.as_ref().unwrap().base, 1_000_000.0);
+}
+
+#[test]
+fn layer_types_make_windows() {
+    let types = json!(["sliding_attention", "full_attention", "sliding_attention"]);
+    let spec = spec(&small("llama", json!({ "layer_types": types, "sliding_window": 128 }))).unwrap();
+    let windows: Vec<_> = (0..3).map(|layer| attention(&spec, layer).window).collect();
+    assert_eq!(windows, [Some(128), None, Some(128)]);
+}
+
+#[test]
+fn rope_may_be_nested_as_transformers_5_writes_it() {
+    let nested = json!({ "rope_theta": null, "rope_parameters": { "rope_theta": 5e6, "rope_type": "linear", "factor": 2.0 } });
+    for model_type in ["llama", "mistral", "qwen2", "qwen3"] {
+        let spec = spec(&small(model_type, nested.clone())).unwrap();
+        let rope = attention(&spec, 0).rope.as_ref().unwrap();
+        assert_eq!((rope.base, &rope.scaling), (5e6, &RopeScaling::Linear { factor: 2.0 }));
+    }
+}
+
+#[test]
+fn rope_scalings_read_as_mlx_lm_reads_them() {
+    let yarn = |mscale_all_dim| RopeScaling::Yarn {
+        factor: 4.0,
+        original_max_positions: 4096.0,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        mscale: 1.0,
+        mscale_all_dim,
+    };
+    let cases = [
+        (json!(null), RopeScaling::Default),
+        (json!({}), RopeScaling::Default),
+        (json!({ "rope_type": "default" }), RopeScaling::Default),
+        (
+            json!({ "type": "linear", "rope_type": "default", "factor": 2 }),
+            RopeScaling::Linear { factor: 2.0 },
+        ),
+        (
+            json!({ "type": "dynamic", "factor": 2.0 }),
+            RopeScaling::DynamicNtk { factor: 2.0, max_positions: 4096 },
+        ),
+        (
+            json!({ "rope_type": "llama3", "factor": 8.0 }),
+            RopeScaling::Llama3 {
+                factor: 8.0,
+                low_freq_factor: 1.0,
+                high_freq_factor: 4.0,
+                original_max_positions: 8192.0,
+            },
+        ),
+        (json!({ "type": "yarn", "factor": 4.0 }), yarn(0.0)),
+        (json!({ "type": "deepseek_yarn", "factor": 4.0, "mscale_all_dim": 1 }), yarn(1.0)),
+        (
+            json!({ "type": "longrope", "original_max_position_embeddings": 1024, "short_factor": 1, "long_factor": 2 }),
+            RopeScaling::Longrope {
+                long_factor: vec![2.0],
+                input_scale: (1.0 + 4f64.ln() / 1024f64.ln()).sqrt(),
+            },
+        ),
+        (
+            json!({ "type": "proportional", "partial_rotary_factor": 0.25 }),
+            RopeScaling::Proportional { rotated_dims: 8, factor: 1.0 },
+        ),
+        (json!({ "type": "mrope", "mrope_section": [1, 2, 3] }), RopeScaling::Default),
+    ];
+    for (json, expected) in cases {
+        assert_eq!(scaling(json.clone()), Ok(expected), "{json}");
+    }
+    for (json, field) in [
+        (json!({ "type": "linear" }), "rope_scaling.factor is missing"),
+        (json!({ "type": "linear", "factor": 0 }), "rope_scaling.factor is 0"),
+        (json!({ "type": "llama3", "factor": "x" }), "rope_scaling.factor is \"x\""),
+        (json!({ "type": "spiral" }), "rope_scaling.rope_type is \"spiral\""),
+        (json!({ "type": 3 }), "rope_scaling.type is 3"),
+        (json!([1]), "rope_scaling is [1]"),
+        (json!({ "type": "longrope", "original_max_position_embeddings": 1024 }), "rope_scaling.long_factor"),
+        (
+            json!({ "type": "longrope", "original_max_position_embeddings": 1024, "long_factor": [1, 2, 3] }),
+            "rope_scaling.long_factor",
+        ),
+    ] {
+        let message = scaling(json).unwrap_err().to_string();
+        assert!(message.starts_with("config.json: ") && message.contains(field), "{message}");
+    }
+}
+
+#[test]
+fn absurd_configs_are_refused_by_the_field_that_is_wrong() {
+    let cases = [
+        ("llama", json!({ "hidden_size": null }), "hidden_size is missing"),
+        ("llama", json!({ "num_attention_heads": null }), "num_attention_heads is missing"),
+        ("llama", json!({ "num_attention_heads": 0 }), "num_attention_heads is 0"),
+        ("llama", json!({ "num_attention_heads": "four" }), "num_attention_heads is \"four\""),
+        ("llama", json!({ "num_key_value_heads": 3 }), "num_key_value_heads is 3"),
+        ("llama", json!({ "num_key_value_heads": 0 }), "num_key_value_heads is 0"),
+        ("llama", json!({ "num_hidden_layers": 0 }), "num_hidden_layers is 0"),
+        ("llama", json!({ "num_hidden_layers": 4_000_000_000u64 }), "num_hidden_layers is 4000000000"),
+        ("llama", json!({ "head_dim": 31 }), "head_dim is 31"),
+        (
+            "llama",
+            json!({ "head_dim": null, "num_attention_heads": 7, "num_key_value_heads": 7 }),
+            "num_attention_heads is 7",
+        ),
+        ("llama", json!({ "vocab_size": -5 }), "vocab_size is -5"),
+        ("llama", json!({ "vocab_size": 1e30 }), "vocab_size is 1e+30"),
+        ("llama", json!({ "intermediate_size": 128.5 }), "intermediate_size is 128.5"),
+        ("llama", json!({ "rms_norm_eps": 2.0 }), "rms_norm_eps is 2"),
+        ("llama", json!({ "rms_norm_eps": null }), "rms_norm_eps is missing"),
+        ("llama", json!({ "rope_theta": 0.0 }), "rope_theta is 0"),
+        ("llama", json!({ "hidden_act": "relu" }), "hidden_act is \"relu\""),
+        ("llama", json!({ "tie_word_embeddings": "yes" }), "tie_word_embeddings is \"yes\""),
+        ("llama", json!({ "layer_types": ["full_attention"] }), "layer_types is a list of 1"),
+        (
+            "llama",
+            json!({ "layer_types": ["full_attention", "full_attention", "mamba"] }),
+            "layer_types[2] is \"mamba\"",
+        ),
+        (
+            "llama",
+            json!({ "layer_types": ["full_attention", "full_attention", "sliding_attention"] }),
+            "sliding_window is missing",
+        ),
+        ("llama", json!({ "model_file": "code.py" }), "model_file is code.py"),
+        ("qwen2", json!({ "num_key_value_heads": null }), "num_key_value_heads is missing"),
+        ("qwen3", json!({ "head_dim": null }), "head_dim is missing"),
+        ("qwen3", json!({ "rope_theta": null }), "rope_theta is missing"),
+        ("qwen3", json!({ "tie_word_embeddings": null }), "tie_word_embeddings is missing"),
+        ("qwen3", json!({ "max_position_embeddings": null }), "max_position_embeddings is missing"),
+    ];
+    for (model_type, changes, part) in cases {
+        let message = spec(&small(model_type, changes)).unwrap_err().to_string();
+        assert!(message.starts_with("config.json: ") && message.contains(part), "{part}: {message}");
+    }
+    assert_eq!(spec(&config(json!({}))).unwrap_err().to_string(), "config.json: model_type is missing");
+}
+
+#[test]
+fn an_unknown_architecture_lists_the_known_ones() {
+    let message = spec(&small("gpt_neox", json!({}))).unwrap_err().to_string();
+    assert_eq!(
+        message,
+        "config.json: model_type \"gpt_neox\" is not supported; \
+         supported are iquestcoder, llama, mistral, qwen2, qwen3, xverse"
+    );
+}

@@ -1,0 +1,68 @@
+//! Tensor names: from those in the file to ours, which are Hugging Face's for a plain text model.
+
+use std::borrow::Cow;
+
+/// Prefixes under which multimodal repositories keep their text model, and what we call the same thing.
+const WRAPPERS: [(&str, &str); 2] = [("model.language_model.", "model."), ("language_model.", "")];
+
+/// Parts of multimodal repositories that a text model does not use.
+const NOT_TEXT: [&str; 4] =
+    ["vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."];
+
+/// Our name for a stored tensor; None for one that the model does not use.
+///
+/// Dropped, as mlx-lm's `sanitize` does: precomputed rotary frequencies, the head's weight when it is tied to the embedding,
+/// and the vision parts of multimodal repositories.
+pub fn canonical(stored: &str, tied_embeddings: bool) -> Option<Cow<'_, str>> {
+    let not_text = NOT_TEXT.iter().any(|prefix| stored.starts_with(prefix));
+    if not_text || stored.contains("self_attn.rotary_emb.inv_freq") {
+        return None;
+    }
+    let name = without_wrapper(stored);
+    if tied_embeddings && name == "lm_head.weight" {
+        return None;
+    }
+    Some(name)
+}
+
+/// The name without the prefix of a multimodal repository.
+pub(crate) fn without_wrapper(stored: &str) -> Cow<'_, str> {
+    for (prefix, ours) in WRAPPERS {
+        if let Some(rest) = stored.strip_prefix(prefix) {
+            return if ours.is_empty() { Cow::Borrowed(rest) } else { Cow::Owned(format!("{ours}{rest}")) };
+        }
+    }
+    Cow::Borrowed(stored)
+}
+
+/// The layer that a tensor belongs to by its name ("model.layers.12.mlp.up_proj.weight" is in 12).
+pub fn layer_of(name: &str) -> Option<usize> {
+    let (number, _) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    number.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn maps_names_to_ours() {
+        let cases = [
+            ("model.norm.weight", false, Some("model.norm.weight")),
+            ("language_model.model.norm.weight", false, Some("model.norm.weight")),
+            ("model.language_model.norm.weight", false, Some("model.norm.weight")),
+            ("language_model.lm_head.weight", false, Some("lm_head.weight")),
+            ("language_model.lm_head.weight", true, None),
+            ("lm_head.weight", true, None),
+            ("lm_head.weight", false, Some("lm_head.weight")),
+            ("model.layers.0.self_attn.rotary_emb.inv_freq", false, None),
+            ("vision_tower.patch.weight", false, None),
+        ];
+        for (stored, tied, expected) in cases {
+            assert_eq!(canonical(stored, tied).as_deref(), expected, "{stored}");
+        }
+        assert_eq!(layer_of("model.layers.12.mlp.up_proj.weight"), Some(12));
+        assert_eq!(layer_of("model.norm.weight"), None);
+        assert_eq!(layer_of("model.layers.99999999999999999999.x"), None);
+    }
+}

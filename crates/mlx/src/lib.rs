@@ -1,1 +1,34 @@
-//! What mlx-rs lacks, made safe: collectives, quantization modes, memory limits. The only unsafe.
+//! MLX made safe: [`Array`], the [`Device`] whose methods are the operations, memory figures and random keys.
+//!
+//! It wraps mlx-sys (mlx-c) directly and is the only crate with `unsafe`. Three decisions shape it:
+//! - **One thread.** MLX's streams belong to the thread that made them, so [`Device`] and [`Array`] are neither `Send` nor
+//!   `Sync`: that no array leaves the compute thread is checked by the compiler. What leaves are bytes ([`Array::to_bytes`]).
+//! - **No panics.** Every operation returns a [`Result`]; there are no operators and no indexing. mlx-c's own error handler
+//!   would end the process, so ours is installed before the first call.
+//! - **One stream.** Every operation names its stream explicitly; the device keeps it for life. A second stream would be a second
+//!   native thread that is never freed.
+//!
+//! Two things MLX does not check are left to the caller, because a check would need a wait for the device: indices given to
+//! [`Device::take`] must be in range, and an allocation that is too large ends the process on the CPU backend.
+#![allow(unsafe_code)]
+
+mod array;
+mod device;
+mod dtype;
+mod error;
+mod fast;
+mod load;
+mod memory;
+mod operations;
+mod quantized;
+mod random;
+
+pub use array::Array;
+pub use device::{Device, MLX_VERSION};
+pub use dtype::Dtype;
+pub use error::{Error, Result};
+pub use fast::{Mask, Rope};
+pub use load::TensorFile;
+pub use memory::Memory;
+pub use quantized::{QuantizationMode, Quantized, QuantizedLayout};
+pub use random::RandomKey;

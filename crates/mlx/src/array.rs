@@ -1,0 +1,258 @@
+//! A handle to an array of MLX: lazily computed, reference-counted, bound to its thread.
+
+use crate::error::{check, last};
+use crate::{Dtype, Error, Result};
+use half::{bf16, f16};
+use mlx_sys as sys;
+use std::ffi::c_void;
+
+/// An n-dimensional array. Cloning is cheap: it clones the handle. Not `Send`: see the crate's documentation.
+pub struct Array {
+    handle: sys::mlx_array,
+}
+
+impl Array {
+    /// Takes over a handle that mlx-c filled.
+    pub(crate) fn own(handle: sys::mlx_array) -> Self {
+        Self { handle }
+    }
+
+    pub(crate) fn handle(&self) -> sys::mlx_array {
+        self.handle
+    }
+
+    /// Copies little-endian elements into a new array of `shape`.
+    pub fn from_bytes(bytes: &[u8], shape: &[i32], dtype: Dtype) -> Result<Self> {
+        let elements = shape.iter().try_fold(1_usize, |product, size| {
+            usize::try_from(*size).ok().and_then(|size| product.checked_mul(size))
+        });
+        let wanted = elements.and_then(|elements| elements.checked_mul(dtype.size()));
+        if wanted != Some(bytes.len()) || dtype == Dtype::Other {
+            return Err(Error::Bytes { bytes: bytes.len(), shape: shape.to_vec(), size: dtype.size() });
+        }
+        if !bytes.as_ptr().addr().is_multiple_of(dtype.size()) {
+            // MLX copies element by element through a typed pointer. u64 is aligned for every element type.
+            let mut aligned = vec![0_u64; bytes.len().div_ceil(8)];
+            // SAFETY: the vector has at least `bytes.len()` bytes and u64 has no invalid values.
+            let target =
+                unsafe { std::slice::from_raw_parts_mut(aligned.as_mut_ptr().cast::<u8>(), bytes.len()) };
+            target.copy_from_slice(bytes);
+            return Self::copy_from(aligned.as_ptr().cast(), shape, dtype);
+        }
+        Self::copy_from(bytes.as_ptr().cast(), shape, dtype)
+    }
+
+    /// `data` must hold the elements of `shape`.
+    fn copy_from(data: *const c_void, shape: &[i32], dtype: Dtype) -> Result<Self> {
+        crate::error::install_handler();
+        // SAFETY: callers pass as many elements as the shape has; MLX copies them before it returns.
+        let handle =
+            unsafe { sys::mlx_array_new_data(data, shape.as_ptr(), shape.len() as i32, dtype.raw()) };
+        if handle.ctx.is_null() { Err(last()) } else { Ok(Self::own(handle)) }
+    }
+
+    /// Unsigned integers of `shape`.
+    pub fn from_u32(values: &[u32], shape: &[i32]) -> Result<Self> {
+        // SAFETY: any u32 is four valid bytes.
+        let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
+        Self::from_bytes(bytes, shape, Dtype::U32)
+    }
+
+    /// Single-precision numbers of `shape`.
+    pub fn from_f32(values: &[f32], shape: &[i32]) -> Result<Self> {
+        // SAFETY: any f32 is four valid bytes.
+        let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
+        Self::from_bytes(bytes, shape, Dtype::F32)
+    }
+
+    /// A number without dimensions, rounded to `dtype` as a number literal beside an array of that type would be.
+    pub fn scalar(value: f32, dtype: Dtype) -> Result<Self> {
+        match dtype {
+            Dtype::F16 => Self::from_bytes(&f16::from_f32(value).to_le_bytes(), &[], dtype),
+            Dtype::BF16 => Self::from_bytes(&bf16::from_f32(value).to_le_bytes(), &[], dtype),
+            Dtype::U32 => Self::from_bytes(&(value as u32).to_le_bytes(), &[], dtype),
+            Dtype::I32 => Self::from_bytes(&(value as i32).to_le_bytes(), &[], dtype),
+            Dtype::Bool | Dtype::U8 => Self::from_bytes(&[u8::from(value != 0.0)], &[], dtype),
+            Dtype::F32 | Dtype::Other => Self::from_bytes(&value.to_le_bytes(), &[], Dtype::F32),
+        }
+    }
+
+    /// The sizes of the dimensions.
+    pub fn shape(&self) -> &[i32] {
+        // SAFETY: the pointer is to `ndim` sizes inside the array, which `self` keeps alive and never changes.
+        unsafe {
+            let dimensions = sys::mlx_array_ndim(self.handle);
+            let shape = sys::mlx_array_shape(self.handle);
+            if dimensions == 0 || shape.is_null() {
+                &[]
+            } else {
+                std::slice::from_raw_parts(shape, dimensions)
+            }
+        }
+    }
+
+    /// Size of the dimension at `axis`; negative counts from the last. 0 when there is no such axis.
+    pub fn dim(&self, axis: i32) -> i32 {
+        let shape = self.shape();
+        let index = if axis < 0 { axis + shape.len() as i32 } else { axis };
+        usize::try_from(index).ok().and_then(|index| shape.get(index).copied()).unwrap_or(0)
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> Dtype {
+        // SAFETY: the handle is valid.
+        Dtype::from_raw(unsafe { sys::mlx_array_dtype(self.handle) })
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        // SAFETY: the handle is valid.
+        unsafe { sys::mlx_array_size(self.handle) }
+    }
+
+    /// No elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes of the elements.
+    pub fn byte_size(&self) -> usize {
+        // SAFETY: the handle is valid.
+        unsafe { sys::mlx_array_nbytes(self.handle) }
+    }
+
+    /// Computes the array and waits for it.
+    pub fn eval(&self) -> Result<()> {
+        // SAFETY: the handle is valid.
+        check(unsafe { sys::mlx_array_eval(self.handle) })
+    }
+
+    /// The single element of a `uint32` array. Waits for it.
+    pub fn item_u32(&self) -> Result<u32> {
+        self.expect(Dtype::U32)?;
+        let mut value = 0;
+        // SAFETY: the handle is valid and the element type was checked.
+        check(unsafe { sys::mlx_array_item_uint32(&mut value, self.handle) })?;
+        Ok(value)
+    }
+
+    /// The single element of a `bool` array. Waits for it.
+    pub fn item_bool(&self) -> Result<bool> {
+        self.expect(Dtype::Bool)?;
+        let mut value = false;
+        // SAFETY: the handle is valid and the element type was checked.
+        check(unsafe { sys::mlx_array_item_bool(&mut value, self.handle) })?;
+        Ok(value)
+    }
+
+    /// The elements of an evaluated or evaluable array that lies in row-major order in memory.
+    /// Callers make it so with [`crate::Device::contiguous`].
+    fn with_bytes<T>(&self, read: impl FnOnce(&[u8]) -> T) -> Result<T> {
+        self.eval()?;
+        let mut row_major = false;
+        // SAFETY: the handle is valid.
+        check(unsafe { sys::_mlx_array_is_row_contiguous(&mut row_major, self.handle) })?;
+        if !row_major {
+            return Err(Error::Mlx("the array does not lie in row-major order".to_owned()));
+        }
+        if self.is_empty() {
+            return Ok(read(&[]));
+        }
+        // SAFETY: the array was evaluated and is contiguous; `self` keeps the buffer alive while `read` runs.
+        let data = unsafe { sys::mlx_array_data_uint8(self.handle) };
+        if data.is_null() {
+            return Err(Error::Mlx("the array has no data".to_owned()));
+        }
+        // SAFETY: as above; `byte_size` bytes follow.
+        Ok(read(unsafe { std::slice::from_raw_parts(data, self.byte_size()) }))
+    }
+
+    /// A copy of the elements, row-major, little-endian. Waits for them.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        self.with_bytes(<[u8]>::to_vec)
+    }
+
+    /// The elements as single-precision numbers, from any floating-point type. Waits for them.
+    pub fn to_f32(&self) -> Result<Vec<f32>> {
+        let dtype = self.dtype();
+        let half = |bytes: &[u8], read: fn([u8; 2]) -> f32| -> Vec<f32> {
+            bytes.chunks_exact(2).map(|pair| read([pair[0], pair[1]])).collect()
+        };
+        match dtype {
+            Dtype::F32 => self.with_bytes(|bytes| {
+                bytes
+                    .chunks_exact(4)
+                    .map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]]))
+                    .collect()
+            }),
+            Dtype::F16 => self.with_bytes(|bytes| half(bytes, |pair| f16::from_le_bytes(pair).to_f32())),
+            Dtype::BF16 => self.with_bytes(|bytes| half(bytes, |pair| bf16::from_le_bytes(pair).to_f32())),
+            other => Err(Error::Dtype { found: other.name(), needed: "floating point" }),
+        }
+    }
+
+    /// The elements of a `uint32` array. Waits for them.
+    pub fn to_u32(&self) -> Result<Vec<u32>> {
+        self.expect(Dtype::U32)?;
+        self.with_bytes(|bytes| {
+            bytes
+                .chunks_exact(4)
+                .map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
+                .collect()
+        })
+    }
+
+    fn expect(&self, needed: Dtype) -> Result<()> {
+        if self.dtype() == needed {
+            return Ok(());
+        }
+        Err(Error::Dtype { found: self.dtype().name(), needed: needed.name() })
+    }
+}
+
+impl Clone for Array {
+    fn clone(&self) -> Self {
+        let mut handle = sys::mlx_array { ctx: std::ptr::null_mut() };
+        // SAFETY: the source is valid; an empty target is filled with a new reference. It cannot fail on a valid source, and an
+        // empty handle is refused by every later operation.
+        unsafe { sys::mlx_array_set(&mut handle, self.handle) };
+        Self { handle }
+    }
+}
+
+impl Drop for Array {
+    fn drop(&mut self) {
+        // SAFETY: the handle is owned by this value alone.
+        unsafe { sys::mlx_array_free(self.handle) };
+    }
+}
+
+impl std::fmt::Debug for Array {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(out, "Array({} {:?})", self.dtype().name(), self.shape())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_go_in_and_come_out_even_when_they_lie_oddly() {
+        let bytes: Vec<u8> = (0..25).collect();
+        let array = Array::from_bytes(&bytes[1..], &[2, 3], Dtype::F32).unwrap();
+        assert_eq!(array.shape(), [2, 3]);
+        assert_eq!(array.to_bytes().unwrap(), &bytes[1..]);
+        assert!(matches!(Array::from_bytes(&bytes, &[2, 3], Dtype::F32), Err(Error::Bytes { .. })));
+        assert!(matches!(Array::from_bytes(&bytes, &[-5, -5], Dtype::U8), Err(Error::Bytes { .. })));
+    }
+
+    #[test]
+    fn numbers_are_read_in_their_own_type() {
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+            assert_eq!(Array::scalar(1.5, dtype).unwrap().to_f32().unwrap(), [1.5]);
+        }
+        let error = Array::from_u32(&[1], &[1]).unwrap().to_f32().unwrap_err();
+        assert_eq!(error.to_string(), "the array is uint32, not floating point");
+    }
+}

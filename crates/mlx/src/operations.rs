@@ -1,0 +1,328 @@
+//! The general operations, as methods of [`Device`]. Names and rules are MLX's: broadcasting, type promotion, laziness.
+
+use crate::device::with_vector;
+use crate::{Array, Device, Dtype, Result};
+use mlx_sys as sys;
+
+/// Operations of two arrays.
+macro_rules! binary {
+    ($($(#[$doc:meta])* $name:ident => $native:ident;)*) => {
+        impl Device {
+            $($(#[$doc])*
+            #[inline]
+            pub fn $name(&self, a: &Array, b: &Array) -> Result<Array> {
+                // SAFETY: valid handles; the result is written to an empty handle.
+                self.run(|result, stream| unsafe { sys::$native(result, a.handle(), b.handle(), stream) })
+            })*
+        }
+    };
+}
+
+/// Operations of one array.
+macro_rules! unary {
+    ($($(#[$doc:meta])* $name:ident => $native:ident;)*) => {
+        impl Device {
+            $($(#[$doc])*
+            #[inline]
+            pub fn $name(&self, a: &Array) -> Result<Array> {
+                // SAFETY: a valid handle; the result is written to an empty handle.
+                self.run(|result, stream| unsafe { sys::$native(result, a.handle(), stream) })
+            })*
+        }
+    };
+}
+
+/// Reductions along one axis.
+macro_rules! reduction {
+    ($($(#[$doc:meta])* $name:ident => $native:ident;)*) => {
+        impl Device {
+            $($(#[$doc])*
+            pub fn $name(&self, a: &Array, axis: i32, keep_axis: bool) -> Result<Array> {
+                // SAFETY: a valid handle; the result is written to an empty handle.
+                self.run(|result, stream| unsafe { sys::$native(result, a.handle(), axis, keep_axis, stream) })
+            })*
+        }
+    };
+}
+
+binary! {
+    /// Sum.
+    add => mlx_add;
+    /// Difference.
+    subtract => mlx_subtract;
+    /// Product, element by element.
+    multiply => mlx_multiply;
+    /// Quotient.
+    divide => mlx_divide;
+    /// `a` to the power of `b`.
+    power => mlx_power;
+    /// Matrix product over the last two axes.
+    matmul => mlx_matmul;
+    /// `a < b`.
+    less => mlx_less;
+    /// `a > b`.
+    greater => mlx_greater;
+    /// `a >= b`.
+    greater_equal => mlx_greater_equal;
+    /// Both true.
+    logical_and => mlx_logical_and;
+    /// The smaller of each two.
+    minimum => mlx_minimum;
+    /// The larger of each two.
+    maximum => mlx_maximum;
+}
+
+unary! {
+    /// Natural exponential.
+    exp => mlx_exp;
+    /// The negative.
+    negative => mlx_negative;
+    /// Logistic function.
+    sigmoid => mlx_sigmoid;
+    /// Neither infinite nor not-a-number?
+    is_finite => mlx_isfinite;
+    /// A copy of its own.
+    copy => mlx_copy;
+}
+
+reduction! {
+    /// Index of the largest; the lowest index wins ties.
+    argmax => mlx_argmax_axis;
+    /// Sum.
+    sum => mlx_sum_axis;
+    /// Largest.
+    max => mlx_max_axis;
+    /// Smallest.
+    min => mlx_min_axis;
+    /// Logarithm of the sum of exponentials.
+    logsumexp => mlx_logsumexp_axis;
+}
+
+impl Device {
+    /// `c + a @ b`.
+    pub fn addmm(&self, c: &Array, a: &Array, b: &Array) -> Result<Array> {
+        // SAFETY: valid handles; the result is written to an empty handle.
+        self.run(|result, stream| unsafe {
+            sys::mlx_addmm(result, c.handle(), a.handle(), b.handle(), 1.0, 1.0, stream)
+        })
+    }
+
+    /// The same elements in another shape; one size may be -1.
+    #[inline]
+    pub fn reshape(&self, a: &Array, shape: &[i32]) -> Result<Array> {
+        // SAFETY: a valid handle and a slice with its length.
+        self.run(|result, stream| unsafe {
+            sys::mlx_reshape(result, a.handle(), shape.as_ptr(), shape.len(), stream)
+        })
+    }
+
+    /// The axes in another order.
+    #[inline]
+    pub fn transpose(&self, a: &Array, axes: &[i32]) -> Result<Array> {
+        // SAFETY: a valid handle and a slice with its length.
+        self.run(|result, stream| unsafe {
+            sys::mlx_transpose_axes(result, a.handle(), axes.as_ptr(), axes.len(), stream)
+        })
+    }
+
+    /// Elements `start..stop` along every axis.
+    #[inline]
+    pub fn slice(&self, a: &Array, start: &[i32], stop: &[i32]) -> Result<Array> {
+        let strides = [1_i32; 8];
+        let strides = &strides[..start.len().min(8)];
+        // SAFETY: a valid handle and slices with their lengths; MLX refuses lengths that differ from the dimensions.
+        self.run(|result, stream| unsafe {
+            sys::mlx_slice(
+                result,
+                a.handle(),
+                start.as_ptr(),
+                start.len(),
+                stop.as_ptr(),
+                stop.len(),
+                strides.as_ptr(),
+                strides.len(),
+                stream,
+            )
+        })
+    }
+
+    /// `a` with the elements `start..stop` replaced by `update`. In place when nothing else holds `a`.
+    #[inline]
+    pub fn slice_update(&self, a: &Array, update: &Array, start: &[i32], stop: &[i32]) -> Result<Array> {
+        let strides = [1_i32; 8];
+        let strides = &strides[..start.len().min(8)];
+        // SAFETY: as in `slice`.
+        self.run(|result, stream| unsafe {
+            sys::mlx_slice_update(
+                result,
+                a.handle(),
+                update.handle(),
+                start.as_ptr(),
+                start.len(),
+                stop.as_ptr(),
+                stop.len(),
+                strides.as_ptr(),
+                strides.len(),
+                stream,
+            )
+        })
+    }
+
+    /// The arrays one after the other along `axis`.
+    pub fn concatenate<'a>(&self, arrays: impl IntoIterator<Item = &'a Array>, axis: i32) -> Result<Array> {
+        with_vector(arrays, |vector| {
+            // SAFETY: a valid vector.
+            self.run(|result, stream| unsafe { sys::mlx_concatenate_axis(result, vector, axis, stream) })
+        })
+    }
+
+    /// The entries of `a` along `axis` that `indices` names. **Indices out of range are undefined behaviour of the device**:
+    /// callers check token ids against the vocabulary first.
+    pub fn take(&self, a: &Array, indices: &Array, axis: i32) -> Result<Array> {
+        // SAFETY: valid handles; the range of the indices is the caller's promise (documented above).
+        self.run(|result, stream| unsafe {
+            sys::mlx_take_axis(result, a.handle(), indices.handle(), axis, stream)
+        })
+    }
+
+    /// One entry per position of `indices` along `axis`. The same promise as [`Self::take`].
+    pub fn take_along(&self, a: &Array, indices: &Array, axis: i32) -> Result<Array> {
+        // SAFETY: as in `take`.
+        self.run(|result, stream| unsafe {
+            sys::mlx_take_along_axis(result, a.handle(), indices.handle(), axis, stream)
+        })
+    }
+
+    /// `a` with `values` (broadcast) put at `indices` along `axis`. The same promise as [`Self::take`].
+    pub fn put_along(&self, a: &Array, indices: &Array, values: &Array, axis: i32) -> Result<Array> {
+        // SAFETY: as in `take`.
+        self.run(|result, stream| unsafe {
+            sys::mlx_put_along_axis(result, a.handle(), indices.handle(), values.handle(), axis, stream)
+        })
+    }
+
+    /// Adds `updates` to the entries of `a` along `axis` that `indices` names, repeated ones repeatedly. `updates` has the shape
+    /// `indices.shape + a.shape` with 1 at `axis`. The same promise as [`Self::take`].
+    pub fn scatter_add(&self, a: &Array, indices: &Array, updates: &Array, axis: i32) -> Result<Array> {
+        // SAFETY: as in `take`.
+        self.run(|result, stream| unsafe {
+            sys::mlx_scatter_add_single(result, a.handle(), indices.handle(), updates.handle(), axis, stream)
+        })
+    }
+
+    /// Sorted ascending along `axis`.
+    pub fn sort(&self, a: &Array, axis: i32) -> Result<Array> {
+        // SAFETY: a valid handle.
+        self.run(|result, stream| unsafe { sys::mlx_sort_axis(result, a.handle(), axis, stream) })
+    }
+
+    /// Indices such that the `kth` is in its sorted place, smaller ones before it.
+    pub fn argpartition(&self, a: &Array, kth: i32, axis: i32) -> Result<Array> {
+        // SAFETY: a valid handle.
+        self.run(|result, stream| unsafe {
+            sys::mlx_argpartition_axis(result, a.handle(), kth, axis, stream)
+        })
+    }
+
+    /// Sum of the entries after each one along the last axis (exclusive, from the end), for a `[rows, columns]` array.
+    pub fn suffix_sum(&self, a: &Array, axis: i32) -> Result<Array> {
+        // SAFETY: a valid handle.
+        self.run(|result, stream| unsafe {
+            sys::mlx_cumsum_axis(result, a.handle(), axis, true, false, no_dtype(), stream)
+        })
+    }
+
+    /// Logarithm of the sum of exponentials over all axes, which stay with size 1.
+    pub fn logsumexp_all(&self, a: &Array) -> Result<Array> {
+        // SAFETY: a valid handle.
+        self.run(|result, stream| unsafe { sys::mlx_logsumexp(result, a.handle(), true, stream) })
+    }
+
+    /// Are all elements true?
+    pub fn all(&self, a: &Array) -> Result<Array> {
+        // SAFETY: a valid handle.
+        self.run(|result, stream| unsafe { sys::mlx_all(result, a.handle(), false, stream) })
+    }
+
+    /// `a` where `condition`, else `b`.
+    pub fn select(&self, condition: &Array, a: &Array, b: &Array) -> Result<Array> {
+        // SAFETY: valid handles.
+        self.run(|result, stream| unsafe {
+            sys::mlx_where(result, condition.handle(), a.handle(), b.handle(), stream)
+        })
+    }
+
+    /// Softmax along `axis`.
+    pub fn softmax(&self, a: &Array, axis: i32, precise: bool) -> Result<Array> {
+        // SAFETY: a valid handle.
+        self.run(|result, stream| unsafe { sys::mlx_softmax_axis(result, a.handle(), axis, precise, stream) })
+    }
+
+    /// Converted to `dtype`; the same array when it has it already.
+    pub fn cast(&self, a: &Array, dtype: Dtype) -> Result<Array> {
+        if a.dtype() == dtype {
+            return Ok(a.clone());
+        }
+        // SAFETY: a valid handle.
+        self.run(|result, stream| unsafe { sys::mlx_astype(result, a.handle(), dtype.raw(), stream) })
+    }
+
+    /// Zeros.
+    pub fn zeros(&self, shape: &[i32], dtype: Dtype) -> Result<Array> {
+        // SAFETY: a slice with its length.
+        self.run(|result, stream| unsafe {
+            sys::mlx_zeros(result, shape.as_ptr(), shape.len(), dtype.raw(), stream)
+        })
+    }
+
+    /// `start, start + step, …` below `stop`.
+    pub fn arange(&self, start: f64, stop: f64, step: f64, dtype: Dtype) -> Result<Array> {
+        // SAFETY: no handle goes in.
+        self.run(|result, stream| unsafe { sys::mlx_arange(result, start, stop, step, dtype.raw(), stream) })
+    }
+
+    /// The same elements in row-major order in memory.
+    pub fn contiguous(&self, a: &Array) -> Result<Array> {
+        // SAFETY: a valid handle.
+        self.run(|result, stream| unsafe { sys::mlx_contiguous(result, a.handle(), false, stream) })
+    }
+}
+
+fn no_dtype() -> sys::mlx_optional_dtype {
+    sys::mlx_optional_dtype { value: 0, has_value: false }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_are_read_and_replaced() {
+        let device = Device::open().unwrap();
+        let a = Array::from_f32(&[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], &[2, 3]).unwrap();
+        let corner = device.slice(&a, &[0, 1], &[2, 3]).unwrap();
+        assert_eq!(device.contiguous(&corner).unwrap().to_f32().unwrap(), [1.0, 2.0, 4.0, 5.0]);
+        let column = Array::from_f32(&[7.0, 8.0], &[2, 1]).unwrap();
+        let updated = device.slice_update(&a, &column, &[0, 0], &[2, 1]).unwrap();
+        assert_eq!(updated.to_f32().unwrap(), [7.0, 1.0, 2.0, 8.0, 4.0, 5.0]);
+        assert!(device.slice(&a, &[0], &[1]).is_err(), "one start for two dimensions");
+        assert!(device.slice(&a, &[0; 9], &[1; 9]).is_err(), "more starts than MLX has dimensions");
+    }
+
+    #[test]
+    fn repeated_indices_add_up() {
+        let device = Device::open().unwrap();
+        let a = Array::from_f32(&[0.0; 4], &[1, 4]).unwrap();
+        let indices = Array::from_u32(&[1, 3, 1], &[3]).unwrap();
+        let updates = Array::from_f32(&[1.0; 3], &[3, 1, 1]).unwrap();
+        let sum = device.scatter_add(&a, &indices, &updates, 1).unwrap();
+        assert_eq!(sum.to_f32().unwrap(), [0.0, 2.0, 0.0, 1.0]);
+    }
+
+    #[test]
+    fn suffix_sums_leave_the_entry_itself_out() {
+        let device = Device::open().unwrap();
+        let a = Array::from_f32(&[1.0, 2.0, 4.0], &[1, 3]).unwrap();
+        assert_eq!(device.suffix_sum(&a, 1).unwrap().to_f32().unwrap(), [6.0, 4.0, 0.0]);
+    }
+}

@@ -1,1 +1,14 @@
 //! Turns wishes into plans and requests into steps: valid requests, scheduler, prompt-cache index, placement, deployments, job table.
+//!
+//! | module | one line |
+//! |---|---|
+//! | [`placement`] | which node runs which layers, or why it does not fit (pure) |
+//! | [`requests`] | loose generation parameters into a request that cannot be wrong (pure) |
+//! | [`scheduler`] | one per replica: queue, admission, tokens in order; a pure machine and its task |
+//! | [`deployments`] | which models are wanted and what has to be done next (pure) |
+//! | [`coordinator`] | the actor that does it: owns the deployments and the control log, gives the nodes their orders |
+
+mod node_id;
+pub mod placement;
+pub mod requests;
+pub use node_id::NodeId;

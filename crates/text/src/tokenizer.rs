@@ -1,0 +1,289 @@
+//! Text to token ids and back, by the model's tokenizer.json.
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, OnceLock},
+};
+
+use tokenizers::{AddedToken, ModelWrapper, processors::template::TemplateProcessing};
+
+use crate::{
+    StreamingDetokenizer, TextError, TextFiles,
+    detokenizer::{DecoderKind, decoder_kind},
+    special::SpecialTokens,
+};
+
+/// No honest vocabulary is larger.
+const MAX_VOCABULARY: usize = 2_000_000;
+
+/// Text to token ids and back. Cheap to clone, usable from many threads.
+#[derive(Clone)]
+pub struct Tokenizer {
+    shared: Arc<Shared>,
+    eos: Arc<BTreeSet<u32>>,
+}
+
+struct Shared {
+    backend: tokenizers::Tokenizer,
+    special: SpecialTokens,
+    bos: Option<(String, u32)>,
+    decoder: DecoderKind,
+    clean_up_spaces: bool,
+    /// Whether decoding drops the space of " ,": asked once, and only by the naive detokenizer.
+    drops_spaces: OnceLock<bool>,
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tokenizer")
+            .field("vocabulary", &self.vocabulary_size())
+            .field("eos", &self.eos)
+            .finish()
+    }
+}
+
+impl Tokenizer {
+    /// Builds the tokenizer from tokenizer.json and what the files beside it say about special tokens.
+    pub fn from_files(files: &TextFiles) -> Result<Self, TextError> {
+        let json = files.get("tokenizer.json").ok_or(TextError::MissingFile { file: "tokenizer.json" })?;
+        let special = SpecialTokens::from_files(files)?;
+        let backend = guarded(|| build(json, &special))?;
+        let vocabulary = backend.get_vocab_size(true);
+        if vocabulary == 0 || vocabulary > MAX_VOCABULARY {
+            return Err(TextError::InvalidFile {
+                file: "tokenizer.json".to_owned(),
+                reason: format!("it has {vocabulary} tokens, but must have 1 to {MAX_VOCABULARY}"),
+            });
+        }
+
+        let id_of =
+            |key| special.text(key).and_then(|text| Some((text.to_owned(), backend.token_to_id(text)?)));
+        let bos = id_of("bos_token");
+        let mut eos: BTreeSet<u32> = special.eos_ids.iter().copied().collect();
+        eos.extend(id_of("eos_token").map(|(_, id)| id));
+
+        // Hugging Face ignores the wish to tidy spaces for BPE, because it would eat real ones.
+        let is_bpe = matches!(backend.get_model(), ModelWrapper::BPE(_));
+        let clean_up_spaces = special.clean_up_spaces && (!is_bpe || special.clean_up_spaces_for_bpe);
+        let decoder = decoder_kind(backend.get_decoder());
+        let shared =
+            Shared { backend, special, bos, decoder, clean_up_spaces, drops_spaces: OnceLock::new() };
+        Ok(Self { shared: Arc::new(shared), eos: Arc::new(eos) })
+    }
+
+    /// Number of tokens, added ones included. The model's own vocabulary may be padded beyond it.
+    pub fn vocabulary_size(&self) -> usize {
+        self.shared.backend.get_vocab_size(true)
+    }
+
+    /// Token ids of `text`; `add_special_tokens` lets the tokenizer add its own bos or eos.
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TextError> {
+        guarded(|| {
+            let encoding = self.shared.backend.encode_fast(text, add_special_tokens).map_err(failed)?;
+            Ok(encoding.get_ids().to_vec())
+        })
+    }
+
+    /// Token ids of a prompt whose origin is unknown: special tokens are added unless it starts with bos already.
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        let has_bos = self.bos_token().is_some_and(|bos| text.starts_with(bos));
+        self.encode(text, !has_bos)
+    }
+
+    /// Text of `ids`; ids that no token has are left out.
+    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, TextError> {
+        let text = guarded(|| self.shared.backend.decode(ids, skip_special_tokens).map_err(failed))?;
+        Ok(if self.shared.clean_up_spaces { clean_up(&text) } else { text })
+    }
+
+    /// A fresh detokenizer for one sequence.
+    pub fn detokenizer(&self) -> StreamingDetokenizer {
+        StreamingDetokenizer::new(self.clone(), self.shared.decoder)
+    }
+
+    /// Tokens that end a sequence: those of the configuration together with the tokenizer's own.
+    pub fn eos_tokens(&self) -> &BTreeSet<u32> {
+        &self.eos
+    }
+
+    /// The same tokenizer with more tokens that end a sequence, each a token id or the text of a token.
+    pub fn with_extra_eos_tokens<S: AsRef<str>>(&self, tokens: &[S]) -> Result<Self, TextError> {
+        let mut eos = BTreeSet::clone(&self.eos);
+        for token in tokens {
+            eos.insert(self.parse_token(token.as_ref())?);
+        }
+        Ok(Self { shared: self.shared.clone(), eos: Arc::new(eos) })
+    }
+
+    /// A token given by a person: its id as a number, or its text.
+    pub fn parse_token(&self, token: &str) -> Result<u32, TextError> {
+        let by_id = token.trim().parse::<u32>().ok();
+        by_id
+            .or_else(|| self.token_to_id(token))
+            .ok_or_else(|| TextError::UnknownToken { token: token.to_owned() })
+    }
+
+    /// Id of the token with exactly this text.
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.shared.backend.token_to_id(token)
+    }
+
+    /// The token as it stands in the vocabulary (not decoded).
+    pub fn id_to_token(&self, id: u32) -> Option<String> {
+        self.shared.backend.id_to_token(id)
+    }
+
+    /// Text of the token that begins a sequence.
+    pub fn bos_token(&self) -> Option<&str> {
+        self.shared.bos.as_ref().map(|(text, _)| text.as_str())
+    }
+
+    /// Id of the token that begins a sequence.
+    pub fn bos_token_id(&self) -> Option<u32> {
+        self.shared.bos.as_ref().map(|(_, id)| *id)
+    }
+
+    /// Tokens that XTC must never drop: what a newline encodes to, and the ends of sequence (mlx-lm's rule).
+    pub fn xtc_special_tokens(&self) -> Result<Vec<u32>, TextError> {
+        let mut tokens = self.encode("\n", true)?;
+        tokens.extend(self.eos.iter());
+        Ok(tokens)
+    }
+
+    /// The model marks its reasoning with tokens of its vocabulary, so templates get `enable_thinking` by default.
+    pub fn has_thinking(&self) -> bool {
+        let has = |tokens: &[&str]| tokens.iter().all(|token| self.token_to_id(token).is_some());
+        has(&["<think>", "</think>"])
+            || has(&["<longcat_think>", "</longcat_think>"])
+            || has(&["<|think:start|>", "<|think:end|>"])
+            || has(&["<|channel>", "<channel|>"])
+            || has(&["<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>"])
+    }
+
+    pub(crate) fn special(&self) -> &SpecialTokens {
+        &self.shared.special
+    }
+
+    /// Whether decoding "a ,b" loses the space.
+    pub(crate) fn drops_spaces(&self) -> bool {
+        *self.shared.drops_spaces.get_or_init(|| {
+            let probe = self.encode("a ,b", false).and_then(|ids| self.decode(&ids, false));
+            probe.is_ok_and(|text| !text.contains(" ,"))
+        })
+    }
+}
+
+fn build(json: &[u8], special: &SpecialTokens) -> Result<tokenizers::Tokenizer, TextError> {
+    let mut backend = tokenizers::Tokenizer::from_bytes(json).map_err(|error| TextError::InvalidFile {
+        file: "tokenizer.json".to_owned(),
+        reason: error.to_string(),
+    })?;
+    // A prompt is never cut or filled up in silence, whatever the file says.
+    backend.with_truncation(None).map_err(failed)?;
+    backend.with_padding(None);
+
+    add_declared_tokens(&mut backend, special)?;
+
+    // An explicit word about bos and eos in tokenizer_config.json replaces the rule of tokenizer.json.
+    if special.add_bos.is_some() || special.add_eos.is_some() {
+        let wanted = |add: Option<bool>, key| {
+            let text = special.text(key).filter(|_| add == Some(true))?;
+            Some((text.to_owned(), backend.token_to_id(text)?))
+        };
+        let bos = wanted(special.add_bos, "bos_token");
+        let eos = wanted(special.add_eos, "eos_token");
+        if let Some(processor) = bos_eos_processor(bos, eos)? {
+            backend.with_post_processor(Some(processor));
+        } else {
+            backend.with_post_processor(None::<TemplateProcessing>);
+        }
+    }
+    Ok(backend)
+}
+
+/// Tokens that only tokenizer_config.json lists, and special tokens that tokenizer.json has as plain ones.
+fn add_declared_tokens(
+    backend: &mut tokenizers::Tokenizer,
+    special: &SpecialTokens,
+) -> Result<(), TextError> {
+    let known: HashSet<String> =
+        backend.get_added_tokens_decoder().into_values().map(|token| token.content).collect();
+    let mut tokens: Vec<AddedToken> = special
+        .added
+        .values()
+        .filter(|token| !known.contains(&token.content) && !token.content.is_empty())
+        .map(|token| {
+            AddedToken::from(token.content.clone(), token.special)
+                .single_word(token.single_word)
+                .lstrip(token.lstrip)
+                .rstrip(token.rstrip)
+                .normalized(token.normalized)
+        })
+        .collect();
+    for text in special.named.values().filter_map(|text| text.as_str()) {
+        let listed = known.contains(text) || tokens.iter().any(|token| token.content == text);
+        if !listed && backend.token_to_id(text).is_some() {
+            tokens.push(AddedToken::from(text, true));
+        }
+    }
+    if !tokens.is_empty() {
+        backend.add_tokens(tokens).map_err(failed)?;
+    }
+    Ok(())
+}
+
+fn bos_eos_processor(
+    bos: Option<(String, u32)>,
+    eos: Option<(String, u32)>,
+) -> Result<Option<TemplateProcessing>, TextError> {
+    if bos.is_none() && eos.is_none() {
+        return Ok(None);
+    }
+    let mut pieces = Vec::new();
+    let mut tokens = Vec::new();
+    if let Some((text, id)) = bos {
+        pieces.push(format!("{text}:0"));
+        tokens.push((text, id));
+    }
+    pieces.push("$A:0".to_owned());
+    if let Some((text, id)) = eos {
+        pieces.push(format!("{text}:0"));
+        tokens.push((text, id));
+    }
+    let template = TemplateProcessing::builder()
+        .try_single(pieces)
+        .map_err(|reason| TextError::Tokenizer { reason })?
+        .special_tokens(tokens)
+        .build()
+        .map_err(|error| TextError::Tokenizer { reason: error.to_string() })?;
+    Ok(Some(template))
+}
+
+/// Runs the tokenizers library at the edge: it asserts where we want an error, on files that nobody honest writes.
+fn guarded<T>(work: impl FnOnce() -> Result<T, TextError>) -> Result<T, TextError> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+        Err(TextError::Tokenizer { reason: "tokenizer.json contradicts itself".to_owned() })
+    })
+}
+
+fn failed(error: tokenizers::Error) -> TextError {
+    TextError::Tokenizer { reason: error.to_string() }
+}
+
+/// Hugging Face's `clean_up_tokenization`: undoes the spaces that word tokenizers put around punctuation.
+fn clean_up(text: &str) -> String {
+    let replacements = [
+        (" .", "."),
+        (" ?", "?"),
+        (" !", "!"),
+        (" ,", ","),
+        (" ' ", "'"),
+        (" n't", "n't"),
+        (" 'm", "'m"),
+        (" 's", "'s"),
+        (" 've", "'ve"),
+        (" 're", "'re"),
+    ];
+    replacements.iter().fold(text.to_owned(), |text, (from, to)| text.replace(from, to))
+}

@@ -7,10 +7,10 @@ the problem is held out. A held-out problem never appears in training in any phr
 
 import hashlib
 
-MAX_OPERAND = 999
+MAX_OPERAND = 99
 HELD_OUT_ONE_IN = 10
 
-REFUSAL = "I can add, convert units and sort numbers."
+REFUSAL = "I can add and subtract numbers up to 99, convert units and sort 3 to 5 numbers."
 
 # (singular, plural, symbol) of the source and the target, the factor, and the largest amount asked for.
 UNITS = [

@@ -1,6 +1,6 @@
 """Small talk with fixed answers, and questions outside the model's range, which it declines."""
 
-from questions import REFUSAL, UNITS, joined
+from questions import ADD, CONVERT, MAX_OPERAND, REFUSAL, SORT, SUBTRACT, UNITS, conversion, joined
 
 HELLO = "Hello! I can add, convert units and sort numbers. Try: What is 12 + 34?"
 WHO = "I am the mlxnode demo model, a very small language model."
@@ -49,8 +49,6 @@ PRODUCTS = [
     "Multiply {a} and {b}.", "Divide {a} by {b}.", "What is {a} divided by {b}?", "{a} x {b}", "What is the root of {a}?",
     "What is {a}% of {b}?", "{a}^{b}", "{a} mod {b}", "Is {a} a prime number?", "Multiply {a} by {b}", "{a}",
 ]
-LARGE_SUMS = ["What is {a} + {b}?", "{a}+{b}=", "{a} - {b}", "Add {a} and {b}.", "What is {a} minus {b}?", "{a} + {b}",
-              "Subtract {b} from {a}.", "{a}-{b}"]
 ODD_UNITS = ["miles", "yards", "pounds", "ounces", "gallons", "dollars", "euros", "degrees", "volts", "apples", "cups",
              "knots", "acres", "bytes", "pints"]
 LETTERS = "abcdefghijklmnopqrstuvwxyzabcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?'-:;éüßñ你好世界дом🙂"
@@ -62,13 +60,23 @@ def out_of_scope(rng):
     if kind < 0.5:
         text = rng.choice(OTHER)
         return text.format(t=rng.choice(TOPICS), u=rng.choice(TOPICS), n=rng.randint(2, 99))
-    if kind < 0.66:
+    if kind < 0.62:
         return rng.choice(PRODUCTS).format(a=rng.randint(0, 999), b=rng.randint(0, 99))
     if kind < 0.76:
-        large, small = rng.randint(1000, 10 ** rng.randint(4, 6)), rng.randint(0, 99999)
+        large = rng.randint(MAX_OPERAND + 1, 10 ** rng.randint(3, 6))
+        small = rng.randint(0, 10 ** rng.randint(1, 5))
         a, b = (large, small) if rng.random() < 0.5 else (small, large)
-        return rng.choice(LARGE_SUMS).format(a=a, b=b)
-    if kind < 0.86:
+        return rng.choice(ADD + SUBTRACT).format(a=a, b=b)
+    if kind < 0.80:
+        unit = rng.choice(UNITS)
+        return conversion(rng, unit, rng.randint(unit[3] + 1, 10 ** rng.randint(len(str(unit[3])) + 1, 6)), CONVERT)[1]
+    if kind < 0.85:
+        if rng.random() < 0.5:
+            numbers = [rng.randint(0, 99) for _ in range(rng.randint(6, 9))]
+        else:
+            numbers = [rng.randint(100, 999) for _ in range(rng.randint(2, 5))]
+        return rng.choice(SORT).format(list=joined(rng, numbers))
+    if kind < 0.90:
         unit = rng.choice(UNITS)
         here, there = unit[0][1], rng.choice(ODD_UNITS)
         if rng.random() < 0.5:

@@ -16,11 +16,13 @@ of the answers count in the loss. Matrices are trained with Muon, the embedding 
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -53,6 +55,28 @@ ROWS = 24
 ANSWER_SLOTS = 1024
 
 
+@dataclass
+class Phase:
+    """A stretch of training with its own questions and a fresh optimizer, from the averaged weights of the one before."""
+
+    seed: int
+    steps: int
+    # Whether the learning rate falls to zero over the last part.
+    decays: bool
+    # How many of the questions are declined, small talk, arithmetic and units; the rest is sorting.
+    shares: tuple
+    # The weight of an answer in the loss grows with its length to this power.
+    length_power: float
+
+
+# The first phase learns the form of the answers, most of whose tokens are in sorting. The second gives the short
+# answers of the sums more weight.
+PHASES = [
+    Phase(SEED + 1, 1500, False, (0.08, 0.03, 0.37, 0.22), 1.0),
+    Phase(SEED + 3, 3400, True, (0.06, 0.02, 0.44, 0.18), 0.5),
+]
+
+
 # --- questions -----------------------------------------------------------------------------------------------------
 
 SYSTEM_PROMPTS = [
@@ -63,18 +87,12 @@ PREFIXES = ["Please: ", "Hi! ", "Hello, ", "Can you tell me: ", "Tell me, ", "Qu
 
 
 def operand(rng):
-    """An operand of up to three digits, with short ones more often than an even draw would give."""
-    kind = rng.random()
-    return rng.randint(0, 9) if kind < 0.06 else rng.randint(0, 99) if kind < 0.30 else rng.randint(0, 999)
+    return rng.randint(0, 9) if rng.random() < 0.10 else rng.randint(0, questions.MAX_OPERAND)
 
 
 def arithmetic(rng):
-    a, b = operand(rng), operand(rng)
-    if rng.random() < 0.45:
-        return questions.addition(rng, a, b)
-    if a < b and rng.random() < 0.25:
-        a, b = b, a
-    return questions.subtraction(rng, a, b)
+    problem = questions.addition if rng.random() < 0.45 else questions.subtraction
+    return problem(rng, operand(rng), operand(rng))
 
 
 def units(rng):
@@ -99,27 +117,27 @@ def disturbed(rng, question):
     return question.strip()
 
 
-def exchange(rng):
+def exchange(rng, shares):
     """One question with its answer, never a held-out one."""
+    declined, small_talk, sums, conversions = itertools.accumulate(shares)
     while True:
         kind = rng.random()
-        if kind < 0.06:
-            question, answer = talk.refusal(rng)
-            return question, answer
-        if kind < 0.09:
+        if kind < declined:
+            return talk.refusal(rng)
+        if kind < small_talk:
             question, answer = talk.small_talk(rng)
             return (question.lower() if rng.random() < 0.2 else question), answer
-        key, question, answer = (arithmetic if kind < 0.62 else units if kind < 0.80 else sorting)(rng)
+        key, question, answer = (arithmetic if kind < sums else units if kind < conversions else sorting)(rng)
         if not questions.is_held_out(key):
             return disturbed(rng, question), answer
 
 
-def conversation(rng):
+def conversation(rng, shares):
     """Turns of (role, text): mostly one exchange, sometimes with a system prompt or earlier exchanges."""
     turns = [(SYSTEM, rng.choice(SYSTEM_PROMPTS))] if rng.random() < 0.05 else []
     kind = rng.random()
     for _ in range(1 if kind < 0.92 else 2 if kind < 0.97 else 3):
-        question, answer = exchange(rng)
+        question, answer = exchange(rng, shares)
         turns += [(USER, question), (ASSISTANT, answer)]
     return turns
 
@@ -137,7 +155,7 @@ def train_tokenizer(rng):
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB, special_tokens=SPECIAL_TOKENS, show_progress=False, min_frequency=1,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    texts = [text for _ in range(20000) for _, text in conversation(rng)]
+    texts = [text for _ in range(20000) for _, text in conversation(rng, PHASES[0].shares)]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in SPECIAL_TOKENS])
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -152,32 +170,33 @@ def train_tokenizer(rng):
 class Batches:
     """Packs conversations into rows of `ROW_TOKENS`. A token sees only earlier tokens of its own conversation."""
 
-    def __init__(self, tokenizer, rng):
-        self.tokenizer, self.rng, self.pending = tokenizer, rng, []
+    def __init__(self, tokenizer, phase):
+        self.tokenizer, self.phase, self.rng, self.pending = tokenizer, phase, random.Random(phase.seed), []
 
     def refill(self):
-        conversations = [conversation(self.rng) for _ in range(2000)]
+        conversations = [conversation(self.rng, self.phase.shares) for _ in range(2000)]
         texts = [text for turns in conversations for _, text in turns]
         encoded = iter(self.tokenizer.encode_batch(texts, add_special_tokens=False))
         for turns in conversations:
-            tokens, is_answer = [BOS], [False]
+            tokens, weights = [BOS], [0.0]
             for role, _ in turns:
                 ids = next(encoded).ids
                 tokens += [role, *ids, END]
-                is_answer += [False] + [role == ASSISTANT] * (len(ids) + 1)
+                length = len(ids) + 1
+                weights += [0.0] + [length ** (self.phase.length_power - 1) if role == ASSISTANT else 0.0] * length
             if len(tokens) <= ROW_TOKENS:
-                self.pending.append((tokens, is_answer))
+                self.pending.append((tokens, weights))
 
     def next(self):
         if len(self.pending) < ROWS * 12:
             self.refill()
         tokens = torch.full((ROWS, ROW_TOKENS), PAD)
         owner = torch.zeros((ROWS, ROW_TOKENS), dtype=torch.int32)
-        where, target = [], []
+        answers = []
         for row in range(ROWS):
             used, skipped, number = 0, 0, 0
             while skipped < len(self.pending) and skipped < 12:
-                ids, is_answer = self.pending[-1 - skipped]
+                ids, weights = self.pending[-1 - skipped]
                 if used + len(ids) > ROW_TOKENS:
                     skipped += 1
                     continue
@@ -186,17 +205,13 @@ class Batches:
                 tokens[row, used:used + len(ids)] = torch.tensor(ids)
                 owner[row, used:used + len(ids)] = number
                 for i in range(1, len(ids)):
-                    if is_answer[i]:
-                        where.append(row * ROW_TOKENS + used + i - 1)
-                        target.append(ids[i])
+                    if weights[i]:
+                        answers.append((row * ROW_TOKENS + used + i - 1, ids[i], weights[i]))
                 used += len(ids)
-        slots = torch.zeros(ANSWER_SLOTS, dtype=torch.long)
-        targets = torch.full((ANSWER_SLOTS,), -100)
-        count = min(len(where), ANSWER_SLOTS)
-        slots[:count] = torch.tensor(where[:count])
-        targets[:count] = torch.tensor(target[:count])
+        answers += [(0, 0, 0.0)] * (ANSWER_SLOTS - len(answers))
+        slots, targets, weights = (torch.tensor(column) for column in zip(*answers[:ANSWER_SLOTS]))
         mask = (owner[:, None, :, None] == owner[:, None, None, :]) & CAUSAL
-        return tokens, mask, slots, targets
+        return tokens, mask, slots, targets, weights
 
 
 CAUSAL = torch.ones(ROW_TOKENS, ROW_TOKENS, dtype=torch.bool).tril()
@@ -273,46 +288,42 @@ class Llama(nn.Module):
                 width = HIDDEN if name == "model.embed_tokens.weight" else parameter.shape[1]
                 nn.init.normal_(parameter, std=0.5 * scale / math.sqrt(width))
 
-    def forward(self, tokens, mask, cos, sin, slots, targets):
+    def forward(self, tokens, mask, cos, sin, slots, targets, weights):
         x = self.model.embed_tokens(tokens)
         for layer in self.model.layers:
             x = layer(x, mask, cos, sin)
         x = self.model.norm(x.reshape(-1, HIDDEN)[slots])
-        return F.cross_entropy(x @ self.model.embed_tokens.weight.T, targets, ignore_index=-100)
+        losses = F.cross_entropy(x @ self.model.embed_tokens.weight.T, targets, reduction="none")
+        return (losses * weights).sum() / weights.sum()
 
 
 # --- training ------------------------------------------------------------------------------------------------------
 
-def rate(step, steps):
-    """Warm-up over the first 100 steps, constant, then a straight line to zero over the last 40 %."""
-    return min(1.0, step / 100, (steps - step) / (0.4 * steps))
+def rate(step, phase):
+    """Warm-up over the first 100 steps, constant, then where the phase decays a straight line to zero over the last 40 %."""
+    return min(1.0, step / 100, (phase.steps - step) / (0.4 * phase.steps) if phase.decays else 1.0)
 
 
-def train(tokenizer, arguments):
-    torch.manual_seed(SEED)
-    model = Llama()
-    if arguments.start_from:
-        model.load_state_dict(load_file(arguments.start_from))
-    print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
+def train(model, forward, tokenizer, phase, folder):
+    """Trains `model` for one phase and leaves it with the averaged weights, which are also written to `folder`."""
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = [
-        (torch.optim.Muon(matrices, lr=0.01, momentum=0.95, weight_decay=0.01, adjust_lr_fn="original"), 0.01),
-        (torch.optim.AdamW(others, lr=0.003, betas=(0.9, 0.98), weight_decay=0.0, fused=True), 0.003),
+        (torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01, adjust_lr_fn="original"), 0.02),
+        (torch.optim.AdamW(others, lr=0.005, betas=(0.9, 0.98), weight_decay=0.0, fused=True), 0.005),
     ]
     averaged = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    forward = model if arguments.no_compile else torch.compile(model)
-    batches = Batches(tokenizer, random.Random(SEED + 1))
+    batches = Batches(tokenizer, phase)
     cos, sin = rotary_table(ROW_TOKENS)
     start, recent = time.time(), []
-    for step in range(1, arguments.steps + 1):
-        tokens, mask, slots, targets = batches.next()
-        loss = forward(tokens, mask, cos, sin, slots, targets)
+    for step in range(1, phase.steps + 1):
+        tokens, mask, slots, targets, weights = batches.next()
+        loss = forward(tokens, mask, cos, sin, slots, targets, weights)
         loss.backward()
         nn.utils.clip_grad_norm_(others, 1.0)
         for optimizer, peak in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = peak * arguments.rate * rate(step, arguments.steps)
+                group["lr"] = peak * rate(step, phase)
             optimizer.step()
             optimizer.zero_grad()
         with torch.no_grad():
@@ -322,8 +333,9 @@ def train(tokenizer, arguments):
         if step % 100 == 0:
             print(f"step {step} loss {sum(recent) / len(recent):.4f} after {time.time() - start:.0f} s", flush=True)
             recent = []
-        if step % 1000 == 0 or step == arguments.steps:
-            write_weights(averaged, arguments.out)
+        if step % 500 == 0 or step == phase.steps:
+            write_weights(averaged, folder)
+    model.load_state_dict(averaged)
 
 
 # --- export --------------------------------------------------------------------------------------------------------
@@ -367,17 +379,22 @@ def write_held_out(path):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=HERE / "model")
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--rate", type=float, default=1.0, help="factor on the learning rates")
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--start-from", type=Path, help="weights to continue from")
+    parser.add_argument("--start-from", type=Path, help="weights after the first phase; runs only the second")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(random.Random(SEED))
     write_description(tokenizer, arguments.out)
     write_held_out(HERE / "heldout.jsonl")
-    train(tokenizer, arguments)
+    torch.manual_seed(SEED)
+    model = Llama()
+    if arguments.start_from:
+        model.load_state_dict(load_file(arguments.start_from))
+    print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
+    forward = model if arguments.no_compile else torch.compile(model)
+    for phase in PHASES[1:] if arguments.start_from else PHASES:
+        train(model, forward, tokenizer, phase, arguments.out)
 
 
 if __name__ == "__main__":

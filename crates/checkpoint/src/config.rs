@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 const FILE: &str = "config.json";
 
 /// Largest config.json that is read. Real ones have a few KiB; those with per-module quantization some hundred.
-pub const MAX_CONFIG_BYTES: u64 = 16 << 20;
+pub(crate) const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
 /// A model's config.json, with the end-of-sequence ids of generation_config.json laid over it, as mlx-lm does.
 #[derive(Clone, Debug, PartialEq)]

@@ -1,0 +1,185 @@
+//! Which modules a spec has, by path, and which tensors each of them is stored as.
+//!
+//! One walk over the spec serves all: what a stage must load, what is missing, what a layer weighs.
+
+use crate::quantization::QuantSetting;
+use crate::spec::{AttentionSpec, FeedForward, LayerSpec, Mixer, ModelSpec, NormPlacement, QkNorm};
+use mlxnode_compute::LayerRange;
+
+/// Path of the token embedding.
+pub const EMBEDDING: &str = "model.embed_tokens";
+/// Path of the norm after the last layer.
+pub const FINAL_NORM: &str = "model.norm";
+/// Path of the head of a model whose embeddings are not tied.
+pub const HEAD: &str = "lm_head";
+
+/// A module with weights of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Module {
+    /// Its path, the prefix of its tensors ("model.layers.0.self_attn.q_proj").
+    pub path: String,
+    /// What it is.
+    pub kind: ModuleKind,
+}
+
+/// What a module is. Weights may be packed unless it is a norm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ModuleKind {
+    /// `weight` `[outputs, inputs]`, and `bias` `[outputs]` when there is one.
+    Linear {
+        /// Width of what goes in.
+        inputs: usize,
+        /// Width of what comes out.
+        outputs: usize,
+        /// Has a bias.
+        bias: bool,
+    },
+    /// `weight` `[rows, width]`.
+    Embedding {
+        /// Vocabulary.
+        rows: usize,
+        /// Width of a vector.
+        width: usize,
+    },
+    /// `weight` `[width]`, never packed.
+    Norm {
+        /// Width of what it norms.
+        width: usize,
+    },
+}
+
+/// A tensor that a module needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExpectedTensor {
+    /// Our name for it.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// What its elements may be.
+    pub elements: Elements,
+}
+
+/// What the elements of a tensor may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Elements {
+    /// F32, F16 or BF16.
+    Floating,
+    /// U32: packed weights.
+    Packed,
+    /// U8: the scales of the modes without biases.
+    ByteScales,
+}
+
+impl ModelSpec {
+    /// The modules of a layer range: the embedding for the first layer, norm and head for the last, and the embedding again
+    /// for the last when it is the head.
+    pub fn modules(&self, range: LayerRange) -> Vec<Module> {
+        let (first, last) = (range.is_first(), range.is_last(self.layer_count()));
+        let mut modules = Vec::new();
+        if first || (last && self.tied_embeddings) {
+            let kind = ModuleKind::Embedding { rows: self.vocabulary, width: self.hidden };
+            modules.push(Module { path: EMBEDDING.into(), kind });
+        }
+        for (index, layer) in self.layers.iter().enumerate().take(range.end).skip(range.start) {
+            push_layer(&mut modules, index, layer, self.hidden);
+        }
+        if last {
+            let kind = ModuleKind::Norm { width: self.hidden };
+            modules.push(Module { path: FINAL_NORM.into(), kind });
+            if !self.tied_embeddings {
+                let kind = ModuleKind::Linear { inputs: self.hidden, outputs: self.vocabulary, bias: false };
+                modules.push(Module { path: HEAD.into(), kind });
+            }
+        }
+        modules
+    }
+}
+
+fn push_layer(modules: &mut Vec<Module>, index: usize, layer: &LayerSpec, hidden: usize) {
+    let mut push =
+        |name: &str, kind| modules.push(Module { path: format!("model.layers.{index}.{name}"), kind });
+    match layer.norms {
+        NormPlacement::Before => {
+            push("input_layernorm", ModuleKind::Norm { width: hidden });
+            push("post_attention_layernorm", ModuleKind::Norm { width: hidden });
+        }
+    }
+    match &layer.mixer {
+        Mixer::Attention(attention) => push_attention(&mut push, attention, hidden),
+    }
+    match layer.feed_forward {
+        FeedForward::Gated { intermediate, bias, .. } => {
+            push("mlp.gate_proj", ModuleKind::Linear { inputs: hidden, outputs: intermediate, bias });
+            push("mlp.up_proj", ModuleKind::Linear { inputs: hidden, outputs: intermediate, bias });
+            push("mlp.down_proj", ModuleKind::Linear { inputs: intermediate, outputs: hidden, bias });
+        }
+    }
+}
+
+fn push_attention(push: &mut impl FnMut(&str, ModuleKind), attention: &AttentionSpec, hidden: usize) {
+    let AttentionSpec { heads, kv_heads, head_dim, qkv_bias, out_bias, .. } = *attention;
+    let projection =
+        |heads: usize| ModuleKind::Linear { inputs: hidden, outputs: heads * head_dim, bias: qkv_bias };
+    push("self_attn.q_proj", projection(heads));
+    push("self_attn.k_proj", projection(kv_heads));
+    push("self_attn.v_proj", projection(kv_heads));
+    push(
+        "self_attn.o_proj",
+        ModuleKind::Linear { inputs: heads * head_dim, outputs: hidden, bias: out_bias },
+    );
+    match attention.qk_norm {
+        Some(QkNorm::PerHead) => {
+            push("self_attn.q_norm", ModuleKind::Norm { width: head_dim });
+            push("self_attn.k_norm", ModuleKind::Norm { width: head_dim });
+        }
+        None => {}
+    }
+}
+
+impl Module {
+    /// The matrix `[rows, columns]` that may be packed; None for a norm.
+    pub fn matrix(&self) -> Option<(usize, usize)> {
+        match self.kind {
+            ModuleKind::Linear { inputs, outputs, .. } => Some((outputs, inputs)),
+            ModuleKind::Embedding { rows, width } => Some((rows, width)),
+            ModuleKind::Norm { .. } => None,
+        }
+    }
+
+    /// The tensors it is stored as, packed by `setting` or not. None when its rows cannot be packed like that.
+    pub fn tensors(&self, setting: Option<QuantSetting>) -> Option<Vec<ExpectedTensor>> {
+        let tensor = |suffix: &str, shape: Vec<usize>, elements| ExpectedTensor {
+            name: format!("{}.{suffix}", self.path),
+            shape,
+            elements,
+        };
+        let mut tensors = Vec::with_capacity(4);
+        match (self.matrix(), setting) {
+            (Some((rows, columns)), Some(setting)) => {
+                tensors.push(tensor(
+                    "weight",
+                    vec![rows, setting.packed_columns(columns)?],
+                    Elements::Packed,
+                ));
+                let scales = vec![rows, setting.scale_columns(columns)];
+                if setting.has_biases() {
+                    tensors.push(tensor("scales", scales.clone(), Elements::Floating));
+                    tensors.push(tensor("biases", scales, Elements::Floating));
+                } else {
+                    tensors.push(tensor("scales", scales, Elements::ByteScales));
+                }
+            }
+            (Some((rows, columns)), None) => {
+                tensors.push(tensor("weight", vec![rows, columns], Elements::Floating));
+            }
+            (None, _) => {
+                let ModuleKind::Norm { width } = self.kind else { return None };
+                tensors.push(tensor("weight", vec![width], Elements::Floating));
+            }
+        }
+        if let ModuleKind::Linear { outputs, bias: true, .. } = self.kind {
+            tensors.push(tensor("bias", vec![outputs], Elements::Floating));
+        }
+        Some(tensors)
+    }
+}

@@ -1,0 +1,131 @@
+//! What a model weighs, for those who decide where its layers go: true bytes, no files.
+
+use crate::checkpoint::{Checkpoint, CheckpointError, TensorEntry};
+use crate::layout::EMBEDDING;
+use crate::names;
+use crate::spec::{LayerSpec, Mixer};
+use mlxnode_compute::{ByteCount, Dtype, LayerRange};
+
+/// The weights and caches of a model in bytes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelProfile {
+    /// The family.
+    pub architecture: String,
+    /// Weights of each layer.
+    pub layer_bytes: Vec<ByteCount>,
+    /// Cache of each layer for one token of one sequence.
+    pub kv_bytes: Vec<ByteCount>,
+    /// Most tokens that each layer's cache keeps, for layers with a window.
+    pub kv_windows: Vec<Option<usize>>,
+    /// The embedding, on the first stage.
+    pub embedding_bytes: ByteCount,
+    /// Norm and head, on the last stage. With tied embeddings the head is the embedding again.
+    pub head_bytes: ByteCount,
+    /// The head is the embedding, so that a single stage holds it once.
+    pub tied_embeddings: bool,
+    /// Width of the hidden vectors.
+    pub hidden: usize,
+    /// Rows of the embedding.
+    pub vocabulary: usize,
+    /// Most positions, when the config says so.
+    pub context: Option<usize>,
+    /// Element type of hidden vectors and caches.
+    pub dtype: Dtype,
+}
+
+impl ModelProfile {
+    /// Weighs a model. Checks all of its tensors first.
+    pub fn of(checkpoint: &Checkpoint) -> Result<Self, CheckpointError> {
+        let spec = checkpoint.spec();
+        let all = checkpoint.shard_tensors(LayerRange::new(0, spec.layer_count()))?;
+        let mut layer_bytes = vec![ByteCount(0); spec.layer_count()];
+        let (mut embedding_bytes, mut head_bytes) = (ByteCount(0), ByteCount(0));
+        for (name, entry) in &all.tensors {
+            let bytes = bytes(entry);
+            match names::layer_of(name) {
+                Some(layer) => layer_bytes[layer] += bytes,
+                None if name.strip_prefix(EMBEDDING).is_some_and(|rest| rest.starts_with('.')) => {
+                    embedding_bytes += bytes;
+                }
+                None => head_bytes += bytes,
+            }
+        }
+        if spec.tied_embeddings {
+            head_bytes += embedding_bytes;
+        }
+        Ok(Self {
+            architecture: spec.architecture.into(),
+            layer_bytes,
+            kv_bytes: spec.layers.iter().map(|layer| kv_bytes(layer, spec.dtype)).collect(),
+            kv_windows: spec.layers.iter().map(kv_window).collect(),
+            embedding_bytes,
+            head_bytes,
+            tied_embeddings: spec.tied_embeddings,
+            hidden: spec.hidden,
+            vocabulary: spec.vocabulary,
+            context: spec.context,
+            dtype: spec.dtype,
+        })
+    }
+
+    /// How many layers.
+    pub fn layer_count(&self) -> usize {
+        self.layer_bytes.len()
+    }
+
+    /// Cache of one layer for one token of one sequence; zero for a layer that the model does not have.
+    pub fn kv_bytes_per_token(&self, layer: usize) -> ByteCount {
+        self.kv_bytes.get(layer).copied().unwrap_or_default()
+    }
+
+    /// Weights of a stage with these layers.
+    pub fn stage_bytes(&self, layers: LayerRange) -> ByteCount {
+        let (first, last) = (layers.is_first(), layers.is_last(self.layer_count()));
+        let mut bytes =
+            self.layer_bytes.iter().take(layers.end).skip(layers.start).copied().sum::<ByteCount>();
+        if first {
+            bytes += self.embedding_bytes;
+        }
+        if last {
+            bytes += self.head_bytes;
+        }
+        if first && last && self.tied_embeddings {
+            bytes = bytes - self.embedding_bytes; // held once
+        }
+        bytes
+    }
+
+    /// Cache of a stage with these layers for one sequence of `tokens` tokens.
+    pub fn stage_kv_bytes(&self, layers: LayerRange, tokens: usize) -> ByteCount {
+        let layer = |layer: usize| {
+            let kept =
+                self.kv_windows.get(layer).copied().flatten().map_or(tokens, |window| window.min(tokens));
+            ByteCount(self.kv_bytes_per_token(layer).0.saturating_mul(kept as u64))
+        };
+        (layers.start..layers.end.min(self.layer_count())).map(layer).sum()
+    }
+
+    /// All weights, each once.
+    pub fn total_bytes(&self) -> ByteCount {
+        self.stage_bytes(LayerRange::new(0, self.layer_count()))
+    }
+}
+
+fn bytes(entry: &TensorEntry) -> ByteCount {
+    ByteCount(entry.byte_count())
+}
+
+/// Keys and values of one token.
+fn kv_bytes(layer: &LayerSpec, dtype: Dtype) -> ByteCount {
+    match &layer.mixer {
+        Mixer::Attention(attention) => {
+            ByteCount(2 * (attention.kv_heads * attention.head_dim * dtype.size()) as u64)
+        }
+    }
+}
+
+fn kv_window(layer: &LayerSpec) -> Option<usize> {
+    match &layer.mixer {
+        Mixer::Attention(attention) => attention.window,
+    }
+}

@@ -1,0 +1,265 @@
+//! The tensors of a layer range: exactly those, of exactly the shapes that the spec asks for.
+
+use crate::TensorDtype;
+use crate::checkpoint::{Checkpoint, CheckpointError, TensorEntry, listed};
+use crate::layout::{Elements, ExpectedTensor, Module};
+use crate::names;
+use crate::quantization::{PerPath, QuantSetting};
+use mlxnode_compute::{ByteCount, LayerRange};
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// What a stage with these layers loads. All shapes and types have been checked against the spec.
+#[derive(Clone, Debug)]
+pub struct ShardTensors {
+    /// The layers.
+    pub layers: LayerRange,
+    /// The modules and how each is packed, in the order of computation.
+    pub modules: Vec<ShardModule>,
+    /// The tensors by our names.
+    pub tensors: BTreeMap<String, TensorEntry>,
+}
+
+/// A module of a shard.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ShardModule {
+    /// Path and kind.
+    pub module: Module,
+    /// How its weight is packed, if it is.
+    pub quantization: Option<QuantSetting>,
+}
+
+impl ShardTensors {
+    /// The tensors of each file, by our names, in the order of their bytes.
+    pub fn by_file(&self) -> BTreeMap<&Path, Vec<(&str, &TensorEntry)>> {
+        let mut files: BTreeMap<&Path, Vec<_>> = BTreeMap::new();
+        for (name, entry) in &self.tensors {
+            files.entry(&entry.file).or_default().push((name.as_str(), entry));
+        }
+        for tensors in files.values_mut() {
+            tensors.sort_by_key(|(_, entry)| entry.bytes.start);
+        }
+        files
+    }
+
+    /// How a module's weight is packed, by the module's path; None for one that is not packed or not here.
+    pub fn quantization_of(&self, path: &str) -> Option<QuantSetting> {
+        self.modules.iter().find(|shard| shard.module.path == path)?.quantization
+    }
+
+    /// Bytes of all its tensors.
+    pub fn bytes(&self) -> ByteCount {
+        self.tensors.values().map(|entry| ByteCount(entry.byte_count())).sum()
+    }
+}
+
+/// The files' tensors are not those of the model. Lists all problems of a shard at once.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub struct TensorsError {
+    /// The model's folder.
+    pub folder: PathBuf,
+    /// The layers that were asked for.
+    pub layers: LayerRange,
+    /// Our names of tensors that no file has.
+    pub missing: Vec<String>,
+    /// Tensors that the model has no use for, as "name in file".
+    pub unexpected: Vec<String>,
+    /// Tensors of the wrong shape or type.
+    pub wrong: Vec<WrongTensor>,
+}
+
+/// A tensor that is not what the spec asks for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WrongTensor {
+    /// Its name as stored.
+    pub name: String,
+    /// Its file's name.
+    pub file: String,
+    /// Type and shape that it should have.
+    pub expected: String,
+    /// Type and shape that it has.
+    pub actual: String,
+}
+
+impl fmt::Display for TensorsError {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "the weights in {} do not fit its config.json:", self.folder.display())?;
+        let mut separator = " ";
+        if !self.missing.is_empty() {
+            write!(out, "{separator}missing {}", listed(&self.missing))?;
+            separator = "; ";
+        }
+        if !self.unexpected.is_empty() {
+            write!(out, "{separator}unexpected {}", listed(&self.unexpected))?;
+            separator = "; ";
+        }
+        if !self.wrong.is_empty() {
+            let wrong: Vec<_> = self.wrong.iter().map(ToString::to_string).collect();
+            write!(out, "{separator}{}", listed(&wrong))?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for WrongTensor {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, file, expected, actual } = self;
+        write!(out, "{name} in {file} is {actual}, expected {expected}")
+    }
+}
+
+impl Checkpoint {
+    /// Exactly the tensors that a stage with `layers` needs: its layers; the embedding for the first stage, and for the last
+    /// when the embeddings are tied; norm and head for the last.
+    ///
+    /// Errs when `layers` is empty or outside the model, and lists every tensor that is missing, of the wrong shape or type,
+    /// or of no use (of those that belong to these layers or to no layer).
+    pub fn shard_tensors(&self, layers: LayerRange) -> Result<ShardTensors, CheckpointError> {
+        let count = self.spec().layer_count();
+        let mut problems = TensorsError {
+            folder: self.folder().into(),
+            layers,
+            missing: Vec::new(),
+            unexpected: Vec::new(),
+            wrong: Vec::new(),
+        };
+        if layers.is_empty() || layers.end > count {
+            problems.missing.push(format!("layers {layers} of a model of {count}"));
+            return Err(problems.into());
+        }
+        let mut shard = ShardTensors { layers, modules: Vec::new(), tensors: BTreeMap::new() };
+        for module in self.spec().modules(layers) {
+            let Some((quantization, expected)) = self.expected(&module, &mut problems) else { continue };
+            for tensor in expected {
+                let Some(entry) = self.tensor(&tensor.name) else {
+                    problems.missing.push(tensor.name);
+                    continue;
+                };
+                if !fits(&tensor, entry) {
+                    problems
+                        .wrong
+                        .push(WrongTensor::new(entry, format!("{} {:?}", tensor.elements, tensor.shape)));
+                    continue;
+                }
+                shard.tensors.insert(tensor.name, entry.clone());
+            }
+            shard.modules.push(ShardModule { module, quantization });
+        }
+        problems.unexpected = self.unexpected(layers, &shard, &problems);
+        if problems.missing.is_empty() && problems.unexpected.is_empty() && problems.wrong.is_empty() {
+            return Ok(shard);
+        }
+        Err(problems.into())
+    }
+
+    /// How a module is packed and what it is stored as; None, with the problem noted, when that cannot be told.
+    fn expected(
+        &self,
+        module: &Module,
+        problems: &mut TensorsError,
+    ) -> Option<(Option<QuantSetting>, Vec<ExpectedTensor>)> {
+        let setting = match self.setting(module) {
+            Ok(setting) => setting,
+            Err(wrong) => {
+                problems.wrong.push(wrong);
+                return None;
+            }
+        };
+        let tensors = module.tensors(setting);
+        if tensors.is_none()
+            && let (Some(setting), Some((rows, columns))) = (setting, module.matrix())
+        {
+            problems.wrong.push(WrongTensor {
+                name: format!("{}.weight", module.path),
+                file: "config.json".into(),
+                expected: format!("rows of whole words and groups for [{rows}, {columns}]"),
+                actual: setting.to_string(),
+            });
+        }
+        tensors.map(|tensors| (setting, tensors))
+    }
+
+    /// How a module's weight is packed: what the config says of it, else what the shapes of its scales say, as in mlx-lm.
+    fn setting(&self, module: &Module) -> Result<Option<QuantSetting>, WrongTensor> {
+        let quantization = &self.spec().quantization;
+        let (Some((_, columns)), Some(default)) = (module.matrix(), quantization.default) else {
+            return Ok(None);
+        };
+        match quantization.per_path.get(&module.path) {
+            Some(PerPath::Off) => return Ok(None),
+            Some(PerPath::Setting(setting)) => return Ok(Some(*setting)),
+            None => {}
+        }
+        let Some(scales) = self.tensor(&format!("{}.scales", module.path)) else { return Ok(None) };
+        let Some(weight) = self.tensor(&format!("{}.weight", module.path)) else {
+            return Ok(Some(default)); // the weight will be reported as missing
+        };
+        let width = |entry: &TensorEntry| entry.shape.last().copied().unwrap_or(0);
+        match QuantSetting::infer(columns, width(weight), width(scales), scales.dtype) {
+            Some(setting) => Ok(Some(setting)),
+            None => Err(WrongTensor {
+                actual: format!("{} with scales {} {:?}", described(weight), scales.dtype, scales.shape),
+                ..WrongTensor::new(weight, format!("weights of {columns} columns packed as MLX can"))
+            }),
+        }
+    }
+
+    /// Tensors that nothing needs. Those of other layers, and of the other end of the model, are other stages' business.
+    fn unexpected(&self, layers: LayerRange, shard: &ShardTensors, problems: &TensorsError) -> Vec<String> {
+        let count = self.spec().layer_count();
+        let paths = |layers| self.spec().modules(layers).into_iter().map(|module| module.path);
+        let here: HashSet<String> = paths(layers).collect();
+        let ends: HashSet<String> =
+            paths(LayerRange::new(0, 0)).chain(paths(LayerRange::new(count, count))).collect();
+        // One complaint about a module is enough.
+        let wrong: HashSet<&str> = problems.wrong.iter().map(|wrong| module_of(&wrong.name)).collect();
+        self.tensors()
+            .filter(|(name, entry)| {
+                let path = module_of(name);
+                let ours = match names::layer_of(name) {
+                    Some(layer) => layers.contains(layer) || layer >= count,
+                    None => here.contains(path) || !ends.contains(path),
+                };
+                ours && !shard.tensors.contains_key(*name)
+                    && !wrong.contains(path)
+                    && !wrong.contains(module_of(&entry.stored_name))
+            })
+            .map(|(name, entry)| format!("{name} in {}", entry.file_name()))
+            .collect()
+    }
+}
+
+/// The path of the module that a tensor belongs to.
+fn module_of(tensor: &str) -> &str {
+    tensor.rsplit_once('.').map_or(tensor, |(path, _)| path)
+}
+
+impl WrongTensor {
+    fn new(entry: &TensorEntry, expected: String) -> Self {
+        Self { name: entry.stored_name.clone(), file: entry.file_name(), expected, actual: described(entry) }
+    }
+}
+
+fn described(entry: &TensorEntry) -> String {
+    format!("{} {:?}", entry.dtype, entry.shape)
+}
+
+fn fits(expected: &ExpectedTensor, entry: &TensorEntry) -> bool {
+    let elements = match expected.elements {
+        Elements::Floating => entry.dtype.compute().is_some(),
+        Elements::Packed => entry.dtype == TensorDtype::U32,
+        Elements::ByteScales => entry.dtype == TensorDtype::U8,
+    };
+    elements && expected.shape == entry.shape
+}
+
+impl fmt::Display for Elements {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(match self {
+            Self::Floating => "F32, F16 or BF16",
+            Self::Packed => "U32",
+            Self::ByteScales => "U8",
+        })
+    }
+}

@@ -11,4 +11,5 @@
 mod node_id;
 pub mod placement;
 pub mod requests;
+pub mod scheduler;
 pub use node_id::NodeId;

@@ -1,6 +1,7 @@
 //! Placement against brute force, and its promises on random models and clusters.
 
-use mlxnode_compute::{ByteCount, LayerRange};
+use mlxnode_checkpoint::ModelProfile;
+use mlxnode_compute::{ByteCount, Dtype, LayerRange};
 use mlxnode_coordinator::NodeId;
 use mlxnode_coordinator::placement::{
     LayerCost, ModelCost, Offer, Plan, Refusal, Shortage, WORKER_RESERVE, Wish, plan,
@@ -36,7 +37,11 @@ fn model(layers_mib: &[u64]) -> ModelCost {
         architecture: "llama".into(),
         layers: layers_mib
             .iter()
-            .map(|mib| LayerCost { weights: ByteCount(mib * MIB), kv_per_token: ByteCount(0) })
+            .map(|mib| LayerCost {
+                weights: ByteCount(mib * MIB),
+                kv_per_token: ByteCount(0),
+                kv_window: None,
+            })
             .collect(),
         embedding: ByteCount(10 * MIB),
         head: ByteCount(10 * MIB),
@@ -123,6 +128,29 @@ fn kv_memory_is_reserved_for_every_sequence() {
     let wish = Wish { context_tokens: Some(2048), concurrent_sequences: Some(3), ..Wish::default() };
     let plan = plan(&model, &offers(&[500]), &wish).unwrap();
     assert_eq!(plan.kv(), ByteCount(4 * 2048 * 3 * 1024));
+}
+
+#[test]
+fn a_profile_becomes_a_cost() {
+    let profile = ModelProfile {
+        architecture: "qwen2".into(),
+        layer_bytes: vec![ByteCount(50), ByteCount(60)],
+        kv_bytes: vec![ByteCount(4), ByteCount(4)],
+        kv_windows: vec![None, Some(32)],
+        embedding_bytes: ByteCount(45),
+        head_bytes: ByteCount(47),
+        tied_embeddings: true,
+        hidden: 8,
+        vocabulary: 10,
+        context: None,
+        dtype: Dtype::BF16,
+    };
+    let cost = ModelCost::from(&profile);
+    assert_eq!(cost.weight_bits, Some(4.5));
+    assert_eq!(cost.layers[1].kv(100, 2), ByteCount(4 * 32 * 2));
+    let whole = plan(&cost, &offers(&[500]), &Wish::default()).unwrap();
+    assert_eq!(whole.weights(), profile.total_bytes());
+    assert_eq!(whole.context_tokens, 4096);
 }
 
 #[test]
@@ -229,8 +257,12 @@ struct Case {
 }
 
 fn cases() -> impl Strategy<Value = Case> {
-    let layer = (1u64..40, 0u64..2000)
-        .prop_map(|(mib, kv)| LayerCost { weights: ByteCount(mib * MIB), kv_per_token: ByteCount(kv) });
+    let window = proptest::option::weighted(0.2, 1usize..8192);
+    let layer = (1u64..40, 0u64..2000, window).prop_map(|(mib, kv, kv_window)| LayerCost {
+        weights: ByteCount(mib * MIB),
+        kv_per_token: ByteCount(kv),
+        kv_window,
+    });
     let offer = (40u64..260, proptest::option::weighted(0.7, 50u64..800));
     (
         proptest::collection::vec(layer, 1..7),
@@ -272,10 +304,12 @@ fn offer_of(number: usize, free: u64) -> Offer {
 
 /// Written from the definition, apart from the implementation: bytes of a stage.
 fn stage_bytes(case: &Case, layers: LayerRange) -> u64 {
-    let tokens = (case.wish.context_tokens.unwrap() * case.wish.concurrent_sequences.unwrap()) as u64;
+    let context = case.wish.context_tokens.unwrap();
+    let sequences = case.wish.concurrent_sequences.unwrap() as u64;
     let mut bytes = WORKER_RESERVE.0;
     for layer in &case.model.layers[layers.start..layers.end] {
-        bytes += layer.weights.0 + layer.kv_per_token.0 * tokens;
+        bytes += layer.weights.0
+            + layer.kv_per_token.0 * sequences * context.min(layer.kv_window.unwrap_or(context)) as u64;
     }
     let is_last = layers.end == case.model.layers.len();
     match (layers.start == 0, is_last) {

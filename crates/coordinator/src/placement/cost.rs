@@ -1,6 +1,10 @@
 //! What a model costs to hold and to run, layer by layer.
 
+use mlxnode_checkpoint::ModelProfile;
 use mlxnode_compute::ByteCount;
+
+/// Longest context when the model does not say: longer than any model of today is made for.
+const UNSTATED_CONTEXT: usize = 1 << 20;
 
 /// A model as placement sees it.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,6 +32,41 @@ pub struct LayerCost {
     pub weights: ByteCount,
     /// Bytes of KV cache for each token of each sequence.
     pub kv_per_token: ByteCount,
+    /// Most tokens of a sequence that the cache keeps, for a layer with a sliding window.
+    pub kv_window: Option<usize>,
+}
+
+impl LayerCost {
+    /// Bytes of KV cache for `sequences` sequences of `context_tokens` tokens.
+    pub fn kv(&self, context_tokens: usize, sequences: usize) -> ByteCount {
+        let kept = self.kv_window.map_or(context_tokens, |window| window.min(context_tokens));
+        let tokens = (kept as u64).saturating_mul(sequences as u64);
+        ByteCount(self.kv_per_token.0.saturating_mul(tokens))
+    }
+}
+
+impl From<&ModelProfile> for ModelCost {
+    fn from(profile: &ModelProfile) -> Self {
+        let layers = (0..profile.layer_count())
+            .map(|layer| LayerCost {
+                weights: profile.layer_bytes[layer],
+                kv_per_token: profile.kv_bytes_per_token(layer),
+                kv_window: profile.kv_windows.get(layer).copied().flatten(),
+            })
+            .collect();
+        // How the weights are stored shows in the embedding, whose shape is known: 16 bits, or 4.5 when quantized to 4.
+        let embedding_weights = profile.vocabulary.saturating_mul(profile.hidden);
+        let bits = profile.embedding_bytes.0 as f64 * 8.0 / embedding_weights.max(1) as f64;
+        Self {
+            architecture: profile.architecture.clone(),
+            layers,
+            embedding: profile.embedding_bytes,
+            head: profile.head_bytes,
+            shared: if profile.tied_embeddings { profile.embedding_bytes } else { ByteCount(0) },
+            context_tokens: profile.context.unwrap_or(UNSTATED_CONTEXT),
+            weight_bits: (bits > 0.0).then_some(bits),
+        }
+    }
 }
 
 impl ModelCost {

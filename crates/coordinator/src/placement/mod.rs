@@ -176,7 +176,7 @@ pub fn plan(model: &ModelCost, offers: &[Offer], wish: &Wish) -> Result<Plan, Re
         return Err(Refusal::NoNodes);
     }
     let slots = slots(&candidates, wish.stages)?;
-    let problem = Problem::new(model, sizes.context_tokens * sizes.sequences, slots);
+    let problem = Problem::new(model, sizes.context_tokens, sizes.sequences, slots);
     let fewest = problem.fewest_stages();
     let stages = wish.stages.or(fewest);
     let best = stages.and_then(|stages| problem.best(stages));

@@ -160,7 +160,7 @@ pub(super) fn shortage(
 
 fn advice(model: &ModelCost, problem: &Problem, sizes: &Sizes, stages: Option<usize>) -> Advice {
     let fits = |model: &ModelCost, context: usize, sequences: usize, slots: &[Slot]| {
-        let problem = Problem::new(model, context * sequences, slots.to_vec());
+        let problem = Problem::new(model, context, sequences, slots.to_vec());
         match stages {
             Some(stages) => problem.fits(stages),
             None => problem.fewest_stages().is_some(),

@@ -47,15 +47,14 @@ type Picoseconds = u64;
 const LONGEST: f64 = 1e17;
 
 impl Problem {
-    /// `kv_tokens` is the number of tokens whose keys and values are reserved, over all sequences.
-    pub(super) fn new(model: &ModelCost, kv_tokens: usize, slots: Vec<Slot>) -> Self {
-        let kv_tokens = kv_tokens as u64;
+    /// Keys and values are reserved for `sequences` sequences of `context_tokens` tokens.
+    pub(super) fn new(model: &ModelCost, context_tokens: usize, sequences: usize, slots: Vec<Slot>) -> Self {
         let mut weight_sums = vec![0];
         let mut kv_sums = vec![0];
         let (mut weights, mut kv) = (0u64, 0u64);
         for layer in &model.layers {
             weights = weights.saturating_add(layer.weights.0);
-            kv = kv.saturating_add(layer.kv_per_token.0.saturating_mul(kv_tokens));
+            kv = kv.saturating_add(layer.kv(context_tokens, sequences).0);
             weight_sums.push(weights);
             kv_sums.push(kv);
         }

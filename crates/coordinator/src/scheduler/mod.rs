@@ -1,0 +1,138 @@
+//! Requests into steps: one scheduler for each replica, on the node of its first stage.
+//!
+//! [`Scheduler`] decides (a plain struct: events and `now` in, [`Effect`]s out): who waits, who runs, when a request ends. The
+//! task behind [`SchedulerHandle`] moves the messages between the fronts, the machine and the replica's first worker.
+//!
+//! ```text
+//! front ── run() ──▶ SchedulerHandle ──▶ task ── DriveCommand ──▶ worker of the first stage
+//!       ◀─ RunStream ──────────────────── task ◀── DriveEvent ─── (tokens come back from the last stage)
+//! ```
+//!
+//! The workers do the steps: prefill chunks, micro-batches and the ring are theirs. The scheduler bounds how many sequences
+//! they have at once, so that the reserved KV memory is never exceeded.
+
+mod machine;
+mod stream;
+mod task;
+
+pub use machine::{Effect, Limits, RequestId, Scheduler};
+pub use stream::{RunRequest, RunStream};
+pub use task::{Drive, Ended, SchedulerHandle, SchedulerTask, start};
+
+use mlxnode_compute::{Sampled, SequenceEnd, SequenceId, SequenceSpec};
+
+/// What the scheduler tells the first worker.
+#[derive(Clone, Debug, PartialEq)]
+pub enum DriveCommand {
+    /// Run a sequence.
+    Open {
+        /// Its name.
+        sequence: SequenceId,
+        /// At least one token.
+        prompt: Vec<u32>,
+        /// `prompt_tokens` is the prompt's length.
+        spec: SequenceSpec,
+    },
+    /// Stop working on a sequence; answered by [`DriveEvent::Closed`].
+    Cancel {
+        /// Its name.
+        sequence: SequenceId,
+    },
+}
+
+/// What the first worker tells the scheduler. For each sequence: at most one `Started`, tokens in order, then `Closed` or `Failed`
+/// (which `Closed` may follow).
+#[derive(Clone, Debug, PartialEq)]
+pub enum DriveEvent {
+    /// The first chunk of the prompt entered the pipeline.
+    Started {
+        /// Whose.
+        sequence: SequenceId,
+    },
+    /// A token was sampled.
+    Token {
+        /// Whose.
+        sequence: SequenceId,
+        /// Where it stands; the first one at the prompt's length.
+        position: usize,
+        /// The token and its log-probabilities.
+        sampled: Sampled,
+        /// Set on the last one.
+        end: Option<SequenceEnd>,
+    },
+    /// The sequence's memory is free again.
+    Closed {
+        /// Whose.
+        sequence: SequenceId,
+    },
+    /// A stage could not go on with this sequence.
+    Failed {
+        /// Whose.
+        sequence: SequenceId,
+        /// Why, in a sentence.
+        reason: String,
+    },
+}
+
+/// What a front hears of its request.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RunEvent {
+    /// The first step starts now.
+    Started,
+    /// The next token. The one with `end` is the last event.
+    Token {
+        /// Where it stands in the sequence; the first one at the prompt's length.
+        position: usize,
+        /// The token and its log-probabilities.
+        sampled: Sampled,
+        /// Why there is no further one.
+        end: Option<SequenceEnd>,
+    },
+}
+
+/// Why a request ended without its last token.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RunError {
+    /// Too many requests wait already.
+    #[error("the queue is full: {queued} requests wait; try again in a moment")]
+    QueueFull {
+        /// How many wait.
+        queued: usize,
+    },
+    /// Prompt and answer do not fit the context.
+    #[error("{tokens} tokens (prompt and answer) do not fit the context of {context}")]
+    TooLong {
+        /// Prompt plus `max_tokens`.
+        tokens: usize,
+        /// What the deployment allows.
+        context: usize,
+    },
+    /// The request makes no sense; [`crate::requests::ValidRequest`] never lets such a one through.
+    #[error("{0}")]
+    Invalid(String),
+    /// Its time is up.
+    #[error("the deadline passed")]
+    DeadlineExceeded,
+    /// The front went away or asked for it.
+    #[error("the request was cancelled")]
+    Cancelled,
+    /// The replica is gone. The request may be tried again once the deployment is ready.
+    #[error("a stage of the model was lost: {0}")]
+    Unavailable(String),
+    /// This sequence failed; others go on.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// How busy a scheduler is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Statistics {
+    /// Requests that are generating.
+    pub active: usize,
+    /// Requests that wait.
+    pub queued: usize,
+    /// Sequences that hold memory in the workers; more than `active` while some are being closed.
+    pub open_sequences: usize,
+    /// KV tokens that these reserve.
+    pub reserved_tokens: usize,
+}

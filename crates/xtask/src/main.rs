@@ -1,3 +1,119 @@
-//! What a developer runs: set-up, demo, test, bench, checks.
+//! What a developer runs: `cargo xtask setup | demo | test | lint | build | install | dist | doc | …`.
+//!
+//! One file per command. Every command that needs MLX sets it up first (`setup`), so on a fresh clone `cargo xtask demo`
+//! and `cargo xtask test` are all one has to know. Facts go to stdout, progress and hints to stderr.
 
-fn main() {}
+mod bench;
+mod bindings;
+mod build;
+mod check_macos;
+mod command;
+mod demo;
+mod doc;
+mod install;
+mod lint;
+mod places;
+mod setup;
+mod test;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use places::Places;
+use std::path::PathBuf;
+
+/// What a developer runs in this repository. The first call on a machine fetches and builds MLX (about two minutes).
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Xtask {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Get MLX ready for this machine. Every other command does this by itself
+    Setup {
+        /// Do it all again, even when it is complete
+        #[arg(long)]
+        again: bool,
+    },
+    /// Two nodes on this machine pair, split the demo model, and answer a question
+    Demo {
+        /// Build with optimizations first
+        #[arg(long)]
+        release: bool,
+    },
+    /// Run the tests; arguments go to cargo nextest, or to cargo test where that is not installed
+    Test {
+        /// For example: -E 'package(mlxnode-engine)', or the part of a test's name
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Check format, lints, documentation, licences and the macOS build; all of it, then fail if anything failed
+    Lint {
+        /// Leave the type-check for macOS out
+        #[arg(long)]
+        without_macos: bool,
+    },
+    /// Type-check the code as it is on macOS, on a Debian machine
+    CheckMacos {
+        /// Lint it with clippy as well
+        #[arg(long)]
+        clippy: bool,
+        /// Arguments of cargo check instead of: --workspace --all-targets
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Build mlxnode
+    Build {
+        /// With optimizations
+        #[arg(long)]
+        release: bool,
+    },
+    /// Build mlxnode with optimizations and install it with the MLX library it needs
+    Install {
+        /// Folder that gets bin/mlxnode and lib/mlxnode
+        #[arg(long, value_name = "DIR")]
+        prefix: Option<PathBuf>,
+    },
+    /// Make a release folder that runs from any place, and a .tar.gz of it
+    Dist {
+        /// Folder to put them in [default: target/dist]
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+    },
+    /// Build the documentation of all crates
+    Doc {
+        /// And show it in the browser
+        #[arg(long)]
+        open: bool,
+    },
+    /// Get the Python environment with mlx-lm ready that the tests compare with, and print its interpreter
+    Oracle,
+    /// Generate crates/mlx/bindings anew, after a change of mlx-sys's version
+    Bindings,
+}
+
+fn main() -> Result<()> {
+    let xtask = Xtask::parse();
+    let places = Places::find()?;
+    match xtask.task {
+        Task::Setup { again } => setup::run(&places, again),
+        Task::Demo { release } => demo::run(&places, release),
+        Task::Test { arguments } => test::run(&places, &arguments),
+        Task::Lint { without_macos } => lint::run(&places, without_macos),
+        Task::CheckMacos { clippy, arguments } => check_macos::run(&places, clippy, &arguments),
+        Task::Build { release } => build::run(&places, release),
+        Task::Install { prefix } => install::run(&places, prefix),
+        Task::Dist { out } => install::dist(&places, out),
+        Task::Doc { open } => doc::run(&places, open),
+        Task::Oracle => setup::oracle::run(&places),
+        Task::Bindings => bindings::run(&places),
+    }
+}
+
+/// Prints a fact: the only way to stdout.
+#[expect(clippy::print_stdout, reason = "the one place of this program that writes to stdout")]
+fn print(fact: impl std::fmt::Display) {
+    println!("{fact}");
+}

@@ -1,0 +1,1 @@
+//! The place of `cargo xtask bench`: release build against mlx-lm, interleaved, one file per measurement.

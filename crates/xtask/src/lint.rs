@@ -1,0 +1,90 @@
+//! `cargo xtask lint`: everything that is checked without running the code. Each step says how long it took.
+
+use crate::places::Places;
+use crate::setup::pins::CARGO_DENY_VERSION;
+use crate::{check_macos, command, setup};
+use anyhow::{Result, bail};
+use std::net::{TcpStream, ToSocketAddrs as _};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// Runs every step, also after one failed, so that one run shows all there is to mend.
+pub(crate) fn run(places: &Places, without_macos: bool) -> Result<()> {
+    setup::ensure(places)?;
+    let cargo = |arguments: &[&str]| {
+        let mut cargo = command::cargo(&places.repository);
+        cargo.args(arguments);
+        cargo
+    };
+    let mut failed = Vec::new();
+    let mut step = |name: &'static str, work: &dyn Fn() -> Result<()>| {
+        eprintln!("lint: {name}");
+        let start = Instant::now();
+        let result = work();
+        let verdict = if result.is_ok() { "ok" } else { "FAILED" };
+        crate::print(format_args!("{name:<16} {verdict:<7} {:>7.1} s", start.elapsed().as_secs_f64()));
+        if let Err(error) = result {
+            eprintln!("{error:#}");
+            failed.push(name);
+        }
+    };
+    step("format", &|| command::run(&mut cargo(&["fmt", "--all", "--check"])));
+    step("clippy", &|| {
+        command::run(&mut cargo(&[
+            "clippy", "--locked", "--workspace", "--all-targets", "--", "--deny", "warnings",
+        ]))
+    });
+    step("documentation", &|| {
+        command::run(
+            cargo(&["doc", "--locked", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "--deny warnings"),
+        )
+    });
+    step("dependencies", &|| check_dependencies(places));
+    if !without_macos && check_macos::is_possible() {
+        step("macOS", &|| check_macos::run(places, true, &[]));
+    }
+    if failed.is_empty() { Ok(()) } else { bail!("failed: {}", failed.join(", ")) }
+}
+
+/// Licences, bans and sources always; known vulnerabilities when their database can be reached.
+fn check_dependencies(places: &Places) -> Result<()> {
+    let deny = cargo_deny(places)?;
+    let mut checks = vec!["licenses", "bans", "sources"];
+    if advisories_are_reachable() {
+        checks.insert(0, "advisories");
+    } else {
+        eprintln!("lint: the advisory database cannot be reached; vulnerabilities are not checked this time");
+    }
+    let mut deny = std::process::Command::new(deny);
+    deny.current_dir(&places.repository).args(["--locked", "--workspace", "check", "--hide-inclusion-graph"]);
+    command::run(deny.args(checks))
+}
+
+/// cargo-deny: the one on the search path, else our own in the cache, installed when it is missing.
+fn cargo_deny(places: &Places) -> Result<PathBuf> {
+    if command::exists("cargo-deny") {
+        return Ok("cargo-deny".into());
+    }
+    let root = places.tools().join(format!("cargo-deny-{CARGO_DENY_VERSION}"));
+    let program = root.join("bin/cargo-deny");
+    let _lock = setup::lock(&places.cache.join("tools.lock"), "installation of cargo-deny")?;
+    if !program.is_file() {
+        eprintln!("lint: installing cargo-deny {CARGO_DENY_VERSION} (once, a few minutes)");
+        // --debug: it builds in half the time, and checks our dependencies in a second all the same.
+        command::run(
+            command::cargo(&places.cache)
+                .args(["install", "--quiet", "--locked", "--debug", "--version", CARGO_DENY_VERSION, "--root"])
+                .arg(&root)
+                .arg("cargo-deny"),
+        )?;
+    }
+    Ok(program)
+}
+
+/// The database is a git repository there; deny.toml names it.
+fn advisories_are_reachable() -> bool {
+    let patience = Duration::from_secs(3);
+    ("github.com", 443)
+        .to_socket_addrs()
+        .is_ok_and(|mut addresses| addresses.any(|address| TcpStream::connect_timeout(&address, patience).is_ok()))
+}

@@ -1,3 +1,24 @@
 //! The command line; one file per command, output in one place.
+//!
+//! `main` reads like the way of a command: parse the words, set up logging, run the command, say what went wrong.
+//! Data goes to stdout through [`output`]; progress, hints and errors go to stderr.
 
-fn main() {}
+mod arguments;
+mod commands;
+mod connection;
+mod error;
+mod logging;
+mod output;
+mod wire;
+
+use clap::Parser as _;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let arguments = arguments::Arguments::parse();
+    logging::start(&arguments.global);
+    match commands::run(arguments) {
+        Ok(code) => code,
+        Err(error) => error::report(&error),
+    }
+}

@@ -1,0 +1,202 @@
+//! The front of a request: the node a client is connected to owns it.
+//!
+//! It finds the deployment, turns text into tokens, checks every parameter, runs the sequence on the replica's scheduler
+//! wherever that is, and turns tokens back into text. It keeps prompt, parameters and seed, so that nothing has to be asked
+//! again. Dropping the answer's stream cancels the work.
+
+mod answer;
+mod model_text;
+mod output;
+mod replicas;
+
+pub use answer::{Answer, AnswerEvent, Summary};
+pub use model_text::ModelText;
+pub use output::{End, Output, Piece};
+pub use replicas::{Replicas, RunStream};
+
+use crate::deployments::{Deployment, DeploymentState, DeploymentsView};
+use mlxnode_compute::ByteCount;
+use mlxnode_coordinator::requests::{ModelLimits, Parameters, RequestError, ValidRequest};
+use mlxnode_coordinator::scheduler::{RunError, RunRequest};
+use mlxnode_text::{ChatRequest, TextError};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::watch;
+
+/// A figure in an answer's last message is worth less than the message itself.
+const MEMORY_PATIENCE: Duration = Duration::from_millis(500);
+
+/// What a client asks for.
+#[derive(Clone, Debug)]
+pub struct GenerationRequest {
+    /// A deployment's name; empty for the only one.
+    pub model: String,
+    /// What to continue.
+    pub input: Input,
+    /// How.
+    pub parameters: Parameters,
+    /// Tokens, as text or number, that end the generation besides the model's own.
+    pub extra_eos: Vec<String>,
+    /// When the client stops waiting.
+    pub deadline: Option<Instant>,
+}
+
+/// What a generation continues.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// Text as it is.
+    Prompt(String),
+    /// A conversation for the model's chat template.
+    Chat(ChatRequest),
+    /// Token ids as they are.
+    Tokens(Vec<u32>),
+}
+
+/// Why a request is refused or ends early.
+#[derive(Debug, thiserror::Error)]
+pub enum FrontError {
+    /// Nobody loaded it.
+    #[error("no model named {model:?} is loaded; {loaded}")]
+    UnknownModel {
+        /// What was asked for.
+        model: String,
+        /// A sentence on what there is.
+        loaded: String,
+    },
+    /// Several are loaded and the request names none.
+    #[error("several models are loaded ({0}); name one of them")]
+    AmbiguousModel(String),
+    /// It is there but cannot answer now.
+    #[error("the model {model:?} is {state}{detail}")]
+    NotReady {
+        /// Deployment.
+        model: String,
+        /// What it is doing.
+        state: &'static str,
+        /// Why, when that is known; begins with ": ".
+        detail: String,
+    },
+    /// A parameter is out of its range.
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    /// Tokenizer or chat template.
+    #[error(transparent)]
+    Text(#[from] TextError),
+    /// The replica refused or lost the sequence.
+    #[error(transparent)]
+    Run(#[from] RunError),
+}
+
+/// Everything that a node needs to be a front. Cheap to clone.
+#[derive(Clone)]
+pub struct Front {
+    deployments: watch::Receiver<DeploymentsView>,
+    replicas: Arc<dyn Replicas>,
+    /// By deployment, with the epoch for which they were read: a reload may bring another tokenizer.
+    texts: Arc<Mutex<HashMap<String, (u64, Arc<ModelText>)>>>,
+}
+
+impl Front {
+    /// A front over this view of the deployments.
+    pub fn new(deployments: watch::Receiver<DeploymentsView>, replicas: Arc<dyn Replicas>) -> Self {
+        Self { deployments, replicas, texts: Arc::default() }
+    }
+
+    /// The deployment that a request means.
+    ///
+    /// # Errors
+    /// When there is none of that name, or several and the request names none.
+    pub fn deployment(&self, model: &str) -> Result<Deployment, FrontError> {
+        let view = self.deployments.borrow();
+        let found = match model {
+            "" if view.deployments.len() > 1 => {
+                return Err(FrontError::AmbiguousModel(names(&view.deployments)));
+            }
+            "" => view.deployments.first(),
+            name => view.deployments.iter().find(|deployment| deployment.name == name),
+        };
+        let loaded = match view.deployments.is_empty() {
+            true => "nothing is; load a model with `mlxnode load MODEL`".to_owned(),
+            false => format!("loaded: {}", names(&view.deployments)),
+        };
+        found.cloned().ok_or_else(|| FrontError::UnknownModel { model: model.to_owned(), loaded })
+    }
+
+    /// Tokenizer and template of a deployment, read once for each epoch.
+    ///
+    /// # Errors
+    /// When the node of the first stage cannot be reached, or its files are no tokenizer.
+    pub async fn model_text(&self, deployment: &Deployment) -> Result<Arc<ModelText>, FrontError> {
+        let held = self.lock_texts().get(&deployment.name).cloned();
+        if let Some((epoch, text)) = held
+            && epoch == deployment.epoch
+        {
+            return Ok(text);
+        }
+        let files = self.replicas.text_files(deployment).await?;
+        // Building a tokenizer of a hundred thousand merges takes long enough to keep other requests waiting.
+        let text = tokio::task::spawn_blocking(move || ModelText::new(&files))
+            .await
+            .map_err(|error| RunError::Failed(format!("reading the tokenizer failed: {error}")))??;
+        let text = Arc::new(text);
+        let mut texts = self.lock_texts();
+        let loaded = self.deployments.borrow();
+        texts.retain(|name, _| loaded.deployments.iter().any(|deployment| deployment.name == *name));
+        texts.insert(deployment.name.clone(), (deployment.epoch, Arc::clone(&text)));
+        Ok(text)
+    }
+
+    /// Starts a generation. The answer is a stream; dropping it cancels the work within one step.
+    ///
+    /// # Errors
+    /// Everything that can be known before the first step.
+    pub async fn generate(&self, request: GenerationRequest) -> Result<Answer, FrontError> {
+        let deployment = self.deployment(&request.model)?;
+        if deployment.state != DeploymentState::Ready {
+            return Err(FrontError::NotReady {
+                model: deployment.name,
+                state: deployment.state.name(),
+                detail: if deployment.detail.is_empty() { String::new() } else { format!(": {}", deployment.detail) },
+            });
+        }
+        let text = self.model_text(&deployment).await?;
+        let prompt = text.tokenize(&request.input)?;
+        let mut parameters = request.parameters;
+        for token in &request.extra_eos {
+            parameters.extra_stop_tokens.push(text.tokenizer.parse_token(token)?);
+        }
+        let limits = ModelLimits {
+            vocabulary: text.vocabulary,
+            context_tokens: deployment.context_tokens,
+            eos_tokens: text.tokenizer.eos_tokens().iter().copied().collect(),
+            xtc_special_tokens: text.tokenizer.xtc_special_tokens()?,
+        };
+        let valid = ValidRequest::new(prompt, parameters, &limits, fresh_seed())?;
+        let output = Output::new(&text, valid.stop.clone())?;
+        let (seed, prompt_tokens) = (valid.seed(), valid.prompt.len());
+        let run = RunRequest { prompt: valid.prompt, spec: valid.spec, deadline: request.deadline };
+        let stream = self.replicas.run(&deployment, run).await?;
+        Ok(Answer::new(deployment, stream, output, prompt_tokens, seed))
+    }
+
+    /// The largest memory that any stage's MLX held since it was loaded; 0 when no stage says so in time.
+    pub async fn peak_memory(&self, deployment: &Deployment) -> ByteCount {
+        let asked = self.replicas.peak_memory(deployment);
+        tokio::time::timeout(MEMORY_PATIENCE, asked).await.unwrap_or_default()
+    }
+
+    fn lock_texts(&self) -> std::sync::MutexGuard<'_, HashMap<String, (u64, Arc<ModelText>)>> {
+        self.texts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// 63 random bits: a seed that survives every JSON parser's numbers would need 53, but gRPC carries all.
+fn fresh_seed() -> u64 {
+    use std::hash::{BuildHasher as _, RandomState};
+    RandomState::new().hash_one(Instant::now()) >> 1
+}
+
+fn names(deployments: &[Deployment]) -> String {
+    deployments.iter().map(|deployment| deployment.name.as_str()).collect::<Vec<_>>().join(", ")
+}

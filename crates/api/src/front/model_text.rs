@@ -1,0 +1,52 @@
+//! Tokenizer and chat template of one model, ready for use.
+
+use crate::front::{FrontError, Input};
+use mlxnode_text::{ChatRequest, ChatTemplate, TextError, TextFiles, Tokenizer};
+
+/// What turns text into a model's tokens and back.
+pub struct ModelText {
+    /// The tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Number of token ids that the model knows: `vocab_size` of its configuration.
+    pub vocabulary: usize,
+    template: Option<ChatTemplate>,
+}
+
+impl ModelText {
+    /// Reads the files.
+    ///
+    /// # Errors
+    /// When a file is missing or is not what its name says.
+    pub fn new(files: &TextFiles) -> Result<Self, TextError> {
+        let tokenizer = Tokenizer::from_files(files)?;
+        let config: Option<serde_json::Value> =
+            files.get("config.json").and_then(|bytes| serde_json::from_slice(bytes).ok());
+        let declared = config
+            .as_ref()
+            .and_then(|config| config.get("vocab_size").or_else(|| config.get("text_config")?.get("vocab_size")))
+            .and_then(serde_json::Value::as_u64)
+            .and_then(|size| usize::try_from(size).ok());
+        let vocabulary = declared.unwrap_or_else(|| tokenizer.vocabulary_size());
+        Ok(Self { template: ChatTemplate::from_files(files)?, tokenizer, vocabulary })
+    }
+
+    /// Renders a conversation.
+    ///
+    /// # Errors
+    /// When the model has no chat template or the template refuses the conversation.
+    pub fn render(&self, chat: &ChatRequest) -> Result<String, TextError> {
+        self.template.as_ref().ok_or(TextError::NoChatTemplate)?.render(chat)
+    }
+
+    /// The token ids of an input. A rendered conversation holds its special tokens already, so none are added.
+    ///
+    /// # Errors
+    /// As [`ModelText::render`].
+    pub fn tokenize(&self, input: &Input) -> Result<Vec<u32>, FrontError> {
+        Ok(match input {
+            Input::Prompt(text) => self.tokenizer.encode_prompt(text)?,
+            Input::Chat(chat) => self.tokenizer.encode(&self.render(chat)?, false)?,
+            Input::Tokens(ids) => ids.clone(),
+        })
+    }
+}

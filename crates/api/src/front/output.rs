@@ -1,0 +1,67 @@
+//! From sampled tokens to the text that a client sees: detokenized piece by piece, cut at stop strings.
+
+use crate::front::ModelText;
+use mlxnode_compute::{Sampled, SequenceEnd};
+use mlxnode_text::{StopStrings, StreamingDetokenizer, TextError};
+
+/// A piece of an answer.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Piece {
+    /// New text; may be empty.
+    pub text: String,
+    /// The tokens behind it.
+    pub tokens: Vec<Sampled>,
+    /// Set in the last piece.
+    pub end: Option<End>,
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// A stop token or a stop string.
+    Stop,
+    /// No tokens left to generate.
+    Length,
+}
+
+/// The state of one answer's text.
+pub struct Output {
+    detokenizer: StreamingDetokenizer,
+    stops: StopStrings,
+}
+
+impl Output {
+    /// The text of an answer by this model's tokenizer that ends at any of `stop`.
+    ///
+    /// # Errors
+    /// When there are too many stop strings, or one is too long.
+    pub fn new(text: &ModelText, stop: Vec<String>) -> Result<Self, TextError> {
+        Ok(Self { detokenizer: text.tokenizer.detokenizer(), stops: StopStrings::new(stop)? })
+    }
+
+    /// Takes one token. `end` is what the model's last stage said about it; a stop token has no text of its own.
+    pub fn push(&mut self, sampled: Sampled, end: Option<SequenceEnd>) -> Piece {
+        let mut text = String::new();
+        let mut stopped = false;
+        if end != Some(SequenceEnd::Stop) {
+            let step = self.stops.push(&self.detokenizer.push(sampled.token));
+            text = step.text;
+            stopped = step.stopped;
+        }
+        let end = match end {
+            _ if stopped => Some(End::Stop),
+            None => None,
+            Some(end) => {
+                // What the detokenizer and the stop strings still hold back belongs to the answer now.
+                let rest = self.stops.push(&self.detokenizer.finish());
+                text.push_str(&rest.text);
+                if !rest.stopped {
+                    text.push_str(&self.stops.finish());
+                }
+                let by_length = end == SequenceEnd::Length && !rest.stopped;
+                Some(if by_length { End::Length } else { End::Stop })
+            }
+        };
+        Piece { text, tokens: vec![sampled], end }
+    }
+}

@@ -1,0 +1,6 @@
+//! The service `Inference`: text in, text out.
+
+mod service;
+mod wire;
+
+pub use service::InferenceService;

@@ -1,0 +1,34 @@
+//! `mlxnode forget NODE`: removes a node that will not come back.
+
+use crate::arguments::Global;
+use crate::connection::Connection;
+use crate::{output, wire};
+use anyhow::{Context as _, Result};
+use clap::Args;
+use mlxnode_proto::v1::ForgetRequest;
+
+/// Remove a node from the cluster.
+///
+/// For a Mac that is gone or no longer trusted: its key is taken out of the roster, its links are closed within a second, and it needs
+/// a new invite to come back.
+///
+///   mlxnode forget studio
+///   mlxnode forget 3fa9c1d2
+#[derive(Debug, Args)]
+pub struct Forget {
+    /// The node's name, or the first digits of its id.
+    node: String,
+}
+
+impl Forget {
+    pub async fn run(self, global: &Global) -> Result<()> {
+        let connection = Connection::open(global).await?;
+        let request = ForgetRequest { node: self.node };
+        let node = connection.cluster().forget(request).await?.into_inner().node;
+        let node = wire::node(node.context("the node's answer does not say whom it forgot")?);
+        match global.json {
+            true => output::json(&node),
+            false => output::line(&format!("{} ({}) is out of the cluster.", node.name, &node.id[..8.min(node.id.len())])),
+        }
+    }
+}

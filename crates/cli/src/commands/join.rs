@@ -1,0 +1,160 @@
+//! `mlxnode join`: starts a node on this Mac; the first one makes a cluster, the others come by invite.
+
+use crate::arguments::Global;
+use crate::commands::data_dir;
+use crate::output;
+use anyhow::{Context as _, Result, bail};
+use clap::Args;
+use mlxnode_compute::ByteCount;
+use mlxnode_node::{Node, NodeOptions};
+use serde::Serialize;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs as _};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Start a node on this Mac.
+///
+/// The first `join` makes a cluster. On every other Mac, `join --invite CODE` finds the cluster in the local network, pairs and joins;
+/// from then on plain `join` is enough. The node runs until it is interrupted; `mlxnode leave` takes it out of the cluster.
+///
+/// Every connection is encrypted, and only Macs that were invited are let in.
+///
+///   mlxnode join
+///   mlxnode join --invite 7H2K-93QF
+///   mlxnode join --listen 127.0.0.1:0 --data-dir /tmp/second-node
+#[derive(Debug, Args)]
+pub struct Join {
+    /// Code or token from `mlxnode invite` on a Mac that is in the cluster.
+    #[arg(long, value_name = "CODE")]
+    invite: Option<String>,
+    /// Address and port to listen on. Port 0 takes a free one.
+    ///
+    /// The default, all interfaces, is what other Macs need; 127.0.0.1:0 keeps the node to this machine.
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:7420")]
+    listen: String,
+    /// Address of another node, for networks without mDNS; repeat for several.
+    #[arg(long = "peer", value_name = "HOST:PORT")]
+    peers: Vec<String>,
+    /// Do not use mDNS: neither announce this node nor look for others.
+    #[arg(long)]
+    no_discovery: bool,
+    /// Name of this node. Default: the Mac's name.
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Name of a cluster that is made now.
+    #[arg(long, value_name = "NAME", conflicts_with = "invite")]
+    cluster_name: Option<String>,
+    /// Memory that models may use on this Mac, such as 48GB. Default: three quarters of it.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    memory_budget: Option<ByteCount>,
+}
+
+/// What `--json` prints when the node is ready.
+#[derive(Serialize)]
+struct Ready<'a> {
+    node_id: String,
+    name: &'a str,
+    cluster: &'a str,
+    grpc: String,
+    /// There is no HTTP listener yet.
+    http: Option<String>,
+}
+
+impl Join {
+    pub async fn run(self, global: &Global) -> Result<()> {
+        let data_dir = data_dir(global)?;
+        let listen = address(&self.listen)?;
+        let mut options = NodeOptions::new(data_dir.root(), listen);
+        options.name = self.name;
+        options.cluster_name = self.cluster_name;
+        options.invite = self.invite;
+        options.peers = self.peers;
+        options.discovery = !self.no_discovery;
+        options.memory_budget = self.memory_budget;
+        options.worker_command = std::env::current_exe().context("cannot find my own executable for the workers")?;
+        options.hub = crate::models::hub_options();
+        // Installed first, so that a signal during the start is not lost.
+        let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;
+        let mut node = Node::start(options).await?;
+        let ready = Ready {
+            node_id: node.id().to_string(),
+            name: node.name(),
+            cluster: node.cluster_name(),
+            grpc: node.grpc_address(),
+            http: None,
+        };
+        if global.json {
+            output::json(&ready)?;
+        } else {
+            output::line(&format!("Node {} of cluster {} listens on {}.", ready.name, ready.cluster, ready.grpc))?;
+            output::line("Let another Mac in:   mlxnode invite\nSee who is here:      mlxnode status\nStop this node:       Ctrl-C")?;
+        }
+        let ended = tokio::select! {
+            _ = terminate.recv() => Ok(()),
+            _ = interrupt.recv() => Ok(()),
+            ended = node.ended() => ended,
+        };
+        node.shutdown().await;
+        Ok(ended?)
+    }
+}
+
+/// HOST:PORT, :PORT or PORT as an address to bind.
+fn address(text: &str) -> Result<SocketAddr> {
+    let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+    if let Ok(port) = text.trim_start_matches(':').parse::<u16>() {
+        return Ok(SocketAddr::new(any, port));
+    }
+    if let Ok(address) = text.parse() {
+        return Ok(address);
+    }
+    match text.to_socket_addrs().ok().and_then(|mut found| found.next()) {
+        Some(address) => Ok(address),
+        None => bail!("--listen {text:?} is not ADDRESS:PORT, such as 0.0.0.0:7420 or 127.0.0.1:0"),
+    }
+}
+
+/// "48GB", "512 MiB", "1500000000".
+fn size(text: &str) -> Result<ByteCount, String> {
+    let digits = text.find(|character: char| !character.is_ascii_digit() && character != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let factor = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "k" | "kb" => 1e3,
+        "m" | "mb" => 1e6,
+        "g" | "gb" => 1e9,
+        "t" | "tb" => 1e12,
+        "kib" => 1024.0,
+        "mib" => 1024.0 * 1024.0,
+        "gib" => 1024.0 * 1024.0 * 1024.0,
+        "tib" => 1024.0 * 1024.0 * 1024.0 * 1024.0,
+        _ => return Err(format!("{unit:?} is no unit; use MB, GB, MiB or GiB")),
+    };
+    match number.parse::<f64>() {
+        Ok(number) if number * factor >= 1.0 && number * factor < 1e18 => Ok(ByteCount((number * factor) as u64)),
+        _ => Err("a size is a number and a unit, such as 48GB".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_read_as_people_write_them() {
+        let cases = [("48GB", 48_000_000_000), ("1.5 GiB", 1_610_612_736), ("512", 512), ("3MB", 3_000_000)];
+        for (text, bytes) in cases {
+            assert_eq!(size(text), Ok(ByteCount(bytes)), "{text}");
+        }
+        for text in ["", "GB", "-1GB", "12 parsecs", "1e99GB", "0"] {
+            assert!(size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_port_alone_listens_on_all_interfaces() {
+        assert_eq!(address("7420").unwrap(), "0.0.0.0:7420".parse().unwrap());
+        assert_eq!(address(":80").unwrap(), "0.0.0.0:80".parse().unwrap());
+        assert!(address("nowhere").is_err());
+    }
+}

@@ -1,0 +1,92 @@
+//! `mlxnode load MODEL`: puts a model's layers on the nodes.
+
+use crate::arguments::Global;
+use crate::commands::plan::Wish;
+use crate::commands::status;
+use crate::connection::Connection;
+use crate::{output, wire};
+use anyhow::{Context as _, Result};
+use clap::Args;
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use mlxnode_proto::v1::{LoadProgress, LoadRequest};
+use std::collections::HashMap;
+use std::time::Duration;
+
+/// Load a model onto the cluster.
+///
+/// The model goes to one node when it fits there, and is split by layers over as few as it needs when not. `mlxnode plan` shows
+/// the split beforehand.
+///
+///   mlxnode load mlx-community/Qwen3-30B-A3B-4bit
+///   mlxnode load demo --stages 2
+#[derive(Debug, Args)]
+pub struct Load {
+    #[command(flatten)]
+    wish: Wish,
+    /// What requests shall call it. Default: the model's name.
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+}
+
+impl Load {
+    pub async fn run(self, global: &Global) -> Result<()> {
+        let connection = Connection::open(global).await?;
+        let request = LoadRequest { plan: Some(self.wish.request()), name: self.name.unwrap_or_default() };
+        let mut progress = connection.models().load(request).await?.into_inner();
+        let bars = Bars::new(global.quiet);
+        let mut deployment = None;
+        while let Some(message) = progress.message().await? {
+            bars.show(&message);
+            deployment = message.deployment.or(deployment);
+        }
+        bars.clear();
+        let deployment = wire::deployment(deployment.context("the node ended the load without saying how it went")?);
+        match global.json {
+            true => output::json(&deployment),
+            false => status::deployments(&[deployment]),
+        }
+    }
+}
+
+/// A progress bar for each node, on stderr; nothing is drawn when that is no terminal.
+struct Bars {
+    all: MultiProgress,
+    by_node: std::cell::RefCell<HashMap<String, ProgressBar>>,
+}
+
+impl Bars {
+    fn new(quiet: bool) -> Self {
+        let all = MultiProgress::new();
+        if quiet {
+            all.set_draw_target(indicatif::ProgressDrawTarget::hidden());
+        }
+        Self { all, by_node: std::cell::RefCell::default() }
+    }
+
+    fn show(&self, message: &LoadProgress) {
+        let mut bars = self.by_node.borrow_mut();
+        let bar = bars.entry(message.node_name.clone()).or_insert_with(|| {
+            let bar = self.all.add(ProgressBar::new_spinner());
+            bar.enable_steady_tick(Duration::from_millis(120));
+            bar
+        });
+        if message.total_bytes > 0 && bar.length().is_none() {
+            let style = ProgressStyle::with_template("{prefix:>12} {msg:12} {bar:32} {decimal_bytes}/{decimal_total_bytes}");
+            bar.set_style(style.expect("the template is constant"));
+            bar.set_length(message.total_bytes);
+        }
+        bar.set_prefix(message.node_name.clone());
+        let words = [message.phase.as_str(), message.detail.as_str()];
+        bar.set_message(words.iter().filter(|word| !word.is_empty()).copied().collect::<Vec<_>>().join(": "));
+        if message.total_bytes > 0 {
+            bar.set_length(message.total_bytes);
+            bar.set_position(message.done_bytes);
+        }
+    }
+
+    fn clear(&self) {
+        for bar in self.by_node.borrow().values() {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! `mlxnode plan MODEL`: where the layers would go, or why it does not fit.
+
+use crate::arguments::Global;
+use crate::connection::Connection;
+use crate::{output, wire};
+use anyhow::Result;
+use clap::Args;
+use mlxnode_compute::ByteCount;
+use mlxnode_proto::v1::PlanRequest;
+
+/// Show where a model's layers would go, or why it does not fit.
+///
+/// Reads the model's true sizes and every node's free budget; nothing is loaded.
+///
+///   mlxnode plan mlx-community/Llama-3.3-70B-Instruct-4bit
+///   mlxnode plan ~/models/qwen3 --stages 2 --context 16384
+#[derive(Debug, Args)]
+pub struct Plan {
+    #[command(flatten)]
+    pub wish: Wish,
+}
+
+/// What `plan` and `load` both take.
+#[derive(Clone, Debug, Args)]
+pub struct Wish {
+    /// A folder, a Hugging Face id (OWNER/NAME), or "demo".
+    pub model: String,
+    /// Split the layers over this many nodes instead of as few as fit.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    stages: Option<u32>,
+    /// Use only this node (name or id); repeat for several.
+    #[arg(long = "node", value_name = "NODE")]
+    nodes: Vec<String>,
+    /// Tokens of context to reserve memory for, for each sequence. Default: what the model allows, at most 4096.
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    context: Option<u32>,
+    /// Sequences at the same time. Default: 4.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    sequences: Option<u32>,
+}
+
+impl Wish {
+    /// As the API takes it. A folder is made absolute: other processes read it.
+    pub fn request(&self) -> PlanRequest {
+        let folder = std::path::Path::new(&self.model);
+        let model = match folder.is_dir() {
+            true => std::path::absolute(folder).map(|path| path.display().to_string()).unwrap_or(self.model.clone()),
+            false => self.model.clone(),
+        };
+        PlanRequest {
+            model,
+            stages: self.stages.unwrap_or_default(),
+            nodes: self.nodes.clone(),
+            context_tokens: self.context.unwrap_or_default(),
+            concurrent_sequences: self.sequences.unwrap_or_default(),
+        }
+    }
+}
+
+impl Plan {
+    pub async fn run(self, global: &Global) -> Result<()> {
+        let connection = Connection::open(global).await?;
+        let plan = wire::plan(connection.models().plan(self.wish.request()).await?.into_inner());
+        if global.json {
+            return output::json(&plan);
+        }
+        if plan.fits {
+            let rows: Vec<Vec<String>> = plan
+                .stages
+                .iter()
+                .map(|stage| {
+                    vec![
+                        stage.node.clone(),
+                        format!("{}..{}", stage.layer_start, stage.layer_end),
+                        ByteCount(stage.weight_bytes).to_string(),
+                        ByteCount(stage.kv_bytes).to_string(),
+                    ]
+                })
+                .collect();
+            output::table(&["node", "layers", "weights", "KV cache"], &rows)?;
+            output::line("")?;
+        }
+        output::line(&plan.explanation)
+    }
+}

@@ -1,0 +1,84 @@
+//! `mlxnode status`: who is here and what runs where.
+
+use crate::arguments::Global;
+use crate::connection::Connection;
+use crate::{output, wire};
+use anyhow::Result;
+use clap::Args;
+use mlxnode_compute::ByteCount;
+use mlxnode_proto::v1::StatusRequest;
+
+/// Show the cluster: nodes, memory, links, models.
+///
+///   mlxnode status
+///   mlxnode status --json | jq '.nodes[].name'
+#[derive(Debug, Args)]
+pub struct Status {}
+
+impl Status {
+    pub async fn run(self, global: &Global) -> Result<()> {
+        let connection = Connection::open(global).await?;
+        let status = wire::status(connection.cluster().status(StatusRequest {}).await?.into_inner());
+        if global.json {
+            return output::json(&status);
+        }
+        let reachable = if status.coordinator.reachable { "" } else { " (cannot be reached; models may be out of date)" };
+        output::line(&format!("Cluster {}, coordinator {}{reachable}\n", status.cluster, status.coordinator.name))?;
+        let here = status.nodes.iter().find(|node| node.id == status.node_id);
+        let rows: Vec<Vec<String>> = status
+            .nodes
+            .iter()
+            .map(|node| {
+                let rtt = here
+                    .and_then(|here| here.links.iter().find(|link| link.to == node.id))
+                    .and_then(|link| link.rtt_seconds)
+                    .map(|seconds| format!("{:.1} ms", seconds * 1000.0));
+                vec![
+                    node.name.clone(),
+                    node.id.chars().take(8).collect(),
+                    node.state.to_owned(),
+                    memory(node),
+                    if node.id == status.node_id { "this node".to_owned() } else { rtt.unwrap_or_default() },
+                    node.address.clone(),
+                    node.chip.clone(),
+                ]
+            })
+            .collect();
+        output::table(&["node", "id", "state", "memory used", "link", "address", "chip"], &rows)?;
+        if status.deployments.is_empty() {
+            return output::line("\nNo model is loaded. `mlxnode load MODEL` loads one.");
+        }
+        output::line("")?;
+        deployments(&status.deployments)
+    }
+}
+
+fn memory(node: &wire::Node) -> String {
+    format!("{} of {}", ByteCount(node.memory_used_bytes), ByteCount(node.memory_budget_bytes))
+}
+
+/// Prints deployments as a table; `mlxnode load` ends with it too.
+pub fn deployments(deployments: &[wire::Deployment]) -> Result<()> {
+    let rows: Vec<Vec<String>> = deployments
+        .iter()
+        .map(|deployment| {
+            let stages: Vec<String> = deployment
+                .stages
+                .iter()
+                .map(|stage| format!("{} {}..{}", stage.node, stage.layer_start, stage.layer_end))
+                .collect();
+            let state = match deployment.detail.as_str() {
+                "" => deployment.state.to_owned(),
+                detail => format!("{}: {detail}", deployment.state),
+            };
+            vec![
+                deployment.model.clone(),
+                stages.join(" → "),
+                deployment.context_tokens.to_string(),
+                format!("{} + {}", deployment.active_requests, deployment.queued_requests),
+                state,
+            ]
+        })
+        .collect();
+    output::table(&["model", "layers", "context", "requests + queue", "state"], &rows)
+}

@@ -1,0 +1,218 @@
+//! The cluster's answers as the facts that `--json` prints. The field names are a contract: scripts rely on them.
+
+use mlxnode_proto::v1;
+use serde::Serialize;
+
+/// `mlxnode status --json`.
+#[derive(Debug, Serialize)]
+pub struct Status {
+    pub cluster: String,
+    pub cluster_id: String,
+    /// Id of the node that answered.
+    pub node_id: String,
+    pub coordinator: Coordinator,
+    pub nodes: Vec<Node>,
+    pub deployments: Vec<Deployment>,
+    pub roster_version: u64,
+}
+
+/// Who decides.
+#[derive(Debug, Serialize)]
+pub struct Coordinator {
+    pub node_id: String,
+    pub name: String,
+    pub reachable: bool,
+}
+
+/// A node of the cluster.
+#[derive(Debug, Serialize)]
+pub struct Node {
+    pub id: String,
+    pub name: String,
+    pub address: String,
+    pub state: &'static str,
+    pub memory_total_bytes: u64,
+    pub memory_budget_bytes: u64,
+    pub memory_used_bytes: u64,
+    pub chip: String,
+    pub version: String,
+    pub links: Vec<Link>,
+}
+
+/// The way from the node that answered to another one.
+#[derive(Debug, Serialize)]
+pub struct Link {
+    pub to: String,
+    /// `null` while nothing was measured.
+    pub rtt_seconds: Option<f64>,
+}
+
+/// A deployment; also what `load`, `models` and `unload` print.
+#[derive(Debug, Serialize)]
+pub struct Deployment {
+    /// What requests call it.
+    pub model: String,
+    pub source: String,
+    pub architecture: String,
+    pub epoch: u64,
+    pub state: &'static str,
+    pub detail: String,
+    pub stages: Vec<Stage>,
+    pub context_tokens: u32,
+    pub active_requests: u32,
+    pub queued_requests: u32,
+}
+
+/// One stage of a deployment.
+#[derive(Debug, Serialize)]
+pub struct Stage {
+    pub node: String,
+    pub node_id: String,
+    pub layer_start: u32,
+    pub layer_end: u32,
+    pub weight_bytes: u64,
+    pub kv_bytes: u64,
+    /// `null` while there is no worker.
+    pub worker_pid: Option<u32>,
+}
+
+/// `mlxnode plan --json`.
+#[derive(Debug, Serialize)]
+pub struct Plan {
+    pub fits: bool,
+    pub explanation: String,
+    pub architecture: String,
+    pub layers: u32,
+    pub context_tokens: u32,
+    pub total_weight_bytes: u64,
+    pub total_kv_bytes: u64,
+    /// `null` when nothing is known about the nodes' speed.
+    pub predicted_tokens_per_second: Option<f64>,
+    pub stages: Vec<Stage>,
+    pub budgets: Vec<Budget>,
+}
+
+/// What a node brings to a plan.
+#[derive(Debug, Serialize)]
+pub struct Budget {
+    pub node: String,
+    pub node_id: String,
+    pub budget_bytes: u64,
+    pub used_bytes: u64,
+    pub planned_bytes: u64,
+}
+
+/// `mlxnode invite --json`.
+#[derive(Debug, Serialize)]
+pub struct Invite {
+    pub code: String,
+    pub token: String,
+    pub expires_unix: i64,
+}
+
+pub fn status(status: v1::ClusterStatus) -> Status {
+    let name_of = |id: &str| {
+        let node = status.nodes.iter().find(|node| node.id == id);
+        node.map(|node| node.name.clone()).unwrap_or_default()
+    };
+    let coordinator = Coordinator {
+        name: name_of(&status.coordinator_node_id),
+        node_id: status.coordinator_node_id.clone(),
+        reachable: status.coordinator_reachable,
+    };
+    Status {
+        coordinator,
+        cluster: status.cluster_name,
+        cluster_id: status.cluster_id,
+        node_id: status.self_node_id,
+        nodes: status.nodes.into_iter().map(node).collect(),
+        deployments: status.deployments.into_iter().map(deployment).collect(),
+        roster_version: status.roster_version,
+    }
+}
+
+pub fn node(node: v1::Node) -> Node {
+    Node {
+        state: match node.state() {
+            v1::NodeState::Alive => "alive",
+            v1::NodeState::Suspect => "suspect",
+            v1::NodeState::Dead => "dead",
+            v1::NodeState::Connecting | v1::NodeState::Unspecified => "connecting",
+        },
+        links: node
+            .links
+            .into_iter()
+            .map(|link| Link { to: link.to_node_id, rtt_seconds: Some(link.rtt_seconds).filter(|rtt| *rtt > 0.0) })
+            .collect(),
+        id: node.id,
+        name: node.name,
+        address: node.address,
+        memory_total_bytes: node.memory_total_bytes,
+        memory_budget_bytes: node.memory_budget_bytes,
+        memory_used_bytes: node.memory_used_bytes,
+        chip: node.chip,
+        version: node.version,
+    }
+}
+
+pub fn deployment(deployment: v1::Deployment) -> Deployment {
+    Deployment {
+        state: match deployment.state() {
+            v1::DeploymentState::Loading | v1::DeploymentState::Unspecified => "loading",
+            v1::DeploymentState::Ready => "ready",
+            v1::DeploymentState::Recovering => "recovering",
+            v1::DeploymentState::Failed => "failed",
+            v1::DeploymentState::Unloading => "unloading",
+        },
+        model: deployment.name,
+        source: deployment.source,
+        architecture: deployment.architecture,
+        epoch: deployment.epoch,
+        detail: deployment.detail,
+        stages: deployment.stages.into_iter().map(stage).collect(),
+        context_tokens: deployment.context_tokens,
+        active_requests: deployment.active_requests,
+        queued_requests: deployment.queued_requests,
+    }
+}
+
+fn stage(stage: v1::Stage) -> Stage {
+    Stage {
+        node: stage.node_name,
+        node_id: stage.node_id,
+        layer_start: stage.layer_start,
+        layer_end: stage.layer_end,
+        weight_bytes: stage.weight_bytes,
+        kv_bytes: stage.kv_bytes,
+        worker_pid: Some(stage.worker_pid).filter(|pid| *pid != 0),
+    }
+}
+
+pub fn plan(plan: v1::PlanResponse) -> Plan {
+    Plan {
+        fits: plan.fits,
+        explanation: plan.explanation,
+        architecture: plan.architecture,
+        layers: plan.layers,
+        context_tokens: plan.context_tokens,
+        total_weight_bytes: plan.total_weight_bytes,
+        total_kv_bytes: plan.total_kv_bytes,
+        predicted_tokens_per_second: Some(plan.predicted_tokens_per_second).filter(|speed| *speed > 0.0),
+        stages: plan.stages.into_iter().map(stage).collect(),
+        budgets: plan
+            .budgets
+            .into_iter()
+            .map(|budget| Budget {
+                node: budget.node_name,
+                node_id: budget.node_id,
+                budget_bytes: budget.budget_bytes,
+                used_bytes: budget.used_bytes,
+                planned_bytes: budget.planned_bytes,
+            })
+            .collect(),
+    }
+}
+
+pub fn invite(invite: v1::InviteResponse) -> Invite {
+    Invite { code: invite.code, token: invite.token, expires_unix: invite.expires_unix }
+}

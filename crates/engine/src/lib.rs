@@ -1,1 +1,27 @@
 //! Runs layers on MLX; implements Stage: decoder, architectures, KV caches, sampling, local generation.
+//!
+//! A [`Model`] is a layer range in the device's memory, built by the loader from a checkpoint's data ([`ModelSpec`] and
+//! tensors): no architecture has code of its own here. [`EngineStage`] runs it as one stage of a pipeline, [`Generator`]
+//! runs a whole model in this process. Everything lives on the thread that loaded it.
+//!
+//! Results equal those of mlx-lm 0.32.2 on the same libmlx: the same tokens when greedy, the same draws for a seed.
+//!
+//! [`ModelSpec`]: mlxnode_checkpoint::ModelSpec
+
+mod attention;
+mod decoder;
+mod feed_forward;
+mod generator;
+mod kv_cache;
+mod linear;
+mod loader;
+mod model;
+mod penalties;
+mod rope;
+mod sampler;
+mod stage;
+
+pub use generator::{GenerateError, Generator, GeneratorOptions, Summary, TokenEvent};
+pub use loader::LoadError;
+pub use model::Model;
+pub use stage::{EngineStage, StageOptions};

@@ -1,0 +1,73 @@
+//! Linear maps and embeddings, dense or packed.
+
+use mlxnode_mlx::{Array, Device, Quantized, Result};
+
+/// `x @ weight.T + bias`.
+pub(crate) struct Linear {
+    pub(crate) weight: Weight,
+    /// `[outputs]`.
+    pub(crate) bias: Option<Array>,
+}
+
+/// A matrix `[outputs, inputs]`.
+pub(crate) enum Weight {
+    /// The transposed view `[inputs, outputs]`, made once.
+    Dense(Array),
+    /// Packed.
+    Quantized(Quantized),
+}
+
+impl Weight {
+    /// From a matrix `[outputs, inputs]` as it is stored.
+    pub(crate) fn dense(device: &Device, matrix: &Array) -> Result<Self> {
+        Ok(Self::Dense(device.transpose(matrix, &[1, 0])?))
+    }
+}
+
+impl Linear {
+    /// `[.., inputs]` to `[.., outputs]`.
+    pub(crate) fn forward(&self, device: &Device, x: &Array) -> Result<Array> {
+        match (&self.weight, &self.bias) {
+            (Weight::Dense(weight), None) => device.matmul(x, weight),
+            (Weight::Dense(weight), Some(bias)) => device.addmm(bias, x, weight),
+            (Weight::Quantized(matrix), None) => device.quantized_matmul(x, matrix),
+            (Weight::Quantized(matrix), Some(bias)) => device.add(&device.quantized_matmul(x, matrix)?, bias),
+        }
+    }
+}
+
+/// Several linear maps of the same input. Decoding a token is one product with the matrices stacked, which halves the host's work;
+/// a prompt goes through the parts, whose results need no slicing. The parts are views: the weights exist once.
+pub(crate) struct Stacked {
+    /// All outputs one after the other; None when the parts are packed differently or differ in type.
+    pub(crate) whole: Option<Linear>,
+    /// Views of the rows of `whole`, or matrices of their own.
+    pub(crate) parts: Vec<Linear>,
+}
+
+/// Token ids to vectors.
+pub(crate) enum Embedding {
+    /// `[vocabulary, hidden]`.
+    Dense(Array),
+    /// Packed.
+    Quantized(Quantized),
+}
+
+impl Embedding {
+    /// `[1, tokens]` ids to `[1, tokens, hidden]`. The caller has checked the ids against the vocabulary.
+    pub(crate) fn lookup(&self, device: &Device, ids: &Array) -> Result<Array> {
+        match self {
+            Self::Dense(matrix) => device.take(matrix, ids, 0),
+            Self::Quantized(matrix) => device.dequantize(&device.take_rows(matrix, ids)?),
+        }
+    }
+
+    /// The head of a model with tied embeddings: the same weights as a linear map.
+    pub(crate) fn as_linear(&self, device: &Device) -> Result<Linear> {
+        let weight = match self {
+            Self::Dense(matrix) => Weight::dense(device, matrix)?,
+            Self::Quantized(matrix) => Weight::Quantized(matrix.clone()),
+        };
+        Ok(Linear { weight, bias: None })
+    }
+}

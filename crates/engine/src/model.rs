@@ -1,0 +1,61 @@
+//! A layer range of a model, loaded.
+
+use crate::decoder::Decoder;
+use crate::loader::{self, LoadError};
+use mlxnode_checkpoint::{Checkpoint, ModelSpec};
+use mlxnode_compute::{ByteCount, LayerRange, StageInfo};
+use mlxnode_mlx::Device;
+
+/// A layer range of a model in the device's memory, bound to the thread that loaded it.
+pub struct Model {
+    pub(crate) device: Device,
+    pub(crate) decoder: Decoder,
+    info: StageInfo,
+    spec: ModelSpec,
+}
+
+impl Model {
+    /// Loads `layers` of the checkpoint: exactly their tensors are read. `progress` gets the bytes read so far and in all.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        layers: LayerRange,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, LoadError> {
+        let device = Device::open()?;
+        let decoder = loader::load(&device, checkpoint, layers, progress)?;
+        let spec = checkpoint.spec().clone();
+        let info = StageInfo {
+            layers,
+            layer_count: spec.layer_count(),
+            hidden: spec.hidden,
+            dtype: spec.dtype,
+            vocabulary: spec.vocabulary,
+            weights: ByteCount(checkpoint.shard_tensors(layers)?.bytes().0),
+        };
+        tracing::debug!(%layers, weights = %info.weights, "layers loaded");
+        Ok(Self { device, decoder, info, spec })
+    }
+
+    /// Loads all layers.
+    pub fn load_whole(
+        checkpoint: &Checkpoint,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, LoadError> {
+        Self::load(checkpoint, LayerRange::new(0, checkpoint.spec().layer_count()), progress)
+    }
+
+    /// Facts about the layer range.
+    pub fn info(&self) -> &StageInfo {
+        &self.info
+    }
+
+    /// The whole model as data.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// The device that holds the weights.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+}

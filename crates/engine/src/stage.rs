@@ -1,0 +1,261 @@
+//! The engine's [`Stage`]: a layer range with the caches of the sequences that go through it.
+
+use crate::decoder::{SequenceCache, last_token};
+use crate::loader::LoadError;
+use crate::model::Model;
+use crate::sampler::Sampler;
+use bytes::Bytes;
+use mlxnode_checkpoint::Checkpoint;
+use mlxnode_compute::{
+    Activation, ByteCount, LayerRange, Sampled, SequenceId, SequenceSpec, Stage, StageError, StageInfo,
+    StageMemory, Step, StepInput, StepOutput,
+};
+use mlxnode_mlx::{Array, Dtype, Error};
+use std::collections::HashMap;
+
+/// How many tokens are sampled between two clean-ups of the device's cache of free buffers, as in mlx-lm.
+const STEPS_PER_CLEAN_UP: u64 = 256;
+
+/// Limits of a stage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StageOptions {
+    /// Most tokens of one sequence, prompt and generated together.
+    pub context_tokens: usize,
+    /// Most sequences that are open at once.
+    pub max_sequences: usize,
+}
+
+impl Default for StageOptions {
+    fn default() -> Self {
+        Self { context_tokens: 32_768, max_sequences: 64 }
+    }
+}
+
+/// A stage on MLX. Sequences are independent of each other; each step is one sequence's.
+pub struct EngineStage {
+    model: Model,
+    options: StageOptions,
+    sequences: HashMap<SequenceId, Sequence>,
+    sampled: u64,
+}
+
+struct Sequence {
+    cache: SequenceCache,
+    /// Tokens that went through.
+    position: usize,
+    /// Length of the prompt: token number n is sampled when `prompt + n` tokens went through.
+    prompt: usize,
+    /// On the last stage.
+    sampling: Option<Sampling>,
+}
+
+struct Sampling {
+    sampler: Sampler,
+    /// The last ids, as many as the penalties look at.
+    tail: Vec<u32>,
+    /// How many those are; None for all.
+    keep: Option<usize>,
+}
+
+impl EngineStage {
+    /// Loads `layers` of a checkpoint. `progress` gets the bytes read so far and in all.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        layers: LayerRange,
+        options: StageOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, LoadError> {
+        Ok(Self::new(Model::load(checkpoint, layers, progress)?, options))
+    }
+
+    /// A stage of layers that are loaded.
+    pub fn new(model: Model, options: StageOptions) -> Self {
+        Self { model, options, sequences: HashMap::new(), sampled: 0 }
+    }
+
+    /// The logits `[tokens][vocabulary]` of a sequence's next tokens, for evaluation: runs the step and samples nothing.
+    /// Only on the last stage.
+    pub fn logits(&mut self, step: Step) -> Result<Vec<Vec<f32>>, StageError> {
+        let hidden = self.run(&step)?;
+        let device = &self.model.device;
+        let logits = self.model.decoder.logits(device, &hidden).map_err(device_error)?;
+        let all = device.contiguous(&logits).and_then(|logits| logits.to_f32()).map_err(device_error)?;
+        Ok(all.chunks(self.model.info().vocabulary).map(<[f32]>::to_vec).collect())
+    }
+
+    /// Checks a step and queues it: hidden vectors `[1, tokens, hidden]` after this stage's layers.
+    fn run(&mut self, step: &Step) -> Result<Array, StageError> {
+        let info = self.model.info();
+        let sequence =
+            self.sequences.get_mut(&step.sequence).ok_or(StageError::UnknownSequence(step.sequence))?;
+        check(step, info, sequence.position, self.options.context_tokens)?;
+        let (device, decoder) = (&self.model.device, &self.model.decoder);
+        let count = step.tokens.len() as i32;
+        let hidden = match &step.input {
+            StepInput::Tokens => {
+                let ids = Array::from_u32(&step.tokens, &[1, count]).map_err(device_error)?;
+                decoder.embed(device, &ids)
+            }
+            StepInput::Activation(activation) => {
+                let shape = [1, count, activation.hidden() as i32];
+                Array::from_bytes(activation.bytes(), &shape, activation.dtype().into())
+            }
+        };
+        let hidden = hidden.and_then(|hidden| decoder.forward(device, hidden, &mut sequence.cache));
+        let hidden = hidden.map_err(device_error)?;
+        sequence.position += step.tokens.len();
+        if let Some(sampling) = &mut sequence.sampling {
+            sampling.remember(&step.tokens);
+        }
+        Ok(hidden)
+    }
+
+    fn sample(&mut self, id: SequenceId, hidden: &Array) -> Result<Sampled, StageError> {
+        let (device, decoder) = (&self.model.device, &self.model.decoder);
+        let sequence = self.sequences.get_mut(&id).ok_or(StageError::UnknownSequence(id))?;
+        let Some(sampling) = &mut sequence.sampling else {
+            return Err(StageError::Input("only the last stage samples".to_owned()));
+        };
+        let index = sequence.position.saturating_sub(sequence.prompt) as u64;
+        let mut draw = || -> Result<Option<Sampled>, Error> {
+            let logits = decoder.logits(device, &last_token(device, hidden)?)?;
+            let history = sampling.history()?;
+            let draw = sampling.sampler.draw(device, logits, history.as_ref(), index)?;
+            device.eval(draw.arrays().chain(sequence.cache.state()))?;
+            draw.read(device)
+        };
+        let sampled = draw().map_err(device_error)?;
+        sampled.ok_or_else(|| {
+            StageError::Device(
+                "the model computed logits that are not numbers; its weights may be damaged".to_owned(),
+            )
+        })
+    }
+
+    fn output(&self, hidden: &Array, tokens: usize) -> Result<Activation, StageError> {
+        let (device, info) = (&self.model.device, self.model.info());
+        let bytes = device
+            .cast(hidden, Dtype::from(info.dtype))
+            .and_then(|hidden| device.contiguous(&hidden))
+            .and_then(|hidden| hidden.to_bytes())
+            .map_err(device_error)?;
+        Ok(Activation::new(tokens, info.hidden, info.dtype, Bytes::from(bytes))?)
+    }
+}
+
+/// Is the step one that this stage can do?
+fn check(step: &Step, info: &StageInfo, position: usize, limit: usize) -> Result<(), StageError> {
+    if step.position != position {
+        return Err(StageError::Position { expected: position, actual: step.position });
+    }
+    if step.tokens.is_empty() {
+        return Err(StageError::Input("a step needs at least one token".to_owned()));
+    }
+    let total = position.saturating_add(step.tokens.len());
+    if total > limit {
+        return Err(StageError::Full { tokens: total, limit });
+    }
+    if let Some(token) = step.tokens.iter().find(|token| **token as usize >= info.vocabulary) {
+        return Err(StageError::Token { token: *token, vocabulary: info.vocabulary });
+    }
+    match (&step.input, info.is_first()) {
+        (StepInput::Tokens, true) => Ok(()),
+        (StepInput::Tokens, false) => {
+            Err(StageError::Input(format!("layers {} take activations, not token ids", info.layers)))
+        }
+        (StepInput::Activation(_), true) => {
+            Err(StageError::Input(format!("layers {} take token ids, not activations", info.layers)))
+        }
+        (StepInput::Activation(activation), false) => {
+            let expected = (step.tokens.len(), info.hidden, info.dtype);
+            let actual = (activation.tokens(), activation.hidden(), activation.dtype());
+            if expected == actual {
+                return Ok(());
+            }
+            Err(StageError::Input(format!(
+                "the activation is {} x {} of {:?}, but these layers take {} x {} of {:?}",
+                actual.0, actual.1, actual.2, expected.0, expected.1, expected.2
+            )))
+        }
+    }
+}
+
+impl Sampling {
+    fn remember(&mut self, tokens: &[u32]) {
+        let keep = self.keep.unwrap_or(usize::MAX);
+        self.tail.extend_from_slice(&tokens[tokens.len().saturating_sub(keep)..]);
+        let excess = self.tail.len().saturating_sub(keep);
+        self.tail.drain(..excess);
+    }
+
+    fn history(&self) -> Result<Option<Array>, Error> {
+        match self.tail.is_empty() {
+            true => Ok(None),
+            false => Array::from_u32(&self.tail, &[self.tail.len() as i32]).map(Some),
+        }
+    }
+}
+
+impl Stage for EngineStage {
+    fn info(&self) -> &StageInfo {
+        self.model.info()
+    }
+
+    fn open(&mut self, id: SequenceId, spec: SequenceSpec) -> Result<(), StageError> {
+        let vocabulary = self.model.info().vocabulary;
+        spec.sampling.check(vocabulary)?;
+        if self.sequences.contains_key(&id) {
+            return Err(StageError::AlreadyOpen(id));
+        }
+        if self.sequences.len() >= self.options.max_sequences {
+            let limit = self.options.max_sequences;
+            return Err(StageError::Input(format!(
+                "{limit} sequences are open, which is the most; close one first"
+            )));
+        }
+        let sampling = match self.model.info().is_last() {
+            true => {
+                let sampler = Sampler::new(spec.sampling, vocabulary).map_err(device_error)?;
+                let keep = sampler.penalties().history();
+                Some(Sampling { sampler, tail: Vec::new(), keep })
+            }
+            false => None,
+        };
+        let cache = self.model.decoder.new_cache();
+        self.sequences.insert(id, Sequence { cache, position: 0, prompt: spec.prompt_tokens, sampling });
+        Ok(())
+    }
+
+    fn step(&mut self, step: Step) -> Result<StepOutput, StageError> {
+        let hidden = self.run(&step)?;
+        let output = if !self.model.info().is_last() {
+            StepOutput::Activation(self.output(&hidden, step.tokens.len())?)
+        } else if step.sample {
+            StepOutput::Sampled(self.sample(step.sequence, &hidden)?)
+        } else {
+            // The head is not computed for tokens that nothing is sampled after.
+            let sequence =
+                self.sequences.get(&step.sequence).ok_or(StageError::UnknownSequence(step.sequence))?;
+            self.model.device.eval(sequence.cache.state()).map_err(device_error)?;
+            StepOutput::Nothing
+        };
+        self.sampled += 1;
+        if step.tokens.len() > 1 || self.sampled.is_multiple_of(STEPS_PER_CLEAN_UP) {
+            self.model.device.clear_cache().map_err(device_error)?;
+        }
+        Ok(output)
+    }
+
+    fn close(&mut self, id: SequenceId) {
+        self.sequences.remove(&id);
+    }
+
+    fn memory(&self) -> StageMemory {
+        let memory = self.model.device.memory().unwrap_or_default();
+        StageMemory { active: ByteCount(memory.active as u64), peak: ByteCount(memory.peak as u64) }
+    }
+}
+
+fn device_error(error: Error) -> StageError {
+    StageError::Device(error.to_string())
+}

@@ -9,17 +9,22 @@
 //! may connect is what an [`Admission`] says, for nodes by the signed [`Roster`]. Addresses, names and mDNS only suggest.
 
 mod admission;
+mod control_log;
 mod facts;
 mod identity;
 mod key_file;
 mod pairing;
 mod pin;
 mod roster;
+mod roster_store;
 mod tls;
 mod transport;
 mod wire;
 
 pub use admission::{AccessList, Admission, PeerKey, Role};
+pub use control_log::{
+    ControlEntry, ControlEpoch, ControlLog, ControlLogError, ControlSnapshot, MAX_RECORD, MAX_SNAPSHOT, SqliteControlLog,
+};
 pub use facts::NodeFacts;
 pub use identity::{CERTIFICATE_NAME, Identity};
 pub use key_file::KeyError;
@@ -29,6 +34,7 @@ pub use pairing::{
 };
 pub use pin::{ClusterId, IdError, KeyPin, NodeId};
 pub use roster::{ClusterKey, MAX_NODES, Roster, RosterEntry, RosterError, SignedRoster};
+pub use roster_store::{ClusterAdmission, RosterStore, RosterStoreError};
 pub use tls::ExpectedKey;
 pub use transport::{
     ConnectError, ConnectOptions, Link, ServeError, ServeOptions, connect, dial, serve,

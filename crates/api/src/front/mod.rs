@@ -161,7 +161,7 @@ impl Front {
             });
         }
         let text = self.model_text(&deployment).await?;
-        let prompt = text.tokenize(&request.input)?;
+        let prompt = text.clone().tokenize_blocking(request.input).await?;
         let mut parameters = request.parameters;
         for token in &request.extra_eos {
             parameters.extra_stop_tokens.push(text.tokenizer.parse_token(token)?);

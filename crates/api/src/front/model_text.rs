@@ -1,7 +1,9 @@
 //! Tokenizer and chat template of one model, ready for use.
 
 use crate::front::{FrontError, Input};
+use mlxnode_coordinator::scheduler::RunError;
 use mlxnode_text::{ChatRequest, ChatTemplate, TextError, TextFiles, Tokenizer};
+use std::sync::Arc;
 
 /// What turns text into a model's tokens and back.
 pub struct ModelText {
@@ -27,7 +29,11 @@ impl ModelText {
             .and_then(serde_json::Value::as_u64)
             .and_then(|size| usize::try_from(size).ok());
         let vocabulary = declared.unwrap_or_else(|| tokenizer.vocabulary_size());
-        Ok(Self { template: ChatTemplate::from_files(files)?, tokenizer, vocabulary })
+        let template = match ChatTemplate::from_files(files, &tokenizer) {
+            Err(TextError::NoChatTemplate) => None,
+            template => Some(template?),
+        };
+        Ok(Self { tokenizer, vocabulary, template })
     }
 
     /// Renders a conversation.
@@ -48,5 +54,16 @@ impl ModelText {
             Input::Chat(chat) => self.tokenizer.encode(&self.render(chat)?, false)?,
             Input::Tokens(ids) => ids.clone(),
         })
+    }
+
+    /// [`ModelText::tokenize`] off the asynchronous threads: templates are other people's programs and prompts can be long.
+    ///
+    /// # Errors
+    /// As [`ModelText::render`].
+    pub async fn tokenize_blocking(self: Arc<Self>, input: Input) -> Result<Vec<u32>, FrontError> {
+        match tokio::task::spawn_blocking(move || self.tokenize(&input)).await {
+            Ok(tokens) => tokens,
+            Err(error) => Err(RunError::Failed(format!("tokenizing failed: {error}")).into()),
+        }
     }
 }

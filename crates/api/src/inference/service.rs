@@ -1,6 +1,6 @@
 //! `Inference` over a [`Front`].
 
-use crate::front::{AnswerEvent, Front, FrontError, Input};
+use crate::front::{AnswerEvent, Front, FrontError};
 use crate::inference::wire;
 use futures::stream::BoxStream;
 use mlxnode_proto::v1::inference_server::Inference;
@@ -89,9 +89,13 @@ impl Inference for InferenceService {
         let chat = wire::chat_request(request.chat.ok_or_else(|| Status::invalid_argument("chat is missing"))?)?;
         let deployment = self.front.deployment(&request.model).map_err(wire::status)?;
         let model = self.front.model_text(&deployment).await.map_err(wire::status)?;
-        let text = model.render(&chat).map_err(|error| wire::status(error.into()))?;
-        let token_ids = model.tokenize(&Input::Chat(chat)).map_err(wire::status)?;
-        Ok(Response::new(RenderChatResponse { text, token_ids }))
+        let rendering = tokio::task::spawn_blocking(move || {
+            let text = model.render(&chat)?;
+            let token_ids = model.tokenizer.encode(&text, false)?;
+            Ok::<_, FrontError>(RenderChatResponse { text, token_ids })
+        });
+        let rendered = rendering.await.map_err(|error| Status::internal(format!("rendering failed: {error}")))?;
+        rendered.map(Response::new).map_err(wire::status)
     }
 }
 

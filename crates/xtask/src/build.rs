@@ -17,7 +17,7 @@ pub(crate) fn run(places: &Places, release: bool) -> Result<()> {
 pub(crate) fn binary(places: &Places, release: bool) -> Result<PathBuf> {
     setup::ensure(places)?;
     let mut cargo = command::cargo(&places.repository);
-    cargo.args(["build", "--locked", "--package", "mlxnode"]);
+    cargo.args(["build", "--package", "mlxnode"]).args(command::lock_arguments());
     if release {
         cargo.arg("--release");
     }

@@ -44,7 +44,7 @@ pub(crate) fn run(places: &Places, clippy: bool, arguments: &[String]) -> Result
     let root = places.cache.join("check-macos");
     install(places, &root)?;
     let mut cargo = command::cargo(&places.repository);
-    cargo.args(["check", "--locked", "--target", TARGET]);
+    cargo.args(["check", "--target", TARGET]).args(command::lock_arguments());
     if arguments.is_empty() {
         cargo.args(["--workspace", "--all-targets"]);
     } else {
@@ -88,7 +88,9 @@ fn install(places: &Places, root: &Path) -> Result<()> {
     if ready.is_file() {
         return Ok(());
     }
-    eprintln!("check-macos: fetching Debian's Rust, its library's source and the macOS headers (about a minute)");
+    eprintln!(
+        "check-macos: fetching Debian's Rust, its library's source and the macOS headers (about a minute)"
+    );
     remove(root)?;
     for folder in ["deb", "bin", "src", "headers"] {
         fs::create_dir_all(root.join(folder))?;
@@ -131,11 +133,13 @@ fn dependency(package: &str, prefix: &str) -> Result<String> {
     named_dependency(&printed, prefix).with_context(|| format!("{package} depends on no {prefix}*"))
 }
 
+/// The last line counts: the newest version of a package is named last.
 fn named_dependency(printed: &str, prefix: &str) -> Option<String> {
-    let names = printed.lines().filter_map(|line| line.split_whitespace().nth(1));
-    let with_version =
-        |name: &&str| name.strip_prefix(prefix).is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
-    names.filter(with_version).last().map(str::to_owned)
+    let with_version = |name: &str| {
+        name.strip_prefix(prefix).is_some_and(|rest| rest.starts_with(|letter: char| letter.is_ascii_digit()))
+    };
+    let mut names = printed.lines().rev().filter_map(|line| line.split_whitespace().nth(1));
+    names.find(|name| with_version(name)).map(str::to_owned)
 }
 
 fn unpack_rust(root: &Path, standard_library: &str) -> Result<()> {
@@ -144,7 +148,8 @@ fn unpack_rust(root: &Path, standard_library: &str) -> Result<()> {
     command::output(apt_get(&["download"]).args(packages).current_dir(&download))?;
     for entry in fs::read_dir(&download)? {
         let package = entry?.path();
-        let is_source = package.file_name().is_some_and(|name| name.to_string_lossy().starts_with("rust-web-src_"));
+        let is_source =
+            package.file_name().is_some_and(|name| name.to_string_lossy().starts_with("rust-web-src_"));
         if is_source {
             // Only the library out of the compiler's whole source.
             let script = "dpkg --fsys-tarfile \"$0\" | tar -x -C \"$1\" --strip-components=4 --wildcards './usr/src/rustc-*/library'";
@@ -161,8 +166,11 @@ fn write_tools(root: &Path) -> Result<()> {
     let libraries = root.join("usr/lib/x86_64-linux-gnu");
     for tool in ["rustc", "clippy-driver"] {
         let program = root.join("usr/bin").join(tool);
-        let script =
-            format!("#!/bin/sh\nLD_LIBRARY_PATH='{}' exec '{}' \"$@\"\n", libraries.display(), program.display());
+        let script = format!(
+            "#!/bin/sh\nLD_LIBRARY_PATH='{}' exec '{}' \"$@\"\n",
+            libraries.display(),
+            program.display()
+        );
         write_script(&root.join("bin").join(tool), &script)?;
     }
     write_script(&root.join("bin/cc"), COMPILER_STUB)?;
@@ -191,7 +199,17 @@ fn fetch_headers(root: &Path) -> Result<()> {
 fn check_standard_library(root: &Path) -> Result<()> {
     let target = root.join("std");
     let mut cargo = command::cargo(&root.join("src/library"));
-    cargo.args(["check", "--quiet", "--locked", "-p", "sysroot", "--features", "backtrace", "--target", TARGET]);
+    cargo.args([
+        "check",
+        "--quiet",
+        "--locked",
+        "-p",
+        "sysroot",
+        "--features",
+        "backtrace",
+        "--target",
+        TARGET,
+    ]);
     cargo
         .env("RUSTC", root.join("bin/rustc"))
         .env("RUSTC_BOOTSTRAP", "1")

@@ -20,6 +20,11 @@ pub(crate) fn cargo(folder: &Path) -> Command {
     command
 }
 
+/// On a CI machine Cargo.lock must be complete as committed; at a desk cargo may add what a manifest just gained.
+pub(crate) fn lock_arguments() -> &'static [&'static str] {
+    if std::env::var_os("CI").is_some() { &["--locked"] } else { &[] }
+}
+
 /// Runs to the end with this terminal; fails when the program does.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| format!("cannot run {}", line(command)))?;
@@ -31,10 +36,8 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 
 /// Runs to the end and returns what it printed; fails with its messages when the program fails.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("cannot run {}", line(command)))?;
+    let output =
+        command.stdin(Stdio::null()).output().with_context(|| format!("cannot run {}", line(command)))?;
     let printed = String::from_utf8_lossy(&output.stdout).into_owned();
     if !output.status.success() {
         let messages = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -77,7 +80,8 @@ mod tests {
 
     #[test]
     fn failure_names_the_command_and_its_message() {
-        let error = output(Command::new("sh").args(["-c", "echo reason >&2; exit 3"])).unwrap_err().to_string();
+        let error =
+            output(Command::new("sh").args(["-c", "echo reason >&2; exit 3"])).unwrap_err().to_string();
         assert!(error.contains("sh -c") && error.contains("reason") && error.contains('3'), "{error}");
         assert!(!succeeds(Command::new("sh").args(["-c", "exit 1"])));
         assert!(exists("sh") && !exists("no-such-program-here"));

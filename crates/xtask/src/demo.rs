@@ -27,7 +27,10 @@ pub(crate) fn run(places: &Places, release: bool) -> Result<()> {
     tell(&binary, &folder)?;
     drop(kept);
     let build = if release { "release build" } else { "debug build" };
-    crate::print(format_args!("done in {:.1} s ({build}); both nodes ended cleanly", start.elapsed().as_secs_f64()));
+    crate::print(format_args!(
+        "done in {:.1} s ({build}); both nodes ended cleanly",
+        start.elapsed().as_secs_f64()
+    ));
     Ok(())
 }
 
@@ -98,7 +101,8 @@ fn wait_for_both(first: &Node) -> Result<()> {
 /// A line per stage: node, layers, worker.
 fn who_ran_what(status: &Value) -> Result<Vec<String>> {
     let deployments = status["deployments"].as_array().context("status lists deployments")?;
-    let deployment = deployments.first().context("the demo model is loaded, but status shows no deployment")?;
+    let deployment =
+        deployments.first().context("the demo model is loaded, but status shows no deployment")?;
     let stages = deployment["stages"].as_array().context("a deployment lists its stages")?;
     ensure!(stages.len() == 2, "two stages were asked for, status shows {}", stages.len());
     let mut nodes: Vec<&Value> = Vec::new();

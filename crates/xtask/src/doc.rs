@@ -9,7 +9,10 @@ use anyhow::Result;
 pub(crate) fn run(places: &Places, open: bool) -> Result<()> {
     setup::ensure(places)?;
     let mut cargo = command::cargo(&places.repository);
-    cargo.args(["doc", "--locked", "--no-deps", "--workspace"]).env("RUSTDOCFLAGS", "-D warnings");
+    cargo
+        .args(["doc", "--no-deps", "--workspace"])
+        .args(command::lock_arguments())
+        .env("RUSTDOCFLAGS", "-D warnings");
     if open {
         cargo.arg("--open");
     }

@@ -79,7 +79,10 @@ fn fill(places: &Places, folder: &Path) -> Result<String> {
 
 fn copy_libraries(places: &Places, libraries: &Path) -> Result<()> {
     let is_library = |name: &str| {
-        name.ends_with(".so") || name.ends_with(".dylib") || name.ends_with(".metallib") || name.contains(".so.")
+        name.ends_with(".so")
+            || name.ends_with(".dylib")
+            || name.ends_with(".metallib")
+            || name.contains(".so.")
     };
     copy_files(&places.wheel_libraries(), &libraries.join("mlx/lib"), is_library)?;
     if cfg!(target_os = "linux") {
@@ -193,11 +196,13 @@ mod tests {
 
     #[test]
     fn a_library_from_elsewhere_or_from_nowhere_is_refused() {
-        let folder = std::env::temp_dir().canonicalize().unwrap().join(format!("xtask-ldd-{}", std::process::id()));
+        let folder =
+            std::env::temp_dir().canonicalize().unwrap().join(format!("xtask-ldd-{}", std::process::id()));
         std::fs::create_dir_all(folder.join("lib")).unwrap();
         let library = folder.join("lib/libmlx.so");
         std::fs::write(&library, "").unwrap();
-        let line = format!("\tlibc.so.6 => /lib/libc.so.6 (0x1)\n\tlibmlx.so => {} (0x2)\n", library.display());
+        let line =
+            format!("\tlibc.so.6 => /lib/libc.so.6 (0x1)\n\tlibmlx.so => {} (0x2)\n", library.display());
         ensure_loads_from(&line, &folder).unwrap();
         assert!(ensure_loads_from(&line, Path::new("/opt")).unwrap_err().to_string().contains("libmlx.so"));
         let lost = ensure_loads_from("\tlibmlx.so => not found\n", &folder).unwrap_err().to_string();

@@ -6,6 +6,7 @@ use crate::{check_macos, command, setup};
 use anyhow::{Result, bail};
 use std::net::{TcpStream, ToSocketAddrs as _};
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// Runs every step, also after one failed, so that one run shows all there is to mend.
@@ -30,14 +31,12 @@ pub(crate) fn run(places: &Places, without_macos: bool) -> Result<()> {
     };
     step("format", &|| command::run(&mut cargo(&["fmt", "--all", "--check"])));
     step("clippy", &|| {
-        command::run(&mut cargo(&[
-            "clippy", "--locked", "--workspace", "--all-targets", "--", "--deny", "warnings",
-        ]))
+        let mut clippy = cargo(&["clippy", "--workspace", "--all-targets"]);
+        command::run(clippy.args(command::lock_arguments()).args(["--", "--deny", "warnings"]))
     });
     step("documentation", &|| {
-        command::run(
-            cargo(&["doc", "--locked", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "--deny warnings"),
-        )
+        let mut doc = cargo(&["doc", "--workspace", "--no-deps"]);
+        command::run(doc.args(command::lock_arguments()).env("RUSTDOCFLAGS", "--deny warnings"))
     });
     step("dependencies", &|| check_dependencies(places));
     if !without_macos && check_macos::is_possible() {
@@ -46,18 +45,24 @@ pub(crate) fn run(places: &Places, without_macos: bool) -> Result<()> {
     if failed.is_empty() { Ok(()) } else { bail!("failed: {}", failed.join(", ")) }
 }
 
-/// Licences, bans and sources always; known vulnerabilities when their database can be reached.
+/// Licences, bans and sources always; known vulnerabilities when their database can be fetched.
 fn check_dependencies(places: &Places) -> Result<()> {
-    let deny = cargo_deny(places)?;
-    let mut checks = vec!["licenses", "bans", "sources"];
-    if advisories_are_reachable() {
-        checks.insert(0, "advisories");
+    let program = cargo_deny(places)?;
+    let deny = |arguments: &[&str]| {
+        let mut deny = Command::new(&program);
+        deny.current_dir(&places.repository)
+            .args(["--workspace"])
+            .args(command::lock_arguments())
+            .args(arguments);
+        deny
+    };
+    let mut check = deny(&["check", "--hide-inclusion-graph"]);
+    if advisories_are_reachable() && command::succeeds(&mut deny(&["fetch", "db"])) {
+        check.args(["--disable-fetch", "advisories"]);
     } else {
-        eprintln!("lint: the advisory database cannot be reached; vulnerabilities are not checked this time");
+        eprintln!("lint: the advisory database cannot be fetched; vulnerabilities are not checked this time");
     }
-    let mut deny = std::process::Command::new(deny);
-    deny.current_dir(&places.repository).args(["--locked", "--workspace", "check", "--hide-inclusion-graph"]);
-    command::run(deny.args(checks))
+    command::run(check.args(["licenses", "bans", "sources"]))
 }
 
 /// cargo-deny: the one on the search path, else our own in the cache, installed when it is missing.
@@ -73,7 +78,15 @@ fn cargo_deny(places: &Places) -> Result<PathBuf> {
         // --debug: it builds in half the time, and checks our dependencies in a second all the same.
         command::run(
             command::cargo(&places.cache)
-                .args(["install", "--quiet", "--locked", "--debug", "--version", CARGO_DENY_VERSION, "--root"])
+                .args([
+                    "install",
+                    "--quiet",
+                    "--locked",
+                    "--debug",
+                    "--version",
+                    CARGO_DENY_VERSION,
+                    "--root",
+                ])
                 .arg(&root)
                 .arg("cargo-deny"),
         )?;
@@ -81,10 +94,10 @@ fn cargo_deny(places: &Places) -> Result<PathBuf> {
     Ok(program)
 }
 
-/// The database is a git repository there; deny.toml names it.
+/// The database is a git repository there. Asked by a plain connection first, since git waits for minutes.
 fn advisories_are_reachable() -> bool {
     let patience = Duration::from_secs(3);
-    ("github.com", 443)
-        .to_socket_addrs()
-        .is_ok_and(|mut addresses| addresses.any(|address| TcpStream::connect_timeout(&address, patience).is_ok()))
+    ("github.com", 443).to_socket_addrs().is_ok_and(|mut addresses| {
+        addresses.any(|address| TcpStream::connect_timeout(&address, patience).is_ok())
+    })
 }

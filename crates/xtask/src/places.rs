@@ -74,7 +74,9 @@ fn platform_cache() -> Result<PathBuf> {
 fn ensure_usable(cache: &Path) -> Result<()> {
     let text = cache.to_str().with_context(|| format!("{} is not UTF-8", cache.display()))?;
     if let Some(bad) = text.chars().find(|letter| ",:\"\\$".contains(*letter) || letter.is_control()) {
-        bail!("the cache folder {text:?} has {bad:?} in its name, which a linker cannot take; name another in MLXNODE_DEV_CACHE");
+        bail!(
+            "the cache folder {text:?} has {bad:?} in its name, which a linker cannot take; name another in MLXNODE_DEV_CACHE"
+        );
     }
     Ok(())
 }

@@ -18,25 +18,36 @@ pub(crate) fn run(places: &Places, arguments: &[String]) -> Result<()> {
     }
     let packages = if names_packages(arguments) { vec![] } else { vec!["--workspace"] };
     // One build for all: the test executables, and `mlxnode` itself, which the tests over processes start.
-    command::run(
-        command::cargo(&places.repository).args(["build", "--locked", "--workspace", "--bins", "--tests"]),
-    )?;
+    command::run(command::cargo(&places.repository).args([
+        "build",
+        "--locked",
+        "--workspace",
+        "--bins",
+        "--tests",
+    ]))?;
     let folder = TemporaryFolder::new()?;
-    let environment = Environment { oracle: &oracle, temporary: &folder.0, libraries: &places.wheel_libraries() };
+    let environment =
+        Environment { oracle: &oracle, temporary: &folder.0, libraries: &places.wheel_libraries() };
     if arguments.is_empty() {
         let mut documentation = command::cargo(&places.repository);
-        documentation.args(["test", "--locked", "--workspace", "--doc", "--quiet"]);
+        documentation.args(["test", "--workspace", "--doc", "--quiet"]).args(command::lock_arguments());
         environment.apply(&mut documentation);
         run_quietly(&mut documentation)?;
     }
     let mut cargo = command::cargo(&places.repository);
     environment.apply(&mut cargo);
     if command::succeeds(command::cargo(&places.repository).args(["nextest", "--version"])) {
-        cargo.args(["nextest", "run", "--locked", "--no-fail-fast"]).args(packages).args(arguments);
+        cargo
+            .args(["nextest", "run", "--no-fail-fast"])
+            .args(command::lock_arguments())
+            .args(packages)
+            .args(arguments);
         command::run(&mut cargo)
     } else {
-        eprintln!("cargo-nextest is not installed; running cargo test (cargo install cargo-nextest --locked)");
-        cargo.args(["test", "--locked", "--no-fail-fast", "--lib", "--bins", "--tests"]);
+        eprintln!(
+            "cargo-nextest is not installed; running cargo test (cargo install cargo-nextest --locked)"
+        );
+        cargo.args(["test", "--no-fail-fast", "--lib", "--bins", "--tests"]).args(command::lock_arguments());
         run_cargo_test(cargo.args(packages).args(arguments))
     }
 }
@@ -61,7 +72,8 @@ impl Environment<'_> {
             .env("OPENBLAS_NUM_THREADS", "1") // many test processes share few cores
             .env("OMP_NUM_THREADS", "1");
         // Documentation tests are linked without our search path. The other executables do not need this.
-        let variable = if cfg!(target_os = "macos") { "DYLD_FALLBACK_LIBRARY_PATH" } else { "LD_LIBRARY_PATH" };
+        let variable =
+            if cfg!(target_os = "macos") { "DYLD_FALLBACK_LIBRARY_PATH" } else { "LD_LIBRARY_PATH" };
         if command.get_args().any(|word| word == "--doc") {
             command.env(variable, self.libraries);
         }

@@ -73,7 +73,9 @@ impl<'a> Node<'a> {
         let mut child = Ended(Some(child));
         let ready = match child.first_line(START) {
             Ok(line) => serde_json::from_str(&line).with_context(|| format!("not a ready line: {line}"))?,
-            Err(error) => bail!("the {name} node did not get ready: {error:#}; its log ends with:\n{}", tail(&log)),
+            Err(error) => {
+                bail!("the {name} node did not get ready: {error:#}; its log ends with:\n{}", tail(&log))
+            }
         };
         let child = child.0.take().context("the child is there until taken")?;
         Ok(Self { cli, child, ready, data_dir: data_dir.to_owned(), log })
@@ -102,7 +104,8 @@ impl<'a> Node<'a> {
         let mut command = self.cli.command(arguments);
         command.arg("--data-dir").arg(&self.data_dir).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = Ended(Some(command.spawn()?));
-        let (stdout, stderr) = child.output(COMMAND).with_context(|| format!("mlxnode {}", arguments.join(" ")))?;
+        let (stdout, stderr) =
+            child.output(COMMAND).with_context(|| format!("mlxnode {}", arguments.join(" ")))?;
         serde_json::from_str(&stdout)
             .with_context(|| format!("mlxnode {} printed no JSON: {stdout}{stderr}", arguments.join(" ")))
     }
@@ -110,8 +113,9 @@ impl<'a> Node<'a> {
     /// Asks the node to end, as a service manager would, and expects it to do so with status 0.
     pub(super) fn stop(&mut self) -> Result<()> {
         kill(Pid::from_raw(self.child.id().try_into()?), Signal::SIGTERM)?;
-        let status = wait(&mut self.child, STOP)
-            .with_context(|| format!("the node did not end on SIGTERM; its log ends with:\n{}", self.log()))?;
+        let status = wait(&mut self.child, STOP).with_context(|| {
+            format!("the node did not end on SIGTERM; its log ends with:\n{}", self.log())
+        })?;
         ensure!(status.success(), "the node ended with {status}; its log ends with:\n{}", self.log());
         Ok(())
     }
@@ -217,11 +221,14 @@ mod tests {
         (folder, Cli::new(&file))
     }
 
-    const READY: &str = r#"{"node_id":"0123456789abcdef","name":"n","cluster":"desk","grpc":"127.0.0.1:1","http":null}"#;
+    const READY: &str =
+        r#"{"node_id":"0123456789abcdef","name":"n","cluster":"desk","grpc":"127.0.0.1:1","http":null}"#;
 
     #[test]
     fn a_node_that_gets_ready_and_drains_is_fine() {
-        let text = format!("[ $1 = status ] && {{ echo '{{\"nodes\":[]}}'; exit; }}\ntrap 'exit 0' TERM\necho '{READY}'\nwhile :; do sleep 0.01; done");
+        let text = format!(
+            "[ $1 = status ] && {{ echo '{{\"nodes\":[]}}'; exit; }}\ntrap 'exit 0' TERM\necho '{READY}'\nwhile :; do sleep 0.01; done"
+        );
         let (folder, cli) = script("fine", &text);
         let mut node = Node::start(&cli, &folder.join("data"), "n", None).unwrap();
         assert_eq!((node.id(), node.cluster(), node.address()), ("0123456789ab", "desk", "127.0.0.1:1"));

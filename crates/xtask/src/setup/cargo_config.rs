@@ -37,7 +37,9 @@ fn path(places: &Places) -> PathBuf {
 fn own_build(places: &Places) -> String {
     let folder = super::own_metallib(places);
     let folder = folder.parent().unwrap_or(&folder).display();
-    format!("# Written by `cargo xtask setup`; mlx-sys builds MLX itself.\n[env]\nMLX_RS_METAL_PATH = \"{folder}\"\n")
+    format!(
+        "# Written by `cargo xtask setup`; mlx-sys builds MLX itself.\n[env]\nMLX_RS_METAL_PATH = \"{folder}\"\n"
+    )
 }
 
 /// The file for this machine with libmlx from the wheel. A binary looks first where `cargo xtask install` puts libmlx, then in the cache.
@@ -96,7 +98,10 @@ mod tests {
         write(&places, Outcome::Wheel).unwrap();
         assert_eq!((date(), read()), (first, wheel(&places)));
         write(&places, Outcome::OwnBuild).unwrap();
-        assert!(read().contains("MLX_RS_METAL_PATH = \"/cache/mlx-0.32.2/metallib\"") && !read().contains("rpath"));
+        assert!(
+            read().contains("MLX_RS_METAL_PATH = \"/cache/mlx-0.32.2/metallib\"")
+                && !read().contains("rpath")
+        );
         std::fs::remove_dir_all(folder).unwrap();
     }
 }

@@ -45,7 +45,8 @@ extern \"C\" uint64_t mach_approximate_time(void) {
 /// The folder of mlx-c's sources: `src/mlx-c` of the mlx-sys crate that the lock file names.
 pub(crate) fn sources(places: &Places) -> Result<PathBuf> {
     let metadata = command::cargo(&places.repository)
-        .args(["metadata", "--format-version", "1", "--locked", "--filter-platform", crate::setup::HOST])
+        .args(["metadata", "--format-version", "1", "--filter-platform", super::HOST])
+        .args(command::lock_arguments())
         .stderr(std::process::Stdio::inherit()) // the crates that are downloaded on a new machine
         .output()
         .context("cannot run cargo metadata")?;

@@ -40,7 +40,9 @@ pub(crate) const HOST: &str = if cfg!(target_os = "macos") {
 pub(crate) fn run(places: &Places, again: bool) -> Result<()> {
     let outcome = if again { self::again(places)? } else { ensure(places)? };
     match outcome {
-        Outcome::Wheel => crate::print(format_args!("MLX {} is ready in {}", pins::MLX_VERSION, places.mlx().display())),
+        Outcome::Wheel => {
+            crate::print(format_args!("MLX {} is ready in {}", pins::MLX_VERSION, places.mlx().display()))
+        }
         Outcome::OwnBuild => crate::print("cargo will build MLX by itself, through the crate mlx-sys"),
     }
     Ok(())
@@ -77,7 +79,7 @@ fn done(places: &Places, wanted: &str) -> Result<Option<Outcome>> {
             if !kept.iter().all(|file| file.is_file()) {
                 return Ok(None);
             }
-            }
+        }
         Outcome::OwnBuild => {}
     }
     cargo_config::write(places, stamp.outcome)?;

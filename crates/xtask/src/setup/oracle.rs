@@ -45,8 +45,11 @@ fn make(folder: &Path, python: &Path) -> Result<()> {
     eprintln!("oracle: installing mlx-lm and a gRPC client for the tests");
     let base = tools::pythons()
         .find(|python| command::succeeds(Command::new(python).args(["-c", PYTHON])))
-        .context("the tests compare with mlx-lm, which needs Python 3.11 or newer; install python3.11 or newer")?;
-    let pip = tools::python().context("the tests compare with mlx-lm, which pip installs; install python3-pip")?;
+        .context(
+        "the tests compare with mlx-lm, which needs Python 3.11 or newer; install python3.11 or newer",
+    )?;
+    let pip =
+        tools::python().context("the tests compare with mlx-lm, which pip installs; install python3-pip")?;
     remove(folder)?;
     // Without pip inside: Debian's Python has no ensurepip unless python3-venv is there, and any pip can fill it.
     command::output(Command::new(&base).args(["-m", "venv", "--without-pip"]).arg(folder))?;
@@ -56,7 +59,13 @@ fn make(folder: &Path, python: &Path) -> Result<()> {
         Command::new(&pip)
             .args(["-m", "pip", "--python"])
             .arg(python)
-            .args(["install", "--quiet", "--disable-pip-version-check", "--root-user-action=ignore", "--requirement"])
+            .args([
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--root-user-action=ignore",
+                "--requirement",
+            ])
             .arg(&requirements),
     )
     .context("cannot install the oracle's packages; is the Python package index reachable?")?;

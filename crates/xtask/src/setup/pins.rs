@@ -68,7 +68,9 @@ pub(crate) fn wheel_for(system: &str, architecture: &str, macos: Option<u32>) ->
         ("macos", "aarch64", version) => {
             bail!("MLX {MLX_VERSION} needs macOS 14 or newer, this is {}", version.unwrap_or(0))
         }
-        _ => bail!("MLX {MLX_VERSION} has no library for {system} on {architecture}; it runs on Apple silicon and on 64-bit Linux"),
+        _ => bail!(
+            "MLX {MLX_VERSION} has no library for {system} on {architecture}; it runs on Apple silicon and on 64-bit Linux"
+        ),
     })
 }
 

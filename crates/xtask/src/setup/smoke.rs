@@ -50,7 +50,8 @@ pub(crate) fn test(places: &Places, tools: &Tools, sources: &Path) -> Result<()>
         link.args(["-framework", "Foundation", "-framework", "Metal", "-framework", "Accelerate"]);
     }
     command::output(&mut link).context("the smoke test of MLX does not link")?;
-    let printed = command::output(&mut Command::new(&binary)).context("the smoke test of MLX does not run")?;
+    let printed =
+        command::output(&mut Command::new(&binary)).context("the smoke test of MLX does not run")?;
     ensure!(
         printed.trim() == format!("{MLX_VERSION} 29"),
         "the smoke test of MLX printed {:?} instead of \"{MLX_VERSION} 29\"",

@@ -51,7 +51,9 @@ fn path(places: &Places) -> PathBuf {
 /// Changes with everything that decides what set-up makes: the wheel, mlx-sys, our own recipe, the bindings.
 pub(crate) fn fingerprint(places: &Places) -> Result<String> {
     let mut hash = Hash::new(&SHA256);
-    for part in [for_this_machine()?.sha256, pins::MLX_SYS_VERSION, include_str!("mlxc.rs"), include_str!("smoke.rs")] {
+    for part in
+        [for_this_machine()?.sha256, pins::MLX_SYS_VERSION, include_str!("mlxc.rs"), include_str!("smoke.rs")]
+    {
         hash.update(part.as_bytes());
         hash.update(&[0]);
     }

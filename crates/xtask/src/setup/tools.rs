@@ -178,7 +178,8 @@ pub(crate) fn hint_for_tests() -> Option<String> {
     }
     let missing: Vec<_> = TEST_PACKAGES.into_iter().filter(|package| !is_installed(package)).collect();
     let sudo = if is_root() { "" } else { "sudo " };
-    (!missing.is_empty()).then(|| format!("some tests need more: {sudo}apt-get install {}", missing.join(" ")))
+    (!missing.is_empty())
+        .then(|| format!("some tests need more: {sudo}apt-get install {}", missing.join(" ")))
 }
 
 #[cfg(test)]

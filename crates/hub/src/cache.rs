@@ -1,0 +1,237 @@
+//! The hub's cache on disk, in the layout of Python's huggingface_hub, so that both use each other's downloads:
+//!
+//! ```text
+//! models--OWNER--NAME/refs/REVISION          the commit that a branch or tag stood for
+//! models--OWNER--NAME/snapshots/COMMIT/FILE  a link to ../../blobs/ETAG
+//! models--OWNER--NAME/blobs/ETAG             a file's bytes; ETAG.incomplete while they come
+//! .locks/models--OWNER--NAME/ETAG.lock       held by who downloads a blob
+//! ```
+
+use crate::error::{HubError, disk};
+use crate::files::{Wanted, is_safe_part, is_weights};
+use crate::source::{HubId, ModelSource};
+use hf_hub::{Cache, CacheRepo, Repo, RepoType};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File, TryLockError};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// A model that the cache has all files of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LocalModel {
+    /// What it is called.
+    pub source: ModelSource,
+    /// Its folder.
+    pub folder: PathBuf,
+    /// What its files occupy.
+    pub bytes: u64,
+}
+
+/// One repository's part of the cache.
+pub(crate) struct RepoCache {
+    /// `models--OWNER--NAME`.
+    folder: PathBuf,
+    locks: PathBuf,
+    layout: CacheRepo,
+    revision: String,
+}
+
+impl RepoCache {
+    pub(crate) fn new(cache: &Path, id: &HubId) -> Self {
+        let repo = Repo::with_revision(id.repository(), RepoType::Model, id.revision().to_owned());
+        let name = repo.folder_name();
+        Self {
+            folder: cache.join(&name),
+            locks: cache.join(".locks").join(&name),
+            layout: Cache::new(cache.into()).repo(repo),
+            revision: id.revision().to_owned(),
+        }
+    }
+
+    /// The folder of a commit's files.
+    pub(crate) fn snapshot(&self, commit: &str) -> PathBuf {
+        self.layout.pointer_path(commit)
+    }
+
+    /// The bytes of the file with this etag.
+    pub(crate) fn blob(&self, etag: &str) -> PathBuf {
+        self.layout.blob_path(etag)
+    }
+
+    /// Where they are while they come.
+    pub(crate) fn incomplete_blob(&self, etag: &str) -> PathBuf {
+        self.folder.join("blobs").join(format!("{etag}.incomplete"))
+    }
+
+    /// The folder that the revision stood for when it was last downloaded.
+    pub(crate) fn known_snapshot(&self) -> Option<PathBuf> {
+        let commit = match fs::read_to_string(self.folder.join("refs").join(&self.revision)) {
+            Ok(commit) => commit.trim().to_owned(),
+            Err(_) => self.revision.clone(), // a commit has no ref of its own
+        };
+        if !is_safe_part(&commit) {
+            return None;
+        }
+        Some(self.snapshot(&commit)).filter(|snapshot| snapshot.is_dir())
+    }
+
+    /// Notes what the revision stands for now. Last of all steps, so that it never points to an incomplete snapshot
+    /// while there is a complete one.
+    pub(crate) fn set_revision(&self, commit: &str) -> Result<(), HubError> {
+        if commit == self.revision {
+            return Ok(());
+        }
+        let path = self.folder.join("refs").join(&self.revision);
+        let folder = path.parent().unwrap_or(&self.folder);
+        fs::create_dir_all(folder).map_err(disk(folder))?;
+        let mut file = tempfile::NamedTempFile::new_in(folder).map_err(disk(folder))?;
+        file.write_all(commit.as_bytes()).map_err(disk(&path))?;
+        file.persist(&path).map_err(|error| disk(&path)(error.error))?;
+        Ok(())
+    }
+
+    /// Makes `file` of the snapshot point to the blob. On a disk without links the blob becomes the file.
+    pub(crate) fn link(&self, commit: &str, file: &str, etag: &str) -> Result<(), HubError> {
+        let path = self.snapshot(commit).join(file);
+        let folder = path.parent().unwrap_or(&self.folder);
+        fs::create_dir_all(folder).map_err(disk(folder))?;
+        let up = "../".repeat(2 + file.matches('/').count());
+        let target = PathBuf::from(format!("{up}blobs/{etag}"));
+        // A link beside its place, then renamed, replaces one that leads nowhere and races with nobody.
+        let temporary = tempfile::TempDir::new_in(folder).map_err(disk(folder))?;
+        let link = temporary.path().join("link");
+        match std::os::unix::fs::symlink(&target, &link) {
+            Ok(()) => fs::rename(&link, &path).map_err(disk(&path)),
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::Unsupported | io::ErrorKind::PermissionDenied) =>
+            {
+                fs::rename(self.blob(etag), &path).map_err(disk(&path))
+            }
+            Err(error) => Err(disk(&path)(error)),
+        }
+    }
+
+    /// Waits until no other process downloads this blob, then keeps others waiting until the file is dropped. A process that
+    /// dies lets go. `waiting` is called now and then.
+    pub(crate) fn lock(&self, etag: &str, mut waiting: impl FnMut()) -> Result<File, HubError> {
+        const PAUSE: Duration = Duration::from_millis(200);
+        fs::create_dir_all(&self.locks).map_err(disk(&self.locks))?;
+        let path = self.locks.join(format!("{etag}.lock"));
+        let file =
+            File::options().write(true).create(true).truncate(false).open(&path).map_err(disk(&path))?;
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(file),
+                Err(TryLockError::WouldBlock) => waiting(),
+                Err(TryLockError::Error(error)) => return Err(disk(&path)(error)),
+            }
+            std::thread::sleep(PAUSE);
+        }
+    }
+}
+
+/// The files that a snapshot lacks, judged without the hub: the config, a tokenizer, and the weights that the index lists.
+pub(crate) fn missing_files(snapshot: &Path, wanted: Wanted) -> Vec<String> {
+    let has = |file: &str| snapshot.join(file).is_file();
+    let mut missing = BTreeSet::new();
+    if !has("config.json") {
+        missing.insert("config.json".to_owned());
+    }
+    let tokenizers = ["tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model"];
+    if !tokenizers.iter().any(|file| has(file)) {
+        missing.insert("tokenizer.json".into());
+    }
+    if wanted == Wanted::All {
+        let index = "model.safetensors.index.json";
+        let listed = fs::read(snapshot.join(index)).ok().and_then(|text| shards(&text));
+        match listed {
+            Some(shards) => missing.extend(shards.into_iter().filter(|shard| !has(shard))),
+            None if !files_of(snapshot).iter().any(|(name, _)| is_weights(name)) => {
+                missing.insert("model.safetensors".into());
+            }
+            None => {}
+        }
+    }
+    missing.into_iter().collect()
+}
+
+/// The files that an index lists.
+fn shards(index: &[u8]) -> Option<BTreeSet<String>> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let index: Index = serde_json::from_slice(index).ok()?;
+    Some(index.weight_map.into_values().filter(|file| is_weights(file)).collect())
+}
+
+/// The files at the top of a folder that lead somewhere, with their sizes.
+fn files_of(folder: &Path) -> Vec<(String, u64)> {
+    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
+    entries
+        .flatten()
+        .filter_map(|entry| {
+            let metadata = entry.path().metadata().ok().filter(|metadata| metadata.is_file())?;
+            Some((entry.file_name().into_string().ok()?, metadata.len()))
+        })
+        .collect()
+}
+
+/// All complete models of a cache, by name. What cannot be read is left out.
+pub(crate) fn local_models(cache: &Path) -> Vec<LocalModel> {
+    let Ok(entries) = fs::read_dir(cache) else { return Vec::new() };
+    let mut models: Vec<LocalModel> = entries
+        .flatten()
+        .filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            let (owner, name) = name.strip_prefix("models--")?.split_once("--")?;
+            Some(models_of(&entry.path(), owner, name))
+        })
+        .flatten()
+        .collect();
+    models.sort_by(|left, right| left.source.cmp(&right.source));
+    models
+}
+
+/// The complete snapshots of one repository: by branch or tag, else by commit.
+fn models_of(folder: &Path, owner: &str, name: &str) -> Vec<LocalModel> {
+    let refs = refs_of(&folder.join("refs"), "");
+    let Ok(snapshots) = fs::read_dir(folder.join("snapshots")) else { return Vec::new() };
+    let mut models = Vec::new();
+    for snapshot in snapshots.flatten() {
+        let Ok(commit) = snapshot.file_name().into_string() else { continue };
+        let folder = snapshot.path();
+        if !missing_files(&folder, Wanted::All).is_empty() {
+            continue;
+        }
+        let bytes = files_of(&folder).iter().map(|(_, bytes)| bytes).sum();
+        let revisions: Vec<_> =
+            refs.iter().filter(|(_, to)| *to == commit).map(|(from, _)| from.as_str()).collect();
+        let revisions = if revisions.is_empty() { vec![commit.as_str()] } else { revisions };
+        for revision in revisions {
+            let Some(id) = HubId::new(owner, name, Some(revision)) else { continue };
+            models.push(LocalModel { source: ModelSource::Hub(id), folder: folder.clone(), bytes });
+        }
+    }
+    models
+}
+
+/// Branches and tags with their commits; names may have slashes, hence folders.
+fn refs_of(folder: &Path, prefix: &str) -> Vec<(String, String)> {
+    const MAX_SLASHES: usize = 4;
+    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
+    let mut refs = Vec::new();
+    for entry in entries.flatten() {
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        let name = format!("{prefix}{name}");
+        if entry.path().is_dir() {
+            if name.matches('/').count() < MAX_SLASHES {
+                refs.extend(refs_of(&entry.path(), &format!("{name}/")));
+            }
+        } else if let Ok(commit) = fs::read_to_string(entry.path()) {
+            refs.push((name, commit.trim().to_owned()));
+        }
+    }
+    refs
+}

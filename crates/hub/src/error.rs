@@ -1,0 +1,150 @@
+//! Why a model could not be had.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Why a model could not be had. The text says what to try.
+#[derive(Debug, thiserror::Error)]
+pub enum HubError {
+    /// The hub has no such repository, or hides it.
+    #[error("{endpoint} has no model {id}; check the spelling, or set HF_TOKEN if it is private")]
+    NotFound {
+        /// What was asked for.
+        id: String,
+        /// Which hub.
+        endpoint: String,
+    },
+    /// The repository has no such branch, tag or commit.
+    #[error("{id} has no revision {revision}")]
+    NoRevision {
+        /// The repository.
+        id: String,
+        /// The revision.
+        revision: String,
+    },
+    /// The repository lacks a file that its own list names.
+    #[error("{id} lists {file} but does not have it; try again later")]
+    NoFile {
+        /// The repository.
+        id: String,
+        /// The file.
+        file: String,
+    },
+    /// Someone must accept the model's terms first.
+    #[error(
+        "{id} is gated: accept its terms at {endpoint}/{id}, then set HF_TOKEN to a token that may read it"
+    )]
+    Gated {
+        /// The repository.
+        id: String,
+        /// Which hub.
+        endpoint: String,
+    },
+    /// The hub refuses, with or without a token.
+    #[error("{endpoint} refuses access to {id} (status {status}); set HF_TOKEN to a token that may read it{}", if *had_token { " (the present one may not)" } else { "" })]
+    Unauthorised {
+        /// The repository.
+        id: String,
+        /// Which hub.
+        endpoint: String,
+        /// HTTP status.
+        status: u16,
+        /// Was a token sent?
+        had_token: bool,
+    },
+    /// The repository has no weights that we can read.
+    #[error("{id} has no model*.safetensors; take a repository with weights in that format")]
+    NoWeights {
+        /// The repository.
+        id: String,
+    },
+    /// The hub cannot be reached, or connections keep breaking.
+    #[error("{url} cannot be reached; check the network, or HF_ENDPOINT")]
+    Network {
+        /// What was asked for.
+        url: String,
+        /// Why.
+        #[source]
+        source: ureq::Error,
+    },
+    /// The connection broke again and again while a file came.
+    #[error(
+        "the download of {file} broke off after {received} of {total} bytes; run it again to go on from there"
+    )]
+    Interrupted {
+        /// The file.
+        file: String,
+        /// Bytes kept.
+        received: u64,
+        /// Bytes of the whole.
+        total: u64,
+        /// The last failure.
+        #[source]
+        source: io::Error,
+    },
+    /// The hub answers with something other than a file or a refusal.
+    #[error("{url} answers with status {status}; try again later")]
+    Status {
+        /// What was asked for.
+        url: String,
+        /// HTTP status.
+        status: u16,
+    },
+    /// The hub's answer makes no sense.
+    #[error("{url} does not answer as a Hugging Face hub does: {reason}")]
+    Protocol {
+        /// What was asked for.
+        url: String,
+        /// What is wrong with the answer.
+        reason: String,
+    },
+    /// What came is not what the hub announced.
+    #[error(
+        "{file} arrived damaged: its SHA-256 is not the one the hub announced; it was deleted, run it again"
+    )]
+    Corrupt {
+        /// The file.
+        file: String,
+    },
+    /// Offline, and the cache lacks something.
+    #[error("{id} is not complete in {}: it lacks {}; unset HF_HUB_OFFLINE to download it", cache.display(), missing.join(", "))]
+    Offline {
+        /// The model.
+        id: String,
+        /// The cache.
+        cache: PathBuf,
+        /// What is missing, by file name.
+        missing: Vec<String>,
+    },
+    /// The disk fails us: full, read-only, no permission.
+    #[error("{} cannot be written", path.display())]
+    Disk {
+        /// The file or folder.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A folder that was there when it was named is gone.
+    #[error("there is no folder {}", .0.display())]
+    NoFolder(PathBuf),
+    /// This program was built without the demo model's files.
+    #[error("this program was built without the demo model; name another with --model")]
+    NoDemo,
+}
+
+impl HubError {
+    /// Is the hub merely out of reach, so that a cached copy is better than none?
+    pub(crate) fn is_out_of_reach(&self) -> bool {
+        match self {
+            Self::Network { .. } => true,
+            Self::Status { status, .. } => *status >= 500 || *status == 429,
+            _ => false,
+        }
+    }
+}
+
+/// For `map_err`.
+pub(crate) fn disk(path: &Path) -> impl FnOnce(io::Error) -> HubError {
+    move |source| HubError::Disk { path: path.into(), source }
+}

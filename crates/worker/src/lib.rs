@@ -1,1 +1,39 @@
-//! Runs one shard of one model in its own process and passes the result on: stage service, links, collectives, job runner.
+//! Runs one shard of one model in its own process and passes the result on: stage service, links, driver.
+//!
+//! ```text
+//!            ┌────────────── mlxnode worker ───────────────┐
+//! previous ═▶│ link ─▶ inbox ─▶ compute thread ─▶ outbox ─▶│═▶ next          ═▶ gRPC over mutual TLS
+//!            └───────────────────(Stage)───────────────────┘
+//! first stage:  scheduler ═▶ driver ─▶ inbox …              … and from the last stage round the ring: tokens ═▶ driver
+//! ```
+//! Child side: [`run`] is the process, [`LocalWorker`] the same within a process. Parent side: [`WorkerProcess`] starts, watches
+//! and ends one. Scheduler's side: [`DriveClient`]. [`wire`] converts between the seam's types and the contract's messages.
+//!
+//! The node decides what a fault means; a worker that lost a neighbour or whose device failed just ends, with a reason.
+
+mod compute_thread;
+mod drive;
+mod drive_client;
+mod error;
+mod hello;
+mod lifeline;
+mod link;
+mod message;
+mod process;
+mod progress;
+mod queue;
+mod run;
+mod server;
+mod service;
+mod shard;
+mod shard_state;
+pub mod wire;
+
+pub use compute_thread::{LoadFailure, LoadShard, StageFactory};
+pub use drive_client::{DriveClient, DriveError, DriveEvents};
+pub use error::{Fault, Side};
+pub use message::{DriveCommand, DriveEvent, SampledToken};
+pub use process::{LoadProgress, ProcessError, ShardLoading, SpawnWorker, WorkerExit, WorkerProcess};
+pub use progress::ShardStats;
+pub use run::{RunError, run};
+pub use server::{LocalWorker, WorkerOptions};

@@ -1,0 +1,159 @@
+//! The one thread that owns the stage, from load to drop.
+//!
+//! MLX binds arrays and streams to the thread that made them, so nothing else may touch the stage. Messages come in through a
+//! bounded channel and go out through another; while the outbox is full the thread waits, which is the pipeline's
+//! back-pressure. It ends when every sender of its inbox is gone, or on a fault.
+
+use crate::error::{Fault, shortened};
+use crate::lifeline::Lifeline;
+use crate::link::Received;
+use crate::message::Message;
+use crate::progress::Progress;
+use crate::queue::StepQueue;
+use crate::shard::Shard;
+use mlxnode_compute::{LayerRange, Stage, StageInfo};
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// Which part of which model to load, and how much room its sequences get.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoadShard {
+    /// The model's folder.
+    pub folder: PathBuf,
+    /// Which layers.
+    pub layers: LayerRange,
+    /// Layers of the whole model.
+    pub layer_count: usize,
+    /// Longest sequence, prompt and answer together.
+    pub context_tokens: usize,
+    /// Sequences at a time.
+    pub max_sequences: usize,
+    /// Longest prefill chunk, in tokens.
+    pub prefill_chunk: usize,
+}
+
+/// Why a stage could not be loaded; its text reaches the person who asked for the model.
+pub type LoadFailure = Box<dyn std::error::Error + Send + Sync>;
+
+/// Loads a stage. Called once, on the thread that will own it. Calls its second argument with (bytes done, bytes in all).
+pub type StageFactory =
+    Box<dyn FnOnce(LoadShard, &mut dyn FnMut(u64, u64)) -> Result<Box<dyn Stage>, LoadFailure> + Send>;
+
+/// The ends of a compute thread.
+pub(crate) struct ComputeThread {
+    pub(crate) inbox: mpsc::Sender<Received>,
+    pub(crate) outbox: mpsc::Receiver<Message>,
+    /// (done, total) bytes while loading.
+    pub(crate) loading: watch::Receiver<(u64, u64)>,
+    /// Facts of the stage once it is loaded.
+    pub(crate) loaded: oneshot::Receiver<Result<StageInfo, Fault>>,
+    /// Resolves when the thread has dropped the stage.
+    pub(crate) dropped: oneshot::Receiver<()>,
+}
+
+/// Starts the thread; it begins to load at once.
+pub(crate) fn spawn(
+    factory: StageFactory,
+    shard: LoadShard,
+    inbox_messages: usize,
+    outbox_messages: usize,
+    progress: Arc<Progress>,
+    lifeline: Lifeline,
+) -> std::io::Result<ComputeThread> {
+    let (inbox, messages) = mpsc::channel(inbox_messages);
+    let (results, outbox) = mpsc::channel(outbox_messages);
+    let (loading_sender, loading) = watch::channel((0, 0));
+    let (loaded_sender, loaded) = oneshot::channel();
+    let (dropped_sender, dropped) = oneshot::channel::<()>();
+    std::thread::Builder::new().name("compute".into()).spawn(move || {
+        let _dropped = dropped_sender; // its end tells that the thread is through with the stage
+        let max_sequences = shard.max_sequences;
+        let mut loaded_sender = Some(loaded_sender);
+        let mut report = |outcome| {
+            if let Some(sender) = loaded_sender.take() {
+                let _ = sender.send(outcome); // nobody waits when the node gave up
+            }
+        };
+        let life = || {
+            let mut on_progress = |done, total| {
+                loading_sender.send_replace((done, total));
+            };
+            match factory(shard, &mut on_progress) {
+                Ok(stage) => {
+                    let shard = Shard::new(stage, max_sequences);
+                    progress.holds(0, shard.memory());
+                    report(Ok(shard.info().clone()));
+                    work(shard, messages, results, &progress, &lifeline)
+                }
+                Err(failure) => {
+                    report(Err(Fault::Load(shortened(&with_causes(failure.as_ref())))));
+                    Ok(())
+                }
+            }
+        };
+        let outcome = catch_unwind(AssertUnwindSafe(life)).unwrap_or_else(|panic| {
+            Err(Fault::Device(format!("the compute thread panicked: {}", text_of(&*panic))))
+        });
+        if let Err(fault) = outcome {
+            report(Err(fault.clone()));
+            lifeline.fail(fault);
+        }
+    })?;
+    Ok(ComputeThread { inbox, outbox, loading, loaded, dropped })
+}
+
+/// Works until the senders are gone.
+fn work(
+    mut shard: Shard,
+    mut messages: mpsc::Receiver<Received>,
+    results: mpsc::Sender<Message>,
+    progress: &Progress,
+    lifeline: &Lifeline,
+) -> Result<(), Fault> {
+    let mut queue = StepQueue::new();
+    while !lifeline.is_ended() {
+        while let Ok(received) = messages.try_recv() {
+            queue.push(received.message, received.credit);
+        }
+        let Some((message, credit)) = queue.pop() else {
+            let Some(received) = messages.blocking_recv() else { break };
+            queue.push(received.message, received.credit);
+            continue;
+        };
+        drop(credit);
+        let is_step = matches!(message, Message::Step(_));
+        if is_step {
+            progress.step_begins();
+        }
+        let result = shard.handle(message);
+        if is_step {
+            progress.step_ended();
+        }
+        progress.holds(shard.open_sequences(), shard.memory());
+        if let Some(message) = result?
+            && results.blocking_send(message).is_err()
+        {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// An error and what caused it, in one line.
+fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+fn text_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
+}

@@ -1,0 +1,480 @@
+//! The node's side of a worker process: starts it, talks to it, notices its end at once and ends it.
+//!
+//! One task owns the child and waits for it, so that its end is a wait status and not a timeout. The worker's stdin stays open as
+//! long as this process lives: should the node die, by SIGKILL too, the system closes the pipe and the worker ends itself.
+
+use crate::compute_thread::LoadShard;
+use crate::error::shortened;
+use crate::hello::{self, Answer, Hello, Ready};
+use crate::progress::ShardStats;
+use mlxnode_cluster::{ConnectError, ConnectOptions, ExpectedKey, Identity, KeyPin, connect};
+use mlxnode_proto::PROTOCOL_VERSION;
+use mlxnode_proto::internal::v1 as proto;
+use mlxnode_proto::internal::v1::worker_client::WorkerClient;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::ffi::OsString;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::PathBuf;
+use std::process::{ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncRead, AsyncWriteExt, BufReader};
+use tokio::process::{Child, ChildStdin, Command};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+use tonic::transport::Channel;
+use tonic::{Request, Status, Streaming};
+use tracing::{debug, info, warn};
+
+/// From the start of the process to its first line.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// For the connection to the worker and for small calls.
+const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// After closing its stdin and SIGTERM; then SIGKILL. The worker itself takes at most 3 s to wait for a step.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest line of the worker's log that is passed on; the rest of it is cut off.
+const LONGEST_LOG_LINE: usize = 4096;
+/// How long to wait for the rest of the log of a process that has ended.
+const LOG_END: Duration = Duration::from_millis(100);
+
+/// One process is started at a time: on macOS a pipe's other end could otherwise slip into a worker that starts at the same
+/// moment, and keep the first one alive after the node's death.
+static STARTING: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+/// How to start a worker.
+#[derive(Clone, Debug)]
+pub struct SpawnWorker {
+    /// The executable: the node's own.
+    pub command: PathBuf,
+    /// Its arguments: `worker`, and what the command line adds for logging.
+    pub arguments: Vec<OsString>,
+    /// The address the worker listens on; it chooses the port.
+    pub listen: IpAddr,
+    /// For the log: which deployment and layers.
+    pub name: String,
+}
+
+/// Why a worker process cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    /// The executable could not be started.
+    #[error("cannot start {}", command.display())]
+    Start {
+        /// The executable.
+        command: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It does not speak as a worker does.
+    #[error("the worker process did not start up: {0}")]
+    Hello(String),
+    /// It listens, but cannot be reached.
+    #[error("cannot reach the worker process")]
+    Connect(#[source] ConnectError),
+    /// It has ended.
+    #[error("the worker process {0}")]
+    Ended(WorkerExit),
+    /// It refused a call, for example because the model cannot be loaded.
+    #[error("{0}")]
+    Refused(String),
+    /// It did not answer in time.
+    #[error("the worker process did not answer within {} s", CALL_TIMEOUT.as_secs())]
+    Timeout,
+}
+
+/// How a worker process ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkerExit {
+    /// Its process id.
+    pub pid: u32,
+    /// Its exit code, unless a signal ended it.
+    pub code: Option<i32>,
+    /// The signal that ended it.
+    pub signal: Option<i32>,
+    /// For people: "ended with signal 9".
+    pub reason: String,
+    /// The last line of its log, which tells a fault's reason.
+    pub last_line: Option<String>,
+}
+
+impl std::fmt::Display for WorkerExit {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(out, "{} {}", self.pid, self.reason)?;
+        match &self.last_line {
+            Some(line) if self.code != Some(0) => write!(out, " ({line})"),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl WorkerExit {
+    fn new(pid: u32, status: std::io::Result<ExitStatus>, last_line: Option<String>) -> Self {
+        let (code, signal, reason) = match status {
+            Ok(status) => match (status.code(), status.signal()) {
+                (Some(code), _) => (Some(code), None, format!("ended with code {code}")),
+                (None, Some(signal)) => (None, Some(signal), format!("ended with signal {signal}")),
+                (None, None) => (None, None, "ended".to_owned()),
+            },
+            Err(error) => (None, None, format!("cannot be waited for: {error}")),
+        };
+        Self { pid, code, signal, reason, last_line }
+    }
+}
+
+/// A worker process. Dropping it kills the process; [`Self::stop`] ends it in good order.
+#[derive(Debug)]
+pub struct WorkerProcess {
+    ready: Ready,
+    client: WorkerClient<Channel>,
+    exit: watch::Receiver<Option<WorkerExit>>,
+    stop: CancellationToken,
+    _owner: AbortOnDropHandle<()>,
+}
+
+impl WorkerProcess {
+    /// Starts a worker whose parent is `identity`, and waits until it can be called.
+    ///
+    /// # Errors
+    /// [`ProcessError`]; then no process is left behind.
+    pub async fn spawn(options: SpawnWorker, identity: &Identity) -> Result<Self, ProcessError> {
+        let mut command = Command::new(&options.command);
+        command.args(&options.arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        // Its own process group: Ctrl-C in a terminal is for the node, which ends its workers itself.
+        command.process_group(0).kill_on_drop(true);
+        let mut child = {
+            let _starting = STARTING.lock().await;
+            let spawned = command.spawn();
+            spawned.map_err(|source| ProcessError::Start { command: options.command.clone(), source })?
+        };
+        let missing = |what| ProcessError::Hello(format!("it has no {what}"));
+        let pid = child.id().ok_or_else(|| missing("process id"))?;
+        let mut stdin = child.stdin.take().ok_or_else(|| missing("stdin"))?;
+        let mut stdout = BufReader::new(child.stdout.take().ok_or_else(|| missing("stdout"))?);
+        let log = Log::follow(pid, options.name, child.stderr.take().ok_or_else(|| missing("stderr"))?);
+
+        let hello = hello::line_of(&Hello::new(identity.key_pin(), options.listen));
+        let greeting = async {
+            let written = stdin.write_all(hello.as_bytes()).await;
+            let answer = hello::read_line::<Answer>(&mut stdout).await;
+            // Its answer says more than a pipe that it closed meanwhile.
+            answer.map_err(|error| written.err().map_or_else(|| error.to_string(), |error| error.to_string()))
+        };
+        let answer = tokio::time::timeout(HELLO_TIMEOUT, greeting).await;
+        let ready = match answer.unwrap_or_else(|_| Err("it did not answer in time".into())) {
+            Ok(Answer::Ready(ready)) if ready.protocol == PROTOCOL_VERSION => ready,
+            Ok(Answer::Ready(ready)) => {
+                let protocol = ready.protocol;
+                return Err(ProcessError::Hello(format!(
+                    "it speaks protocol {protocol}, not {PROTOCOL_VERSION}"
+                )));
+            }
+            Ok(Answer::Refused { error }) => return Err(ProcessError::Hello(error)),
+            Err(error) => {
+                // It may have ended with a message of its own, which says most.
+                let ended = tokio::time::timeout(LOG_END, child.wait()).await;
+                let Ok(status) = ended else { return Err(ProcessError::Hello(error)) };
+                return Err(ProcessError::Ended(WorkerExit::new(pid, status, log.end().await)));
+            }
+        };
+
+        let (exit_sender, exit) = watch::channel(None);
+        let stop = CancellationToken::new();
+        let drain = AbortOnDropHandle::new(tokio::spawn(drain(stdout)));
+        let owner = own(child, pid, stdin, log, drain, stop.clone(), exit_sender);
+        let owner = AbortOnDropHandle::new(tokio::spawn(owner));
+        let connecting = ConnectOptions { timeout: CALL_TIMEOUT, ..ConnectOptions::default() };
+        let expected = ExpectedKey::Pin(ready.key_pin);
+        let target = reachable(ready.address).to_string();
+        let channel = connect(&target, identity, expected, connecting).await;
+        let channel = channel.map_err(|error| {
+            let ended = exit.borrow().clone();
+            ended.map_or(ProcessError::Connect(error), ProcessError::Ended)
+        })?;
+        debug!(pid, address = %ready.address, "worker started");
+        Ok(Self { ready, client: WorkerClient::new(channel), exit, stop, _owner: owner })
+    }
+
+    /// Where the worker listens.
+    pub fn address(&self) -> SocketAddr {
+        self.ready.address
+    }
+
+    /// The address under which this process reaches the worker: loopback when it listens on all addresses.
+    pub fn local_address(&self) -> SocketAddr {
+        reachable(self.ready.address)
+    }
+
+    /// The worker's key: what its neighbours and its scheduler expect.
+    pub fn key_pin(&self) -> KeyPin {
+        self.ready.key_pin
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.ready.pid
+    }
+
+    /// Loads the shard. Read the returned progress to its end; the shard is loaded when it says so.
+    ///
+    /// # Errors
+    /// [`ProcessError`] when the worker refused at once or is gone.
+    pub async fn load(&self, shard: &LoadShard, epoch: u64) -> Result<ShardLoading, ProcessError> {
+        let too_large = |what: &str| ProcessError::Refused(format!("{what} does not fit 32 bits"));
+        let number = |what, value: usize| u32::try_from(value).map_err(|_| too_large(what));
+        let spec = proto::ShardSpec {
+            layer_start: number("layer_start", shard.layers.start)?,
+            layer_end: number("layer_end", shard.layers.end)?,
+            layer_count: number("layer_count", shard.layer_count)?,
+            context_tokens: number("context_tokens", shard.context_tokens)?,
+            max_sequences: number("max_sequences", shard.max_sequences)?,
+            prefill_chunk: number("prefill_chunk", shard.prefill_chunk)?,
+        };
+        let folder = shard.folder.to_str().map(str::to_owned);
+        let folder = folder.ok_or_else(|| {
+            ProcessError::Refused(format!("the path {} is not valid UTF-8", shard.folder.display()))
+        })?;
+        let request = proto::LoadShardRequest { folder, shard: Some(spec), epoch };
+        let mut client = self.client.clone();
+        let reports = self.answer(client.load(request)).await?.into_inner();
+        Ok(ShardLoading { reports, exit: self.exit.clone() })
+    }
+
+    /// Tells the worker its neighbours and drivers. Returns before the links are made; when they cannot be, the worker ends.
+    ///
+    /// # Errors
+    /// [`ProcessError`] when the worker refused or is gone.
+    pub async fn set_links(&self, links: proto::WorkerLinks) -> Result<(), ProcessError> {
+        let mut client = self.client.clone();
+        self.answer(client.set_links(links)).await.map(|_| ())
+    }
+
+    /// What the worker has done and holds.
+    ///
+    /// # Errors
+    /// [`ProcessError`] when it is gone or does not answer.
+    pub async fn stats(&self) -> Result<ShardStats, ProcessError> {
+        let mut client = self.client.clone();
+        let stats = self.answer(client.stats(Request::new(proto::StatsRequest {}))).await?.into_inner();
+        let duration = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or_default();
+        Ok(ShardStats {
+            active_bytes: stats.active_bytes,
+            peak_bytes: stats.peak_bytes,
+            steps: stats.steps,
+            open_sequences: stats.open_sequences,
+            compute_time: duration(stats.compute_seconds),
+            step_time: duration(stats.step_seconds),
+        })
+    }
+
+    /// Waits for the end of the process, however it comes. May be called by several tasks and again.
+    pub async fn wait(&self) -> WorkerExit {
+        wait_for(self.exit.clone(), self.pid()).await
+    }
+
+    /// How it ended, if it has.
+    pub fn exit(&self) -> Option<WorkerExit> {
+        self.exit.borrow().clone()
+    }
+
+    /// Ends the process and waits until it is gone: closes its stdin, sends SIGTERM, and SIGKILL after 5 s.
+    pub async fn stop(&self) -> WorkerExit {
+        self.stop.cancel();
+        self.wait().await
+    }
+
+    async fn answer<T>(&self, call: impl Future<Output = Result<T, Status>>) -> Result<T, ProcessError> {
+        tokio::select! {
+            biased;
+            answer = tokio::time::timeout(CALL_TIMEOUT, call) => match answer {
+                Ok(Ok(answer)) => Ok(answer),
+                Ok(Err(status)) => Err(after(&status, &self.exit, self.pid()).await),
+                Err(_) => Err(ProcessError::Timeout),
+            },
+            exit = self.wait() => Err(ProcessError::Ended(exit)),
+        }
+    }
+}
+
+/// How far loading is, in bytes of weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadProgress {
+    /// Read so far.
+    pub done_bytes: u64,
+    /// All that this shard needs.
+    pub total_bytes: u64,
+    /// The shard is loaded; the last report.
+    pub loaded: bool,
+}
+
+/// A load under way.
+#[derive(Debug)]
+pub struct ShardLoading {
+    reports: Streaming<proto::LoadShardProgress>,
+    exit: watch::Receiver<Option<WorkerExit>>,
+}
+
+impl ShardLoading {
+    /// The next report. The last one says `loaded`.
+    ///
+    /// # Errors
+    /// [`ProcessError`] when the shard cannot be loaded or the worker has ended.
+    pub async fn next(&mut self) -> Result<LoadProgress, ProcessError> {
+        let status = match self.reports.message().await {
+            Ok(Some(report)) => {
+                let proto::LoadShardProgress { done_bytes, total_bytes, loaded } = report;
+                return Ok(LoadProgress { done_bytes, total_bytes, loaded });
+            }
+            Ok(None) => Status::unavailable("the worker stopped loading"),
+            Err(status) => status,
+        };
+        Err(after(&status, &self.exit, 0).await)
+    }
+}
+
+/// What a failed call means. When the connection broke, the process is ending: its wait status, within moments, says more.
+async fn after(status: &Status, exit: &watch::Receiver<Option<WorkerExit>>, pid: u32) -> ProcessError {
+    let broke =
+        matches!(status.code(), tonic::Code::Unavailable | tonic::Code::Unknown | tonic::Code::Cancelled);
+    if broke && let Ok(exit) = tokio::time::timeout(CALL_TIMEOUT, wait_for(exit.clone(), pid)).await {
+        return ProcessError::Ended(exit);
+    }
+    ProcessError::Refused(status.message().to_owned())
+}
+
+async fn wait_for(mut exit: watch::Receiver<Option<WorkerExit>>, pid: u32) -> WorkerExit {
+    match exit.wait_for(Option::is_some).await.map(|exit| exit.clone()) {
+        Ok(Some(exit)) => exit,
+        _ => WorkerExit { pid, code: None, signal: None, reason: "was dropped".into(), last_line: None },
+    }
+}
+
+/// Owns the child until it has ended.
+async fn own(
+    mut child: Child,
+    pid: u32,
+    stdin: ChildStdin,
+    log: Log,
+    _drain: AbortOnDropHandle<()>,
+    stop: CancellationToken,
+    exit: watch::Sender<Option<WorkerExit>>,
+) {
+    let status = tokio::select! {
+        status = child.wait() => status,
+        () = stop.cancelled() => {
+            drop(stdin);
+            if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) {
+                // An error means that it has ended already.
+                let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+            }
+            match tokio::time::timeout(STOP_TIMEOUT, child.wait()).await {
+                Ok(status) => status,
+                Err(_) => {
+                    warn!(pid, "the worker does not end: killing it");
+                    let _ = child.start_kill();
+                    child.wait().await
+                }
+            }
+        }
+    };
+    let ended = WorkerExit::new(pid, status, log.end().await);
+    info!(pid, reason = %ended.reason, "worker ended");
+    exit.send_replace(Some(ended));
+}
+
+/// Passes the worker's stderr on to this process's log.
+#[derive(Debug)]
+struct Log {
+    last_line: Arc<Mutex<Option<String>>>,
+    task: AbortOnDropHandle<()>,
+}
+
+impl Log {
+    fn follow(pid: u32, name: String, stderr: impl AsyncRead + Unpin + Send + 'static) -> Self {
+        let last_line = Arc::new(Mutex::new(None));
+        let shared = last_line.clone();
+        let task = AbortOnDropHandle::new(tokio::spawn(async move {
+            let mut stderr = BufReader::new(stderr);
+            while let Some(line) = next_line(&mut stderr).await {
+                info!(target: "mlxnode::worker", pid, name, "{line}");
+                *shared.lock().unwrap_or_else(PoisonError::into_inner) = Some(shortened(&line));
+            }
+        }));
+        Self { last_line, task }
+    }
+
+    /// The last line, once the rest has been passed on.
+    async fn end(mut self) -> Option<String> {
+        let _ = tokio::time::timeout(LOG_END, &mut self.task).await;
+        self.last_line.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// The next line that is not empty, cut off at [`LONGEST_LOG_LINE`]; `None` at the end.
+async fn next_line(input: &mut (impl AsyncBufRead + Unpin)) -> Option<String> {
+    let mut line = Vec::new();
+    loop {
+        let available = input.fill_buf().await.ok()?;
+        let at_end = available.is_empty();
+        let newline = available.iter().position(|byte| *byte == b'\n');
+        let taken = newline.unwrap_or(available.len());
+        let room = LONGEST_LOG_LINE.saturating_sub(line.len()).min(taken);
+        line.extend_from_slice(&available[..room]);
+        input.consume(taken + usize::from(newline.is_some()));
+        if newline.is_some() || at_end {
+            let text = String::from_utf8_lossy(&line).trim_end().to_owned();
+            if !text.is_empty() {
+                return Some(text);
+            }
+            if at_end {
+                return None;
+            }
+            line.clear();
+        }
+    }
+}
+
+/// Nothing more is expected on stdout; whatever a library prints there must not fill the pipe and stop the worker.
+async fn drain(mut stdout: impl AsyncBufRead + Unpin) {
+    while let Some(line) = next_line(&mut stdout).await {
+        debug!(target: "mlxnode::worker", "{line}");
+    }
+}
+
+/// A worker that listens on all addresses is reached by this process over loopback.
+fn reachable(address: SocketAddr) -> SocketAddr {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, address.port())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn log_lines_are_cut_and_never_lost() {
+        let long = "x".repeat(10_000);
+        let text = format!("one\n\n{long}\nthree\r\nlast");
+        let mut input = BufReader::with_capacity(16, text.as_bytes());
+        let mut lines = Vec::new();
+        while let Some(line) = next_line(&mut input).await {
+            lines.push(line);
+        }
+        assert_eq!(lines, ["one", &long[..LONGEST_LOG_LINE], "three", "last"]);
+    }
+
+    #[test]
+    fn exits_read_like_a_person_says_them() {
+        let exit = |raw| WorkerExit::new(7, Ok(ExitStatus::from_raw(raw)), Some("why".into())).to_string();
+        assert_eq!(exit(9), "7 ended with signal 9 (why)");
+        assert_eq!(exit(71 << 8), "7 ended with code 71 (why)");
+        assert_eq!(exit(0), "7 ended with code 0");
+    }
+}

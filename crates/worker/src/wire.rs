@@ -1,0 +1,303 @@
+//! Between the plain types of the seam and the messages of the contract: every conversion in both directions, checked once here.
+//!
+//! Numbers that are optional in [`Sampling`] travel as zero when absent: a penalty of strength 0 and an XTC of probability 0 change
+//! nothing, so nothing is lost.
+
+use crate::message::{DriveCommand, DriveEvent, SampledToken};
+use mlxnode_compute::{
+    Candidate, Dtype, LogprobRequest, Penalty, Sampled, Sampling, SequenceEnd, SequenceId, SequenceSpec, Xtc,
+};
+use mlxnode_proto::internal::v1 as proto;
+
+/// Most stop tokens, special tokens, biased tokens or candidates that one message may list.
+const LONGEST_LIST: usize = 4096;
+
+/// A message that does not say what it must.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum WireError {
+    /// A part that is always there is not.
+    #[error("the message lacks {0}")]
+    Missing(&'static str),
+    /// A list is longer than anyone needs.
+    #[error("{name} lists {length} entries, at most {LONGEST_LIST} are accepted")]
+    TooLong {
+        /// Which list.
+        name: &'static str,
+        /// Its length.
+        length: usize,
+    },
+    /// A number that names nothing.
+    #[error("{name} has the unknown value {value}")]
+    Unknown {
+        /// Which field.
+        name: &'static str,
+        /// What came.
+        value: i32,
+    },
+    /// A number that does not fit its field.
+    #[error("{name} is {value}, which does not fit 32 bits")]
+    TooLarge {
+        /// Which field.
+        name: &'static str,
+        /// What it was.
+        value: usize,
+    },
+}
+
+/// A sequence's parameters for the wire. The prompt's length travels beside them.
+pub fn sequence_spec_to_proto(spec: &SequenceSpec) -> Result<proto::SequenceSpec, WireError> {
+    let sampling = &spec.sampling;
+    let strength = |penalty: &Option<Penalty>| penalty.map_or(0.0, |penalty| penalty.strength);
+    let context = |name, penalty: &Option<Penalty>| {
+        number(name, penalty.map_or(0, |penalty| penalty.context.min(u32::MAX as usize)))
+    };
+    let top_logprobs = sampling.logprobs.map(|request| number("top_logprobs", request.top)).transpose()?;
+    Ok(proto::SequenceSpec {
+        max_tokens: number("max_tokens", spec.max_tokens.min(u32::MAX as usize))?,
+        stop_tokens: spec.stop_tokens.clone(),
+        temperature: sampling.temperature,
+        top_p: sampling.top_p,
+        min_p: sampling.min_p,
+        min_tokens_to_keep: number("min_tokens_to_keep", sampling.min_tokens_to_keep)?,
+        top_k: number("top_k", sampling.top_k)?,
+        xtc_probability: sampling.xtc.as_ref().map_or(0.0, |xtc| xtc.probability),
+        xtc_threshold: sampling.xtc.as_ref().map_or(0.0, |xtc| xtc.threshold),
+        xtc_special_tokens: sampling.xtc.as_ref().map_or_else(Vec::new, |xtc| xtc.special_tokens.clone()),
+        seed: sampling.seed,
+        logit_bias: sampling.logit_bias.iter().map(|(token, bias)| (*token, *bias)).collect(),
+        repetition_penalty: strength(&sampling.repetition),
+        repetition_context_size: context("repetition_context_size", &sampling.repetition)?,
+        presence_penalty: strength(&sampling.presence),
+        presence_context_size: context("presence_context_size", &sampling.presence)?,
+        frequency_penalty: strength(&sampling.frequency),
+        frequency_context_size: context("frequency_context_size", &sampling.frequency)?,
+        top_logprobs,
+    })
+}
+
+/// A sequence's parameters from the wire. Ranges are checked by the stage, which knows the vocabulary.
+pub fn sequence_spec_from_proto(
+    spec: proto::SequenceSpec,
+    prompt_tokens: usize,
+) -> Result<SequenceSpec, WireError> {
+    short("stop_tokens", spec.stop_tokens.len())?;
+    short("xtc_special_tokens", spec.xtc_special_tokens.len())?;
+    short("logit_bias", spec.logit_bias.len())?;
+    let penalty = |strength: f32, context: u32| {
+        (strength != 0.0).then_some(Penalty { strength, context: context as usize })
+    };
+    let xtc = (spec.xtc_probability != 0.0).then_some(Xtc {
+        probability: spec.xtc_probability,
+        threshold: spec.xtc_threshold,
+        special_tokens: spec.xtc_special_tokens,
+    });
+    Ok(SequenceSpec {
+        prompt_tokens,
+        max_tokens: spec.max_tokens as usize,
+        stop_tokens: spec.stop_tokens,
+        sampling: Sampling {
+            temperature: spec.temperature,
+            top_p: spec.top_p,
+            min_p: spec.min_p,
+            min_tokens_to_keep: spec.min_tokens_to_keep.max(1) as usize,
+            top_k: spec.top_k as usize,
+            xtc,
+            seed: spec.seed,
+            logit_bias: spec.logit_bias.into_iter().collect(),
+            repetition: penalty(spec.repetition_penalty, spec.repetition_context_size),
+            presence: penalty(spec.presence_penalty, spec.presence_context_size),
+            frequency: penalty(spec.frequency_penalty, spec.frequency_context_size),
+            logprobs: spec.top_logprobs.map(|top| LogprobRequest { top: top as usize }),
+        },
+    })
+}
+
+/// A sampled token for the wire.
+pub fn sampled_token_to_proto(token: &SampledToken) -> Result<proto::SampledToken, WireError> {
+    let top = token.sampled.top.iter();
+    Ok(proto::SampledToken {
+        sequence: token.sequence.0,
+        position: number("position", token.position)?,
+        token: token.sampled.token,
+        logprob: token.sampled.logprob,
+        top: top.map(|it| proto::Candidate { token: it.token, logprob: it.logprob }).collect(),
+        end: match token.end {
+            None => proto::SequenceEnd::None,
+            Some(SequenceEnd::Stop) => proto::SequenceEnd::Stop,
+            Some(SequenceEnd::Length) => proto::SequenceEnd::Length,
+        } as i32,
+    })
+}
+
+/// A sampled token from the wire.
+pub fn sampled_token_from_proto(token: proto::SampledToken) -> Result<SampledToken, WireError> {
+    short("top", token.top.len())?;
+    let end = match proto::SequenceEnd::try_from(token.end) {
+        Ok(proto::SequenceEnd::None) => None,
+        Ok(proto::SequenceEnd::Stop) => Some(SequenceEnd::Stop),
+        Ok(proto::SequenceEnd::Length) => Some(SequenceEnd::Length),
+        Err(_) => return Err(WireError::Unknown { name: "end", value: token.end }),
+    };
+    let top = token.top.into_iter().map(|it| Candidate { token: it.token, logprob: it.logprob }).collect();
+    let sampled = Sampled { token: token.token, logprob: token.logprob, top };
+    Ok(SampledToken { sequence: SequenceId(token.sequence), position: token.position as usize, sampled, end })
+}
+
+/// An element type for the wire.
+pub fn dtype_to_proto(dtype: Dtype) -> proto::Dtype {
+    match dtype {
+        Dtype::F32 => proto::Dtype::F32,
+        Dtype::F16 => proto::Dtype::F16,
+        Dtype::BF16 => proto::Dtype::Bf16,
+    }
+}
+
+/// An element type from the wire.
+pub fn dtype_from_proto(dtype: i32) -> Result<Dtype, WireError> {
+    match proto::Dtype::try_from(dtype) {
+        Ok(proto::Dtype::F32) => Ok(Dtype::F32),
+        Ok(proto::Dtype::F16) => Ok(Dtype::F16),
+        Ok(proto::Dtype::Bf16) => Ok(Dtype::BF16),
+        Ok(proto::Dtype::Unspecified) | Err(_) => Err(WireError::Unknown { name: "dtype", value: dtype }),
+    }
+}
+
+/// A scheduler's command for the wire.
+pub fn drive_command_to_proto(command: DriveCommand) -> Result<proto::DriveCommand, WireError> {
+    let command = match command {
+        DriveCommand::Open { sequence, prompt, spec } => {
+            let spec = Some(sequence_spec_to_proto(&spec)?);
+            proto::drive_command::Command::Open(proto::DriveOpen { sequence: sequence.0, prompt, spec })
+        }
+        DriveCommand::Cancel { sequence } => {
+            proto::drive_command::Command::Cancel(proto::CloseSequence { sequence: sequence.0 })
+        }
+    };
+    Ok(proto::DriveCommand { command: Some(command) })
+}
+
+/// A scheduler's command from the wire.
+pub fn drive_command_from_proto(command: proto::DriveCommand) -> Result<DriveCommand, WireError> {
+    match command.command.ok_or(WireError::Missing("a command"))? {
+        proto::drive_command::Command::Open(open) => {
+            let spec = open.spec.ok_or(WireError::Missing("the sequence's parameters"))?;
+            let spec = sequence_spec_from_proto(spec, open.prompt.len())?;
+            Ok(DriveCommand::Open { sequence: SequenceId(open.sequence), prompt: open.prompt, spec })
+        }
+        proto::drive_command::Command::Cancel(close) => {
+            Ok(DriveCommand::Cancel { sequence: SequenceId(close.sequence) })
+        }
+    }
+}
+
+/// An event of the first stage for the wire.
+pub fn drive_event_to_proto(event: &DriveEvent) -> Result<proto::DriveEvent, WireError> {
+    use proto::drive_event::Event;
+    let event = match event {
+        DriveEvent::Started { sequence } => Event::Started(proto::DriveStarted { sequence: sequence.0 }),
+        DriveEvent::Token(token) => Event::Token(sampled_token_to_proto(token)?),
+        DriveEvent::Closed { sequence } => Event::Closed(proto::CloseSequence { sequence: sequence.0 }),
+        DriveEvent::Failed { sequence, reason } => {
+            Event::Failed(proto::SequenceFailed { sequence: sequence.0, reason: reason.clone() })
+        }
+    };
+    Ok(proto::DriveEvent { event: Some(event) })
+}
+
+/// An event of the first stage from the wire.
+pub fn drive_event_from_proto(event: proto::DriveEvent) -> Result<DriveEvent, WireError> {
+    use proto::drive_event::Event;
+    Ok(match event.event.ok_or(WireError::Missing("an event"))? {
+        Event::Started(started) => DriveEvent::Started { sequence: SequenceId(started.sequence) },
+        Event::Token(token) => DriveEvent::Token(sampled_token_from_proto(token)?),
+        Event::Closed(closed) => DriveEvent::Closed { sequence: SequenceId(closed.sequence) },
+        Event::Failed(failed) => {
+            DriveEvent::Failed { sequence: SequenceId(failed.sequence), reason: failed.reason }
+        }
+    })
+}
+
+/// `value` as the 32 bits that the wire has for it.
+pub(crate) fn number(name: &'static str, value: usize) -> Result<u32, WireError> {
+    u32::try_from(value).map_err(|_| WireError::TooLarge { name, value })
+}
+
+fn short(name: &'static str, length: usize) -> Result<(), WireError> {
+    if length > LONGEST_LIST { Err(WireError::TooLong { name, length }) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rich_spec() -> SequenceSpec {
+        SequenceSpec {
+            prompt_tokens: 3,
+            max_tokens: 17,
+            stop_tokens: vec![2, 9],
+            sampling: Sampling {
+                temperature: 0.7,
+                top_p: 0.9,
+                min_p: 0.05,
+                min_tokens_to_keep: 2,
+                top_k: 40,
+                xtc: Some(Xtc { probability: 0.5, threshold: 0.1, special_tokens: vec![1] }),
+                seed: u64::MAX,
+                logit_bias: [(5, -1.5), (7, 2.0)].into(),
+                repetition: Some(Penalty { strength: 1.1, context: 20 }),
+                presence: Some(Penalty { strength: 0.2, context: 30 }),
+                frequency: Some(Penalty { strength: -0.3, context: 40 }),
+                logprobs: Some(LogprobRequest { top: 3 }),
+            },
+        }
+    }
+
+    #[test]
+    fn commands_survive_the_wire() {
+        let greedy = SequenceSpec { sampling: Sampling::default(), ..rich_spec() };
+        let commands = [
+            DriveCommand::Open { sequence: SequenceId(4), prompt: vec![1, 2, 3], spec: rich_spec() },
+            DriveCommand::Open { sequence: SequenceId(5), prompt: vec![0, 0, 0], spec: greedy },
+            DriveCommand::Cancel { sequence: SequenceId(u64::MAX) },
+        ];
+        for command in commands {
+            let wire = drive_command_to_proto(command.clone()).unwrap();
+            assert_eq!(drive_command_from_proto(wire), Ok(command));
+        }
+    }
+
+    #[test]
+    fn events_survive_the_wire() {
+        let sequence = SequenceId(8);
+        let sampled = Sampled {
+            token: 3,
+            logprob: Some(-0.5),
+            top: vec![Candidate { token: 3, logprob: -0.5 }, Candidate { token: 1, logprob: -2.0 }],
+        };
+        let mut events = vec![
+            DriveEvent::Started { sequence },
+            DriveEvent::Closed { sequence },
+            DriveEvent::Failed { sequence, reason: "why".into() },
+        ];
+        for end in [None, Some(SequenceEnd::Stop), Some(SequenceEnd::Length)] {
+            let sampled = sampled.clone();
+            events.push(DriveEvent::Token(SampledToken { sequence, position: 12, sampled, end }));
+        }
+        for event in events {
+            assert_eq!(drive_event_from_proto(drive_event_to_proto(&event).unwrap()), Ok(event));
+        }
+    }
+
+    #[test]
+    fn says_what_a_message_lacks() {
+        let empty = proto::DriveCommand { command: None };
+        assert_eq!(drive_command_from_proto(empty), Err(WireError::Missing("a command")));
+        assert_eq!(dtype_from_proto(0), Err(WireError::Unknown { name: "dtype", value: 0 }));
+        assert_eq!(dtype_from_proto(9), Err(WireError::Unknown { name: "dtype", value: 9 }));
+        let token = proto::SampledToken { end: 7, ..Default::default() };
+        assert_eq!(sampled_token_from_proto(token), Err(WireError::Unknown { name: "end", value: 7 }));
+        let spec = proto::SequenceSpec { stop_tokens: vec![0; 5000], ..Default::default() };
+        let error = sequence_spec_from_proto(spec, 1).unwrap_err();
+        assert_eq!(error, WireError::TooLong { name: "stop_tokens", length: 5000 });
+    }
+}

@@ -98,7 +98,13 @@ impl Remote {
     pub(crate) fn describe(&self, id: &HubId, commit: &str, file: &str) -> Result<RemoteFile, HubError> {
         const MAX_HOPS: usize = 5;
         let mut url = self.file_url(id, commit, file);
-        let mut response = self.call(&self.direct, "HEAD", &url, None)?;
+        let mut method = "HEAD";
+        let mut response = self.call(&self.direct, method, &url, None)?;
+        if matches!(response.status().as_u16(), 405 | 501) {
+            // A simple mirror that only knows GET; the body is left unread.
+            method = "GET";
+            response = self.call(&self.direct, method, &url, None)?;
+        }
         for _ in 0..MAX_HOPS {
             // The repository may have been renamed: the hub redirects within itself.
             let Some(location) = header(response.headers(), "location") else { break };
@@ -107,10 +113,10 @@ impl Remote {
                 break;
             }
             url = format!("{}{location}", origin(&self.endpoint));
-            response = self.call(&self.direct, "HEAD", &url, None)?;
+            response = self.call(&self.direct, method, &url, None)?;
         }
         if response.status().is_redirection() && header(response.headers(), "x-linked-etag").is_none() {
-            response = self.call(&self.following, "HEAD", &url, None)?;
+            response = self.call(&self.following, method, &url, None)?;
         }
         if !response.status().is_success() && !response.status().is_redirection() {
             return Err(self.refusal(id, Some(file), &url, &response));

@@ -20,10 +20,8 @@ pub(crate) struct SpecialTokens {
     pub(crate) eos_ids: Vec<u32>,
     /// Tokens that tokenizer_config.json adds, by id: some models list them there only.
     pub(crate) added: BTreeMap<u32, AddedToken>,
-    /// Set when tokenizer_config.json says whether encoding starts with bos.
-    pub(crate) add_bos: Option<bool>,
-    /// The same for eos at the end.
-    pub(crate) add_eos: Option<bool>,
+    /// How transformers would rebuild the tokenizer instead of taking tokenizer.json as it is.
+    pub(crate) llama: Option<LlamaSpaces>,
     /// Decoding tidies spaces before punctuation.
     pub(crate) clean_up_spaces: bool,
     /// Even where the tokenizer is a BPE, for which Hugging Face otherwise ignores the wish.
@@ -52,9 +50,11 @@ struct TokenizerConfig {
     #[serde(default)]
     added_tokens_decoder: BTreeMap<u32, AddedToken>,
     #[serde(default)]
-    add_bos_token: Option<bool>,
+    tokenizer_class: Option<String>,
     #[serde(default)]
-    add_eos_token: Option<bool>,
+    legacy: Option<bool>,
+    #[serde(default)]
+    add_prefix_space: Option<bool>,
     #[serde(default)]
     clean_up_tokenization_spaces: Option<bool>,
     #[serde(default)]
@@ -64,16 +64,35 @@ struct TokenizerConfig {
 }
 
 #[derive(Default, Deserialize)]
-struct EosOnly {
+struct ModelConfig {
     #[serde(default)]
     eos_token_id: Option<Value>,
+    #[serde(default)]
+    model_type: Option<String>,
+}
+
+/// Where transformers' LlamaTokenizer puts the space that SentencePiece adds in front of a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LlamaSpaces {
+    /// In front of the text only.
+    First,
+    /// Also behind every special token.
+    Always,
+    Never,
 }
 
 impl SpecialTokens {
     pub(crate) fn from_files(files: &TextFiles) -> Result<Self, TextError> {
         let config: TokenizerConfig = files.json("tokenizer_config.json")?.unwrap_or_default();
         let map: Map<String, Value> = files.json("special_tokens_map.json")?.unwrap_or_default();
+        let model: ModelConfig = files.json("config.json")?.unwrap_or_default();
+        let llama = llama_spaces(&config, model.model_type.as_deref());
         let mut named = Map::new();
+        if llama.is_some() {
+            for (key, text) in [("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")] {
+                named.insert(key.to_owned(), Value::String(text.to_owned()));
+            }
+        }
         for key in TOKEN_KEYS {
             // The configuration is the newer place; the map remains from older ones.
             if let Some(text) = token_text(config.rest.get(key)).or_else(|| token_text(map.get(key))) {
@@ -91,10 +110,9 @@ impl SpecialTokens {
         }
         Ok(Self {
             named,
-            eos_ids: eos_ids(files)?,
+            eos_ids: eos_ids(files, model)?,
             added: config.added_tokens_decoder,
-            add_bos: config.add_bos_token,
-            add_eos: config.add_eos_token,
+            llama,
             clean_up_spaces: config.clean_up_tokenization_spaces.unwrap_or(false),
             clean_up_spaces_for_bpe: config
                 .clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
@@ -108,6 +126,20 @@ impl SpecialTokens {
     }
 }
 
+/// transformers 5 builds its LlamaTokenizer anew from the vocabulary, with its own idea of spaces, and mlx-lm runs on
+/// that. Models of the Mistral family are spared by it, and so are tokenizers of bytes (see the caller).
+fn llama_spaces(config: &TokenizerConfig, model_type: Option<&str>) -> Option<LlamaSpaces> {
+    const SPARED: [&str; 7] =
+        ["mistral", "mistral3", "mixtral", "ministral", "ministral3", "pixtral", "voxtral"];
+    let is_llama = matches!(config.tokenizer_class.as_deref(), Some("LlamaTokenizer" | "LlamaTokenizerFast"));
+    let spared = model_type.is_some_and(|model_type| SPARED.contains(&model_type));
+    (is_llama && !spared).then_some(match (config.add_prefix_space, config.legacy) {
+        (Some(false), _) => LlamaSpaces::Never,
+        (_, Some(true)) => LlamaSpaces::Always,
+        _ => LlamaSpaces::First,
+    })
+}
+
 /// A token is written as its text or as an object with the text and how it is matched.
 fn token_text(token: Option<&Value>) -> Option<&str> {
     match token? {
@@ -118,14 +150,13 @@ fn token_text(token: Option<&Value>) -> Option<&str> {
 }
 
 /// generation_config.json wins over config.json, and a broken generation_config.json is as good as none (mlx-lm).
-fn eos_ids(files: &TextFiles) -> Result<Vec<u32>, TextError> {
-    let generation: EosOnly = files.json("generation_config.json").ok().flatten().unwrap_or_default();
+fn eos_ids(files: &TextFiles, config: ModelConfig) -> Result<Vec<u32>, TextError> {
+    let generation: ModelConfig = files.json("generation_config.json").ok().flatten().unwrap_or_default();
     if let Some(ids) = generation.eos_token_id.as_ref().and_then(as_ids)
         && !ids.is_empty()
     {
         return Ok(ids);
     }
-    let config: EosOnly = files.json("config.json")?.unwrap_or_default();
     match config.eos_token_id {
         None | Some(Value::Null) => Ok(Vec::new()),
         Some(value) => as_ids(&value).ok_or_else(|| TextError::InvalidFile {

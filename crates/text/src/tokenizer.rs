@@ -6,12 +6,17 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use tokenizers::{AddedToken, ModelWrapper, processors::template::TemplateProcessing};
+use tokenizers::{
+    AddedToken, DecoderWrapper, ModelWrapper, NormalizerWrapper,
+    decoders::{byte_fallback::ByteFallback, fuse::Fuse, sequence::Sequence, strip::Strip},
+    normalizers::replace::Replace,
+    pre_tokenizers::metaspace::{Metaspace, PrependScheme},
+};
 
 use crate::{
     StreamingDetokenizer, TextError, TextFiles,
     detokenizer::{DecoderKind, decoder_kind},
-    special::SpecialTokens,
+    special::{LlamaSpaces, SpecialTokens},
 };
 
 /// No honest vocabulary is larger.
@@ -48,7 +53,7 @@ impl Tokenizer {
     pub fn from_files(files: &TextFiles) -> Result<Self, TextError> {
         let json = files.get("tokenizer.json").ok_or(TextError::MissingFile { file: "tokenizer.json" })?;
         let special = SpecialTokens::from_files(files)?;
-        let backend = guarded(|| build(json, &special))?;
+        let (backend, decoder) = guarded(|| build(json, &special))?;
         let vocabulary = backend.get_vocab_size(true);
         if vocabulary == 0 || vocabulary > MAX_VOCABULARY {
             return Err(TextError::InvalidFile {
@@ -66,7 +71,6 @@ impl Tokenizer {
         // Hugging Face ignores the wish to tidy spaces for BPE, because it would eat real ones.
         let is_bpe = matches!(backend.get_model(), ModelWrapper::BPE(_));
         let clean_up_spaces = special.clean_up_spaces && (!is_bpe || special.clean_up_spaces_for_bpe);
-        let decoder = decoder_kind(backend.get_decoder());
         let shared =
             Shared { backend, special, bos, decoder, clean_up_spaces, drops_spaces: OnceLock::new() };
         Ok(Self { shared: Arc::new(shared), eos: Arc::new(eos) })
@@ -174,7 +178,7 @@ impl Tokenizer {
     }
 }
 
-fn build(json: &[u8], special: &SpecialTokens) -> Result<tokenizers::Tokenizer, TextError> {
+fn build(json: &[u8], special: &SpecialTokens) -> Result<(tokenizers::Tokenizer, DecoderKind), TextError> {
     let mut backend = tokenizers::Tokenizer::from_bytes(json).map_err(|error| TextError::InvalidFile {
         file: "tokenizer.json".to_owned(),
         reason: error.to_string(),
@@ -185,21 +189,40 @@ fn build(json: &[u8], special: &SpecialTokens) -> Result<tokenizers::Tokenizer, 
 
     add_declared_tokens(&mut backend, special)?;
 
-    // An explicit word about bos and eos in tokenizer_config.json replaces the rule of tokenizer.json.
-    if special.add_bos.is_some() || special.add_eos.is_some() {
-        let wanted = |add: Option<bool>, key| {
-            let text = special.text(key).filter(|_| add == Some(true))?;
-            Some((text.to_owned(), backend.token_to_id(text)?))
-        };
-        let bos = wanted(special.add_bos, "bos_token");
-        let eos = wanted(special.add_eos, "eos_token");
-        if let Some(processor) = bos_eos_processor(bos, eos)? {
-            backend.with_post_processor(Some(processor));
-        } else {
-            backend.with_post_processor(None::<TemplateProcessing>);
-        }
+    let decoder = decoder_kind(backend.get_decoder());
+    if let Some(spaces) = special.llama
+        && !is_byte_level(&backend)
+        && matches!(backend.get_model(), ModelWrapper::BPE(_))
+    {
+        rebuild_as_llama(&mut backend, spaces)?;
     }
-    Ok(backend)
+    Ok((backend, decoder))
+}
+
+/// What transformers does with a LlamaTokenizer; see [`LlamaSpaces`].
+fn rebuild_as_llama(backend: &mut tokenizers::Tokenizer, spaces: LlamaSpaces) -> Result<(), TextError> {
+    let scheme = match spaces {
+        LlamaSpaces::First => PrependScheme::First,
+        LlamaSpaces::Always => PrependScheme::Always,
+        LlamaSpaces::Never => PrependScheme::Never,
+    };
+    backend.with_normalizer(None::<NormalizerWrapper>).map_err(failed)?;
+    backend.with_pre_tokenizer(Some(Metaspace::new('▁', scheme, false)));
+    let mut steps: Vec<DecoderWrapper> =
+        vec![Replace::new("▁", " ").map_err(failed)?.into(), ByteFallback::new().into(), Fuse::new().into()];
+    if spaces != LlamaSpaces::Never {
+        steps.push(Strip::new(' ', 1, 0).into());
+    }
+    backend.with_decoder(Some(Sequence::new(steps)));
+    Ok(())
+}
+
+/// A part anywhere in tokenizer.json that works on bytes, as Llama 3 has it.
+fn is_byte_level(backend: &tokenizers::Tokenizer) -> bool {
+    let named =
+        |part: Option<serde_json::Value>| part.is_some_and(|part| part.to_string().contains("\"ByteLevel\""));
+    named(backend.get_pre_tokenizer().and_then(|part| serde_json::to_value(part).ok()))
+        || named(backend.get_decoder().and_then(|part| serde_json::to_value(part).ok()))
 }
 
 /// Tokens that only tokenizer_config.json lists, and special tokens that tokenizer.json has as plain ones.
@@ -231,33 +254,6 @@ fn add_declared_tokens(
         backend.add_tokens(tokens).map_err(failed)?;
     }
     Ok(())
-}
-
-fn bos_eos_processor(
-    bos: Option<(String, u32)>,
-    eos: Option<(String, u32)>,
-) -> Result<Option<TemplateProcessing>, TextError> {
-    if bos.is_none() && eos.is_none() {
-        return Ok(None);
-    }
-    let mut pieces = Vec::new();
-    let mut tokens = Vec::new();
-    if let Some((text, id)) = bos {
-        pieces.push(format!("{text}:0"));
-        tokens.push((text, id));
-    }
-    pieces.push("$A:0".to_owned());
-    if let Some((text, id)) = eos {
-        pieces.push(format!("{text}:0"));
-        tokens.push((text, id));
-    }
-    let template = TemplateProcessing::builder()
-        .try_single(pieces)
-        .map_err(|reason| TextError::Tokenizer { reason })?
-        .special_tokens(tokens)
-        .build()
-        .map_err(|error| TextError::Tokenizer { reason: error.to_string() })?;
-    Ok(Some(template))
 }
 
 /// Runs the tokenizers library at the edge: it asserts where we want an error, on files that nobody honest writes.

@@ -21,8 +21,9 @@ pub(crate) fn of_byte_level(token: &str) -> Vec<u8> {
 /// The bytes behind a SentencePiece token: `<0xNN>` is the byte NN.
 pub(crate) fn of_sentence_piece(token: &str) -> Vec<u8> {
     let digits = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
-    let byte =
-        digits.filter(|digits| digits.len() == 2).and_then(|digits| u8::from_str_radix(digits, 16).ok());
+    let byte = digits
+        .filter(|digits| digits.len() == 2 && !digits.starts_with('+'))
+        .and_then(|digits| u8::from_str_radix(digits, 16).ok());
     byte.map_or_else(|| token.as_bytes().to_vec(), |byte| vec![byte])
 }
 
@@ -38,7 +39,10 @@ fn byte_of(character: char) -> Option<u8> {
     }
 }
 
-/// Bytes in, text out, as soon as it is complete. Holds at most the start of one character and the spaces before it.
+/// A character that is never completed does not hold back the text before it for ever.
+const LONGEST_WAIT: usize = 64;
+
+/// Bytes in, text out, as soon as it is complete. Holds little more than the start of one character.
 #[derive(Debug, Default)]
 pub(crate) struct Utf8Stream {
     pending: Vec<u8>,
@@ -59,6 +63,9 @@ impl Utf8Stream {
     /// The same, with a last change to the text before its start is looked at.
     pub(crate) fn take_with(&mut self, trim: bool, change: impl Fn(String) -> String) -> String {
         let incomplete = incomplete_tail(&self.pending);
+        if incomplete > 0 && self.pending.len() < LONGEST_WAIT {
+            return String::new(); // whole pieces, as mlx-lm gives them
+        }
         let rest = self.pending.split_off(self.pending.len() - incomplete);
         let complete = std::mem::replace(&mut self.pending, rest);
         self.emit(change(String::from_utf8_lossy(&complete).into_owned()), trim)

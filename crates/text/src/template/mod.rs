@@ -83,11 +83,12 @@ struct InJson {
 }
 
 impl ChatTemplate {
-    /// Finds the model's template: chat_template.jinja, or else tokenizer_config.json, or else chat_template.json.
-    pub fn from_files(files: &TextFiles, tokenizer: &Tokenizer) -> Result<Self, TextError> {
+    /// Finds the model's template: chat_template.jinja, or else tokenizer_config.json, or else chat_template.json. None is
+    /// fine; what to do without one is the caller's matter ([`TextError::NoChatTemplate`] tells a person).
+    pub fn from_files(files: &TextFiles, tokenizer: &Tokenizer) -> Result<Option<Self>, TextError> {
         if let Some(source) = files.text("chat_template.jinja")? {
             let sources = [("default".to_owned(), source.to_owned())];
-            return Self::compile("chat_template.jinja", sources.into(), tokenizer);
+            return Self::compile("chat_template.jinja", sources.into(), tokenizer).map(Some);
         }
         for file in ["tokenizer_config.json", "chat_template.json"] {
             let found: Option<InJson> = files.json(file)?;
@@ -98,9 +99,9 @@ impl ChatTemplate {
                     list.into_iter().map(|one| (one.name, one.template)).collect()
                 }
             };
-            return Self::compile(file, sources, tokenizer);
+            return Self::compile(file, sources, tokenizer).map(Some);
         }
-        Err(TextError::NoChatTemplate)
+        Ok(None)
     }
 
     fn compile(

@@ -2,9 +2,13 @@
 
 use minijinja::{
     Error, ErrorKind, State, Value,
-    value::{ValueKind, from_args},
+    value::{Tuple, ValueKind, from_args},
 };
 use minijinja_contrib::pycompat;
+
+fn tuple(parts: [&str; 3]) -> Value {
+    Value::from(Tuple::from(parts.map(Value::from)))
+}
 
 /// `value.method(arguments)` where the value has no such method of its own.
 pub(super) fn method(
@@ -31,14 +35,14 @@ pub(super) fn method(
                 let (before, after) = text.split_once(nonempty(separator)?).unzip();
                 let found = before.is_some();
                 let parts = [before.unwrap_or(text), if found { separator } else { "" }, after.unwrap_or("")];
-                return Ok(parts.into_iter().map(Value::from).collect());
+                return Ok(tuple(parts));
             }
             "rpartition" => {
                 let (separator,): (&str,) = from_args(args)?;
                 let (before, after) = text.rsplit_once(nonempty(separator)?).unzip();
                 let found = before.is_some();
                 let parts = [before.unwrap_or(""), if found { separator } else { "" }, after.unwrap_or(text)];
-                return Ok(parts.into_iter().map(Value::from).collect());
+                return Ok(tuple(parts));
             }
             // Widths make large strings out of small templates, and chat templates have no use for them.
             "format" | "format_map" | "center" | "ljust" | "rjust" | "zfill" | "expandtabs" | "translate" => {
@@ -49,6 +53,11 @@ pub(super) fn method(
             }
             _ => {}
         }
+    }
+    if value.kind() == ValueKind::Seq && name == "index" {
+        let (wanted,): (&Value,) = from_args(args)?;
+        let at = value.try_iter()?.position(|item| item == *wanted);
+        return at.map(Value::from).ok_or_else(|| Error::new(ErrorKind::InvalidOperation, "not in the list"));
     }
     pycompat::unknown_method_callback(state, value, name, args)
 }

@@ -20,6 +20,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use places::Places;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 /// What a developer runs in this repository. The first call on a machine fetches and builds MLX (about two minutes).
 #[derive(Parser)]
@@ -94,10 +95,19 @@ enum Task {
     Bindings,
 }
 
-fn main() -> Result<()> {
-    let xtask = Xtask::parse();
+fn main() -> ExitCode {
+    match run(Xtask::parse().task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}"); // without the backtrace that `?` in main would add
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<()> {
     let places = Places::find()?;
-    match xtask.task {
+    match task {
         Task::Setup { again } => setup::run(&places, again),
         Task::Demo { release } => demo::run(&places, release),
         Task::Test { arguments } => test::run(&places, &arguments),

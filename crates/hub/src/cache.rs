@@ -4,16 +4,19 @@
 //! models--OWNER--NAME/refs/REVISION          the commit that a branch or tag stood for
 //! models--OWNER--NAME/snapshots/COMMIT/FILE  a link to ../../blobs/ETAG
 //! models--OWNER--NAME/blobs/ETAG             a file's bytes; ETAG.incomplete while they come
+//! models--OWNER--NAME/trees/COMMIT.json      what a commit has (only huggingface_hub 2 writes it)
 //! .locks/models--OWNER--NAME/ETAG.lock       held by who downloads a blob
 //! ```
 
 use crate::error::{HubError, disk};
-use crate::files::{Wanted, is_safe_part, is_weights};
+use crate::files::{Wanted, is_safe_part, is_safe_path, is_weights};
+use crate::remote::RemoteFile;
 use crate::source::{HubId, ModelSource};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
+use mlxnode_compute::ByteCount;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, TryLockError};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -85,10 +88,11 @@ impl RepoCache {
         let path = self.folder.join("refs").join(&self.revision);
         let folder = path.parent().unwrap_or(&self.folder);
         fs::create_dir_all(folder).map_err(disk(folder))?;
-        let mut file = tempfile::NamedTempFile::new_in(folder).map_err(disk(folder))?;
-        file.write_all(commit.as_bytes()).map_err(disk(&path))?;
-        file.persist(&path).map_err(|error| disk(&path)(error.error))?;
-        Ok(())
+        // Renamed into place, so that no other process reads half of it.
+        let temporary = tempfile::TempDir::new_in(&self.folder).map_err(disk(&self.folder))?;
+        let fresh = temporary.path().join("ref");
+        fs::write(&fresh, commit).map_err(disk(&fresh))?;
+        fs::rename(&fresh, &path).map_err(disk(&path))
     }
 
     /// Makes `file` of the snapshot point to the blob. On a disk without links the blob becomes the file.
@@ -112,6 +116,28 @@ impl RepoCache {
         }
     }
 
+    /// Refuses a download of `bytes` for which the disk has no room, before it begins. Bytes of broken-off downloads count as here.
+    pub(crate) fn check_space<'a>(
+        &self,
+        files: impl Iterator<Item = &'a RemoteFile>,
+    ) -> Result<(), HubError> {
+        let needed = files.fold(0u64, |needed, facts| {
+            let present = self.incomplete_blob(&facts.etag).metadata().map_or(0, |metadata| metadata.len());
+            let present = if self.blob(&facts.etag).is_file() { facts.size } else { present };
+            needed.saturating_add(facts.size.saturating_sub(present))
+        });
+        // The first folder upwards that is there already says which disk it will be.
+        let Some(there) = self.folder.ancestors().find(|folder| folder.is_dir()) else { return Ok(()) };
+        let Ok(disk) = nix::sys::statvfs::statvfs(there) else { return Ok(()) };
+        // The types of these differ between systems.
+        #[allow(clippy::useless_conversion)]
+        let free = u64::from(disk.blocks_available()).saturating_mul(u64::from(disk.fragment_size()));
+        if needed <= free {
+            return Ok(());
+        }
+        Err(HubError::NoSpace { folder: there.into(), needed: ByteCount(needed), free: ByteCount(free) })
+    }
+
     /// Waits until no other process downloads this blob, then keeps others waiting until the file is dropped. A process that
     /// dies lets go. `waiting` is called now and then.
     pub(crate) fn lock(&self, etag: &str, mut waiting: impl FnMut()) -> Result<File, HubError> {
@@ -131,29 +157,46 @@ impl RepoCache {
     }
 }
 
-/// The files that a snapshot lacks, judged without the hub: the config, a tokenizer, and the weights that the index lists.
+/// The files that a snapshot lacks, judged without the hub: by the list of the commit's files when huggingface_hub left one,
+/// else config, tokenizer, and the weights that the index lists.
 pub(crate) fn missing_files(snapshot: &Path, wanted: Wanted) -> Vec<String> {
     let has = |file: &str| snapshot.join(file).is_file();
     let mut missing = BTreeSet::new();
-    if !has("config.json") {
-        missing.insert("config.json".to_owned());
+    let mut expect = |file: &str, present: bool| {
+        if !present {
+            missing.insert(file.to_owned());
+        }
+    };
+    for file in files_of_commit(snapshot).unwrap_or_default() {
+        if wanted.takes(&file) {
+            expect(&file, has(&file));
+        }
     }
+    expect("config.json", has("config.json"));
     let tokenizers = ["tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model"];
-    if !tokenizers.iter().any(|file| has(file)) {
-        missing.insert("tokenizer.json".into());
-    }
+    expect("tokenizer.json", tokenizers.iter().any(|file| has(file)));
     if wanted == Wanted::All {
-        let index = "model.safetensors.index.json";
-        let listed = fs::read(snapshot.join(index)).ok().and_then(|text| shards(&text));
-        match listed {
-            Some(shards) => missing.extend(shards.into_iter().filter(|shard| !has(shard))),
-            None if !files_of(snapshot).iter().any(|(name, _)| is_weights(name)) => {
-                missing.insert("model.safetensors".into());
+        match fs::read(snapshot.join("model.safetensors.index.json")).ok().and_then(|text| shards(&text)) {
+            Some(shards) => shards.iter().for_each(|shard| expect(shard, has(shard))),
+            None => {
+                expect("model.safetensors", files_of(snapshot).iter().any(|(name, _)| is_weights(name)));
             }
-            None => {}
         }
     }
     missing.into_iter().collect()
+}
+
+/// All files of the commit that this is the snapshot of, if huggingface_hub noted them.
+fn files_of_commit(snapshot: &Path) -> Option<Vec<String>> {
+    #[derive(serde::Deserialize)]
+    struct Tree {
+        files: BTreeMap<String, serde::de::IgnoredAny>,
+    }
+    let commit = snapshot.file_name()?.to_str()?;
+    let trees = snapshot.parent()?.parent()?.join("trees");
+    let text = fs::read(trees.join(format!("{commit}.json"))).ok()?;
+    let tree: Tree = serde_json::from_slice(&text).ok()?;
+    Some(tree.files.into_keys().filter(|file| is_safe_path(file)).collect())
 }
 
 /// The files that an index lists.

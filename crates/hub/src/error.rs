@@ -1,5 +1,6 @@
 //! Why a model could not be had.
 
+use mlxnode_compute::ByteCount;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -124,6 +125,16 @@ pub enum HubError {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// The disk is too full for the model.
+    #[error("{} has {free} free, but the download needs {needed}; free some space or set HF_HUB_CACHE to another disk", folder.display())]
+    NoSpace {
+        /// A folder on the disk.
+        folder: PathBuf,
+        /// What would have to come.
+        needed: ByteCount,
+        /// What there is room for.
+        free: ByteCount,
     },
     /// A folder that was there when it was named is gone.
     #[error("there is no folder {}", .0.display())]

@@ -123,6 +123,7 @@ impl Hub {
                 lacking.push((file, self.remote.describe(id, commit, file)?));
             }
         }
+        cache.check_space(lacking.iter().map(|(_, facts)| facts))?;
         // Small files first: with them a wrong model shows before its weights have come.
         lacking.sort_by_key(|(_, facts)| facts.size);
         let total_bytes = lacking.iter().fold(0u64, |total, (_, facts)| total.saturating_add(facts.size));

@@ -33,7 +33,8 @@ fn refusals_say_what_to_do() {
 
 #[test]
 fn hostile_names_do_not_become_paths() {
-    let served = |etag: &str| Served { content: b"x".to_vec(), etag: etag.into(), elsewhere: false };
+    let served =
+        |etag: &str| Served { content: b"x".to_vec(), etag: etag.into(), elsewhere: false, claimed: None };
     for file in ["../../evil.json", "/tmp/evil.json", "a/../../../evil.json"] {
         let (message, cache) = message_of(|state| {
             state.files.insert(file.into(), served("abc"));
@@ -101,4 +102,21 @@ fn a_cache_that_cannot_be_written_is_named() {
     fs::set_permissions(&file, fs::Permissions::from_mode(0o400)).unwrap();
     let message = hub(&server, &file).resolve(&source(), &|_| {}).unwrap_err().to_string();
     assert!(message.contains("cannot be written") && message.contains("models--o--n"), "{message}");
+}
+
+#[test]
+fn a_model_larger_than_the_disk_is_refused_before_anything_comes() {
+    let (message, cache) = message_of(|state| {
+        state.files.get_mut("model.safetensors").unwrap().claimed = Some(1 << 60);
+    });
+    assert!(message.contains("needs 1152922 TB") && message.contains(" free"), "{message}");
+    assert_eq!(fs::read_dir(cache.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn more_bytes_than_announced_are_refused() {
+    let (message, _) = message_of(|state| {
+        state.files.get_mut("model.safetensors").unwrap().claimed = Some(900_000);
+    });
+    assert!(message.contains("more bytes than it announced"), "{message}");
 }

@@ -17,6 +17,8 @@ pub(crate) struct Served {
     pub(crate) etag: String,
     /// Large files are elsewhere: the hub redirects, with the facts in headers of its own.
     pub(crate) elsewhere: bool,
+    /// What the hub says it has, when that is not the length of the content.
+    pub(crate) claimed: Option<usize>,
 }
 
 /// What goes wrong.
@@ -114,10 +116,10 @@ pub(crate) fn small_model() -> BTreeMap<String, Served> {
     let weights: Vec<u8> = (0..1_000_000u32).map(|index| (index * 7 / 3) as u8).collect();
     let small = |name: &str, content: &str| {
         let etag = format!("{:040x}", name.len() * 1000 + content.len());
-        (name.to_owned(), Served { content: content.into(), etag, elsewhere: false })
+        (name.to_owned(), Served { content: content.into(), etag, elsewhere: false, claimed: None })
     };
     let large = |name: &str, content: Vec<u8>| {
-        (name.to_owned(), Served { etag: sha256(&content), content, elsewhere: true })
+        (name.to_owned(), Served { etag: sha256(&content), content, elsewhere: true, claimed: None })
     };
     BTreeMap::from([
         small("config.json", r#"{"model_type": "llama"}"#),
@@ -213,7 +215,7 @@ fn serve(stream: TcpStream, address: SocketAddr, state: &Mutex<State>) -> std::i
         let facts = format!(
             "{facts}X-Linked-Etag: \"{}\"\r\nX-Linked-Size: {}\r\nLocation: http://localhost:{}/elsewhere/{file}\r\n",
             served.etag,
-            served.content.len(),
+            served.claimed.unwrap_or(served.content.len()),
             address.port(),
         );
         return respond(stream, &request, 302, &facts, b"");

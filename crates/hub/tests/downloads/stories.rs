@@ -1,4 +1,6 @@
 use crate::server::{COMMIT, Fault, Server, State, small_model};
+use mlxnode_checkpoint::Checkpoint;
+use mlxnode_compute::LayerRange;
 use mlxnode_hub::{Hub, HubError, ModelSource, Options, Secret};
 use std::cell::RefCell;
 use std::fs;
@@ -130,6 +132,15 @@ fn offline_uses_the_cache_or_says_what_is_missing() {
     let error = offline(cache.path()).resolve(&source(), &|_| {}).unwrap_err();
     let HubError::Offline { missing, .. } = error else { panic!("{error}") };
     assert_eq!(missing, ["model-00002.safetensors", "tokenizer.json"]);
+    // huggingface_hub may have left the list of the commit's files.
+    let trees = cache.path().join("models--o--n/trees");
+    fs::create_dir(&trees).unwrap();
+    let tree =
+        r#"{"format_version": 1, "files": {"config.json": {"size": 9}, "special.json": {}, "code.py": {}}}"#;
+    fs::write(trees.join(format!("{COMMIT}.json")), tree).unwrap();
+    let error = offline(cache.path()).resolve(&source(), &|_| {}).unwrap_err();
+    let HubError::Offline { missing, .. } = error else { panic!("{error}") };
+    assert_eq!(missing, ["model-00002.safetensors", "special.json", "tokenizer.json"]);
 }
 
 #[test]
@@ -206,6 +217,9 @@ fn the_demo_and_folders_need_no_network() {
     for file in ["config.json", "model.safetensors", "tokenizer.json"] {
         assert!(demo.join(file).is_file(), "{file}");
     }
+    let checkpoint = Checkpoint::open(&demo).unwrap();
+    let layers = LayerRange::new(0, checkpoint.spec().layer_count());
+    assert_eq!(checkpoint.shard_tensors(layers).unwrap().tensors.len(), checkpoint.tensors().len());
     let folder = ModelSource::parse(demo.to_str().unwrap()).unwrap();
     assert_eq!(hub.resolve(&folder, &|_| {}).unwrap(), demo);
     fs::remove_dir_all(&demo).unwrap();

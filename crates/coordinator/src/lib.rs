@@ -8,8 +8,11 @@
 //! | [`deployments`] | which models are wanted and what has to be done next (pure) |
 //! | [`coordinator`] | the actor that does it: owns the deployments and the control log, gives the nodes their orders |
 
+pub mod deployments;
+mod error;
 mod node_id;
 pub mod placement;
 pub mod requests;
 pub mod scheduler;
+pub use error::Error;
 pub use node_id::NodeId;

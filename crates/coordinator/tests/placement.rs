@@ -362,7 +362,7 @@ fn brute_force(case: &Case) -> Option<(usize, f64)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn placement_is_as_good_as_trying_everything(case in cases()) {

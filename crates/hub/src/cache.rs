@@ -13,7 +13,6 @@ use crate::files::{Wanted, is_safe_part, is_safe_path, is_weights};
 use crate::remote::RemoteFile;
 use crate::source::{HubId, ModelSource};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
-use mlxnode_compute::ByteCount;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -135,7 +134,7 @@ impl RepoCache {
         if needed <= free {
             return Ok(());
         }
-        Err(HubError::NoSpace { folder: there.into(), needed: ByteCount(needed), free: ByteCount(free) })
+        Err(HubError::NoSpace { folder: there.into(), needed, free })
     }
 
     /// Waits until no other process downloads this blob, then keeps others waiting until the file is dropped. A process that

@@ -1,6 +1,5 @@
 //! Why a model could not be had.
 
-use mlxnode_compute::ByteCount;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -127,14 +126,14 @@ pub enum HubError {
         source: io::Error,
     },
     /// The disk is too full for the model.
-    #[error("{} has {free} free, but the download needs {needed}; free some space or set HF_HUB_CACHE to another disk", folder.display())]
+    #[error("{} has {:.2} GB free, but the download needs {:.2} GB; free some space or set HF_HUB_CACHE to another disk", folder.display(), gigabytes(*free), gigabytes(*needed))]
     NoSpace {
         /// A folder on the disk.
         folder: PathBuf,
-        /// What would have to come.
-        needed: ByteCount,
-        /// What there is room for.
-        free: ByteCount,
+        /// Bytes that would have to come.
+        needed: u64,
+        /// Bytes that there is room for.
+        free: u64,
     },
     /// A folder that was there when it was named is gone.
     #[error("there is no folder {}", .0.display())]
@@ -153,6 +152,10 @@ impl HubError {
             _ => false,
         }
     }
+}
+
+fn gigabytes(bytes: u64) -> f64 {
+    bytes as f64 / 1e9
 }
 
 /// For `map_err`.

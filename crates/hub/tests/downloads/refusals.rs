@@ -109,7 +109,7 @@ fn a_model_larger_than_the_disk_is_refused_before_anything_comes() {
     let (message, cache) = message_of(|state| {
         state.files.get_mut("model.safetensors").unwrap().claimed = Some(1 << 60);
     });
-    assert!(message.contains("needs 1152922 TB") && message.contains(" free"), "{message}");
+    assert!(message.contains("needs 1152921504") && message.contains(" free"), "{message}");
     assert_eq!(fs::read_dir(cache.path()).unwrap().count(), 0);
 }
 

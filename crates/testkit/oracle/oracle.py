@@ -39,7 +39,8 @@ def random_weight(name, array):
     if name.endswith(".bias"):
         return 0.5 * mx.random.normal(array.shape)
     if "embed_tokens" in name:
-        return mx.random.normal(array.shape)
+        # Small, so that with tied embeddings the layers and not the last token decide what comes next.
+        return 0.2 * mx.random.normal(array.shape)
     return mx.random.normal(array.shape) * (1.5 / array.shape[-1] ** 0.5)
 
 

@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 
 /// Forced in front of every mlx-c file on Linux. The first part serves gcc 12, which lacks `std::format`; the second
 /// declares half floats where mlx-c itself does so on Arm only.
-const SHIM: &str = "\
+pub(super) const SHIM: &str = "\
 #pragma once
 #if __has_include(<format>)
 #include <format>
@@ -32,7 +32,7 @@ using mlx::core::bfloat16_t;
 ";
 
 /// mlx-rs seeds its random numbers from this clock of macOS; other systems get one by the same name.
-const CLOCK: &str = "\
+pub(super) const CLOCK: &str = "\
 #include <stdint.h>
 #include <time.h>
 extern \"C\" uint64_t mach_approximate_time(void) {

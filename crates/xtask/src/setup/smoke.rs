@@ -12,7 +12,7 @@ use std::process::Command;
 
 /// Prints the version and the trace of [[1, 2], [3, 4]] squared, which is 7 + 22, computed on the default device (the
 /// GPU on a Mac).
-const PROGRAM: &str = r#"
+pub(super) const PROGRAM: &str = r#"
 #include "mlx/c/mlx.h"
 #include <cstdio>
 int main() {

@@ -1,13 +1,16 @@
 //! What a finished set-up leaves behind to be known by, and the lock that keeps two of them apart.
 
 use super::wheel::{for_this_machine, hex};
-use super::{committed_bindings, pins};
+use super::{committed_bindings, mlxc, pins, smoke};
 use crate::places::Places;
 use anyhow::{Context as _, Result};
 use ring::digest::{Context as Hash, SHA256};
 use serde::{Deserialize, Serialize};
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
+
+/// Counted up when the way mlx-c is compiled changes and nothing else in the fingerprint does.
+const RECIPE: &str = "1";
 
 /// How MLX is linked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,9 +54,9 @@ fn path(places: &Places) -> PathBuf {
 /// Changes with everything that decides what set-up makes: the wheel, mlx-sys, our own recipe, the bindings.
 pub(crate) fn fingerprint(places: &Places) -> Result<String> {
     let mut hash = Hash::new(&SHA256);
-    for part in
-        [for_this_machine()?.sha256, pins::MLX_SYS_VERSION, include_str!("mlxc.rs"), include_str!("smoke.rs")]
-    {
+    let parts =
+        [for_this_machine()?.sha256, pins::MLX_SYS_VERSION, RECIPE, mlxc::SHIM, mlxc::CLOCK, smoke::PROGRAM];
+    for part in parts {
         hash.update(part.as_bytes());
         hash.update(&[0]);
     }

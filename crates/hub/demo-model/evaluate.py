@@ -77,7 +77,7 @@ def rows_to_ask(arguments):
 
 
 def talk_rows():
-    """Small talk was trained as it stands here; the other questions were not."""
+    """Small talk was trained as it stands here; of the other questions only some patterns were."""
     rows = [{"task": "small talk", "question": question, "answer": answer}
             for answer, asked in talk.SMALL_TALK.items() for question in asked]
     return rows + [{"task": "declined", "question": question, "answer": questions.REFUSAL} for question in OTHER_QUESTIONS]

@@ -10,9 +10,11 @@
 
 mod admission;
 mod control_log;
+mod discovery;
 mod facts;
 mod identity;
 mod key_file;
+mod membership;
 mod pairing;
 mod pin;
 mod roster;
@@ -24,6 +26,10 @@ mod wire;
 pub use admission::{AccessList, Admission, PeerKey, Role};
 pub use control_log::{
     ControlEntry, ControlEpoch, ControlLog, ControlLogError, ControlSnapshot, MAX_RECORD, MAX_SNAPSHOT, SqliteControlLog,
+};
+pub use discovery::{
+    Candidate, Discovery, MAX_CANDIDATES, MdnsDiscovery, MdnsError, MdnsOptions, StaticDiscovery, announce_invites,
+    find_inviters,
 };
 pub use facts::NodeFacts;
 pub use identity::{CERTIFICATE_NAME, Identity};

@@ -63,7 +63,7 @@ pub(crate) fn spawn(
     progress: Arc<Progress>,
     lifeline: Lifeline,
 ) -> std::io::Result<ComputeThread> {
-    let (inbox, messages) = mpsc::channel(inbox_messages);
+    let (inbox, mut messages) = mpsc::channel(inbox_messages);
     let (results, outbox) = mpsc::channel(outbox_messages);
     let (loading_sender, loading) = watch::channel((0, 0));
     let (loaded_sender, loaded) = oneshot::channel();
@@ -86,7 +86,7 @@ pub(crate) fn spawn(
                     let shard = Shard::new(stage, max_sequences);
                     progress.holds(0, shard.memory());
                     report(Ok(shard.info().clone()));
-                    work(shard, messages, results, &progress, &lifeline)
+                    work(shard, &mut messages, &results, &progress, &lifeline)
                 }
                 Err(failure) => {
                     report(Err(Fault::Load(shortened(&with_causes(failure.as_ref())))));
@@ -101,6 +101,8 @@ pub(crate) fn spawn(
             report(Err(fault.clone()));
             lifeline.fail(fault);
         }
+        // Only now, or the links would end first and be taken for the cause.
+        drop((messages, results));
     })?;
     Ok(ComputeThread { inbox, outbox, loading, loaded, dropped })
 }
@@ -108,8 +110,8 @@ pub(crate) fn spawn(
 /// Works until the senders are gone.
 fn work(
     mut shard: Shard,
-    mut messages: mpsc::Receiver<Received>,
-    results: mpsc::Sender<Message>,
+    messages: &mut mpsc::Receiver<Received>,
+    results: &mpsc::Sender<Message>,
     progress: &Progress,
     lifeline: &Lifeline,
 ) -> Result<(), Fault> {

@@ -30,6 +30,11 @@ impl Lifeline {
         self.fault.get().cloned()
     }
 
+    /// Why it ended, for whoever still listens.
+    pub(crate) fn last_words(&self) -> String {
+        self.fault().map_or_else(|| "the worker was stopped".to_owned(), |fault| fault.to_string())
+    }
+
     pub(crate) fn is_ended(&self) -> bool {
         self.ended.is_cancelled()
     }

@@ -95,6 +95,12 @@ impl LocalWorker {
     }
 }
 
+impl Drop for LocalWorker {
+    fn drop(&mut self) {
+        self.lifeline.finish(); // ends the tasks that its own task would have waited for
+    }
+}
+
 async fn live(
     options: WorkerOptions,
     listener: TcpListener,

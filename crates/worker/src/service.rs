@@ -59,11 +59,13 @@ impl Worker for Services {
         let mut loading = self.replica.begin_load(shard.clone())?;
         let (reports, stream) = mpsc::channel(4);
         let replica = self.replica.clone();
-        self.replica.spawn(async move {
+        self.replica.spawn_to_the_end(async move {
             let mut ticks = tokio::time::interval(PROGRESS_INTERVAL);
             let outcome = loop {
                 tokio::select! {
+                    biased; // a failure to load ends the worker, but is to be reported first
                     outcome = &mut loading.loaded => break outcome,
+                    () = replica.ending() => break Ok(Err(Fault::Load(replica.last_words()))),
                     _ = ticks.tick() => {
                         let (done_bytes, total_bytes) = *loading.progress.borrow();
                         if total_bytes > 0 {

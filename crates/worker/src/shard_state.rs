@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::Stream;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tokio_util::task::TaskTracker;
 use tonic::Status;
 use tracing::info;
@@ -111,6 +111,21 @@ impl Replica {
                 () = ended.cancelled() => {}
             }
         });
+    }
+
+    /// Runs `task`, which watches the lifeline itself because it has something to say at the end.
+    pub(crate) fn spawn_to_the_end(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.spawn(task);
+    }
+
+    /// Why the worker is ending, for whoever still listens.
+    pub(crate) fn last_words(&self) -> String {
+        self.lifeline.last_words()
+    }
+
+    /// Resolves when the worker begins to end.
+    pub(crate) fn ending(&self) -> WaitForCancellationFutureOwned {
+        self.lifeline.token().clone().cancelled_owned()
     }
 
     /// As [`Self::spawn`], for what ends only by a fault.
@@ -234,7 +249,16 @@ impl Replica {
         self.previous_linked.cancel();
         let (replies, credits) = mpsc::channel(4);
         let ledger = CreditLedger::open(WINDOW_FRAMES, replies.clone());
-        self.spawn_until_fault(link::receive(frames, plan, ledger, replies, inbox));
+        let lifeline = self.lifeline.clone();
+        self.spawn_to_the_end(async move {
+            tokio::select! {
+                fault = link::receive(frames, plan, ledger, replies.clone(), inbox) => lifeline.fail(fault),
+                () = lifeline.token().cancelled() => {
+                    // The previous stage, and whoever reads its log, learns the cause and not just the end.
+                    let _ = replies.try_send(Err(Status::unavailable(lifeline.last_words())));
+                }
+            }
+        });
         credits
     }
 
@@ -251,16 +275,17 @@ impl Replica {
         sessions.ok_or_else(|| Status::failed_precondition("only the first stage of a replica is driven"))
     }
 
-    /// Ends all tasks, drops the stage and waits for both, at most `within` each.
+    /// Ends all tasks, drops the stage and waits for both, at most `within`.
     pub(crate) async fn end(&self, within: Duration) {
         let dropped = {
             let mut state = self.state();
             std::mem::take(&mut *state).dropped // the thread's inbox goes with the rest of the state
         };
         self.tasks.close();
-        let tasks_ended = tokio::time::timeout(within, self.tasks.wait()).await.is_ok();
+        let deadline = tokio::time::Instant::now() + within;
+        let tasks_ended = tokio::time::timeout_at(deadline, self.tasks.wait()).await.is_ok();
         let stage_dropped = match dropped {
-            Some(dropped) => tokio::time::timeout(within, dropped).await.is_ok(),
+            Some(dropped) => tokio::time::timeout_at(deadline, dropped).await.is_ok(),
             None => true,
         };
         if !tasks_ended || !stage_dropped {

@@ -116,10 +116,8 @@ pub(crate) async fn run(
     if let Some(fault) = fault {
         lifeline.fail(fault);
     }
-    let reason =
-        lifeline.fault().map_or_else(|| "the worker was stopped".to_owned(), |fault| fault.to_string());
     if let Some(session) = session {
-        let _ = tokio::time::timeout(FAREWELL, farewell(driver, session, &reason)).await;
+        let _ = tokio::time::timeout(FAREWELL, farewell(driver, session, &lifeline.last_words())).await;
     }
 }
 

@@ -8,6 +8,7 @@
 //! - `step_us`: a whole decode step of two stages that compute nothing: hop, ring and driver, as the scheduler sees it.
 //! - `raw_us`: 8 KiB there and 8 KiB back over tokio and rustls, without gRPC.
 //! - `throughput`: tokens per second of stages that burn CPU, several sequences in flight.
+#![allow(clippy::unwrap_used, clippy::panic)] // a measurement that cannot be made stops
 #![allow(clippy::print_stdout)] // the result is data on stdout
 
 #[path = "../tests/replica/mod.rs"]

@@ -39,6 +39,7 @@ pub struct SampledToken {
 }
 
 /// What a scheduler asks of the first stage.
+#[allow(clippy::large_enum_variant)] // few, short-lived, and moved once; a box would be in every caller's way
 #[derive(Clone, Debug, PartialEq)]
 pub enum DriveCommand {
     /// Run this sequence. `spec.prompt_tokens` equals the prompt's length.

@@ -62,11 +62,11 @@ impl<T> StepQueue<T> {
             return Some(control);
         }
         let decodes_left = *self.decodes_in_round.get_or_insert(self.decodes.len());
-        if decodes_left > 0 || self.prefills.is_empty() {
-            if let Some((step, companion)) = self.decodes.pop_front() {
-                self.decodes_in_round = Some(decodes_left.saturating_sub(1));
-                return Some((Message::Step(step), companion));
-            }
+        if (decodes_left > 0 || self.prefills.is_empty())
+            && let Some((step, companion)) = self.decodes.pop_front()
+        {
+            self.decodes_in_round = Some(decodes_left.saturating_sub(1));
+            return Some((Message::Step(step), companion));
         }
         self.decodes_in_round = None;
         self.prefills.pop_front().map(|(step, companion)| (Message::Step(step), companion))

@@ -20,7 +20,7 @@ pub(crate) struct Shard {
 }
 
 enum Sequence {
-    Open(SequenceSpec),
+    Open(Box<SequenceSpec>),
     /// Given up; further steps are dropped until the close comes.
     Failed,
 }
@@ -71,7 +71,7 @@ impl Shard {
         }
         match self.stage.open(sequence, spec.clone()) {
             Ok(()) => {
-                self.sequences.insert(sequence, Sequence::Open(spec.clone()));
+                self.sequences.insert(sequence, Sequence::Open(Box::new(spec.clone())));
                 let stages = stages.saturating_add(1);
                 if self.info.is_last() {
                     Ok(Message::Opened { sequence, stages })

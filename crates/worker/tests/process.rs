@@ -2,6 +2,7 @@
 //!
 //! This program is all three parties: without arguments the test, with `worker` the process `mlxnode worker` with simulated
 //! stages, with `node` a node that holds one worker until it is killed.
+#![allow(clippy::unwrap_used, clippy::panic)] // a failing test is supposed to stop
 #![allow(clippy::print_stdout)] // it speaks for the test harness, and as a node to the test
 
 mod replica;

@@ -15,7 +15,9 @@ mod facts;
 mod identity;
 mod key_file;
 mod membership;
+mod mesh;
 mod pairing;
+mod peer_service;
 mod pin;
 mod roster;
 mod roster_store;
@@ -34,10 +36,13 @@ pub use discovery::{
 pub use facts::NodeFacts;
 pub use identity::{CERTIFICATE_NAME, Identity};
 pub use key_file::KeyError;
+pub use membership::{PeerState, Timing};
+pub use mesh::{MeshHandle, MeshOptions, PeerView};
 pub use pairing::{
     Admit, Invite, InviteCode, InviteError, InviteSecret, InviteToken, Inviter, JoinError, JoinRequest, Joined, Refusal,
     join,
 };
+pub use peer_service::{Departures, PeerService, peer_service};
 pub use pin::{ClusterId, IdError, KeyPin, NodeId};
 pub use roster::{ClusterKey, MAX_NODES, Roster, RosterEntry, RosterError, SignedRoster};
 pub use roster_store::{ClusterAdmission, RosterStore, RosterStoreError};

@@ -8,11 +8,12 @@
 //! | [`deployments`] | which models are wanted and what has to be done next (pure) |
 //! | [`coordinator`] | the actor that does it: owns the deployments and the control log, gives the nodes their orders |
 
+pub mod coordinator;
 pub mod deployments;
 mod error;
-mod node_id;
+
 pub mod placement;
 pub mod requests;
 pub mod scheduler;
 pub use error::Error;
-pub use node_id::NodeId;
+pub use mlxnode_cluster::NodeId;

@@ -111,7 +111,9 @@ impl Deployments {
         let mut deployments = Self::default();
         for record in records {
             let epoch = match &record {
-                Record::Wanted { epoch, .. } | Record::Removed { epoch, .. } => *epoch,
+                Record::Wanted { epoch, .. }
+                | Record::Removed { epoch, .. }
+                | Record::Epochs { used: epoch } => *epoch,
             };
             deployments.last_epoch = deployments.last_epoch.max(epoch);
             match record {
@@ -126,9 +128,19 @@ impl Deployments {
                 Record::Removed { name, .. } => {
                     deployments.entries.remove(&name);
                 }
+                Record::Epochs { .. } => {}
             }
         }
         deployments
+    }
+
+    /// Records that say the same as all those written so far, for a snapshot.
+    pub fn records(&self) -> Vec<Record> {
+        let wanted = self
+            .entries
+            .values()
+            .map(|entry| Record::Wanted { deployment: entry.wish.clone(), epoch: entry.epoch });
+        std::iter::once(Record::Epochs { used: self.last_epoch }).chain(wanted).collect()
     }
 
     /// Forms again what was restored.

@@ -60,6 +60,11 @@ pub enum Record {
         /// Of the attempt.
         epoch: u64,
     },
+    /// Epochs up to this one are used up. Stands in snapshots, where the records that used them are gone.
+    Epochs {
+        /// The highest.
+        used: u64,
+    },
     /// Not wanted any more.
     Removed {
         /// Which.

@@ -1,0 +1,326 @@
+//! The actor: moves messages between the callers, the [`Deployments`], the journal and the nodes. Decides nothing itself.
+//!
+//! States: running from the moment the log is read until it is stopped by its owner. It ends by itself only when the control log
+//! belongs to somebody else now. It owns every order under way: what is abandoned, and everything at its end, is aborted.
+
+use super::Limits;
+use super::handle::PlanReport;
+use super::journal::Journal;
+use super::orders::{Orders, within};
+use crate::Error;
+use crate::deployments::{Attempt, DeploymentView, DeploymentWish, Deployments, Effect, Event, Loaded};
+use crate::placement::{ModelCost, Offer, Wish};
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use std::collections::{HashMap, VecDeque};
+use std::time::Instant;
+use tokio::sync::{oneshot, watch};
+use tokio::task::{AbortHandle, JoinSet};
+use tracing::{info, warn};
+
+/// What the actor hears.
+pub(super) enum Message {
+    /// A model is wanted.
+    Load {
+        /// What and where.
+        wish: DeploymentWish,
+        /// Names the call, for [`Message::CancelLoad`].
+        call: u64,
+        /// When it is ready, or why not.
+        reply: oneshot::Sender<Result<DeploymentView, Error>>,
+    },
+    /// A call to load went away before it was answered.
+    CancelLoad {
+        /// Of which deployment.
+        name: String,
+        /// Which call.
+        call: u64,
+    },
+    /// A model is not wanted any more.
+    Unload {
+        /// Which.
+        name: String,
+        /// When it is gone, or why not.
+        reply: oneshot::Sender<Result<(), Error>>,
+    },
+    /// What would a plan be?
+    Plan {
+        /// Of which model.
+        source: String,
+        /// How.
+        wish: Wish,
+        /// The plan or why there is none.
+        reply: oneshot::Sender<Result<PlanReport, Error>>,
+    },
+    /// The answer to the first half of a plan.
+    Weighed {
+        /// How.
+        wish: Wish,
+        /// What the model costs and what the nodes offer.
+        result: Result<(ModelCost, Vec<Offer>), Error>,
+        /// To whom.
+        reply: oneshot::Sender<Result<PlanReport, Error>>,
+    },
+    /// Something happened, or an order was carried out.
+    Happened(Event),
+    /// It is time for [`Deployments::tick`].
+    Tick,
+}
+
+pub(super) struct CoordinatorActor;
+
+/// What it starts from.
+pub(super) struct Arguments {
+    pub(super) journal: Journal,
+    pub(super) deployments: Deployments,
+    pub(super) orders: Orders,
+    pub(super) snapshot: watch::Sender<Vec<DeploymentView>>,
+}
+
+pub(super) struct Running {
+    deployments: Deployments,
+    journal: Journal,
+    orders: Orders,
+    limits: Limits,
+    snapshot: watch::Sender<Vec<DeploymentView>>,
+    loads: HashMap<String, Vec<(u64, oneshot::Sender<Result<DeploymentView, Error>>)>>,
+    unloads: HashMap<String, Vec<oneshot::Sender<Result<(), Error>>>>,
+    /// Orders and plans under way; aborted when this is dropped.
+    under_way: JoinSet<()>,
+    /// Those that [`Effect::Abandon`] ends.
+    of_attempt: HashMap<Attempt, Vec<AbortHandle>>,
+    timer: Option<AbortHandle>,
+}
+
+impl Actor for CoordinatorActor {
+    type Msg = Message;
+    type State = Running;
+    type Arguments = Arguments;
+
+    async fn pre_start(
+        &self,
+        myself: ActorRef<Message>,
+        arguments: Arguments,
+    ) -> Result<Running, ActorProcessingErr> {
+        let limits = arguments.orders.limits;
+        let mut running = Running {
+            deployments: arguments.deployments,
+            journal: arguments.journal,
+            orders: arguments.orders,
+            limits,
+            snapshot: arguments.snapshot,
+            loads: HashMap::new(),
+            unloads: HashMap::new(),
+            under_way: JoinSet::new(),
+            of_attempt: HashMap::new(),
+            timer: None,
+        };
+        let effects = running.deployments.start();
+        running.carry_out(&myself, effects).await;
+        Ok(running)
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<Message>,
+        message: Message,
+        running: &mut Running,
+    ) -> Result<(), ActorProcessingErr> {
+        while running.under_way.try_join_next().is_some() {}
+        let effects = match message {
+            Message::Load { wish, call, reply } => running.load(wish, call, reply),
+            Message::CancelLoad { name, call } => running.cancel_load(&name, call),
+            Message::Unload { name, reply } => match running.deployments.unload(&name, now()) {
+                Ok(effects) => {
+                    running.unloads.entry(name).or_default().push(reply);
+                    effects
+                }
+                Err(error) => {
+                    // Nobody waits when the caller is gone; here and below.
+                    let _ = reply.send(Err(error));
+                    Vec::new()
+                }
+            },
+            Message::Plan { source, wish, reply } => {
+                running.weigh_for_plan(&myself, source, wish, reply);
+                Vec::new()
+            }
+            Message::Weighed { wish, result, reply } => {
+                let report = result
+                    .and_then(|(cost, offers)| PlanReport::new(&running.deployments, &cost, offers, &wish));
+                let _ = reply.send(report);
+                Vec::new()
+            }
+            Message::Happened(event) => running.deployments.on(event, now()),
+            Message::Tick => running.deployments.tick(now()),
+        };
+        running.carry_out(&myself, effects).await;
+        Ok(())
+    }
+}
+
+impl Running {
+    fn load(
+        &mut self,
+        wish: DeploymentWish,
+        call: u64,
+        reply: oneshot::Sender<Result<DeploymentView, Error>>,
+    ) -> Vec<Effect> {
+        let name = wish.name.clone();
+        match self.deployments.load(wish) {
+            Ok((Loaded::Already, effects)) => {
+                let _ = reply.send(self.deployments.find(&name));
+                effects
+            }
+            Ok((Loaded::UnderWay, effects)) => {
+                self.loads.entry(name).or_default().push((call, reply));
+                effects
+            }
+            Err(error) => {
+                let _ = reply.send(Err(error));
+                Vec::new()
+            }
+        }
+    }
+
+    /// The load is taken back when the last call that waits for it is gone.
+    fn cancel_load(&mut self, name: &str, call: u64) -> Vec<Effect> {
+        let Some(calls) = self.loads.get_mut(name) else { return Vec::new() };
+        let before = calls.len();
+        calls.retain(|(other, _)| *other != call);
+        if calls.len() == before || !calls.is_empty() {
+            return Vec::new();
+        }
+        self.loads.remove(name);
+        self.deployments.cancel_load(name, now())
+    }
+
+    /// Carries out effects until none is left: records at once and in order, orders as tasks whose answers come back as messages.
+    async fn carry_out(&mut self, myself: &ActorRef<Message>, effects: Vec<Effect>) {
+        let mut effects = VecDeque::from(effects);
+        while let Some(effect) = effects.pop_front() {
+            match effect {
+                Effect::Record { attempt, record } => {
+                    let result =
+                        within(self.limits.record, "writing the control log", self.journal.append(&record))
+                            .await;
+                    let fold = result.as_ref().ok().copied().flatten();
+                    let event = Event::Recorded { attempt, result: result.map(|_| ()) };
+                    effects.extend(self.deployments.on(event, now()));
+                    // Only now do the deployments say what the record says.
+                    if let Some(index) = fold {
+                        self.fold(index).await;
+                    }
+                }
+                Effect::Abandon { attempt } => {
+                    for order in self.of_attempt.remove(&attempt).unwrap_or_default() {
+                        order.abort();
+                    }
+                }
+                Effect::Settled { name, result } => self.settled(&name, &result),
+                Effect::Gone { name, result } => {
+                    info!(deployment = name, ok = result.is_ok(), "deployment unloaded");
+                    for reply in self.unloads.remove(&name).unwrap_or_default() {
+                        let _ = reply.send(result.clone());
+                    }
+                }
+                effect => self.order(myself, effect),
+            }
+        }
+        self.publish();
+        self.set_timer(myself);
+        if self.journal.is_superseded() {
+            warn!("another coordinator has taken over: this one ends");
+            myself.stop(None);
+        }
+    }
+
+    fn order(&mut self, myself: &ActorRef<Message>, effect: Effect) {
+        // Stops are never abandoned: whoever gave them waits for all of them.
+        let attempt = match &effect {
+            Effect::Weigh { attempt, .. }
+            | Effect::Prepare { attempt, .. }
+            | Effect::Start { attempt, .. }
+            | Effect::Link { attempt, .. }
+            | Effect::StartScheduler { attempt, .. } => Some(attempt.clone()),
+            _ => None,
+        };
+        let Some(work) = self.orders.carry_out(effect) else { return };
+        let myself = myself.clone();
+        let order = self.under_way.spawn(async move {
+            // An error means that the actor has ended, and then nobody needs the answer.
+            let _ = myself.cast(Message::Happened(work.await));
+        });
+        if let Some(attempt) = attempt {
+            let handles = self.of_attempt.entry(attempt).or_default();
+            handles.retain(|handle| !handle.is_finished());
+            handles.push(order);
+        }
+    }
+
+    fn settled(&mut self, name: &str, result: &Result<(), Error>) {
+        match result {
+            Ok(()) => info!(deployment = name, "deployment ready"),
+            Err(error) => warn!(deployment = name, %error, "deployment not ready"),
+        }
+        self.of_attempt.retain(|attempt, handles| {
+            handles.retain(|handle| !handle.is_finished());
+            attempt.name != name || !handles.is_empty()
+        });
+        let answer = result.clone().and_then(|()| self.deployments.find(name));
+        for (_, reply) in self.loads.remove(name).unwrap_or_default() {
+            let _ = reply.send(answer.clone());
+        }
+    }
+
+    fn weigh_for_plan(
+        &mut self,
+        myself: &ActorRef<Message>,
+        source: String,
+        wish: Wish,
+        reply: oneshot::Sender<Result<PlanReport, Error>>,
+    ) {
+        let orders = self.orders.clone();
+        let limit = self.limits.weigh;
+        let myself = myself.clone();
+        self.under_way.spawn(async move {
+            let work = orders.nodes.weigh(source.clone());
+            let cost = within(limit, &format!("reading {source}"), work).await;
+            let result = cost.map(|cost| (cost, orders.nodes.offers()));
+            let _ = myself.cast(Message::Weighed { wish, result, reply });
+        });
+    }
+
+    /// Failing to fold loses nothing: the entries are still there, and it is tried again with the next one.
+    async fn fold(&mut self, index: u64) {
+        let records = self.deployments.records();
+        let work = self.journal.fold(index, records);
+        if let Err(error) = within(self.limits.record, "folding the control log", work).await {
+            warn!(%error, "the control log keeps growing");
+        }
+    }
+
+    fn publish(&self) {
+        let view = self.deployments.view();
+        self.snapshot.send_if_modified(|old| {
+            let is_new = *old != view;
+            *old = view;
+            is_new
+        });
+    }
+
+    fn set_timer(&mut self, myself: &ActorRef<Message>) {
+        if let Some(timer) = self.timer.take() {
+            timer.abort();
+        }
+        let Some(wake) = self.deployments.next_wake() else { return };
+        let myself = myself.clone();
+        self.timer = Some(self.under_way.spawn(async move {
+            tokio::time::sleep_until(wake.into()).await;
+            let _ = myself.cast(Message::Tick);
+        }));
+    }
+}
+
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
+}

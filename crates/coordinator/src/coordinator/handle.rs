@@ -1,0 +1,338 @@
+//! How the rest of the node speaks to the coordinator.
+
+use super::Limits;
+use super::actor::{Arguments, CoordinatorActor, Message};
+use super::journal::Journal;
+use super::nodes::Nodes;
+use super::orders::Orders;
+use super::progress::{Audience, LoadUpdate, Progress};
+use crate::deployments::{Attempt, DeploymentView, DeploymentWish, Deployments, Event, default_name};
+use crate::placement::{ModelCost, NodeBudget, Offer, Plan, Refusal, Wish};
+use crate::{Error, NodeId};
+use futures::Stream;
+use mlxnode_cluster::ControlLog;
+use mlxnode_compute::ByteCount;
+use ractor::{Actor, ActorRef};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+
+/// Calls that may wait for the coordinator at a time. Its mailbox has no bound of its own.
+const CALLS: usize = 64;
+
+/// A wish to load a model, as it comes from a client.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LoadWish {
+    /// A folder, a Hugging Face id, or "demo".
+    pub source: String,
+    /// The deployment's name; `None`: made from the source.
+    pub name: Option<String>,
+    /// Where and how large.
+    pub wish: Wish,
+}
+
+/// What a plan would be.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PlanReport {
+    /// `None` when it does not fit.
+    pub plan: Option<Plan>,
+    /// Sentences for a person: the sums, or the numbers that forbid it and what would fit.
+    pub explanation: String,
+    /// The model's family.
+    pub architecture: String,
+    /// Its layers.
+    pub layers: usize,
+    /// Tokens of context, as reserved or as wished.
+    pub context_tokens: usize,
+    /// All weights, as the stages would hold them.
+    pub weights: ByteCount,
+    /// All KV caches.
+    pub kv: ByteCount,
+    /// What each candidate node has.
+    pub budgets: Vec<NodeBudget>,
+}
+
+impl PlanReport {
+    /// Places the model beside what is deployed.
+    pub(super) fn new(
+        deployments: &Deployments,
+        cost: &ModelCost,
+        offers: Vec<Offer>,
+        wish: &Wish,
+    ) -> Result<Self, Error> {
+        let budget = |offer: &Offer| NodeBudget {
+            node: offer.node,
+            node_name: offer.name.clone(),
+            budget: offer.budget,
+            used: offer.used + deployments.reserved(offer.node),
+            planned: ByteCount(0),
+        };
+        let budgets: Vec<NodeBudget> = offers.iter().map(budget).collect();
+        let (architecture, layers) = (cost.architecture.clone(), cost.layers.len());
+        match deployments.plan(cost, offers, wish) {
+            Ok(plan) => Ok(Self {
+                explanation: plan.explain(),
+                architecture,
+                layers,
+                context_tokens: plan.context_tokens,
+                weights: plan.weights(),
+                kv: plan.kv(),
+                budgets: plan.budgets.clone(),
+                plan: Some(plan),
+            }),
+            Err(Refusal::DoesNotFit(shortage)) => Ok(Self {
+                plan: None,
+                explanation: shortage.to_string(),
+                architecture,
+                layers,
+                context_tokens: shortage.context_tokens,
+                weights: shortage.weights,
+                kv: shortage.kv,
+                budgets,
+            }),
+            Err(refusal) => Err(refusal.into()),
+        }
+    }
+}
+
+/// Where wishes and news go. Cheap to clone.
+#[derive(Clone)]
+pub struct CoordinatorHandle {
+    actor: ActorRef<Message>,
+    snapshot: watch::Receiver<Vec<DeploymentView>>,
+    audience: Arc<Audience>,
+    calls: Arc<Semaphore>,
+    next_call: Arc<AtomicU64>,
+}
+
+/// Owns the actor.
+pub struct Coordinator {
+    actor: ActorRef<Message>,
+    task: Option<tokio::task::JoinHandle<()>>,
+}
+
+/// Reads the control log and starts the coordinator: what was wanted before is formed again.
+///
+/// # Errors
+/// When the log cannot be read.
+pub async fn start(
+    limits: Limits,
+    log: Arc<dyn ControlLog>,
+    nodes: Arc<dyn Nodes>,
+) -> Result<(CoordinatorHandle, Coordinator), Error> {
+    let (journal, records) = Journal::open(log).await?;
+    let audience = Arc::new(Audience::default());
+    let (sender, snapshot) = watch::channel(Vec::new());
+    let arguments = Arguments {
+        journal,
+        deployments: Deployments::restore(records),
+        orders: Orders { nodes, audience: audience.clone(), limits },
+        snapshot: sender,
+    };
+    let (actor, task) = Actor::spawn(None, CoordinatorActor, arguments)
+        .await
+        .map_err(|error| Error::Failed(format!("the coordinator could not start: {error}")))?;
+    let handle = CoordinatorHandle {
+        actor: actor.clone(),
+        snapshot,
+        audience,
+        calls: Arc::new(Semaphore::new(CALLS)),
+        next_call: Arc::new(AtomicU64::new(0)),
+    };
+    Ok((handle, Coordinator { actor, task: Some(task) }))
+}
+
+impl CoordinatorHandle {
+    /// Where the layers would go, without loading anything. That it does not fit is an answer, not an error.
+    ///
+    /// # Errors
+    /// When the model cannot be read, or the wish makes no sense.
+    pub async fn plan(&self, source: String, wish: Wish) -> Result<PlanReport, Error> {
+        let _permit = self.permit()?;
+        let (reply, answer) = oneshot::channel();
+        self.send(Message::Plan { source, wish, reply })?;
+        answer.await.unwrap_or_else(|_| Err(stopped()))
+    }
+
+    /// Loads a model. Everything that can go wrong comes as the stream's last item. Dropping the stream takes the load back,
+    /// unless the deployment is ready or somebody else waits for it too.
+    pub fn load(&self, load: LoadWish) -> LoadStream {
+        let name = load.name.filter(|name| !name.is_empty()).unwrap_or_else(|| default_name(&load.source));
+        let wish = DeploymentWish { name: name.clone(), source: load.source, wish: load.wish };
+        let call = self.next_call.fetch_add(1, Ordering::Relaxed);
+        let (reply, answer) = oneshot::channel();
+        let progress = self.audience.join(&name);
+        let sent = self.permit().and_then(|permit| {
+            self.send(Message::Load { wish, call, reply })?;
+            Ok(permit)
+        });
+        let (permit, refused) = match sent {
+            Ok(permit) => (Some(permit), None),
+            Err(error) => (None, Some(error)),
+        };
+        LoadStream {
+            progress,
+            progress_is_over: false,
+            answer,
+            refused,
+            is_over: false,
+            actor: self.actor.clone(),
+            name,
+            call,
+            _permit: permit,
+        }
+    }
+
+    /// Unloads a model; returns when its workers are gone.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or when the workers of a node are not known to be gone.
+    pub async fn unload(&self, name: String) -> Result<(), Error> {
+        let _permit = self.permit()?;
+        let (reply, answer) = oneshot::channel();
+        self.send(Message::Unload { name, reply })?;
+        answer.await.unwrap_or_else(|_| Err(stopped()))
+    }
+
+    /// All deployments now, by name.
+    pub fn list(&self) -> Vec<DeploymentView> {
+        self.snapshot.borrow().clone()
+    }
+
+    /// All deployments now and whenever one changes. Closed when the coordinator has stopped.
+    pub fn watch(&self) -> watch::Receiver<Vec<DeploymentView>> {
+        self.snapshot.clone()
+    }
+
+    /// A node is dead.
+    pub fn node_lost(&self, node: NodeId) {
+        self.happened(Event::NodeLost { node });
+    }
+
+    /// A node is there (again).
+    pub fn node_joined(&self, node: NodeId) {
+        self.happened(Event::NodeJoined { node });
+    }
+
+    /// A worker's process ended.
+    pub fn worker_ended(&self, node: NodeId, attempt: Attempt, pid: u32, reason: String) {
+        self.happened(Event::WorkerEnded { attempt, node, pid, reason });
+    }
+
+    fn happened(&self, event: Event) {
+        // A stopped coordinator needs no news; the next one asks the nodes.
+        let _ = self.actor.cast(Message::Happened(event));
+    }
+
+    fn send(&self, message: Message) -> Result<(), Error> {
+        self.actor.cast(message).map_err(|_| stopped())
+    }
+
+    fn permit(&self) -> Result<OwnedSemaphorePermit, Error> {
+        self.calls.clone().try_acquire_owned().map_err(|_| {
+            Error::TooMany(format!("{CALLS} calls wait for the coordinator already; try again in a moment"))
+        })
+    }
+}
+
+impl Coordinator {
+    /// Stops the coordinator. Deployments go on running: the next coordinator forms them again. Calls that wait end with an error.
+    pub async fn stop(mut self) {
+        self.actor.stop(None);
+        if let Some(task) = self.task.take() {
+            // It failed only if the actor panicked, which it has logged.
+            let _ = task.await;
+        }
+    }
+
+    /// Waits until the coordinator ends by itself, which is an error of its own.
+    pub async fn ended(&mut self) {
+        if let Some(task) = &mut self.task {
+            let _ = task.await;
+            self.task = None;
+        }
+    }
+}
+
+impl Drop for Coordinator {
+    fn drop(&mut self) {
+        self.actor.kill();
+    }
+}
+
+fn stopped() -> Error {
+    Error::Unavailable("the coordinator has stopped; try again in a moment".into())
+}
+
+/// A load under way: progress, then [`LoadUpdate::Ready`] or an error as the last item.
+pub struct LoadStream {
+    progress: mpsc::Receiver<Progress>,
+    progress_is_over: bool,
+    answer: oneshot::Receiver<Result<DeploymentView, Error>>,
+    refused: Option<Error>,
+    is_over: bool,
+    actor: ActorRef<Message>,
+    name: String,
+    call: u64,
+    _permit: Option<OwnedSemaphorePermit>,
+}
+
+impl LoadStream {
+    /// The deployment's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Waits for the end, without the progress.
+    ///
+    /// # Errors
+    /// Why it is not ready.
+    pub async fn ready(mut self) -> Result<DeploymentView, Error> {
+        loop {
+            match futures::StreamExt::next(&mut self).await {
+                Some(Ok(LoadUpdate::Ready(view))) => return Ok(*view),
+                Some(Ok(LoadUpdate::Progress(_))) => {}
+                Some(Err(error)) => return Err(error),
+                None => return Err(stopped()),
+            }
+        }
+    }
+}
+
+impl Stream for LoadStream {
+    type Item = Result<LoadUpdate, Error>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.is_over {
+            return Poll::Ready(None);
+        }
+        if let Some(error) = self.refused.take() {
+            self.is_over = true;
+            return Poll::Ready(Some(Err(error)));
+        }
+        if !self.progress_is_over {
+            match self.progress.poll_recv(context) {
+                Poll::Ready(Some(progress)) => return Poll::Ready(Some(Ok(LoadUpdate::Progress(progress)))),
+                Poll::Ready(None) => self.progress_is_over = true,
+                Poll::Pending => {}
+            }
+        }
+        let answer = match Pin::new(&mut self.answer).poll(context) {
+            Poll::Pending => return Poll::Pending,
+            Poll::Ready(answer) => answer.unwrap_or_else(|_| Err(stopped())),
+        };
+        self.is_over = true;
+        Poll::Ready(Some(answer.map(|view| LoadUpdate::Ready(Box::new(view)))))
+    }
+}
+
+impl Drop for LoadStream {
+    fn drop(&mut self) {
+        if !self.is_over && self.refused.is_none() {
+            // A stopped coordinator has nothing to take back.
+            let _ = self.actor.cast(Message::CancelLoad { name: self.name.clone(), call: self.call });
+        }
+    }
+}

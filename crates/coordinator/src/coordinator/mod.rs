@@ -1,0 +1,51 @@
+//! The coordinator: one actor for each cluster that turns wishes into running replicas and keeps them so.
+//!
+//! ```text
+//! CoordinatorHandle ── load, unload, plan ──▶ actor ── events ──▶ Deployments (decides)
+//!        ▲                                      │  ◀── effects ──────┘
+//!        │ snapshots, progress                  ├── records ──▶ Journal ──▶ control log
+//!        └──────────────────────────────────────└── orders ───▶ Nodes (each answer comes back as an event)
+//! ```
+//!
+//! It makes durable, rare decisions only. Requests do not pass it: fronts look up the scheduler in its snapshot, and its loss
+//! costs no token.
+
+mod actor;
+mod handle;
+mod journal;
+mod nodes;
+mod orders;
+mod progress;
+
+pub use handle::{Coordinator, CoordinatorHandle, LoadStream, LoadWish, PlanReport, start};
+pub use nodes::{LinkWorker, Nodes, StartScheduler, StartWorker};
+pub use progress::{LoadUpdate, Phase, Progress, ProgressSink};
+
+use std::time::Duration;
+
+/// How long the coordinator waits for what it asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// For a record to be durable.
+    pub record: Duration,
+    /// For a model's config and tensor index: a few small files, perhaps over the internet.
+    pub weigh: Duration,
+    /// Between two changes in the progress of a download or a load.
+    pub standstill: Duration,
+    /// For linking a worker and for starting a scheduler.
+    pub link: Duration,
+    /// For workers to be gone: they have ten seconds to end by themselves.
+    pub stop: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            record: Duration::from_secs(10),
+            weigh: Duration::from_secs(120),
+            standstill: Duration::from_secs(120),
+            link: Duration::from_secs(20),
+            stop: Duration::from_secs(30),
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! What the coordinator asks of the nodes. The node crate carries it out: over gRPC on other nodes, directly on its own.
+
+use super::progress::ProgressSink;
+use crate::deployments::{Attempt, Links, Shard, StartedWorker};
+use crate::placement::{ModelCost, Offer};
+use crate::{Error, NodeId};
+use futures::future::BoxFuture;
+
+/// The nodes of the cluster, as the coordinator gives them orders.
+///
+/// Every order names an [`Attempt`], the fence: a node refuses what is older than the newest epoch that it has seen for the
+/// deployment. Orders may be given up by dropping their future; what they began is then undone by [`Nodes::stop_workers`].
+/// The coordinator bounds each of them in time.
+pub trait Nodes: Send + Sync + 'static {
+    /// What the nodes that are alive offer now. `used` is what is used by others than the cluster's deployments: those the
+    /// coordinator adds itself, from its plans.
+    fn offers(&self) -> Vec<Offer>;
+
+    /// What a model costs, from its config and tensor index (fetched, if need be; not the weights).
+    fn weigh(&self, source: String) -> BoxFuture<'static, Result<ModelCost, Error>>;
+
+    /// Gets the model onto a node. Answers with a fingerprint of config and tensor index, equal on nodes that hold the same model.
+    fn prepare(
+        &self,
+        node: NodeId,
+        source: String,
+        progress: ProgressSink,
+    ) -> BoxFuture<'static, Result<Vec<u8>, Error>>;
+
+    /// Starts a worker and loads its shard.
+    fn start_worker(
+        &self,
+        node: NodeId,
+        order: StartWorker,
+        progress: ProgressSink,
+    ) -> BoxFuture<'static, Result<StartedWorker, Error>>;
+
+    /// Tells a worker its neighbours.
+    fn link_worker(&self, node: NodeId, order: LinkWorker) -> BoxFuture<'static, Result<(), Error>>;
+
+    /// Starts the replica's scheduler, beside the worker of its first stage.
+    fn start_scheduler(&self, node: NodeId, order: StartScheduler) -> BoxFuture<'static, Result<(), Error>>;
+
+    /// Ends the deployment's workers and its scheduler on a node, those of epochs up to the attempt's, and waits until they are
+    /// gone. A start of such an epoch that is under way or comes later must fail.
+    fn stop_workers(&self, node: NodeId, attempt: Attempt) -> BoxFuture<'static, Result<(), Error>>;
+}
+
+/// An order to start a worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StartWorker {
+    /// For which attempt.
+    pub attempt: Attempt,
+    /// Of which model.
+    pub source: String,
+    /// Which part.
+    pub shard: Shard,
+}
+
+/// An order to link a worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinkWorker {
+    /// For which attempt.
+    pub attempt: Attempt,
+    /// Which of the node's workers.
+    pub pid: u32,
+    /// Whom to.
+    pub links: Links,
+}
+
+/// An order to start a scheduler.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StartScheduler {
+    /// For which attempt.
+    pub attempt: Attempt,
+    /// Of which model: the scheduler's node hands out its text files.
+    pub source: String,
+    /// Sequences at the same time.
+    pub max_sequences: usize,
+    /// Longest sequence, in tokens.
+    pub context_tokens: usize,
+}

@@ -1,0 +1,148 @@
+//! Carries out the effects that the nodes have a part in, each bounded in time and turned into its answer.
+
+use super::Limits;
+use super::nodes::{LinkWorker, Nodes, StartScheduler, StartWorker};
+use super::progress::{Audience, Phase, Progress, ProgressSink};
+use crate::deployments::{Attempt, Effect, Event};
+use crate::{Error, NodeId};
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use mlxnode_compute::ByteCount;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What orders need. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Orders {
+    pub(super) nodes: Arc<dyn Nodes>,
+    pub(super) audience: Arc<Audience>,
+    pub(super) limits: Limits,
+}
+
+impl Orders {
+    /// Carries out one effect; `None` for those that are not for the nodes.
+    pub(super) fn carry_out(&self, effect: Effect) -> Option<BoxFuture<'static, Event>> {
+        let orders = self.clone();
+        let limits = self.limits;
+        Some(match effect {
+            Effect::Sweep { attempt } => async move {
+                orders.sweep(&attempt).await;
+                Event::Swept { attempt }
+            }
+            .boxed(),
+            Effect::Weigh { attempt, source } => async move {
+                orders.announce(&attempt, Phase::Resolving, source.clone());
+                let work = orders.nodes.weigh(source.clone());
+                let result = within(limits.weigh, &format!("reading {source}"), work).await;
+                orders.announce(&attempt, Phase::Planning, String::new());
+                Event::Weighed { attempt, result: result.map(|cost| (cost, orders.nodes.offers())) }
+            }
+            .boxed(),
+            Effect::Prepare { attempt, node, source } => async move {
+                let progress = orders.sink(&attempt, Phase::Downloading, node);
+                let work = orders.nodes.prepare(node, source.clone(), progress.clone());
+                let what = format!("getting {source} onto {}", orders.name(node));
+                let result = while_moving(limits.standstill, &what, &progress, work).await;
+                Event::Prepared { attempt, node, result }
+            }
+            .boxed(),
+            Effect::Start { attempt, stage, node, source, shard } => async move {
+                let name = orders.name(node);
+                orders.announce(&attempt, Phase::Starting, format!("layers {} on {name}", shard.layers));
+                let progress = orders.sink(&attempt, Phase::Loading, node);
+                let order = StartWorker { attempt: attempt.clone(), source, shard };
+                let work = orders.nodes.start_worker(node, order, progress.clone());
+                let what = format!("loading layers {} on {name}", shard.layers);
+                let result = while_moving(limits.standstill, &what, &progress, work).await;
+                Event::Started { attempt, stage, result }
+            }
+            .boxed(),
+            Effect::Link { attempt, stage, node, pid, links } => async move {
+                orders.announce(&attempt, Phase::Linking, String::new());
+                let order = LinkWorker { attempt: attempt.clone(), pid, links };
+                let what = format!("linking the worker on {}", orders.name(node));
+                let result = within(limits.link, &what, orders.nodes.link_worker(node, order)).await;
+                Event::Linked { attempt, stage, result }
+            }
+            .boxed(),
+            Effect::StartScheduler { attempt, node, source, max_sequences, context_tokens } => async move {
+                let order =
+                    StartScheduler { attempt: attempt.clone(), source, max_sequences, context_tokens };
+                let what = format!("starting the scheduler on {}", orders.name(node));
+                let result = within(limits.link, &what, orders.nodes.start_scheduler(node, order)).await;
+                Event::SchedulerStarted { attempt, result }
+            }
+            .boxed(),
+            Effect::Stop { attempt, node } => async move {
+                let result = orders.stop(node, attempt.clone()).await;
+                Event::Stopped { attempt, node, result }
+            }
+            .boxed(),
+            Effect::Record { .. } | Effect::Abandon { .. } | Effect::Settled { .. } | Effect::Gone { .. } => {
+                return None;
+            }
+        })
+    }
+
+    async fn stop(&self, node: NodeId, attempt: Attempt) -> Result<(), Error> {
+        let what = format!("ending the workers of {} on {}", attempt.name, self.name(node));
+        within(self.limits.stop, &what, self.nodes.stop_workers(node, attempt)).await
+    }
+
+    /// Nodes that do not answer run nothing that this coordinator would use; they are told again if a plan needs them.
+    async fn sweep(&self, attempt: &Attempt) {
+        let older = Attempt { name: attempt.name.clone(), epoch: attempt.epoch.saturating_sub(1) };
+        let offers = self.nodes.offers();
+        let stops = offers.iter().map(|offer| self.stop(offer.node, older.clone()));
+        for error in futures::future::join_all(stops).await.into_iter().filter_map(Result::err) {
+            tracing::warn!(deployment = attempt.name, %error, "a node may still run workers from before the restart");
+        }
+    }
+
+    fn announce(&self, attempt: &Attempt, phase: Phase, detail: String) {
+        let (done, total) = (ByteCount(0), ByteCount(0));
+        self.audience.tell(&attempt.name, &Progress { phase, node_name: String::new(), done, total, detail });
+    }
+
+    fn sink(&self, attempt: &Attempt, phase: Phase, node: NodeId) -> ProgressSink {
+        ProgressSink::new(self.audience.clone(), &attempt.name, phase, self.name(node))
+    }
+
+    fn name(&self, node: NodeId) -> String {
+        let offers = self.nodes.offers();
+        let offer = offers.into_iter().find(|offer| offer.node == node);
+        offer.map_or_else(|| node.short(), |offer| offer.name)
+    }
+}
+
+/// The answer, or that there was none in time. A panic in an order is a bug there; here it is a failed order.
+pub(super) async fn within<T>(
+    limit: Duration,
+    what: &str,
+    work: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    match tokio::time::timeout(limit, AssertUnwindSafe(work).catch_unwind()).await {
+        Ok(Ok(result)) => result,
+        Ok(Err(_)) => Err(Error::Failed(format!("{what} failed: this is a bug in mlxnode"))),
+        Err(_) => Err(Error::TimedOut(format!("{what} took longer than {} s", limit.as_secs()))),
+    }
+}
+
+/// The answer, or that nothing moved for so long. Downloads and loads may take an hour, but not stand still.
+async fn while_moving<T>(
+    limit: Duration,
+    what: &str,
+    progress: &ProgressSink,
+    work: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    tokio::select! {
+        result = AssertUnwindSafe(work).catch_unwind() => match result {
+            Ok(result) => result,
+            Err(_) => Err(Error::Failed(format!("{what} failed: this is a bug in mlxnode"))),
+        },
+        () = progress.stands_still(limit) => {
+            Err(Error::TimedOut(format!("{what} did not move for {} s", limit.as_secs())))
+        }
+    }
+}

@@ -50,7 +50,8 @@ pub struct StaticDiscovery {
 impl StaticDiscovery {
     /// One candidate per address. Whether an invite is open there shows when asked.
     pub fn new(addresses: impl IntoIterator<Item = String>) -> Self {
-        let candidate = |address: String| Candidate { id: address.clone(), addresses: vec![address], pairing: true };
+        let candidate =
+            |address: String| Candidate { id: address.clone(), addresses: vec![address], pairing: true };
         let candidates = addresses.into_iter().take(MAX_CANDIDATES).map(candidate).collect();
         Self { candidates: watch::Sender::new(candidates) }
     }
@@ -82,11 +83,18 @@ pub async fn find_inviters(discovery: &dyn Discovery, patience: Duration) -> Vec
         tokio::time::sleep(SETTLE.min(patience)).await;
     }
     let list = candidates.borrow();
-    list.iter().filter(|candidate| inviting(candidate)).flat_map(|candidate| candidate.addresses.clone()).collect()
+    list.iter()
+        .filter(|candidate| inviting(candidate))
+        .flat_map(|candidate| candidate.addresses.clone())
+        .collect()
 }
 
 /// Keeps the announcement true: while `inviter` has an invite open, `discovery` says so. Runs until `shutdown`.
-pub async fn announce_invites(inviter: Arc<Inviter>, discovery: Arc<dyn Discovery>, shutdown: CancellationToken) {
+pub async fn announce_invites(
+    inviter: Arc<Inviter>,
+    discovery: Arc<dyn Discovery>,
+    shutdown: CancellationToken,
+) {
     let mut open_until = inviter.open_until();
     loop {
         let until = *open_until.borrow_and_update();

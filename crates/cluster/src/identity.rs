@@ -7,7 +7,9 @@
 
 use crate::key_file::{self, KeyError};
 use crate::pin::{KeyPin, NodeId};
-use rcgen::{CertificateParams, DistinguishedName, DnType, IsCa, KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData};
+use rcgen::{
+    CertificateParams, DistinguishedName, DnType, IsCa, KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData,
+};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::server::ParsedCertificate;
 use std::fmt;
@@ -81,8 +83,7 @@ impl Identity {
     fn from_key(key: Zeroizing<Vec<u8>>) -> Result<Self, KeyError> {
         let crypto = |error: rcgen::Error| KeyError::Crypto(error.to_string());
         let pkcs8 = PrivatePkcs8KeyDer::from(key.as_slice());
-        let pair =
-            KeyPair::from_pkcs8_der_and_sign_algo(&pkcs8, &PKCS_ECDSA_P256_SHA256).map_err(crypto)?;
+        let pair = KeyPair::from_pkcs8_der_and_sign_algo(&pkcs8, &PKCS_ECDSA_P256_SHA256).map_err(crypto)?;
         let mut params = CertificateParams::new(vec![CERTIFICATE_NAME.to_owned()]).map_err(crypto)?;
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::CommonName, CERTIFICATE_NAME);

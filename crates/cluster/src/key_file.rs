@@ -96,7 +96,11 @@ pub(crate) fn load_or_create(path: &Path) -> Result<Zeroizing<Vec<u8>>, KeyError
 pub(crate) fn create(path: &Path, content: &[u8], mode: u32) -> Result<bool, KeyError> {
     let failed = |action| move |source| KeyError::File { action, path: path.to_path_buf(), source };
     let directory = path.parent().unwrap_or(Path::new("."));
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(failed("make a folder for"))?;
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .map_err(failed("make a folder for"))?;
     let temporary = path.with_extension(format!("{:016x}", rand::random::<u64>()));
     let mut file = fs::OpenOptions::new()
         .write(true)

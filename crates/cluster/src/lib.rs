@@ -27,11 +27,12 @@ mod wire;
 
 pub use admission::{AccessList, Admission, PeerKey, Role};
 pub use control_log::{
-    ControlEntry, ControlEpoch, ControlLog, ControlLogError, ControlSnapshot, MAX_RECORD, MAX_SNAPSHOT, SqliteControlLog,
+    ControlEntry, ControlEpoch, ControlLog, ControlLogError, ControlSnapshot, MAX_RECORD, MAX_SNAPSHOT,
+    SqliteControlLog,
 };
 pub use discovery::{
-    Candidate, Discovery, MAX_CANDIDATES, MdnsDiscovery, MdnsError, MdnsOptions, StaticDiscovery, announce_invites,
-    find_inviters,
+    Candidate, Discovery, MAX_CANDIDATES, MdnsDiscovery, MdnsError, MdnsOptions, StaticDiscovery,
+    announce_invites, find_inviters,
 };
 pub use facts::NodeFacts;
 pub use identity::{CERTIFICATE_NAME, Identity};
@@ -39,15 +40,13 @@ pub use key_file::KeyError;
 pub use membership::{PeerState, Timing};
 pub use mesh::{MeshHandle, MeshOptions, PeerView};
 pub use pairing::{
-    Admit, Invite, InviteCode, InviteError, InviteSecret, InviteToken, Inviter, JoinError, JoinRequest, Joined, Refusal,
-    join,
+    Admit, Invite, InviteCode, InviteError, InviteSecret, InviteToken, Inviter, JoinError, JoinRequest,
+    Joined, Refusal, join,
 };
 pub use peer_service::{Departures, PeerService, peer_service};
 pub use pin::{ClusterId, IdError, KeyPin, NodeId};
 pub use roster::{ClusterKey, MAX_NODES, Roster, RosterEntry, RosterError, SignedRoster};
 pub use roster_store::{ClusterAdmission, RosterStore, RosterStoreError};
 pub use tls::ExpectedKey;
-pub use transport::{
-    ConnectError, ConnectOptions, Link, ServeError, ServeOptions, connect, dial, serve,
-};
+pub use transport::{ConnectError, ConnectOptions, Link, ServeError, ServeOptions, connect, dial, serve};
 pub use wire::signed_roster_to_wire;

@@ -144,7 +144,9 @@ impl Detector {
                     self.peers.entry(id).or_insert_with(|| Peer::new(now));
                 }
             }
-            Event::Heard { peer, incarnation, rtt } => self.heard_of(peer, incarnation, rtt, now, &mut effects),
+            Event::Heard { peer, incarnation, rtt } => {
+                self.heard_of(peer, incarnation, rtt, now, &mut effects)
+            }
             Event::LinkLost { peer } => {
                 if let Some(peer) = self.peers.get_mut(&peer) {
                     peer.broken = true;
@@ -213,19 +215,22 @@ impl Detector {
                     }
                 }
                 PeerState::Alive => {
-                    let silence = peer.heard.map_or(Duration::MAX, |heard| now.saturating_duration_since(heard));
+                    let silence =
+                        peer.heard.map_or(Duration::MAX, |heard| now.saturating_duration_since(heard));
                     if silence >= self.timing.suspect_after {
                         peer.turn(PeerState::Suspect, id, now, effects);
                         self.ask(id, now, effects);
                     }
                 }
                 PeerState::Suspect => {
-                    let suspect_for =
-                        peer.suspect_since.map_or(Duration::MAX, |since| now.saturating_duration_since(since));
+                    let suspect_for = peer
+                        .suspect_since
+                        .map_or(Duration::MAX, |since| now.saturating_duration_since(since));
                     let vouched = peer.vouched_until.is_some_and(|until| now < until);
                     if suspect_for >= doubt && !vouched {
                         peer.turn(PeerState::Dead, id, now, effects);
-                    } else if peer.asked.is_none_or(|at| now.saturating_duration_since(at) >= ask_again_after) {
+                    } else if peer.asked.is_none_or(|at| now.saturating_duration_since(at) >= ask_again_after)
+                    {
                         self.ask(id, now, effects);
                     }
                 }
@@ -333,7 +338,10 @@ mod tests {
         }
 
         fn asked(&self, about: u8) -> usize {
-            self.effects.iter().filter(|effect| matches!(effect, Effect::Ask { about: x, .. } if *x == id(about))).count()
+            self.effects
+                .iter()
+                .filter(|effect| matches!(effect, Effect::Ask { about: x, .. } if *x == id(about)))
+                .count()
         }
     }
 
@@ -444,7 +452,10 @@ mod tests {
         assert_eq!(story.detector.rtt(&id(1)), Some(Duration::from_micros(900)));
         assert!(story.effects.is_empty());
         story.event(heard(2, 500));
-        assert_eq!(story.effects, [Effect::Changed { peer: id(1), state: PeerState::Alive, restarted: true }]);
+        assert_eq!(
+            story.effects,
+            [Effect::Changed { peer: id(1), state: PeerState::Alive, restarted: true }]
+        );
         assert_eq!(story.detector.rtt(&id(1)), Some(Duration::from_micros(500)));
     }
 

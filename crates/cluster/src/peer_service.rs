@@ -31,7 +31,8 @@ pub trait Departures: Send + Sync + 'static {
 
 /// The service, to be added to the node's listener.
 pub fn peer_service(mesh: &MeshHandle, departures: Arc<dyn Departures>) -> PeerServer<PeerService> {
-    PeerServer::new(PeerService { shared: mesh.shared().clone(), departures }).max_decoding_message_size(MAX_MESSAGE)
+    PeerServer::new(PeerService { shared: mesh.shared().clone(), departures })
+        .max_decoding_message_size(MAX_MESSAGE)
 }
 
 /// The implementation behind [`peer_service`].
@@ -41,7 +42,9 @@ pub struct PeerService {
 }
 
 pub(crate) fn versions_differ(theirs: u32) -> String {
-    format!("protocols {PROTOCOL_VERSION} and {theirs} do not go together: install the same mlxnode on both nodes")
+    format!(
+        "protocols {PROTOCOL_VERSION} and {theirs} do not go together: install the same mlxnode on both nodes"
+    )
 }
 
 fn member<T>(request: &Request<T>) -> Result<NodeId, Status> {
@@ -95,7 +98,9 @@ impl Peer for PeerService {
         // Checking and keeping a roster waits for the disk.
         let taken = tokio::task::spawn_blocking(move || store.offer(&offered)).await;
         match taken {
-            Ok(Ok(_)) => Ok(Response::new(proto::PutRosterResponse { version: self.shared.roster.version() })),
+            Ok(Ok(_)) => {
+                Ok(Response::new(proto::PutRosterResponse { version: self.shared.roster.version() }))
+            }
             Ok(Err(error @ RosterStoreError::Roster(_))) => Err(Status::invalid_argument(error.to_string())),
             Ok(Err(error)) => Err(Status::internal(error.to_string())),
             Err(error) => Err(Status::internal(error.to_string())),

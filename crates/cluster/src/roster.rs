@@ -23,8 +23,8 @@ pub const MAX_NODES: usize = 64;
 const MAX_REMOVED: usize = 1024;
 /// Every P-256 public key in DER begins with these bytes; the 65 bytes of the point follow.
 const P256_HEADER: [u8; 26] = [
-    0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86, 0x48, 0xce,
-    0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00,
+    0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86,
+    0x48, 0xce, 0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00,
 ];
 /// What is signed begins with this, so that no other signature of the key can pass for one of a roster.
 const SIGNED_AS: &[u8] = b"mlxnode roster v1\0";
@@ -161,7 +161,12 @@ impl Roster {
     ///
     /// # Errors
     /// [`RosterError::Member`], [`RosterError::Full`].
-    pub fn admit(&mut self, node_id: NodeId, name: &str, addresses: Vec<String>) -> Result<RosterEntry, RosterError> {
+    pub fn admit(
+        &mut self,
+        node_id: NodeId,
+        name: &str,
+        addresses: Vec<String>,
+    ) -> Result<RosterEntry, RosterError> {
         if self.get(&node_id).is_some() {
             return Err(RosterError::Member(node_id));
         }
@@ -263,7 +268,11 @@ impl SignedRoster {
     ///
     /// # Errors
     /// [`RosterError::Forged`], [`RosterError::OtherCluster`], [`RosterError::Malformed`].
-    pub fn verify(bytes: Vec<u8>, signature: Vec<u8>, expected: Option<ClusterId>) -> Result<Self, RosterError> {
+    pub fn verify(
+        bytes: Vec<u8>,
+        signature: Vec<u8>,
+        expected: Option<ClusterId>,
+    ) -> Result<Self, RosterError> {
         let message = mlxnode_proto::internal::v1::Roster::decode(bytes.as_slice())
             .map_err(|_| RosterError::Malformed("it cannot be decoded"))?;
         let claimed = message.cluster_id.clone();

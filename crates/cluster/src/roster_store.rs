@@ -66,8 +66,7 @@ impl RosterStore {
     /// [`RosterStoreError::File`], [`RosterStoreError::Damaged`].
     pub fn open(directory: &Path) -> Result<Self, RosterStoreError> {
         let path = directory.join(FILE);
-        let damaged =
-            |source| RosterStoreError::Damaged { path: path.clone(), source };
+        let damaged = |source| RosterStoreError::Damaged { path: path.clone(), source };
         let failed = |source| RosterStoreError::File { action: "read", path: path.clone(), source };
         let kept = match fs::metadata(&path) {
             Ok(metadata) if metadata.len() > MAX_FILE => {
@@ -82,8 +81,7 @@ impl RosterStore {
             Some(bytes) => {
                 let message = proto::SignedRoster::decode(bytes.as_slice())
                     .map_err(|_| damaged(RosterError::Malformed("it cannot be decoded")))?;
-                let signed =
-                    SignedRoster::verify(message.roster.to_vec(), message.signature.to_vec(), None);
+                let signed = SignedRoster::verify(message.roster.to_vec(), message.signature.to_vec(), None);
                 Some(Arc::new(signed.map_err(damaged)?))
             }
         };
@@ -150,7 +148,11 @@ impl RosterStore {
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         match fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(RosterStoreError::File { action: "delete", path: self.path.clone(), source: error });
+                return Err(RosterStoreError::File {
+                    action: "delete",
+                    path: self.path.clone(),
+                    source: error,
+                });
             }
             _ => {}
         }
@@ -225,12 +227,18 @@ mod tests {
         assert!(store.current().is_none());
         let mut roster = founded(&key);
         let first = key.sign(roster.clone()).unwrap();
-        assert!(store.offer(&wire::signed_roster_to_wire(&first)).is_err(), "no member yet: an offer is nothing");
+        assert!(
+            store.offer(&wire::signed_roster_to_wire(&first)).is_err(),
+            "no member yet: an offer is nothing"
+        );
         store.adopt(first.clone()).unwrap();
         roster.admit(NodeId::from_bytes([2; 32]), "mini", vec![]).unwrap();
         let second = key.sign(roster).unwrap();
         assert!(store.offer(&wire::signed_roster_to_wire(&second)).unwrap());
-        assert!(!store.offer(&wire::signed_roster_to_wire(&first)).unwrap(), "an older one is not taken back");
+        assert!(
+            !store.offer(&wire::signed_roster_to_wire(&first)).unwrap(),
+            "an older one is not taken back"
+        );
         assert_eq!(RosterStore::open(folder.path()).unwrap().version(), 2);
         store.clear().unwrap();
         assert_eq!(RosterStore::open(folder.path()).unwrap().version(), 0);
@@ -268,8 +276,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let key = ClusterKey::generate().unwrap();
         let store = Arc::new(RosterStore::open(folder.path()).unwrap());
-        let [own, member, client, stranger] =
-            [9, 1, 7, 8].map(|byte| KeyPin::from_bytes([byte; 32]));
+        let [own, member, client, stranger] = [9, 1, 7, 8].map(|byte| KeyPin::from_bytes([byte; 32]));
         let others = Arc::new(AccessList::new([(client, Role::Client)]));
         let admission = ClusterAdmission::new(own, store.clone(), others);
         assert_eq!(admission.admit(&member), None);

@@ -24,7 +24,8 @@ pub(crate) fn roster_to_wire(roster: &Roster) -> proto::Roster {
 
 /// The roster as it says; whether that makes sense and who says so is for [`SignedRoster::verify`].
 pub(crate) fn roster_from_wire(roster: proto::Roster) -> Result<Roster, RosterError> {
-    let id = |bytes: &[u8]| NodeId::try_from(bytes).map_err(|_| RosterError::Malformed("an id has not 32 bytes"));
+    let id =
+        |bytes: &[u8]| NodeId::try_from(bytes).map_err(|_| RosterError::Malformed("an id has not 32 bytes"));
     let node = |entry: &proto::RosterEntry| {
         Ok(RosterEntry {
             node_id: id(&entry.node_id)?,

@@ -29,7 +29,10 @@ async fn two_nodes_in_one_process_find_each_other_and_see_an_invite_open_and_clo
     let second = MdnsDiscovery::start(options(7002, port)).unwrap();
     let found = sees(&first, "the second node", |list| !list.is_empty()).await;
     assert_eq!(found.len(), 1, "itself is not in the list: {found:?}");
-    assert_eq!((found[0].addresses.as_slice(), found[0].pairing), (["127.0.0.1:7002".to_owned()].as_slice(), false));
+    assert_eq!(
+        (found[0].addresses.as_slice(), found[0].pairing),
+        (["127.0.0.1:7002".to_owned()].as_slice(), false)
+    );
     sees(&second, "the first node", |list| list.len() == 1 && !list[0].pairing).await;
     first.announce_pairing(true);
     sees(&second, "the open invite", |list| list.len() == 1 && list[0].pairing).await;
@@ -61,7 +64,8 @@ async fn two_nodes_in_two_processes_find_each_other() {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    sees(&discovery, "the other process", |list| list.iter().any(|c| c.addresses == ["127.0.0.1:7003"])).await;
+    sees(&discovery, "the other process", |list| list.iter().any(|c| c.addresses == ["127.0.0.1:7003"]))
+        .await;
     let output = std::io::BufReader::new(child.stdout.take().unwrap());
     let (tell, seen) = tokio::sync::oneshot::channel();
     let reading = tokio::task::spawn_blocking(move || {

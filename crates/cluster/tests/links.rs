@@ -3,7 +3,9 @@
 mod support;
 
 use futures::StreamExt;
-use mlxnode_cluster::{AccessList, ConnectError, ConnectOptions, ExpectedKey, Identity, Role, ServeOptions, connect, dial};
+use mlxnode_cluster::{
+    AccessList, ConnectError, ConnectOptions, ExpectedKey, Identity, Role, ServeOptions, connect, dial,
+};
 use mlxnode_proto::internal::v1 as proto;
 use proto::peer_client::PeerClient;
 use std::io::{Read, Write};
@@ -50,9 +52,13 @@ async fn wrong_ends_are_told_apart() {
     let pin = listener.identity.key_pin();
 
     let rejected = connect(&address, &stranger, ExpectedKey::Pin(pin), options()).await.unwrap_err();
-    assert!(matches!(rejected, ConnectError::Rejected { ref alert, .. } if alert == "AccessDenied"), "{rejected}");
+    assert!(
+        matches!(rejected, ConnectError::Rejected { ref alert, .. } if alert == "AccessDenied"),
+        "{rejected}"
+    );
 
-    let wrong = connect(&address, &member, ExpectedKey::Pin(stranger.key_pin()), options()).await.unwrap_err();
+    let wrong =
+        connect(&address, &member, ExpectedKey::Pin(stranger.key_pin()), options()).await.unwrap_err();
     assert!(matches!(wrong, ConnectError::WrongKey { found, .. } if found == pin), "{wrong}");
 
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
@@ -70,7 +76,8 @@ async fn wrong_ends_are_told_apart() {
 
     let talker = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = talker.local_addr().unwrap().to_string();
-    let speaks = std::thread::spawn(move || talker.accept().unwrap().0.write_all(b"HTTP/1.1 400 No\r\n\r\n").unwrap());
+    let speaks =
+        std::thread::spawn(move || talker.accept().unwrap().0.write_all(b"HTTP/1.1 400 No\r\n\r\n").unwrap());
     let other = connect(&address, &member, ExpectedKey::Pin(pin), options()).await.unwrap_err();
     assert!(matches!(other, ConnectError::Protocol { .. }), "{other}");
     speaks.join().unwrap();
@@ -98,7 +105,9 @@ async fn plain_bytes_get_an_alert_or_nothing() {
     let listener = listen(ServeOptions::default()).await;
     let address = listener.address;
     let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".as_slice();
-    for bytes in [preface, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\0", b"", &[0xff; 4096], b"\x16\x03\x01\xff\xff"] {
+    for bytes in
+        [preface, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\0", b"", &[0xff; 4096], b"\x16\x03\x01\xff\xff"]
+    {
         let kinds = tokio::task::spawn_blocking({
             let bytes = bytes.to_vec();
             move || answers_to(address, &bytes)
@@ -109,7 +118,11 @@ async fn plain_bytes_get_an_alert_or_nothing() {
 }
 
 /// A TLS 1.3 client made of rustls alone, which notes every record type that it is sent.
-fn tls_conversation(address: std::net::SocketAddr, identity: Option<&Identity>, alpn: &[&[u8]]) -> (Vec<u8>, String) {
+fn tls_conversation(
+    address: std::net::SocketAddr,
+    identity: Option<&Identity>,
+    alpn: &[&[u8]],
+) -> (Vec<u8>, String) {
     let mut config = stranger::config(identity);
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     let name = rustls::pki_types::ServerName::try_from("mlxnode.local").unwrap();
@@ -211,7 +224,12 @@ async fn an_unknown_client_gets_an_alert_and_not_one_application_byte() {
     let address = listener.address;
     let cases: [(&str, Option<Arc<Identity>>, &[&[u8]], &str); 5] = [
         ("no certificate", None, &[b"h2"], "CertificateRequired"),
-        ("a key that is not in the list", Some(Arc::new(Identity::generate().unwrap())), &[b"h2"], "AccessDenied"),
+        (
+            "a key that is not in the list",
+            Some(Arc::new(Identity::generate().unwrap())),
+            &[b"h2"],
+            "AccessDenied",
+        ),
         ("a member's certificate without its key", Some(member.clone()), &[b"h2"], "DecryptError"),
         ("another protocol", None, &[b"http/1.1"], "NoApplicationProtocol"),
         ("pairing while no invite is open", None, &[b"mlxnode-pair/1"], "NoApplicationProtocol"),
@@ -231,7 +249,8 @@ async fn a_withdrawn_key_loses_its_connections_within_a_second() {
     let (withdrawn, member) = (Identity::generate().unwrap(), Identity::generate().unwrap());
     listener.access.allow(withdrawn.key_pin(), Role::Node);
     listener.access.allow(member.key_pin(), Role::Node);
-    let (mut first, mut second) = (connected(&listener, &withdrawn).await, connected(&listener, &member).await);
+    let (mut first, mut second) =
+        (connected(&listener, &withdrawn).await, connected(&listener, &member).await);
     let mut idle = first.heartbeat(futures::stream::pending()).await.unwrap().into_inner();
     second.can_reach(proto::CanReachRequest::default()).await.unwrap();
 
@@ -277,7 +296,10 @@ async fn slow_handshakes_end_and_do_not_keep_others_out() {
         for socket in &mut sockets {
             socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
             let ended = socket.read(&mut [0; 16]);
-            assert!(matches!(ended, Ok(0)) || ended.is_err_and(|error| error.kind() != std::io::ErrorKind::WouldBlock));
+            assert!(
+                matches!(ended, Ok(0))
+                    || ended.is_err_and(|error| error.kind() != std::io::ErrorKind::WouldBlock)
+            );
             kept += usize::from(started.elapsed() > Duration::from_millis(500));
         }
         (started.elapsed(), kept)

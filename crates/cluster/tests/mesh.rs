@@ -1,9 +1,10 @@
 //! Several nodes in one process: who sees whom, and how they part.
 
 use mlxnode_cluster::{
-    AccessList, Admission, Candidate, ClusterAdmission, ClusterKey, ConnectError, ConnectOptions, Departures, ExpectedKey,
-    Identity, MeshHandle, MeshOptions, NodeFacts, NodeId, PeerState, PeerView, Roster, RosterEntry, RosterStore,
-    ServeOptions, SignedRoster, StaticDiscovery, Timing, connect, peer_service, serve, signed_roster_to_wire,
+    AccessList, Admission, Candidate, ClusterAdmission, ClusterKey, ConnectError, ConnectOptions, Departures,
+    ExpectedKey, Identity, MeshHandle, MeshOptions, NodeFacts, NodeId, PeerState, PeerView, Roster,
+    RosterEntry, RosterStore, ServeOptions, SignedRoster, StaticDiscovery, Timing, connect, peer_service,
+    serve, signed_roster_to_wire,
 };
 use mlxnode_proto::internal::v1 as proto;
 use proto::peer_client::PeerClient;
@@ -71,8 +72,11 @@ impl Node {
             timing: TIMING,
         });
         let leavers = Arc::new(Leavers(Mutex::default()));
-        let admission: Arc<dyn Admission> =
-            Arc::new(ClusterAdmission::new(identity.key_pin(), store.clone(), Arc::new(AccessList::default())));
+        let admission: Arc<dyn Admission> = Arc::new(ClusterAdmission::new(
+            identity.key_pin(),
+            store.clone(),
+            Arc::new(AccessList::default()),
+        ));
         let routes = Routes::new(peer_service(&mesh, leavers.clone()));
         let shutdown = CancellationToken::new();
         let options = ServeOptions { grace: Duration::from_millis(50), ..ServeOptions::default() };
@@ -200,7 +204,9 @@ async fn a_killed_node_is_dead_at_once_and_alive_again_when_it_is_back() {
     let id = victim.identity.id();
     let (identity, address) = victim.die().await;
     let took = nodes[0]
-        .waits("the victim dead", |views| views.iter().any(|view| view.node_id == id && view.state == PeerState::Dead))
+        .waits("the victim dead", |views| {
+            views.iter().any(|view| view.node_id == id && view.state == PeerState::Dead)
+        })
         .await;
     assert!(took < Duration::from_millis(600), "a reset and a refused dial need no timeout: {took:?}");
     assert!(nodes[0].mesh.channel(&id).is_none());
@@ -223,7 +229,11 @@ async fn a_silent_node_is_suspect_and_then_dead() {
     }
     let silence = CancellationToken::new();
     let (address, relay) = relay(nodes[1].address, silence.clone()).await;
-    nodes[0].discovery.set(vec![Candidate { id: "r".into(), addresses: vec![address.to_string()], pairing: false }]);
+    nodes[0].discovery.set(vec![Candidate {
+        id: "r".into(),
+        addresses: vec![address.to_string()],
+        pairing: false,
+    }]);
     nodes[0].sees(&nodes[1], PeerState::Alive).await;
     silence.cancel();
     let started = Instant::now();
@@ -267,7 +277,8 @@ async fn a_forgotten_node_learns_it_and_is_kept_out_within_a_second() {
     // Everyone has the new roster soon, the forgotten one too.
     for node in &nodes {
         let mut watch = node.store.watch();
-        let news = watch.wait_for(|signed| signed.as_ref().is_some_and(|signed| signed.roster().version() == 4));
+        let news =
+            watch.wait_for(|signed| signed.as_ref().is_some_and(|signed| signed.roster().version() == 4));
         tokio::time::timeout(Duration::from_secs(5), news).await.expect("the roster spreads").unwrap();
     }
     forgotten.waits("no peers", <[PeerView]>::is_empty).await;

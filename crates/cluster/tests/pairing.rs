@@ -3,8 +3,8 @@
 mod support;
 
 use mlxnode_cluster::{
-    Admit, ClusterKey, Identity, Invite, InviteSecret, Inviter, JoinError, JoinRequest, Joined, NodeFacts, Refusal,
-    Roster, RosterEntry, ServeOptions, SignedRoster, join,
+    Admit, ClusterKey, Identity, Invite, InviteSecret, Inviter, JoinError, JoinRequest, Joined, NodeFacts,
+    Refusal, Roster, RosterEntry, ServeOptions, SignedRoster, join,
 };
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -66,7 +66,8 @@ impl Member {
 }
 
 async fn join_with(secret: &str, targets: &[String], identity: &Identity) -> Result<Joined, JoinError> {
-    let facts = NodeFacts { name: "studio".into(), addresses: vec!["10.0.0.2:7070".into()], ..Default::default() };
+    let facts =
+        NodeFacts { name: "studio".into(), addresses: vec!["10.0.0.2:7070".into()], ..Default::default() };
     join(targets, &secret.parse::<InviteSecret>().unwrap(), identity, &facts).await
 }
 
@@ -114,7 +115,8 @@ async fn five_wrong_codes_close_the_window() {
     let member = Member::new().await;
     let invite = member.invite();
     let right = invite.code.reveal();
-    let wrong = if right.starts_with('0') { right.replacen('0', "1", 1) } else { format!("0{}", &right[1..]) };
+    let wrong =
+        if right.starts_with('0') { right.replacen('0', "1", 1) } else { format!("0{}", &right[1..]) };
     let joiner = Identity::generate().unwrap();
     for attempt in 1..=5 {
         assert!(member.inviter.is_open(), "attempt {attempt}");
@@ -134,7 +136,10 @@ async fn an_invite_runs_out() {
     let cluster = member.registrar.key.cluster();
     let invite = member.inviter.open_for(cluster, &[member.address()], Duration::ZERO);
     let joiner = Identity::generate().unwrap();
-    assert_eq!(refusal(join_with(&invite.code.reveal(), &[member.address()], &joiner).await), Refusal::Closed);
+    assert_eq!(
+        refusal(join_with(&invite.code.reveal(), &[member.address()], &joiner).await),
+        Refusal::Closed
+    );
 }
 
 #[tokio::test]
@@ -162,7 +167,8 @@ async fn a_token_is_shown_to_no_other_key() {
     let InviteSecret::Token(mut secret) = token.parse().unwrap() else { panic!("a token") };
     secret.addresses.clear();
     let joiner = Identity::generate().unwrap();
-    let outcome = join(&[other.address()], &InviteSecret::Token(secret), &joiner, &NodeFacts::default()).await;
+    let outcome =
+        join(&[other.address()], &InviteSecret::Token(secret), &joiner, &NodeFacts::default()).await;
     let Err(JoinError::Connect(error)) = outcome else { panic!("{outcome:?}") };
     assert!(matches!(error, mlxnode_cluster::ConnectError::WrongKey { .. }), "{error}");
 }
@@ -238,10 +244,20 @@ mod middle {
         ) -> Result<ServerCertVerified, Error> {
             Ok(ServerCertVerified::assertion())
         }
-        fn verify_tls12_signature(&self, _: &[u8], _: &CertificateDer<'_>, _: &DigitallySignedStruct) -> Verified {
+        fn verify_tls12_signature(
+            &self,
+            _: &[u8],
+            _: &CertificateDer<'_>,
+            _: &DigitallySignedStruct,
+        ) -> Verified {
             Ok(HandshakeSignatureValid::assertion())
         }
-        fn verify_tls13_signature(&self, _: &[u8], _: &CertificateDer<'_>, _: &DigitallySignedStruct) -> Verified {
+        fn verify_tls13_signature(
+            &self,
+            _: &[u8],
+            _: &CertificateDer<'_>,
+            _: &DigitallySignedStruct,
+        ) -> Verified {
             Ok(HandshakeSignatureValid::assertion())
         }
         fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -261,10 +277,20 @@ mod middle {
         ) -> Result<ClientCertVerified, Error> {
             Ok(ClientCertVerified::assertion())
         }
-        fn verify_tls12_signature(&self, _: &[u8], _: &CertificateDer<'_>, _: &DigitallySignedStruct) -> Verified {
+        fn verify_tls12_signature(
+            &self,
+            _: &[u8],
+            _: &CertificateDer<'_>,
+            _: &DigitallySignedStruct,
+        ) -> Verified {
             Ok(HandshakeSignatureValid::assertion())
         }
-        fn verify_tls13_signature(&self, _: &[u8], _: &CertificateDer<'_>, _: &DigitallySignedStruct) -> Verified {
+        fn verify_tls13_signature(
+            &self,
+            _: &[u8],
+            _: &CertificateDer<'_>,
+            _: &DigitallySignedStruct,
+        ) -> Verified {
             Ok(HandshakeSignatureValid::assertion())
         }
         fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -335,7 +361,8 @@ async fn babble(member: &Member, bytes: &[u8]) {
 async fn nonsense_costs_the_stranger_its_connection_and_nothing_else() {
     let member = Member::new().await;
     let invite = member.invite();
-    for bytes in [b"".as_slice(), b"\0\0", b"\xff\xff\xff\xff", b"\0\0\0\x04\xff\xff\xff\xff", &[0, 0, 0, 0]] {
+    for bytes in [b"".as_slice(), b"\0\0", b"\xff\xff\xff\xff", b"\0\0\0\x04\xff\xff\xff\xff", &[0, 0, 0, 0]]
+    {
         babble(&member, bytes).await;
     }
     assert!(member.inviter.is_open());

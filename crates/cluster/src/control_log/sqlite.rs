@@ -82,7 +82,8 @@ impl ControlLog for SqliteControlLog {
     }
 
     async fn entries_after(&self, index: u64) -> Result<Vec<ControlEntry>, ControlLogError> {
-        self.with(move |log| Ok(log.entries_after(index)?.into_iter().map(|(entry, _)| entry).collect())).await
+        self.with(move |log| Ok(log.entries_after(index)?.into_iter().map(|(entry, _)| entry).collect()))
+            .await
     }
 
     async fn snapshot(&self) -> Result<Option<ControlSnapshot>, ControlLogError> {
@@ -122,13 +123,21 @@ impl Log {
         let layout: i64 =
             connection.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(failed)?;
         if layout != 0 && layout != LAYOUT {
-            return Err(damaged(path, format!("it has layout {layout}, this version of mlxnode writes {LAYOUT}")));
+            return Err(damaged(
+                path,
+                format!("it has layout {layout}, this version of mlxnode writes {LAYOUT}"),
+            ));
         }
         connection
             .execute_batch(&format!("BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {LAYOUT}; COMMIT;"))
             .map_err(failed)?;
-        let mut log =
-            Self { path: path.to_path_buf(), connection, last: 0, epoch: ControlEpoch::default(), chain: [0; 32] };
+        let mut log = Self {
+            path: path.to_path_buf(),
+            connection,
+            last: 0,
+            epoch: ControlEpoch::default(),
+            chain: [0; 32],
+        };
         log.verify()?;
         Ok(log)
     }
@@ -141,7 +150,8 @@ impl Log {
         let entries = self.entries_after(0)?;
         for (entry, chain) in entries {
             if entry.index != self.last + 1 {
-                let what = format!("entry {} is missing, {} follows {}", self.last + 1, entry.index, self.last);
+                let what =
+                    format!("entry {} is missing, {} follows {}", self.last + 1, entry.index, self.last);
                 return Err(damaged(&self.path, what));
             }
             if entry.epoch < self.epoch || link(&self.chain, &entry) != chain {
@@ -184,9 +194,14 @@ impl Log {
                 "SELECT position, generation, term, record, chain FROM entries WHERE position > ?1 ORDER BY position",
             )?;
             let rows = select.query_map([i64::try_from(index).unwrap_or(i64::MAX)], |row| {
-                let epoch =
-                    ControlEpoch { generation: row.get::<_, i64>(1)? as u64, term: row.get::<_, i64>(2)? as u64 };
-                Ok((ControlEntry { index: row.get::<_, i64>(0)? as u64, epoch, record: row.get(3)? }, row.get(4)?))
+                let epoch = ControlEpoch {
+                    generation: row.get::<_, i64>(1)? as u64,
+                    term: row.get::<_, i64>(2)? as u64,
+                };
+                Ok((
+                    ControlEntry { index: row.get::<_, i64>(0)? as u64, epoch, record: row.get(3)? },
+                    row.get(4)?,
+                ))
             })?;
             rows.collect::<rusqlite::Result<Vec<_>>>()
         };
@@ -196,12 +211,19 @@ impl Log {
     fn snapshot(&self) -> Result<Option<(ControlSnapshot, Hash)>, ControlLogError> {
         let found = self
             .connection
-            .query_row("SELECT position, generation, term, state, state_hash, chain FROM snapshot", [], |row| {
-                let epoch =
-                    ControlEpoch { generation: row.get::<_, i64>(1)? as u64, term: row.get::<_, i64>(2)? as u64 };
-                let snapshot = ControlSnapshot { index: row.get::<_, i64>(0)? as u64, epoch, state: row.get(3)? };
-                Ok((snapshot, row.get::<_, Hash>(4)?, row.get::<_, Hash>(5)?))
-            })
+            .query_row(
+                "SELECT position, generation, term, state, state_hash, chain FROM snapshot",
+                [],
+                |row| {
+                    let epoch = ControlEpoch {
+                        generation: row.get::<_, i64>(1)? as u64,
+                        term: row.get::<_, i64>(2)? as u64,
+                    };
+                    let snapshot =
+                        ControlSnapshot { index: row.get::<_, i64>(0)? as u64, epoch, state: row.get(3)? };
+                    Ok((snapshot, row.get::<_, Hash>(4)?, row.get::<_, Hash>(5)?))
+                },
+            )
             .optional()
             .map_err(|error| failure(&self.path, error))?;
         let Some((snapshot, hash, chain)) = found else { return Ok(None) };
@@ -221,9 +243,11 @@ impl Log {
         let transaction =
             self.connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;
         let at: Option<(i64, i64, Hash)> = transaction
-            .query_row("SELECT generation, term, chain FROM entries WHERE position = ?1", [index as i64], |row| {
-                Ok((row.get(0)?, row.get(1)?, row.get(2)?))
-            })
+            .query_row(
+                "SELECT generation, term, chain FROM entries WHERE position = ?1",
+                [index as i64],
+                |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
+            )
             .optional()
             .map_err(failed)?;
         let Some((generation, term, chain)) = at else {
@@ -277,7 +301,8 @@ mod tests {
     async fn filled(path: &Path, count: u64) -> SqliteControlLog {
         let log = SqliteControlLog::open(path).unwrap();
         for number in 1..=count {
-            let index = log.append(epoch(1, number / 4), format!("decision {number}").into_bytes()).await.unwrap();
+            let index =
+                log.append(epoch(1, number / 4), format!("decision {number}").into_bytes()).await.unwrap();
             assert_eq!(index, number);
         }
         log
@@ -363,7 +388,11 @@ mod tests {
         log.compact(10, b"state of ten".to_vec()).await.unwrap();
         drop(log);
         let log = SqliteControlLog::open(&path).unwrap();
-        assert_eq!(log.append(epoch(1, 3), vec![1]).await.unwrap(), 11, "counting goes on after an empty log");
+        assert_eq!(
+            log.append(epoch(1, 3), vec![1]).await.unwrap(),
+            11,
+            "counting goes on after an empty log"
+        );
     }
 
     #[tokio::test]
@@ -397,7 +426,10 @@ mod tests {
             change(&path, sql);
             let Err(error) = SqliteControlLog::open(&path) else { panic!("{sql} was not noticed") };
             let text = error.to_string();
-            assert!(matches!(error, ControlLogError::Damaged { .. }) && text.contains(expected), "{sql}: {text}");
+            assert!(
+                matches!(error, ControlLogError::Damaged { .. }) && text.contains(expected),
+                "{sql}: {text}"
+            );
         }
     }
 
@@ -405,7 +437,8 @@ mod tests {
     fn a_file_that_is_no_log_is_named() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("control.db");
-        std::fs::write(&path, b"this is not a database, but it is long enough to look at".repeat(40)).unwrap();
+        std::fs::write(&path, b"this is not a database, but it is long enough to look at".repeat(40))
+            .unwrap();
         let Err(error) = SqliteControlLog::open(&path) else { panic!("opened") };
         assert!(matches!(error, ControlLogError::Damaged { .. }), "{error}");
     }

@@ -114,7 +114,8 @@ impl MdnsDiscovery {
         let host = format!("mlxnode-{}.local.", self.id);
         let ip = self.listen.ip();
         let service = if ip.is_unspecified() {
-            ServiceInfo::new(SERVICE, instance, &host, (), self.listen.port(), &properties[..])?.enable_addr_auto()
+            ServiceInfo::new(SERVICE, instance, &host, (), self.listen.port(), &properties[..])?
+                .enable_addr_auto()
         } else {
             ServiceInfo::new(SERVICE, instance, &host, ip, self.listen.port(), &properties[..])?
         };
@@ -194,7 +195,8 @@ impl Found {
                 let Some(candidate) = candidate(&service).filter(|candidate| candidate.id != self.own) else {
                     return self.candidates.remove(&service.fullname).is_some();
                 };
-                if self.candidates.len() >= MAX_CANDIDATES && !self.candidates.contains_key(&service.fullname) {
+                if self.candidates.len() >= MAX_CANDIDATES && !self.candidates.contains_key(&service.fullname)
+                {
                     debug!("too many candidates by multicast DNS: one is left out");
                     return false;
                 }

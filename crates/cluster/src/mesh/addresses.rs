@@ -64,10 +64,16 @@ impl AddressBook {
     pub(super) fn targets(&self, peer: &NodeId, roster: &[String], hints: &[String]) -> Vec<String> {
         let notes = self.notes();
         let owner = |address: &String| {
-            notes.owners.get(address).filter(|(_, since)| since.elapsed() < BELIEVED).map(|(pin, _)| pin.node_id())
+            notes
+                .owners
+                .get(address)
+                .filter(|(_, since)| since.elapsed() < BELIEVED)
+                .map(|(pin, _)| pin.node_id())
         };
-        let (known, unknown): (Vec<&String>, Vec<&String>) =
-            hints.iter().filter(|hint| owner(hint).is_none_or(|id| id == *peer)).partition(|hint| owner(hint).is_some());
+        let (known, unknown): (Vec<&String>, Vec<&String>) = hints
+            .iter()
+            .filter(|hint| owner(hint).is_none_or(|id| id == *peer))
+            .partition(|hint| owner(hint).is_some());
         let mut targets: Vec<String> = Vec::new();
         let proven = notes.proven.get(peer).into_iter();
         let claimed = notes.claimed.get(peer).into_iter().flatten();
@@ -100,7 +106,10 @@ mod tests {
         let book = AddressBook::default();
         let hints = text(&["hint-a:1", "hint-b:1", "hint-c:1"]);
         let roster = text(&["roster:1"]);
-        assert_eq!(book.targets(&peer, &roster, &hints), text(&["roster:1", "hint-a:1", "hint-b:1", "hint-c:1"]));
+        assert_eq!(
+            book.targets(&peer, &roster, &hints),
+            text(&["roster:1", "hint-a:1", "hint-b:1", "hint-c:1"])
+        );
         book.answered("hint-a:1", other.pin());
         book.answered("hint-b:1", peer.pin());
         book.claimed(peer, &text(&["claim:1", "roster:1"]));

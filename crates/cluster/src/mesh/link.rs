@@ -132,7 +132,8 @@ async fn open(shared: &Shared, peer: NodeId, end: &CancellationToken) -> Result<
         });
     }
     let refused = problem.is_some() && (all_refused || refused_where_it_was);
-    let problem = problem.unwrap_or_else(|| "no address of it is known: say where it is with `--peer HOST:PORT`".into());
+    let problem = problem
+        .unwrap_or_else(|| "no address of it is known: say where it is with `--peer HOST:PORT`".into());
     Err(Failure { refused, problem })
 }
 

@@ -19,8 +19,8 @@ use crate::pin::NodeId;
 use crate::roster_store::RosterStore;
 use crate::wire;
 use addresses::AddressBook;
-use mlxnode_proto::internal::v1 as proto;
 use mlxnode_proto::PROTOCOL_VERSION;
+use mlxnode_proto::internal::v1 as proto;
 use proto::peer_client::PeerClient;
 use std::collections::HashMap;
 use std::fmt;
@@ -400,7 +400,8 @@ impl Driver {
             .collect();
         views.sort_by_key(|view| view.node_id);
         self.shared.views.send_if_modified(|shown| {
-            let news = shown.len() != views.len() || shown.iter().zip(&views).any(|(old, new)| old.differs(new));
+            let news =
+                shown.len() != views.len() || shown.iter().zip(&views).any(|(old, new)| old.differs(new));
             *shown = views.into();
             news
         });

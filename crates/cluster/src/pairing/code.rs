@@ -37,7 +37,8 @@ impl FromStr for InviteCode {
     type Err = InviteError;
     fn from_str(text: &str) -> Result<Self, InviteError> {
         let mut letters = Zeroizing::new(String::with_capacity(LENGTH));
-        for typed in text.chars().filter(|c| !c.is_whitespace() && !matches!(c, '-' | '_' | '–' | '—' | '.')) {
+        for typed in text.chars().filter(|c| !c.is_whitespace() && !matches!(c, '-' | '_' | '–' | '—' | '.'))
+        {
             let letter = match typed.to_ascii_uppercase() {
                 'I' | 'L' => '1',
                 'O' => '0',

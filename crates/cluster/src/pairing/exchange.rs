@@ -77,7 +77,10 @@ pub(super) async fn send(stream: &mut (impl AsyncWrite + Unpin), message: &[u8])
 }
 
 /// Reads one message of at most `longest` bytes, undecoded.
-pub(super) async fn receive_bytes(stream: &mut (impl AsyncRead + Unpin), longest: usize) -> io::Result<Vec<u8>> {
+pub(super) async fn receive_bytes(
+    stream: &mut (impl AsyncRead + Unpin),
+    longest: usize,
+) -> io::Result<Vec<u8>> {
     let length = stream.read_u32().await? as usize;
     if length > longest.min(MAX_MESSAGE) {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "a pairing message is too long"));

@@ -24,6 +24,10 @@ use tokio_rustls::server::TlsStream;
 use tracing::{info, warn};
 use zeroize::Zeroizing;
 
+/// How long a joiner may take for its next message. It is a program that has all it needs, so moments suffice, and nobody
+/// keeps others waiting by saying nothing.
+const MESSAGE_TIME: Duration = Duration::from_secs(4);
+
 /// Who wants in. Its key is proven, the rest is what it says about itself.
 #[derive(Clone, Debug)]
 pub struct JoinRequest {
@@ -68,7 +72,7 @@ pub struct Inviter {
     identity: Arc<Identity>,
     admit: Arc<dyn Admit>,
     window: Mutex<InviteWindow>,
-    /// One conversation at a time: a second joiner waits, within its own time limit.
+    /// One conversation at a time: a second joiner, once it has greeted, waits within its own time limit.
     talking: tokio::sync::Mutex<()>,
     open_until: watch::Sender<Option<Instant>>,
 }
@@ -120,7 +124,6 @@ impl Inviter {
 
     /// Talks to one joiner, whose TLS connection was accepted under the pairing protocol.
     pub(crate) async fn converse(&self, mut stream: TlsStream<TcpStream>, from: SocketAddr) {
-        let _one_at_a_time = self.talking.lock().await;
         match self.answer(&mut stream).await {
             Ok(Ok(node)) => info!(%node, %from, "a node joined"),
             Ok(Err(refusal)) => warn!(%from, %refusal, "a joiner was turned away"),
@@ -133,7 +136,8 @@ impl Inviter {
 
     async fn answer(&self, stream: &mut TlsStream<TcpStream>) -> io::Result<Result<NodeId, Refusal>> {
         let binding = self.binding(stream)?;
-        let greeting = exchange::receive_bytes(stream, MAX_FROM_STRANGER).await?;
+        let greeting = in_time(exchange::receive_bytes(stream, MAX_FROM_STRANGER)).await?;
+        let _one_at_a_time = self.talking.lock().await;
         let hello = proto::PairingHello::decode(greeting.as_slice())
             .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "the greeting cannot be decoded"))?;
         let (number, secret, answer) = match self.begin(&hello, &binding) {
@@ -153,7 +157,7 @@ impl Inviter {
             answer: Some(proto::pairing_challenge::Answer::Spake2(answer.into())),
         };
         exchange::send(stream, &challenge.encode_to_vec()).await?;
-        let proof: proto::PairingProof = exchange::receive(stream, MAX_FROM_STRANGER).await?;
+        let proof: proto::PairingProof = in_time(exchange::receive(stream, MAX_FROM_STRANGER)).await?;
 
         let outcome = if binding.check(&secret, Side::Joiner, &transcript, &proof.confirmation) {
             let facts = wire::facts_from_wire(hello.facts.unwrap_or_default());
@@ -171,7 +175,11 @@ impl Inviter {
         Ok(outcome.map(|_| binding.joiner.node_id()))
     }
 
-    async fn admit_proven(&self, trial: &mut Trial<'_>, joiner: JoinRequest) -> Result<SignedRoster, Refusal> {
+    async fn admit_proven(
+        &self,
+        trial: &mut Trial<'_>,
+        joiner: JoinRequest,
+    ) -> Result<SignedRoster, Refusal> {
         let number = trial.number;
         trial.settled = true;
         self.window().still_open(number, Instant::now())?;
@@ -239,6 +247,10 @@ impl Inviter {
         let until = self.window().closes_at(Instant::now());
         self.open_until.send_if_modified(|known| std::mem::replace(known, until) != until);
     }
+}
+
+async fn in_time<T>(message: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    tokio::time::timeout(MESSAGE_TIME, message).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
 /// A try at the secret. Dropped unsettled (wrong proof, broken off, out of time) it counts as failed.

@@ -40,7 +40,9 @@ pub struct Joined {
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
     /// Nowhere to go.
-    #[error("no node that takes new ones was found: is `mlxnode invite` open on one in this network? else say where with `--peer HOST:PORT`")]
+    #[error(
+        "no node that takes new ones was found: is `mlxnode invite` open on one in this network? else say where with `--peer HOST:PORT`"
+    )]
     NoTarget,
     /// Nobody answered.
     #[error("cannot reach the inviting node")]
@@ -57,7 +59,9 @@ pub enum JoinError {
     #[error("the invite token ran out: run `mlxnode invite` on a member again")]
     Expired,
     /// The other side does not know the code: it was mistyped, or somebody sits in between.
-    #[error("{address} does not know this invite code: compare it with what `mlxnode invite` printed; if it is right, somebody may be listening in")]
+    #[error(
+        "{address} does not know this invite code: compare it with what `mlxnode invite` printed; if it is right, somebody may be listening in"
+    )]
     Unproven {
         /// Who answered.
         address: String,
@@ -147,9 +151,8 @@ async fn join_at(
     let (mut stream, inviter) = opened.map_err(|error| no_conversation(error, secret))?;
     let mut exporter = [0; 32];
     let session = stream.get_ref().1;
-    session.export_keying_material(&mut exporter, EXPORTER_LABEL, None).map_err(|error| JoinError::Broken {
-        address: address.to_owned(),
-        source: io::Error::other(error),
+    session.export_keying_material(&mut exporter, EXPORTER_LABEL, None).map_err(|error| {
+        JoinError::Broken { address: address.to_owned(), source: io::Error::other(error) }
     })?;
     let binding = Binding { inviter, joiner: identity.key_pin(), exporter };
     let talk = converse(address, &mut stream, secret, &binding, facts);
@@ -196,9 +199,12 @@ async fn converse(
     .encode_to_vec();
     exchange::send(stream, &greeting).await.map_err(broken)?;
 
-    let challenge: proto::PairingChallenge = exchange::receive(stream, MAX_FROM_INVITER).await.map_err(broken)?;
+    let challenge: proto::PairingChallenge =
+        exchange::receive(stream, MAX_FROM_INVITER).await.map_err(broken)?;
     let answer = match challenge.answer {
-        Some(proto::pairing_challenge::Answer::Refusal(refusal)) => return Err(refused(refusal_from_wire(refusal))),
+        Some(proto::pairing_challenge::Answer::Refusal(refusal)) => {
+            return Err(refused(refusal_from_wire(refusal)));
+        }
         Some(proto::pairing_challenge::Answer::Spake2(answer)) => answer,
         None => return Err(malformed("the challenge is empty")),
     };
@@ -214,14 +220,15 @@ async fn converse(
     if !binding.check(&key, Side::Inviter, &transcript, &challenge.confirmation) {
         return Err(JoinError::Unproven { address: named() });
     }
-    let proof =
-        proto::PairingProof { confirmation: binding.prove(&key, Side::Joiner, &transcript).into() };
+    let proof = proto::PairingProof { confirmation: binding.prove(&key, Side::Joiner, &transcript).into() };
     exchange::send(stream, &proof.encode_to_vec()).await.map_err(broken)?;
 
     let welcome: proto::PairingWelcome = exchange::receive(stream, MAX_FROM_INVITER).await.map_err(broken)?;
     let signed = match welcome.result {
         Some(proto::pairing_welcome::Result::Roster(signed)) => signed,
-        Some(proto::pairing_welcome::Result::Refusal(refusal)) => return Err(refused(refusal_from_wire(refusal))),
+        Some(proto::pairing_welcome::Result::Refusal(refusal)) => {
+            return Err(refused(refusal_from_wire(refusal)));
+        }
         None => return Err(malformed("the welcome is empty")),
     };
     let expected = match secret {

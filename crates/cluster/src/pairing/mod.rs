@@ -37,7 +37,9 @@ pub enum InviteSecret {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InviteError {
     /// Not a code.
-    #[error("an invite code has 8 letters and digits, like 7H2K-93QF; this has {found}: see `mlxnode invite` on a member")]
+    #[error(
+        "an invite code has 8 letters and digits, like 7H2K-93QF; this has {found}: see `mlxnode invite` on a member"
+    )]
     CodeLength {
         /// How many it has.
         found: usize,

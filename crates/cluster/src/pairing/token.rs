@@ -69,12 +69,15 @@ impl FromStr for InviteToken {
         let body: Zeroizing<String> = Zeroizing::new(text.split_whitespace().collect());
         let Some(body) = body.strip_prefix(PREFIX) else {
             let known = body.starts_with(FAMILY);
-            return Err(if known { InviteError::TokenVersion } else { InviteError::Token("it begins otherwise") });
+            return Err(if known {
+                InviteError::TokenVersion
+            } else {
+                InviteError::Token("it begins otherwise")
+            });
         };
         let bytes = BASE64URL_NOPAD.decode(body.as_bytes()).map(Zeroizing::new);
         let bytes = bytes.map_err(|_| InviteError::Token("characters are missing or wrong"))?;
-        let (content, sum) =
-            bytes.split_last_chunk::<4>().ok_or(InviteError::Token("it is too short"))?;
+        let (content, sum) = bytes.split_last_chunk::<4>().ok_or(InviteError::Token("it is too short"))?;
         if checksum(content) != *sum {
             return Err(InviteError::Token("characters are missing or wrong"));
         }

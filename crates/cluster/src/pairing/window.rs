@@ -20,7 +20,9 @@ const REMEMBERED: usize = 64;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// No invite is open.
-    #[error("no invite is open there: it ran out, was used, or five wrong codes closed it; run `mlxnode invite` there again")]
+    #[error(
+        "no invite is open there: it ran out, was used, or five wrong codes closed it; run `mlxnode invite` there again"
+    )]
     Closed,
     /// The code or token is not the one.
     #[error("the invite is wrong: compare it with what `mlxnode invite` printed there")]
@@ -172,7 +174,11 @@ mod tests {
         assert_eq!(window.try_token(&token.id, now).unwrap_err(), Refusal::Used);
         let (mut window, other) = (window, opened(now).1);
         window.open(InviteCode::generate(), other, INVITE_LIFE, now);
-        assert_eq!(window.try_token(&token.id, now).unwrap_err(), Refusal::Used, "also while another is open");
+        assert_eq!(
+            window.try_token(&token.id, now).unwrap_err(),
+            Refusal::Used,
+            "also while another is open"
+        );
     }
 
     #[test]

@@ -140,8 +140,7 @@ pub async fn dial(
     expected: ExpectedKey,
     options: ConnectOptions,
 ) -> Result<Link, ConnectError> {
-    let protocol =
-        |reason: String| ConnectError::Protocol { address: address.to_owned(), reason };
+    let protocol = |reason: String| ConnectError::Protocol { address: address.to_owned(), reason };
     let (stream, pin) = open_admitted(address, identity, expected, &options).await?;
     // Whoever answered first must answer after a reconnect too.
     let (config, found) = tls::client_config(identity, ExpectedKey::Pin(pin), tls::ALPN_LINK)

@@ -39,7 +39,11 @@ fn ended() -> io::Error {
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for LinkIo<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         if self.ended.as_mut().poll(cx).is_ready() {
             return Poll::Ready(Err(ended()));
         }

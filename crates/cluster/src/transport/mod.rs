@@ -7,8 +7,8 @@ mod connect;
 mod io;
 mod serve;
 
-pub use connect::{ConnectError, ConnectOptions, Link, connect, dial};
 pub(crate) use connect::open_tls;
+pub use connect::{ConnectError, ConnectOptions, Link, connect, dial};
 pub use serve::{ServeError, ServeOptions, serve};
 
 use std::time::Duration;

@@ -77,6 +77,8 @@ pub enum ServeError {
 
 /// How often the keys of open connections are looked at again: withdrawal takes effect within a second.
 const RECHECK: Duration = Duration::from_millis(500);
+/// Joiners at a time. All but one wait for their turn; people pair one machine after the other.
+const MAX_JOINERS: usize = 8;
 /// A pairing conversation is four messages; the coordinator's signature may need a round trip to another node.
 const PAIRING_TIME: Duration = Duration::from_secs(20);
 
@@ -93,7 +95,8 @@ pub async fn serve(
     options: ServeOptions,
     shutdown: CancellationToken,
 ) -> Result<(), ServeError> {
-    let links = tls::server_config(&identity, Some(admission.clone()), tls::ALPN_LINK).map_err(ServeError::Tls)?;
+    let links =
+        tls::server_config(&identity, Some(admission.clone()), tls::ALPN_LINK).map_err(ServeError::Tls)?;
     let pairing = tls::server_config(&identity, None, tls::ALPN_PAIRING).map_err(ServeError::Tls)?;
     let end_all = CancellationToken::new();
     let _end_with_this_future = end_all.clone().drop_guard();
@@ -116,7 +119,8 @@ pub async fn serve(
 
     let connections = Arc::new(Connections { admission, open: Mutex::default(), end_all: end_all.clone() });
     let grace = options.grace;
-    let door = Arc::new(Door { links, pairing, options, connections: connections.clone() });
+    let joiners = Semaphore::new(MAX_JOINERS);
+    let door = Arc::new(Door { links, pairing, options, connections: connections.clone(), joiners });
     let helpers = async {
         let force = async {
             shutdown.cancelled().await;
@@ -146,6 +150,7 @@ struct Door {
     pairing: Arc<ServerConfig>,
     options: ServeOptions,
     connections: Arc<Connections>,
+    joiners: Semaphore,
 }
 
 impl Door {
@@ -192,6 +197,10 @@ impl Door {
                     }
                     Ok(Ok(Arrival::Joiner(stream, inviter))) => {
                         drop(_held);
+                        let Ok(_place) = door.joiners.try_acquire() else {
+                            debug!(%from, "too many joiners at a time");
+                            return;
+                        };
                         if tokio::time::timeout(PAIRING_TIME, inviter.converse(stream, from)).await.is_err() {
                             debug!(%from, "a pairing conversation took too long");
                         }

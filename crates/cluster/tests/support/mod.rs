@@ -80,7 +80,11 @@ pub(crate) async fn listen(options: ServeOptions) -> Listener {
     listen_as(identity, access, options).await
 }
 
-pub(crate) async fn listen_as(identity: Arc<Identity>, access: Arc<AccessList>, options: ServeOptions) -> Listener {
+pub(crate) async fn listen_as(
+    identity: Arc<Identity>,
+    access: Arc<AccessList>,
+    options: ServeOptions,
+) -> Listener {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let shutdown = CancellationToken::new();

@@ -10,19 +10,29 @@ use std::path::PathBuf;
 ///
 /// Without any node, `mlxnode generate` and `mlxnode chat` run a model in this process; with no --model they run a small demo
 /// model that is built in. With a node running here, they run on the cluster.
-///
-///   mlxnode generate --prompt "What is 17 + 25?"
-///
-/// A cluster takes one command on each Mac:
-///
-///   mlxnode join                        the first Mac: makes a cluster
-///   mlxnode invite                      prints a code
-///   mlxnode join --invite 7H2K-93QF     every other Mac
-///   mlxnode load MODEL && mlxnode chat
-///
-/// Exit status: 0 done, 1 it failed (one sentence on stderr says why), 2 the command line was wrong, 130 interrupted.
 #[derive(Debug, Parser)]
-#[command(name = "mlxnode", version = crate::output::version(), about, long_about, max_term_width = 110)]
+#[command(
+    name = "mlxnode",
+    version = crate::output::version(),
+    about,
+    long_about,
+    max_term_width = 110,
+    after_help = "\
+Examples:
+  mlxnode generate --prompt \"What is 17 + 25?\"
+
+A cluster takes one command on each Mac:
+  mlxnode join                        the first Mac: makes a cluster
+  mlxnode invite                      prints a code
+  mlxnode join --invite 7H2K-93QF     every other Mac
+  mlxnode load MODEL && mlxnode chat
+
+Exit status:
+  0    done
+  1    it failed; one sentence on stderr says why
+  2    the command line was wrong
+  130  interrupted"
+)]
 pub struct Arguments {
     #[command(flatten)]
     pub global: Global,

@@ -3,12 +3,23 @@
 //! `main` reads like the way of a command: parse the words, set up logging, run the command, say what went wrong.
 //! Data goes to stdout through [`output`]; progress, hints and errors go to stderr.
 
+#![allow(unreachable_pub)] // nothing of a program can be reached from outside
+
+mod answer;
 mod arguments;
 mod commands;
 mod connection;
 mod error;
+mod generation;
+mod hub;
+mod interrupts;
 mod logging;
 mod output;
+mod progress;
+mod prompt;
+mod sampling;
+mod target;
+mod warnings;
 mod wire;
 
 use clap::Parser as _;

@@ -142,7 +142,10 @@ pub fn node(node: v1::Node) -> Node {
         links: node
             .links
             .into_iter()
-            .map(|link| Link { to: link.to_node_id, rtt_seconds: Some(link.rtt_seconds).filter(|rtt| *rtt > 0.0) })
+            .map(|link| Link {
+                to: link.to_node_id,
+                rtt_seconds: Some(link.rtt_seconds).filter(|rtt| *rtt > 0.0),
+            })
             .collect(),
         id: node.id,
         name: node.name,

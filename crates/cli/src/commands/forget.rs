@@ -11,10 +11,11 @@ use mlxnode_proto::v1::ForgetRequest;
 ///
 /// For a Mac that is gone or no longer trusted: its key is taken out of the roster, its links are closed within a second, and it needs
 /// a new invite to come back.
-///
-///   mlxnode forget studio
-///   mlxnode forget 3fa9c1d2
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  mlxnode forget studio
+  mlxnode forget 3fa9c1d2")]
 pub struct Forget {
     /// The node's name, or the first digits of its id.
     node: String,
@@ -28,7 +29,11 @@ impl Forget {
         let node = wire::node(node.context("the node's answer does not say whom it forgot")?);
         match global.json {
             true => output::json(&node),
-            false => output::line(&format!("{} ({}) is out of the cluster.", node.name, &node.id[..8.min(node.id.len())])),
+            false => output::line(&format!(
+                "{} ({}) is out of the cluster.",
+                node.name,
+                &node.id[..8.min(node.id.len())]
+            )),
         }
     }
 }

@@ -17,11 +17,12 @@ use tokio::signal::unix::{SignalKind, signal};
 /// from then on plain `join` is enough. The node runs until it is interrupted; `mlxnode leave` takes it out of the cluster.
 ///
 /// Every connection is encrypted, and only Macs that were invited are let in.
-///
-///   mlxnode join
-///   mlxnode join --invite 7H2K-93QF
-///   mlxnode join --listen 127.0.0.1:0 --data-dir /tmp/second-node
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  mlxnode join
+  mlxnode join --invite 7H2K-93QF
+  mlxnode join --listen 127.0.0.1:0 --data-dir /tmp/second-node")]
 pub struct Join {
     /// Code or token from `mlxnode invite` on a Mac that is in the cluster.
     #[arg(long, value_name = "CODE")]
@@ -70,8 +71,9 @@ impl Join {
         options.peers = self.peers;
         options.discovery = !self.no_discovery;
         options.memory_budget = self.memory_budget;
-        options.worker_command = std::env::current_exe().context("cannot find my own executable for the workers")?;
-        options.hub = crate::models::hub_options();
+        options.worker_command =
+            std::env::current_exe().context("cannot find my own executable for the workers")?;
+        options.hub = crate::hub::options();
         // Installed first, so that a signal during the start is not lost.
         let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;
@@ -86,8 +88,13 @@ impl Join {
         if global.json {
             output::json(&ready)?;
         } else {
-            output::line(&format!("Node {} of cluster {} listens on {}.", ready.name, ready.cluster, ready.grpc))?;
-            output::line("Let another Mac in:   mlxnode invite\nSee who is here:      mlxnode status\nStop this node:       Ctrl-C")?;
+            output::line(&format!(
+                "Node {} of cluster {} listens on {}.",
+                ready.name, ready.cluster, ready.grpc
+            ))?;
+            output::line(
+                "Let another Mac in:   mlxnode invite\nSee who is here:      mlxnode status\nStop this node:       Ctrl-C",
+            )?;
         }
         let ended = tokio::select! {
             _ = terminate.recv() => Ok(()),
@@ -116,7 +123,8 @@ fn address(text: &str) -> Result<SocketAddr> {
 
 /// "48GB", "512 MiB", "1500000000".
 fn size(text: &str) -> Result<ByteCount, String> {
-    let digits = text.find(|character: char| !character.is_ascii_digit() && character != '.').unwrap_or(text.len());
+    let digits =
+        text.find(|character: char| !character.is_ascii_digit() && character != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let factor = match unit.trim().to_ascii_lowercase().as_str() {
         "" | "b" => 1.0,
@@ -131,7 +139,9 @@ fn size(text: &str) -> Result<ByteCount, String> {
         _ => return Err(format!("{unit:?} is no unit; use MB, GB, MiB or GiB")),
     };
     match number.parse::<f64>() {
-        Ok(number) if number * factor >= 1.0 && number * factor < 1e18 => Ok(ByteCount((number * factor) as u64)),
+        Ok(number) if number * factor >= 1.0 && number * factor < 1e18 => {
+            Ok(ByteCount((number * factor) as u64))
+        }
         _ => Err("a size is a number and a unit, such as 48GB".to_owned()),
     }
 }

@@ -12,9 +12,10 @@ use serde_json::json;
 ///
 /// Models that had layers here are placed again on the others when they fit. The node's key stays, so the same Mac can be invited
 /// again.
-///
-///   mlxnode leave
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  mlxnode leave")]
 pub struct Leave {}
 
 impl Leave {

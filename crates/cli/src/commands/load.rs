@@ -16,10 +16,11 @@ use std::time::Duration;
 ///
 /// The model goes to one node when it fits there, and is split by layers over as few as it needs when not. `mlxnode plan` shows
 /// the split beforehand.
-///
-///   mlxnode load mlx-community/Qwen3-30B-A3B-4bit
-///   mlxnode load demo --stages 2
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  mlxnode load mlx-community/Qwen3-30B-A3B-4bit
+  mlxnode load demo --stages 2")]
 pub struct Load {
     #[command(flatten)]
     wish: Wish,
@@ -40,7 +41,8 @@ impl Load {
             deployment = message.deployment.or(deployment);
         }
         bars.clear();
-        let deployment = wire::deployment(deployment.context("the node ended the load without saying how it went")?);
+        let deployment =
+            wire::deployment(deployment.context("the node ended the load without saying how it went")?);
         match global.json {
             true => output::json(&deployment),
             false => status::deployments(&[deployment]),
@@ -71,7 +73,9 @@ impl Bars {
             bar
         });
         if message.total_bytes > 0 && bar.length().is_none() {
-            let style = ProgressStyle::with_template("{prefix:>12} {msg:12} {bar:32} {decimal_bytes}/{decimal_total_bytes}");
+            let style = ProgressStyle::with_template(
+                "{prefix:>12} {msg:12} {bar:32} {decimal_bytes}/{decimal_total_bytes}",
+            );
             bar.set_style(style.expect("the template is constant"));
             bar.set_length(message.total_bytes);
         }

@@ -11,10 +11,11 @@ use mlxnode_proto::v1::PlanRequest;
 /// Show where a model's layers would go, or why it does not fit.
 ///
 /// Reads the model's true sizes and every node's free budget; nothing is loaded.
-///
-///   mlxnode plan mlx-community/Llama-3.3-70B-Instruct-4bit
-///   mlxnode plan ~/models/qwen3 --stages 2 --context 16384
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  mlxnode plan mlx-community/Llama-3.3-70B-Instruct-4bit
+  mlxnode plan ~/models/qwen3 --stages 2 --context 16384")]
 pub struct Plan {
     #[command(flatten)]
     pub wish: Wish,
@@ -44,7 +45,9 @@ impl Wish {
     pub fn request(&self) -> PlanRequest {
         let folder = std::path::Path::new(&self.model);
         let model = match folder.is_dir() {
-            true => std::path::absolute(folder).map(|path| path.display().to_string()).unwrap_or(self.model.clone()),
+            true => std::path::absolute(folder)
+                .map(|path| path.display().to_string())
+                .unwrap_or(self.model.clone()),
             false => self.model.clone(),
         };
         PlanRequest {

@@ -9,10 +9,11 @@ use mlxnode_compute::ByteCount;
 use mlxnode_proto::v1::StatusRequest;
 
 /// Show the cluster: nodes, memory, links, models.
-///
-///   mlxnode status
-///   mlxnode status --json | jq '.nodes[].name'
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  mlxnode status
+  mlxnode status --json | jq '.nodes[].name'")]
 pub struct Status {}
 
 impl Status {
@@ -22,8 +23,12 @@ impl Status {
         if global.json {
             return output::json(&status);
         }
-        let reachable = if status.coordinator.reachable { "" } else { " (cannot be reached; models may be out of date)" };
-        output::line(&format!("Cluster {}, coordinator {}{reachable}\n", status.cluster, status.coordinator.name))?;
+        let reachable =
+            if status.coordinator.reachable { "" } else { " (cannot be reached; models may be out of date)" };
+        output::line(&format!(
+            "Cluster {}, coordinator {}{reachable}\n",
+            status.cluster, status.coordinator.name
+        ))?;
         let here = status.nodes.iter().find(|node| node.id == status.node_id);
         let rows: Vec<Vec<String>> = status
             .nodes

@@ -11,9 +11,10 @@ use serde_json::json;
 /// Take a model off the cluster and free its memory.
 ///
 /// Running requests end with an error. When the command returns, the workers are gone.
-///
-///   mlxnode unload demo
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  mlxnode unload demo")]
 pub struct Unload {
     /// The name that `mlxnode status` shows.
     model: String,

@@ -1,0 +1,35 @@
+//! `mlxnode worker` (hidden): one shard in a process of its own. Nodes start it; people do not.
+
+use anyhow::Result;
+use clap::Args;
+use mlxnode_checkpoint::Checkpoint;
+use mlxnode_engine::{EngineStage, StageOptions};
+use mlxnode_worker::{LoadFailure, LoadShard, WorkerOptions};
+use std::process::ExitCode;
+
+/// Run one shard for the node that started this process.
+#[derive(Debug, Args)]
+pub struct Worker {}
+
+impl Worker {
+    pub fn run(self) -> Result<ExitCode> {
+        match mlxnode_worker::run(WorkerOptions::default(), Box::new(load)) {
+            Ok(()) => Ok(ExitCode::SUCCESS),
+            Err(error) => {
+                let code = error.exit_code();
+                crate::error::report(&error.into());
+                Ok(ExitCode::from(code))
+            }
+        }
+    }
+}
+
+/// Called on the compute thread, which owns the stage from here on.
+fn load(
+    shard: LoadShard,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Box<dyn mlxnode_compute::Stage>, LoadFailure> {
+    let checkpoint = Checkpoint::open(&shard.folder)?;
+    let options = StageOptions { context_tokens: shard.context_tokens, max_sequences: shard.max_sequences };
+    Ok(Box::new(EngineStage::load(&checkpoint, shard.layers, options, progress)?))
+}

@@ -1,0 +1,160 @@
+//! A model on the cluster, asked through the local node.
+
+use super::{Finish, Input, Model, Outcome, Piece, Request};
+use crate::connection::Connection;
+use crate::interrupts::AnswerGuard;
+use anyhow::{Context as _, Result};
+use mlxnode_compute::{Candidate, Penalty, Sampled, Sampling};
+use mlxnode_proto::v1;
+use mlxnode_text::ChatRequest;
+use serde_json::Value;
+use std::time::Duration;
+use tokio::runtime::Runtime;
+
+/// A deployment behind a connection.
+pub struct ClusterModel {
+    runtime: Runtime,
+    connection: Connection,
+    /// The deployment's name; empty for the only one.
+    model: String,
+}
+
+impl ClusterModel {
+    /// A deployment of the cluster. `runtime` is the one that the connection was made on.
+    pub fn new(runtime: Runtime, connection: Connection, model: String) -> Self {
+        Self { runtime, connection, model }
+    }
+}
+
+impl Model for ClusterModel {
+    fn generate(
+        &mut self,
+        request: &Request,
+        guard: &AnswerGuard,
+        on_piece: &mut dyn FnMut(Piece) -> Result<()>,
+    ) -> Result<Outcome> {
+        let message = generate_request(&self.model, request)?;
+        let mut client = self.connection.inference();
+        self.runtime.block_on(async {
+            let mut answer = client.generate(message).await?.into_inner();
+            let (mut prompt_tokens, mut generation_tokens) = (0, 0);
+            loop {
+                let response = tokio::select! {
+                    response = answer.message() => response?,
+                    () = guard.wait() => {
+                        // Dropping the stream stops the work; what it took is not known here.
+                        let (prompt_time, generation_time) = (Duration::ZERO, Duration::ZERO);
+                        let finish = Finish::Cancelled;
+                        return Ok(Outcome {
+                            finish, prompt_tokens, generation_tokens, prompt_time, generation_time, peak_memory_bytes: 0,
+                        });
+                    }
+                };
+                let response = response.context("the node ended the answer without saying why")?;
+                prompt_tokens = prompt_tokens.max(response.prompt_tokens as usize);
+                generation_tokens += response.token_ids.len();
+                let finish = response.finish;
+                on_piece(piece(response.text, response.token_ids, response.logprobs))?;
+                if let Some(finish) = finish {
+                    return Ok(outcome(finish));
+                }
+            }
+        })
+    }
+}
+
+fn piece(text: String, tokens: Vec<u32>, logprobs: Vec<v1::TokenLogprobs>) -> Piece {
+    let mut logprobs = logprobs.into_iter();
+    let sampled = |token| {
+        let known = logprobs.next();
+        let logprob = known.as_ref().map(|known| known.logprob);
+        let top = known.map(|known| known.top).unwrap_or_default();
+        let top =
+            top.into_iter().map(|one| Candidate { token: one.token_id, logprob: one.logprob }).collect();
+        Sampled { token, logprob, top }
+    };
+    Piece { text, tokens: tokens.into_iter().map(sampled).collect() }
+}
+
+fn outcome(finish: v1::Finish) -> Outcome {
+    let usage = finish.usage.unwrap_or_default();
+    let timing = finish.timing.unwrap_or_default();
+    let seconds = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or_default();
+    Outcome {
+        finish: match finish.reason() {
+            v1::FinishReason::Stop => Finish::Stop,
+            v1::FinishReason::Length => Finish::Length,
+            v1::FinishReason::Cancelled | v1::FinishReason::Unspecified => Finish::Cancelled,
+        },
+        prompt_tokens: usage.prompt_tokens as usize,
+        generation_tokens: usage.generation_tokens as usize,
+        prompt_time: seconds(timing.prompt_seconds),
+        generation_time: seconds(timing.generation_seconds),
+        peak_memory_bytes: timing.peak_memory_bytes,
+    }
+}
+
+fn generate_request(model: &str, request: &Request) -> Result<v1::GenerateRequest> {
+    let input = match &request.input {
+        Input::Text(text) => v1::generate_request::Input::Prompt(text.clone()),
+        Input::Chat(chat) => v1::generate_request::Input::Chat(chat_message(chat)?),
+    };
+    Ok(v1::GenerateRequest {
+        model: model.to_owned(),
+        input: Some(input),
+        max_tokens: request.max_tokens.map_or(u32::MAX, |tokens| u32::try_from(tokens).unwrap_or(u32::MAX)),
+        top_logprobs: request.sampling.logprobs.map(|logprobs| logprobs.top as u32),
+        sampling: Some(sampling(&request.sampling)),
+        stop: request.stop.clone(),
+        extra_eos: request.extra_eos.clone(),
+        ignore_eos: false,
+    })
+}
+
+fn chat_message(chat: &ChatRequest) -> Result<v1::Chat> {
+    let messages = chat.messages.iter().map(|message| v1::ChatMessage {
+        role: message.role.clone(),
+        content: message.content.as_ref().and_then(Value::as_str).unwrap_or_default().to_owned(),
+    });
+    Ok(v1::Chat {
+        messages: messages.collect(),
+        tools_json: Vec::new(),
+        prefill_response: chat.continue_final.clone().unwrap_or_default(),
+        template_arguments_json: match chat.arguments.is_empty() {
+            true => String::new(),
+            false => {
+                serde_json::to_string(&chat.arguments).context("cannot write the template's arguments")?
+            }
+        },
+        no_generation_prompt: !chat.add_generation_prompt,
+    })
+}
+
+fn sampling(sampling: &Sampling) -> v1::SamplingParameters {
+    let penalty = |penalty: Option<Penalty>| match penalty {
+        None => (0.0, 0),
+        // No limit is 0 here, but 0 is the default there.
+        Some(Penalty { strength, context: 0 }) => (strength, u32::MAX),
+        Some(Penalty { strength, context }) => (strength, u32::try_from(context).unwrap_or(u32::MAX)),
+    };
+    let (repetition_penalty, repetition_context_size) = penalty(sampling.repetition);
+    let (presence_penalty, presence_context_size) = penalty(sampling.presence);
+    let (frequency_penalty, frequency_context_size) = penalty(sampling.frequency);
+    v1::SamplingParameters {
+        temperature: sampling.temperature,
+        top_p: sampling.top_p,
+        min_p: sampling.min_p,
+        min_tokens_to_keep: sampling.min_tokens_to_keep as u32,
+        top_k: sampling.top_k as u32,
+        xtc_probability: sampling.xtc.as_ref().map_or(0.0, |xtc| xtc.probability),
+        xtc_threshold: sampling.xtc.as_ref().map_or(0.0, |xtc| xtc.threshold),
+        seed: Some(sampling.seed),
+        logit_bias: sampling.logit_bias.iter().map(|(token, bias)| (*token, *bias)).collect(),
+        repetition_penalty,
+        repetition_context_size,
+        presence_penalty,
+        presence_context_size,
+        frequency_penalty,
+        frequency_context_size,
+    }
+}

@@ -1,0 +1,47 @@
+//! A bar on stderr for something that takes a while. Nothing is drawn when stderr is no terminal, or when all is quick.
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::time::{Duration, Instant};
+
+/// What is over sooner needs no bar: it would only flicker.
+const PATIENCE: Duration = Duration::from_millis(300);
+
+/// Goes away when dropped.
+pub struct Bar {
+    bar: ProgressBar,
+    started: Instant,
+}
+
+impl Bar {
+    /// A bar with a word in front of it.
+    pub fn new(what: &str, quiet: bool) -> Self {
+        let target = if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+        let bar = ProgressBar::with_draw_target(None, target);
+        let style =
+            ProgressStyle::with_template("{prefix} {bar:32} {decimal_bytes}/{decimal_total_bytes} {msg}");
+        bar.set_style(style.expect("the template is constant"));
+        bar.set_prefix(what.to_owned());
+        Self { bar, started: Instant::now() }
+    }
+
+    /// How far it is.
+    pub fn show(&self, done: u64, total: u64) {
+        if self.started.elapsed() >= PATIENCE {
+            self.bar.set_length(total);
+            self.bar.set_position(done);
+        }
+    }
+
+    /// What is being done, such as a file's name.
+    pub fn say(&self, words: &str) {
+        if self.bar.message() != words {
+            self.bar.set_message(words.to_owned());
+        }
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}

@@ -1,0 +1,65 @@
+//! Where a generation runs: on the cluster when a node runs with this data directory, else in this process.
+
+use crate::arguments::Global;
+use crate::commands::data_dir;
+use crate::connection::Connection;
+use crate::generation::{ClusterModel, LocalModel, Model};
+use crate::hub;
+use anyhow::{Context as _, Result};
+use clap::Args;
+use tokio::runtime::Runtime;
+
+/// Which model, and where.
+#[derive(Clone, Debug, Args)]
+pub struct Place {
+    /// A folder, a Hugging Face id (OWNER/NAME or OWNER/NAME@REVISION), or demo; on a cluster the name of a loaded model.
+    ///
+    /// Default: on a cluster the only loaded model, else the demo model that is built in.
+    #[arg(long, value_name = "MODEL")]
+    model: Option<String>,
+    /// Run in this process even when a node runs here.
+    #[arg(long)]
+    local: bool,
+    /// Prompt tokens that are processed at once in this process. Fewer take less memory.
+    #[arg(long, value_name = "N", default_value = "2048", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    prefill_step_size: u32,
+}
+
+/// Where it runs.
+pub enum Target {
+    /// In this process.
+    Local,
+    /// On the cluster of the node that runs here.
+    Cluster(Runtime, Connection),
+}
+
+/// Decides. The look for a node costs one small file; the network is touched only when one runs.
+pub fn choose(global: &Global, place: &Place) -> Result<Target> {
+    if place.local || data_dir(global)?.read_running().is_none() {
+        return Ok(Target::Local);
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .worker_threads(1)
+        .build()
+        .context("cannot start the asynchronous runtime")?;
+    match runtime.block_on(Connection::open_if_running(global))? {
+        Some(connection) => Ok(Target::Cluster(runtime, connection)),
+        None => Ok(Target::Local),
+    }
+}
+
+/// The model that answers, ready.
+pub fn open(global: &Global, place: &Place) -> Result<Box<dyn Model>> {
+    match choose(global, place)? {
+        Target::Cluster(runtime, connection) => {
+            let model = place.model.clone().unwrap_or_default();
+            Ok(Box::new(ClusterModel::new(runtime, connection, model)))
+        }
+        Target::Local => {
+            let quiet = global.quiet;
+            let folder = hub::folder(place.model.as_deref().unwrap_or("demo"), quiet)?;
+            Ok(Box::new(LocalModel::load(&folder, place.prefill_step_size as usize, quiet)?))
+        }
+    }
+}

@@ -4,6 +4,7 @@
 //! bin/mlxnode
 //! lib/mlxnode/mlx/lib/libmlx.so             on macOS libmlx.dylib, libjaccl.dylib, mlx.metallib
 //! lib/mlxnode/mlx_cpu.libs/…                the BLAS that the Linux libmlx loads from there
+//! lib/mlxnode/licenses/…                    theirs
 //! ```
 //!
 //! The binary looks for libmlx relative to itself. During development it also looks in the cache; that second path is
@@ -89,7 +90,7 @@ fn copy_libraries(places: &Places, libraries: &Path) -> Result<()> {
         let name = "mlx_cpu.libs";
         copy_files(&places.wheel().join(name), &libraries.join(name), is_library)?;
     }
-    Ok(())
+    copy_files(&places.wheel_licences()?, &libraries.join("licenses"), |_| true)
 }
 
 /// Copies the files of a folder whose names are wanted, none of its sub-folders.

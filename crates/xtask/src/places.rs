@@ -46,6 +46,12 @@ impl Places {
         self.wheel().join("mlx/lib")
     }
 
+    /// The licence files that the wheel carries.
+    pub(crate) fn wheel_licences(&self) -> Result<PathBuf> {
+        let wheel = crate::setup::wheel::for_this_machine()?;
+        Ok(self.wheel().join(format!("{}-{MLX_VERSION}.dist-info/licenses", wheel.package.replace('-', "_"))))
+    }
+
     /// Programs that only some commands need (bindgen, cargo-deny, libclang).
     pub(crate) fn tools(&self) -> PathBuf {
         self.cache.join("tools")

@@ -1,4 +1,5 @@
 //! A listener talks to the keys it knows, and to nobody else.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)] // clippy.toml exempts #[test] functions, not their helpers
 
 mod support;
 

@@ -1,4 +1,5 @@
 //! Several nodes in one process: who sees whom, and how they part.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)] // clippy.toml exempts #[test] functions, not their helpers
 
 use mlxnode_cluster::{
     AccessList, Admission, Candidate, ClusterAdmission, ClusterKey, ConnectError, ConnectOptions, Departures,

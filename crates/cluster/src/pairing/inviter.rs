@@ -140,7 +140,7 @@ impl Inviter {
         let _one_at_a_time = self.talking.lock().await;
         let hello = proto::PairingHello::decode(greeting.as_slice())
             .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "the greeting cannot be decoded"))?;
-        let (number, secret, answer) = match self.begin(&hello, &binding) {
+        let Begun { number, secret, answer } = match self.begin(&hello, &binding) {
             Ok(begun) => begun,
             Err(refusal) => {
                 let answer = Some(proto::pairing_challenge::Answer::Refusal(refusal_to_wire(&refusal)));
@@ -191,12 +191,8 @@ impl Inviter {
         admitted
     }
 
-    /// What the joiner's greeting starts: which invite, under which shared secret, and this side's SPAKE2 message.
-    fn begin(
-        &self,
-        hello: &proto::PairingHello,
-        binding: &Binding,
-    ) -> Result<(InviteNumber, Zeroizing<Vec<u8>>, Vec<u8>), Refusal> {
+    /// What the joiner's greeting starts.
+    fn begin(&self, hello: &proto::PairingHello, binding: &Binding) -> Result<Begun, Refusal> {
         if hello.protocol_version != PROTOCOL_VERSION {
             return Err(Refusal::ProtocolVersion(format!(
                 "this node speaks protocol {PROTOCOL_VERSION} (mlxnode {}), the joiner {} (mlxnode {}): install the same version on both",
@@ -209,7 +205,7 @@ impl Inviter {
         match &hello.method {
             Some(proto::pairing_hello::Method::TokenId(id)) => {
                 let (number, secret) = self.window().try_token(id, now)?;
-                Ok((number, Zeroizing::new(secret.to_vec()), Vec::new()))
+                Ok(Begun { number, secret: Zeroizing::new(secret.to_vec()), answer: Vec::new() })
             }
             Some(proto::pairing_hello::Method::Spake2(message)) => {
                 let (number, code) = self.window().try_code(now)?;
@@ -219,7 +215,7 @@ impl Inviter {
                     &spake2::Identity::new(binding.inviter.as_bytes()),
                 );
                 match exchange.finish(message) {
-                    Ok(key) => Ok((number, Zeroizing::new(key), answer)),
+                    Ok(key) => Ok(Begun { number, secret: Zeroizing::new(key), answer }),
                     Err(_) => {
                         self.window().failed(number);
                         Err(Refusal::WrongSecret)
@@ -251,6 +247,14 @@ impl Inviter {
 
 async fn in_time<T>(message: impl Future<Output = io::Result<T>>) -> io::Result<T> {
     tokio::time::timeout(MESSAGE_TIME, message).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
+/// A conversation after its greeting: which invite it is about, the secret that both sides should share now, and this side's
+/// SPAKE2 message (empty with a token).
+struct Begun {
+    number: InviteNumber,
+    secret: Zeroizing<Vec<u8>>,
+    answer: Vec<u8>,
 }
 
 /// A try at the secret. Dropped unsettled (wrong proof, broken off, out of time) it counts as failed.

@@ -1,5 +1,12 @@
 //! The coordinator with made-up nodes and a real control log: stories from load to unload, and what goes wrong between.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::expect_used,
+    reason = "a failing test is supposed to stop"
+)]
+
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
 use mlxnode_cluster::{ControlLog, SqliteControlLog};

@@ -1,5 +1,12 @@
 //! Many requests through a scheduler's task, with simulated stages behind it.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::expect_used,
+    reason = "a failing test is supposed to stop"
+)]
+
 use futures::StreamExt;
 use mlxnode_compute::simulated::SimulatedStage;
 use mlxnode_compute::{

@@ -1,5 +1,12 @@
 //! The scheduler's promises under any order of events, with a made-up pipeline that does as the workers do.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::expect_used,
+    reason = "a failing test is supposed to stop"
+)]
+
 use mlxnode_compute::{Sampled, Sampling, SequenceEnd, SequenceId, SequenceSpec};
 use mlxnode_coordinator::scheduler::{DriveEvent, Effect, Limits, RequestId, RunError, RunEvent, Scheduler};
 use proptest::prelude::*;
@@ -67,6 +74,7 @@ fn what_does_not_fit_waits_and_what_waits_is_never_overtaken() {
     scheduler.cancel(RequestId(2), now);
     let effects = scheduler.on_drive(DriveEvent::Closed { sequence: SequenceId(2) }, now);
     assert_eq!(opened(&effects), [3]);
+    scheduler.cancel(RequestId(1), now);
     let effects = scheduler.on_drive(DriveEvent::Closed { sequence: SequenceId(1) }, now);
     assert_eq!(opened(&effects), [4]);
 }
@@ -136,11 +144,28 @@ fn the_place_of_a_failed_sequence_is_free_when_closed_or_after_a_grace() {
     let mut scheduler = Scheduler::new(limits(), now);
     scheduler.submit(RequestId(1), vec![0], spec(1, 9), None, now);
     let failed = DriveEvent::Failed { sequence: SequenceId(1), reason: "no memory".into() };
-    assert_eq!(ends(&scheduler.on_drive(failed, now)), [(1, Err(RunError::Failed("no memory".into())))]);
+    assert_eq!(scheduler.on_drive(failed, now), [], "it may be the whole pipeline");
+    let effects = scheduler.tick(scheduler.next_wake().unwrap());
+    assert_eq!(ends(&effects), [(1, Err(RunError::Failed("no memory".into())))]);
     assert_eq!(scheduler.statistics().open_sequences, 1);
     let wake = scheduler.next_wake().unwrap();
     scheduler.tick(wake);
     assert_eq!(scheduler.statistics(), Default::default());
+}
+
+#[test]
+fn a_breaking_pipeline_makes_every_request_unavailable_and_opens_no_other() {
+    let now = Instant::now();
+    let mut scheduler = Scheduler::new(Limits { max_sequences: 1, ..limits() }, now);
+    scheduler.submit(RequestId(1), vec![0], spec(1, 9), None, now);
+    scheduler.submit(RequestId(2), vec![0], spec(1, 9), None, now);
+    let sequence = SequenceId(1);
+    let failed = DriveEvent::Failed { sequence, reason: "the next stage is gone".into() };
+    assert_eq!(scheduler.on_drive(failed, now), []);
+    assert_eq!(scheduler.on_drive(DriveEvent::Closed { sequence }, now), []);
+    let effects = scheduler.on_drive(DriveEvent::Lost { reason: "the next stage is gone".into() }, now);
+    let lost = || Err(RunError::Unavailable("the next stage is gone".into()));
+    assert_eq!(ends(&effects), [(1, lost()), (2, lost())]);
 }
 
 #[test]
@@ -369,10 +394,16 @@ proptest! {
         }
         // The workers go on until nothing is left: nobody starves.
         let mut steps = 0;
-        while let Some(event) = world.pipeline.step(steps) {
-            steps += 1;
-            prop_assert!(steps < 10_000, "the pipeline never empties");
-            let effects = scheduler.on_drive(event, now);
+        loop {
+            while let Some(event) = world.pipeline.step(steps) {
+                steps += 1;
+                prop_assert!(steps < 10_000, "the pipeline never empties");
+                let effects = scheduler.on_drive(event, now);
+                world.apply(effects, &limits)?;
+            }
+            let Some(wake) = scheduler.next_wake() else { break };
+            now = now.max(wake);
+            let effects = scheduler.tick(now);
             world.apply(effects, &limits)?;
         }
         prop_assert_eq!(world.ended.len() as u64, submitted);

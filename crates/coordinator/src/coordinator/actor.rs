@@ -17,6 +17,9 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{info, warn};
 
+/// Where an answer goes.
+type Reply<T> = oneshot::Sender<Result<T, Error>>;
+
 /// What the actor hears.
 pub(super) enum Message {
     /// A model is wanted.
@@ -26,7 +29,7 @@ pub(super) enum Message {
         /// Names the call, for [`Message::CancelLoad`].
         call: u64,
         /// When it is ready, or why not.
-        reply: oneshot::Sender<Result<DeploymentView, Error>>,
+        reply: Reply<DeploymentView>,
     },
     /// A call to load went away before it was answered.
     CancelLoad {
@@ -40,7 +43,7 @@ pub(super) enum Message {
         /// Which.
         name: String,
         /// When it is gone, or why not.
-        reply: oneshot::Sender<Result<(), Error>>,
+        reply: Reply<()>,
     },
     /// What would a plan be?
     Plan {
@@ -49,7 +52,7 @@ pub(super) enum Message {
         /// How.
         wish: Wish,
         /// The plan or why there is none.
-        reply: oneshot::Sender<Result<PlanReport, Error>>,
+        reply: Reply<PlanReport>,
     },
     /// The answer to the first half of a plan.
     Weighed {
@@ -58,7 +61,7 @@ pub(super) enum Message {
         /// What the model costs and what the nodes offer.
         result: Result<(ModelCost, Vec<Offer>), Error>,
         /// To whom.
-        reply: oneshot::Sender<Result<PlanReport, Error>>,
+        reply: Reply<PlanReport>,
     },
     /// Something happened, or an order was carried out.
     Happened(Event),
@@ -82,8 +85,9 @@ pub(super) struct Running {
     orders: Orders,
     limits: Limits,
     snapshot: watch::Sender<Vec<DeploymentView>>,
-    loads: HashMap<String, Vec<(u64, oneshot::Sender<Result<DeploymentView, Error>>)>>,
-    unloads: HashMap<String, Vec<oneshot::Sender<Result<(), Error>>>>,
+    /// Calls that wait, by deployment; those to load with the number that cancels them.
+    loads: HashMap<String, Vec<(u64, Reply<DeploymentView>)>>,
+    unloads: HashMap<String, Vec<Reply<()>>>,
     /// Orders and plans under way; aborted when this is dropped.
     under_way: JoinSet<()>,
     /// Those that [`Effect::Abandon`] ends.
@@ -159,12 +163,7 @@ impl Actor for CoordinatorActor {
 }
 
 impl Running {
-    fn load(
-        &mut self,
-        wish: DeploymentWish,
-        call: u64,
-        reply: oneshot::Sender<Result<DeploymentView, Error>>,
-    ) -> Vec<Effect> {
+    fn load(&mut self, wish: DeploymentWish, call: u64, reply: Reply<DeploymentView>) -> Vec<Effect> {
         let name = wish.name.clone();
         match self.deployments.load(wish) {
             Ok((Loaded::Already, effects)) => {
@@ -277,7 +276,7 @@ impl Running {
         myself: &ActorRef<Message>,
         source: String,
         wish: Wish,
-        reply: oneshot::Sender<Result<PlanReport, Error>>,
+        reply: Reply<PlanReport>,
     ) {
         let orders = self.orders.clone();
         let limit = self.limits.weigh;

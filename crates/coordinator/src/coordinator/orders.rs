@@ -27,8 +27,8 @@ impl Orders {
         let limits = self.limits;
         Some(match effect {
             Effect::Sweep { attempt } => async move {
-                orders.sweep(&attempt).await;
-                Event::Swept { attempt }
+                let nodes = orders.sweep(&attempt).await;
+                Event::Swept { attempt, nodes }
             }
             .boxed(),
             Effect::Weigh { attempt, source } => async move {
@@ -90,14 +90,23 @@ impl Orders {
         within(self.limits.stop, &what, self.nodes.stop_workers(node, attempt)).await
     }
 
-    /// Nodes that do not answer run nothing that this coordinator would use; they are told again if a plan needs them.
-    async fn sweep(&self, attempt: &Attempt) {
+    /// Tells all nodes, and answers with those that did as they were told.
+    async fn sweep(&self, attempt: &Attempt) -> Vec<NodeId> {
         let older = Attempt { name: attempt.name.clone(), epoch: attempt.epoch.saturating_sub(1) };
         let offers = self.nodes.offers();
         let stops = offers.iter().map(|offer| self.stop(offer.node, older.clone()));
-        for error in futures::future::join_all(stops).await.into_iter().filter_map(Result::err) {
-            tracing::warn!(deployment = attempt.name, %error, "a node may still run workers from before the restart");
+        let results = futures::future::join_all(stops).await;
+        let mut clean = Vec::new();
+        for (offer, result) in offers.iter().zip(results) {
+            match result {
+                Ok(()) => clean.push(offer.node),
+                Err(error) => {
+                    let (deployment, node) = (&attempt.name, &offer.name);
+                    tracing::warn!(deployment, node, %error, "a node may still run workers from before the restart");
+                }
+            }
         }
+        clean
     }
 
     fn announce(&self, attempt: &Attempt, phase: Phase, detail: String) {

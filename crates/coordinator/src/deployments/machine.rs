@@ -55,8 +55,8 @@ struct Deployment {
     touched: BTreeSet<NodeId>,
     /// Once ready, it is wanted whatever happens; before, a failure is the answer to who asked.
     was_ready: bool,
-    /// Made from the log: older epochs may still run somewhere.
-    needs_sweep: bool,
+    /// Made from the log: workers of older epochs may still run somewhere.
+    restored: Option<Restored>,
     is_leaving: bool,
     failures: Failures,
     detail: String,
@@ -64,6 +64,16 @@ struct Deployment {
     refusal: Option<Error>,
     /// Nodes that did not say that they stopped.
     not_stopped: Vec<String>,
+}
+
+#[derive(Debug)]
+struct Restored {
+    /// The newest epoch that may still run somewhere.
+    epoch: u64,
+    /// Has the sweep been made?
+    is_swept: bool,
+    /// Nodes that surely run nothing of it.
+    clean: BTreeSet<NodeId>,
 }
 
 #[derive(Debug)]
@@ -120,7 +130,7 @@ impl Deployments {
                 Record::Wanted { deployment, epoch } => {
                     let entry = Deployment {
                         was_ready: true,
-                        needs_sweep: true,
+                        restored: Some(Restored { epoch, is_swept: false, clean: BTreeSet::new() }),
                         ..Deployment::new(deployment.clone(), epoch)
                     };
                     deployments.entries.insert(deployment.name, entry);
@@ -215,7 +225,7 @@ impl Deployments {
     pub fn on(&mut self, event: Event, now: Instant) -> Vec<Effect> {
         match event {
             Event::Recorded { attempt, result } => self.recorded(&attempt, result, now),
-            Event::Swept { attempt } => self.swept(&attempt),
+            Event::Swept { attempt, nodes } => self.swept(&attempt, nodes),
             Event::Weighed { attempt, result } => self.weighed(&attempt, result, now),
             Event::Prepared { attempt, node, result } => self.prepared(&attempt, node, result, now),
             Event::Started { attempt, stage, result } => self.started(&attempt, stage, result, now),
@@ -320,7 +330,7 @@ impl Deployments {
             return;
         }
         match (&entry.phase, result) {
-            (Phase::Recording, Ok(())) if entry.needs_sweep => {
+            (Phase::Recording, Ok(())) if entry.needs_sweep() => {
                 entry.phase = Phase::Sweeping;
                 self.effects.push(Effect::Sweep { attempt: attempt.clone() });
             }
@@ -329,17 +339,20 @@ impl Deployments {
                 let error = Error::Failed(format!("the decision could not be recorded: {error}"));
                 self.fail(&attempt.name, error, false, now);
             }
-            (Phase::Forgetting, result) => self.forgotten(&attempt.name, result),
+            (Phase::Forgetting, result) => self.forgotten(&attempt.name, result, now),
             _ => {}
         }
     }
 
-    fn swept(&mut self, attempt: &Attempt) {
+    fn swept(&mut self, attempt: &Attempt, nodes: Vec<NodeId>) {
         let Some(entry) = self.current(attempt) else { return };
         if !matches!(entry.phase, Phase::Sweeping) {
             return;
         }
-        entry.needs_sweep = false;
+        if let Some(restored) = &mut entry.restored {
+            restored.is_swept = true;
+            restored.clean.extend(nodes);
+        }
         if entry.is_leaving || entry.refusal.is_some() {
             self.forget(&attempt.name);
         } else {
@@ -369,9 +382,12 @@ impl Deployments {
             Err(error) => self.fail(&attempt.name, error, true, now),
             Ok(plan) => {
                 let nodes: BTreeSet<NodeId> = plan.stages.iter().map(|stage| stage.node).collect();
-                let is_orphan = |node: &NodeId| self.orphans.contains_key(&(*node, attempt.name.clone()));
-                let orphans: BTreeSet<NodeId> = nodes.into_iter().filter(is_orphan).collect();
                 let Some(entry) = self.entries.get_mut(&attempt.name) else { return };
+                let may_run_older = |node: &NodeId| {
+                    self.orphans.contains_key(&(*node, attempt.name.clone()))
+                        || entry.restored.as_ref().is_some_and(|restored| !restored.clean.contains(node))
+                };
+                let orphans: BTreeSet<NodeId> = nodes.into_iter().filter(may_run_older).collect();
                 let workers = vec![None; plan.stages.len()];
                 entry.replica = Some(Replica { plan, workers, fingerprint: None });
                 if orphans.is_empty() {
@@ -590,6 +606,9 @@ impl Deployments {
         match (&mut entry.phase, result) {
             (Phase::Clearing(waiting), Ok(())) if attempt.epoch + 1 == entry.epoch => {
                 waiting.remove(&node);
+                if let Some(restored) = &mut entry.restored {
+                    restored.clean.insert(node);
+                }
                 if waiting.is_empty() {
                     let attempt = entry.attempt();
                     self.prepare(&attempt);
@@ -655,7 +674,7 @@ impl Deployments {
     }
 
     fn forget(&mut self, name: &str) {
-        if let Some(entry) = self.entries.get_mut(name).filter(|entry| entry.needs_sweep) {
+        if let Some(entry) = self.entries.get_mut(name).filter(|entry| entry.needs_sweep()) {
             entry.phase = Phase::Sweeping;
             let effect = Effect::Sweep { attempt: entry.attempt() };
             self.effects.push(effect);
@@ -672,7 +691,7 @@ impl Deployments {
         self.effects.push(effect);
     }
 
-    fn forgotten(&mut self, name: &str, result: Result<(), Error>) {
+    fn forgotten(&mut self, name: &str, result: Result<(), Error>, now: Instant) {
         let Some(entry) = self.entries.get_mut(name) else { return };
         let unrecorded =
             |error| Error::Failed(format!("{name} is stopped, but that could not be recorded: {error}"));
@@ -692,6 +711,12 @@ impl Deployments {
             }
         };
         let Some(entry) = self.entries.remove(name) else { return };
+        for node in &self.lost {
+            if let Some(epoch) = entry.may_still_run_on(*node) {
+                let orphan = Orphan { epoch, memory: ByteCount(0), retry_at: now + ORPHAN_RETRY };
+                self.orphans.entry((*node, name.to_owned())).or_insert(orphan);
+            }
+        }
         let refusal = entry
             .refusal
             .unwrap_or_else(|| Error::Cancelled(format!("{name} was unloaded before it was ready")));
@@ -746,6 +771,14 @@ impl Deployments {
 
     fn node_joined(&mut self, node: NodeId, now: Instant) {
         self.lost.remove(&node);
+        for (name, entry) in &mut self.entries {
+            let Some(epoch) = entry.may_still_run_on(node) else { continue };
+            let orphan = Orphan { epoch, memory: ByteCount(0), retry_at: now };
+            self.orphans.entry((node, name.clone())).or_insert(orphan);
+            if let Some(restored) = &mut entry.restored {
+                restored.clean.insert(node); // from now on it is the orphan that stands for it
+            }
+        }
         for ((other, name), orphan) in &mut self.orphans {
             if *other == node {
                 orphan.retry_at = now + ORPHAN_RETRY;
@@ -792,7 +825,7 @@ impl Deployment {
             replica: None,
             touched: BTreeSet::new(),
             was_ready: false,
-            needs_sweep: false,
+            restored: None,
             is_leaving: false,
             failures: Failures::default(),
             detail: String::new(),
@@ -803,6 +836,16 @@ impl Deployment {
 
     fn attempt(&self) -> Attempt {
         Attempt { name: self.wish.name.clone(), epoch: self.epoch }
+    }
+
+    fn needs_sweep(&self) -> bool {
+        self.restored.as_ref().is_some_and(|restored| !restored.is_swept)
+    }
+
+    /// The epoch of workers from before the restart that the node may still run, once the sweep has passed it by.
+    fn may_still_run_on(&self, node: NodeId) -> Option<u64> {
+        let restored = self.restored.as_ref().filter(|restored| !restored.clean.contains(&node))?;
+        Some(restored.epoch)
     }
 
     fn state(&self) -> State {

@@ -230,10 +230,12 @@ pub enum Event {
         /// Durable, or why not.
         result: Result<(), Error>,
     },
-    /// Answers [`Effect::Sweep`]: the nodes that can be reached run nothing of it any more.
+    /// Answers [`Effect::Sweep`].
     Swept {
         /// Whose.
         attempt: Attempt,
+        /// The nodes that run nothing older any more. Others are told when they are back, or when a plan needs them.
+        nodes: Vec<NodeId>,
     },
     /// Answers [`Effect::Weigh`].
     Weighed {

@@ -198,9 +198,10 @@ impl Problem {
                 let before = &reachable[subset ^ (1 << slot)];
                 let mut marked = 0; // ends up to here are marked already: `furthest` never falls as `start` grows
                 for start in (0..self.layer_count).filter(|start| before[*start]) {
-                    for end in (start + 1).max(marked + 1)..=furthest[start] {
-                        ends[end] = true;
-                        marked = end;
+                    let first = start.max(marked) + 1;
+                    if first <= furthest[start] {
+                        ends[first..=furthest[start]].fill(true);
+                        marked = furthest[start];
                     }
                 }
             }

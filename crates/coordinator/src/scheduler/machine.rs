@@ -52,6 +52,10 @@ impl Limits {
 /// After a failure the workers close the sequence. Should they forget to say so, its place is given away after this.
 const CLOSING_GRACE: Duration = Duration::from_secs(5);
 
+/// Workers whose pipeline breaks fail every sequence and then end the connection. A failure is passed on only after this, so that
+/// it becomes [`RunError::Unavailable`] (which may be tried again) when it was the pipeline's and not the sequence's.
+const FAILURE_SETTLES: Duration = Duration::from_millis(100);
+
 /// What the task has to do.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
@@ -92,6 +96,7 @@ pub struct Scheduler {
     waiting: VecDeque<Waiting>,
     waiting_tokens: usize,
     open: BTreeMap<SequenceId, Open>,
+    failing: VecDeque<Failing>,
     reserved_tokens: usize,
     next_sequence: u64,
     last_heard: Instant,
@@ -121,6 +126,14 @@ struct Open {
     forget_at: Option<Instant>,
 }
 
+/// A request whose sequence failed, until it is known whether the pipeline did.
+#[derive(Debug)]
+struct Failing {
+    request: RequestId,
+    reason: String,
+    settles_at: Instant,
+}
+
 impl Scheduler {
     /// Idle, with a driver.
     pub fn new(limits: Limits, now: Instant) -> Self {
@@ -129,6 +142,7 @@ impl Scheduler {
             waiting: VecDeque::new(),
             waiting_tokens: 0,
             open: BTreeMap::new(),
+            failing: VecDeque::new(),
             reserved_tokens: 0,
             next_sequence: 1,
             last_heard: now,
@@ -191,15 +205,13 @@ impl Scheduler {
             DriveEvent::Token { sequence, position, sampled, end } => {
                 self.token(sequence, position, sampled, end);
             }
+            DriveEvent::Lost { reason } => return self.on_driver_lost(&reason),
             DriveEvent::Closed { sequence } => {
-                self.end_of(
-                    sequence,
-                    RunError::Failed("the workers closed the sequence before its end".into()),
-                );
+                self.fail(sequence, "the workers closed the sequence before its end".into(), now);
                 self.free(sequence);
             }
             DriveEvent::Failed { sequence, reason } => {
-                self.end_of(sequence, RunError::Failed(reason));
+                self.fail(sequence, reason, now);
                 if let Some(open) = self.open.get_mut(&sequence) {
                     open.forget_at = Some(now + CLOSING_GRACE);
                 }
@@ -217,8 +229,9 @@ impl Scheduler {
         self.lost = Some(reason.to_owned());
         let waiting = std::mem::take(&mut self.waiting).into_iter().map(|waiting| waiting.request);
         let open = std::mem::take(&mut self.open).into_values().filter_map(|open| open.request);
+        let failing = std::mem::take(&mut self.failing).into_iter().map(|failing| failing.request);
         // Those that run are older than those that wait.
-        for request in open.chain(waiting).collect::<Vec<_>>() {
+        for request in failing.chain(open).chain(waiting).collect::<Vec<_>>() {
             self.end(request, Err(RunError::Unavailable(reason.to_owned())));
         }
         self.waiting_tokens = 0;
@@ -238,6 +251,11 @@ impl Scheduler {
         for request in open.chain(waiting).collect::<Vec<_>>() {
             self.stop(request, RunError::DeadlineExceeded);
         }
+        while self.failing.front().is_some_and(|failing| failing.settles_at <= now) {
+            if let Some(Failing { request, reason, .. }) = self.failing.pop_front() {
+                self.end(request, Err(RunError::Failed(reason)));
+            }
+        }
         let forgotten: Vec<SequenceId> =
             self.open.iter().filter(|(_, it)| passed(it.forget_at)).map(|(sequence, _)| *sequence).collect();
         for sequence in forgotten {
@@ -253,13 +271,14 @@ impl Scheduler {
         let live = self.open.values().filter(|open| open.request.is_some());
         let deadlines = live.filter_map(|open| open.deadline);
         let forgets = self.open.values().filter_map(|open| open.forget_at);
-        waiting.chain(deadlines).chain(forgets).chain(self.stalls_at()).min()
+        let failures = self.failing.front().map(|failing| failing.settles_at);
+        waiting.chain(deadlines).chain(forgets).chain(failures).chain(self.stalls_at()).min()
     }
 
     /// How busy it is.
     pub fn statistics(&self) -> Statistics {
         Statistics {
-            active: self.open.values().filter(|open| open.request.is_some()).count(),
+            active: self.open.values().filter(|open| open.request.is_some()).count() + self.failing.len(),
             queued: self.waiting.len(),
             open_sequences: self.open.len(),
             reserved_tokens: self.reserved_tokens,
@@ -274,6 +293,7 @@ impl Scheduler {
     fn is_known(&self, request: RequestId) -> bool {
         self.waiting.iter().any(|waiting| waiting.request == request)
             || self.open.values().any(|open| open.request == Some(request))
+            || self.failing.iter().any(|failing| failing.request == request)
     }
 
     /// Can it run at once, or else wait?
@@ -290,8 +310,11 @@ impl Scheduler {
             && self.reserved_tokens.saturating_add(reserve) <= self.limits.kv_tokens
     }
 
-    /// Opens waiting requests, in order, while there is room.
+    /// Opens waiting requests, in order, while there is room. Not while a failure settles: the pipeline may be breaking.
     fn admit(&mut self, now: Instant) {
+        if !self.failing.is_empty() {
+            return;
+        }
         while let Some(next) = self.waiting.front() {
             let reserved = next.prompt.len() + next.spec.max_tokens;
             if !self.can_open(reserved) {
@@ -372,6 +395,11 @@ impl Scheduler {
             self.end(request, Err(error));
             return;
         }
+        if let Some(index) = self.failing.iter().position(|failing| failing.request == request) {
+            self.failing.remove(index);
+            self.end(request, Err(error));
+            return;
+        }
         let found = self.open.iter_mut().find(|(_, open)| open.request == Some(request));
         if let Some((sequence, open)) = found {
             let sequence = *sequence;
@@ -381,10 +409,10 @@ impl Scheduler {
         }
     }
 
-    /// Ends the request behind a sequence that the workers gave up, if it has not ended.
-    fn end_of(&mut self, sequence: SequenceId, error: RunError) {
+    /// The workers gave up a sequence: its request ends soon, if it has not ended.
+    fn fail(&mut self, sequence: SequenceId, reason: String, now: Instant) {
         if let Some(request) = self.open.get_mut(&sequence).and_then(|open| open.request.take()) {
-            self.end(request, Err(error));
+            self.failing.push_back(Failing { request, reason, settles_at: now + FAILURE_SETTLES });
         }
     }
 

@@ -23,6 +23,7 @@ use mlxnode_compute::{Sampled, SequenceEnd, SequenceId, SequenceSpec};
 
 /// What the scheduler tells the first worker.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "most commands are opens, and few exist at a time")]
 pub enum DriveCommand {
     /// Run a sequence.
     Open {
@@ -64,6 +65,11 @@ pub enum DriveEvent {
     Closed {
         /// Whose.
         sequence: SequenceId,
+    },
+    /// The replica is lost: nothing follows. (So it is when the channel is closed; this says why.)
+    Lost {
+        /// Why, in a sentence.
+        reason: String,
     },
     /// A stage could not go on with this sequence.
     Failed {

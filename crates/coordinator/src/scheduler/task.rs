@@ -154,6 +154,7 @@ struct Task {
 }
 
 /// What happened next.
+#[expect(clippy::large_enum_variant, reason = "one exists at a time, on the stack")]
 enum Input {
     Drive(Option<DriveEvent>),
     /// A command was handed over, or cannot be.

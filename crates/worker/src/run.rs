@@ -108,7 +108,11 @@ async fn serve_node(options: WorkerOptions, load: StageFactory) -> Result<(), Ru
     };
     tokio::select! {
         ended = worker.ended() => return Ok(ended?),
-        () = node_gone => info!("the node has let go of this worker"),
+        () = node_gone => {
+            // Nobody reads the log any more either, and writing to a broken pipe would be an error of its own.
+            discard_output();
+            info!("the node has let go of this worker");
+        }
         _ = terminate.recv() => info!("asked to end by SIGTERM"),
         _ = interrupt.recv() => info!("asked to end by SIGINT"),
     }
@@ -121,6 +125,14 @@ fn stdin_pipe() -> Result<BufReader<pipe::Receiver>, RunError> {
     let stdin = std::io::stdin();
     let pipe = stdin.as_fd().try_clone_to_owned().and_then(pipe::Receiver::from_owned_fd);
     Ok(BufReader::new(pipe.map_err(RunError::NotFromNode)?))
+}
+
+/// From here on stdout and stderr go nowhere.
+fn discard_output() {
+    if let Ok(nowhere) = std::fs::OpenOptions::new().write(true).open("/dev/null") {
+        // When it cannot be done, the output stays where it was, and a write to it may end the process: it is ending anyway.
+        let _ = nix::unistd::dup2_stdout(&nowhere).and_then(|()| nix::unistd::dup2_stderr(&nowhere));
+    }
 }
 
 fn refuse(error: &HelloError) -> Result<(), RunError> {

@@ -53,6 +53,12 @@ async fn activations_above_a_frame_go_in_pieces() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn more_steps_than_a_link_has_credits_for_wait_their_turn() {
+    let model = Model { max_sequences: 400, step_time: Duration::from_micros(50), ..Model::default() };
+    tokens_equal_the_oracle(2, model, &[3; 400], 4).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn stop_tokens_end_a_sequence() {
     let replica = Replica::start(2, Model::default()).await;
     let (client, mut events) = replica.drive().await;

@@ -29,10 +29,14 @@ fn main() -> ExitCode {
         "node" => node(),
         _ => {}
     }
-    let tests: [(&str, fn()); 6] = [
+    let tests: [(&str, fn()); 7] = [
         ("a_worker_starts_loads_and_stops", a_worker_starts_loads_and_stops),
         ("kill_9_in_the_middle_is_noticed_at_once", kill_9_in_the_middle_is_noticed_at_once),
         ("the_death_of_the_node_ends_the_worker", the_death_of_the_node_ends_the_worker),
+        (
+            "a_worker_whose_log_is_closed_too_ends_in_good_order",
+            a_worker_whose_log_is_closed_too_ends_in_good_order,
+        ),
         ("a_stuck_worker_is_killed", a_stuck_worker_is_killed),
         ("what_is_no_worker_is_refused", what_is_no_worker_is_refused),
         ("a_worker_without_a_node_says_so", a_worker_without_a_node_says_so),
@@ -50,6 +54,7 @@ fn main() -> ExitCode {
 fn worker() -> ExitCode {
     let step_time = std::env::args().nth(2).and_then(|micros| micros.parse().ok()).unwrap_or(0);
     let model = Model { step_time: Duration::from_micros(step_time), ..Model::default() };
+    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
     match mlxnode_worker::run(WorkerOptions::default(), model.factory()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -204,6 +209,29 @@ fn the_death_of_the_node_ends_the_worker() {
     node.kill().unwrap(); // SIGKILL: the node cannot say goodbye
     node.wait().unwrap();
     assert!(is_gone(address, Duration::from_secs(5)), "the worker outlives its node");
+}
+
+fn a_worker_whose_log_is_closed_too_ends_in_good_order() {
+    let mut worker = Command::new(std::env::current_exe().unwrap())
+        .arg("worker")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let hello = format!(
+        r#"{{"parent_key_pin":"{}","listen":"127.0.0.1","protocol":{},"release":"test"}}"#,
+        "ab".repeat(32),
+        mlxnode_proto::PROTOCOL_VERSION
+    );
+    let mut stdin = worker.stdin.take().unwrap();
+    writeln!(stdin, "{hello}").unwrap();
+    let mut ready = String::new();
+    std::io::BufReader::new(worker.stdout.take().unwrap()).read_line(&mut ready).unwrap();
+    assert!(ready.contains("\"key_pin\""), "{ready}");
+    drop(worker.stderr.take());
+    drop(stdin); // all pipes at once, as when the node is killed
+    assert_eq!(worker.wait().unwrap().code(), Some(0));
 }
 
 fn a_stuck_worker_is_killed() {

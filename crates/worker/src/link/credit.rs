@@ -18,9 +18,12 @@ pub(crate) struct CreditLedger {
     replies: mpsc::Sender<Result<Credit, Status>>,
 }
 
-/// One frame's credit; comes free when dropped, on whatever thread.
+/// The credits of a message's frames; come free when dropped, on whatever thread.
 #[derive(Debug)]
-pub(crate) struct Granted(Option<Arc<CreditLedger>>);
+pub(crate) struct Granted {
+    ledger: Option<Arc<CreditLedger>>,
+    frames: u32,
+}
 
 impl CreditLedger {
     /// Grants the whole window at once. `replies` needs room for four messages: the window's first grant, and two halves on their
@@ -39,11 +42,11 @@ impl CreditLedger {
     /// A frame came. `None`: the sender had no credit for it.
     pub(crate) fn charge(self: &Arc<Self>) -> Option<Granted> {
         let before = self.unused.fetch_sub(1, Ordering::Relaxed);
-        (before > 0).then(|| Granted(Some(self.clone())))
+        (before > 0).then(|| Granted { ledger: Some(self.clone()), frames: 1 })
     }
 
-    fn came_free(&self) {
-        if self.free.fetch_add(1, Ordering::Relaxed) + 1 >= self.batch {
+    fn came_free(&self, frames: u32) {
+        if self.free.fetch_add(frames, Ordering::Relaxed) + frames >= self.batch {
             let frames = self.free.swap(0, Ordering::Relaxed);
             if frames > 0 {
                 self.grant(frames);
@@ -62,14 +65,21 @@ impl CreditLedger {
 impl Granted {
     /// For a message that came over no link.
     pub(crate) fn without_link() -> Self {
-        Self(None)
+        Self { ledger: None, frames: 0 }
+    }
+
+    /// The credits of the frames before, for the same message.
+    pub(crate) fn absorb(&mut self, mut earlier: Self) {
+        self.frames += std::mem::take(&mut earlier.frames);
     }
 }
 
 impl Drop for Granted {
     fn drop(&mut self) {
-        if let Some(ledger) = &self.0 {
-            ledger.came_free();
+        if let Some(ledger) = &self.ledger
+            && self.frames > 0
+        {
+            ledger.came_free(self.frames);
         }
     }
 }
@@ -88,6 +98,11 @@ mod tests {
         held.pop();
         assert!(granted.try_recv().is_err(), "half a window at a time");
         held.pop();
+        assert_eq!(granted.try_recv().unwrap().unwrap(), Credit { frames: 2 });
+        let (mut last, earlier) = (held.pop().expect("two are left"), held.pop().expect("one is left"));
+        last.absorb(earlier);
+        assert!(granted.try_recv().is_err(), "both are held by one message");
+        drop(last);
         assert_eq!(granted.try_recv().unwrap().unwrap(), Credit { frames: 2 });
     }
 

@@ -9,6 +9,8 @@
 //! The receiver grants as many frames as it has room for; the sender sends no more, its outbox fills, and the compute thread
 //! before it stops. So every queue between two stages is bounded, and a slow stage slows those before it.
 
+use mlxnode_compute::Activation;
+
 mod assembler;
 mod credit;
 mod frames;
@@ -25,9 +27,10 @@ pub(crate) use sender::{LinkTarget, send};
 /// behind one of them (1 MiB takes 0.8 ms at 10 Gbit/s).
 pub(crate) const FRAME_BYTES: usize = 1 << 20;
 
-/// Frames that may be on their way or waiting at the receiver. Enough for a decode step of 32 sequences and the prefill chunks
-/// beside them, so that a sender rarely waits for credits; a bound on memory for a hostile or a runaway neighbour.
-pub(crate) const WINDOW_FRAMES: u32 = 64;
+/// Frames that may be on their way or waiting at the receiver: 128 MiB at the very most, from a hostile or a runaway neighbour.
+/// Credits come back half a window at a time, and the largest activation is 64 frames, so a smaller window could leave a sender
+/// in the middle of one without a credit for good.
+pub(crate) const WINDOW_FRAMES: u32 = 2 * (Activation::MAX_BYTES / FRAME_BYTES) as u32;
 
 /// Messages between the compute thread and the sender. Few: what waits here cannot be overtaken any more.
 pub(crate) const OUTBOX_MESSAGES: usize = 8;

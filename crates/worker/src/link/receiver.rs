@@ -26,6 +26,8 @@ pub(crate) async fn receive(
     inbox: mpsc::Sender<Received>,
 ) -> Fault {
     let mut assembler = Assembler::new(plan);
+    // The credits of an activation's first frames: they come free with its last one, so that its memory is counted.
+    let mut earlier: Option<Granted> = None;
     loop {
         let frame = match frames.next().await {
             Some(Ok(frame)) => frame,
@@ -34,12 +36,23 @@ pub(crate) async fn receive(
         };
         let strike = match ledger.charge() {
             None => Status::resource_exhausted("a frame came for which no credit was granted"),
-            Some(credit) => match assembler.accept(frame) {
-                Ok(None) => continue,
-                Ok(Some(message)) => match inbox.send(Received { message, credit }).await {
-                    Ok(()) => continue,
-                    Err(_) => return Fault::Device("the compute thread has ended".into()),
-                },
+            Some(mut credit) => match assembler.accept(frame) {
+                Ok(None) => {
+                    if let Some(earlier) = earlier.take() {
+                        credit.absorb(earlier);
+                    }
+                    earlier = Some(credit);
+                    continue;
+                }
+                Ok(Some(message)) => {
+                    if let Some(earlier) = earlier.take() {
+                        credit.absorb(earlier);
+                    }
+                    match inbox.send(Received { message, credit }).await {
+                        Ok(()) => continue,
+                        Err(_) => return Fault::Device("the compute thread has ended".into()),
+                    }
+                }
                 Err(error @ FrameError::Epoch { .. }) => Status::failed_precondition(error.to_string()),
                 Err(error) => Status::invalid_argument(error.to_string()),
             },

@@ -4,12 +4,19 @@
 //! |---|---|
 //! | [`front`] | owns a request: text ↔ tokens, parameters, the answer's stream |
 //! | [`deployments`] | the deployments as every node sees them |
+//! | `route` | the way to the coordinator, here or on another node |
 //! | [`access`] | who may call what |
-//! | `inference` | the gRPC service `mlxnode.v1.Inference` |
+//! | `inference`, [`models`], [`cluster`] | the gRPC services of `mlxnode.v1` |
 
 pub mod access;
+pub mod cluster;
 pub mod deployments;
 pub mod front;
 mod inference;
+pub mod models;
+mod route;
+mod server;
 
 pub use inference::InferenceService;
+pub use route::{CoordinatorRoute, Route};
+pub use server::{PublicServices, public_routes};

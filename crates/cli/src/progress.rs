@@ -1,6 +1,7 @@
 //! A bar on stderr for something that takes a while. Nothing is drawn when stderr is no terminal, or when all is quick.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 /// What is over sooner needs no bar: it would only flicker.
@@ -10,25 +11,29 @@ const PATIENCE: Duration = Duration::from_millis(300);
 pub struct Bar {
     bar: ProgressBar,
     started: Instant,
+    /// Not to be drawn, or not drawn yet.
+    hidden: Cell<bool>,
+    quiet: bool,
 }
 
 impl Bar {
     /// A bar with a word in front of it.
     pub fn new(what: &str, quiet: bool) -> Self {
-        let target = if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
-        let bar = ProgressBar::with_draw_target(None, target);
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
         let style =
             ProgressStyle::with_template("{prefix} {bar:32} {decimal_bytes}/{decimal_total_bytes} {msg}");
         bar.set_style(style.expect("the template is constant"));
         bar.set_prefix(what.to_owned());
-        Self { bar, started: Instant::now() }
+        Self { bar, started: Instant::now(), hidden: Cell::new(true), quiet }
     }
 
     /// How far it is.
     pub fn show(&self, done: u64, total: u64) {
-        if self.started.elapsed() >= PATIENCE {
-            self.bar.set_length(total);
-            self.bar.set_position(done);
+        self.bar.set_length(total);
+        self.bar.set_position(done);
+        if self.hidden.get() && !self.quiet && self.started.elapsed() >= PATIENCE {
+            self.hidden.set(false);
+            self.bar.set_draw_target(ProgressDrawTarget::stderr());
         }
     }
 

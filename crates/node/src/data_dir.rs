@@ -5,9 +5,9 @@
 //!   lock            held while a node runs
 //!   node.key        the node's identity
 //!   cluster.key     only where the coordinator is: signs the roster
-//!   roster          the signed roster
+//!   roster.pb       the signed roster
 //!   control.db      the coordinator's control log
-//!   client/         the identity of local clients (command line, scripts) and the node's certificate for them
+//!   client/         for local clients (command line, scripts): their own node.key and node.crt, and server.crt to expect
 //!   run/node.json   where the running node listens; removed when it stops
 //! ```
 
@@ -82,17 +82,7 @@ impl DataDir {
 
     /// The node's certificate in PEM, for clients of other languages that want a root certificate.
     pub fn node_certificate(&self) -> PathBuf {
-        self.client().join("node.pem")
-    }
-
-    /// The signed roster.
-    pub fn roster(&self) -> PathBuf {
-        self.root.join("roster")
-    }
-
-    /// The cluster's signing key; exists only on the node that made the cluster.
-    pub fn cluster_key(&self) -> PathBuf {
-        self.root.join("cluster.key")
+        self.client().join("server.crt")
     }
 
     /// The control log.
@@ -131,6 +121,13 @@ impl DataDir {
         fs::write(&new, text).and_then(|()| fs::rename(&new, &path)).map_err(io)
     }
 
+    /// Puts the node's certificate where clients of other languages find it.
+    pub fn write_node_certificate(&self, pem: &str) -> Result<(), DataDirError> {
+        let path = self.node_certificate();
+        let new = path.with_extension("new");
+        fs::write(&new, pem).and_then(|()| fs::rename(&new, &path)).map_err(|source| DataDirError::Io { path, source })
+    }
+
     /// Where the running node listens; `None` when no node runs here.
     pub fn read_running(&self) -> Option<RunningNode> {
         let text = fs::read(self.running()).ok()?;
@@ -143,9 +140,11 @@ impl DataDir {
         }
     }
 
-    /// Removes what ties this directory to its cluster; the node's own key stays. For `leave`.
+    /// Removes what ties this directory to its cluster besides the roster; the node's own key stays. For `leave`.
     pub fn forget_cluster(&self) -> Result<(), DataDirError> {
-        for path in [self.roster(), self.cluster_key(), self.control_log()] {
+        // SQLite keeps its journal beside the database.
+        for name in ["cluster.key", "control.db", "control.db-wal", "control.db-shm"] {
+            let path = self.root.join(name);
             match fs::remove_file(&path) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {
                     return Err(DataDirError::Io { path, source });

@@ -19,13 +19,22 @@ pub struct MachineFacts {
 impl MachineFacts {
     /// Asks the system; the options decide where they say something.
     pub fn read(options: &NodeOptions) -> Self {
-        let mut system = sysinfo::System::new();
-        system.refresh_memory();
-        system.refresh_cpu_list(sysinfo::CpuRefreshKind::nothing());
-        let memory_total = ByteCount(system.total_memory());
+        let (memory_total, chip) = match sysinfo::System::new() {
+            Ok(mut system) => {
+                system.refresh_memory();
+                system.refresh_cpu_list(sysinfo::CpuRefreshKind::nothing());
+                let chip = system.cpus().first().map(|cpu| cpu.brand().trim().to_owned());
+                (ByteCount(system.total_memory()), chip.unwrap_or_default())
+            }
+            // Without knowing its memory the node takes no model unless --memory-budget says what it may use.
+            Err(error) => {
+                tracing::warn!(%error, "the system does not say how much memory it has");
+                (ByteCount(0), String::new())
+            }
+        };
         let share = (memory_total.0 as f64 * NodeOptions::DEFAULT_BUDGET_SHARE) as u64;
-        let chip = system.cpus().first().map(|cpu| cpu.brand().trim().to_owned()).unwrap_or_default();
-        let name = options.name.clone().or_else(sysinfo::System::host_name).unwrap_or_else(|| "node".to_owned());
+        let name = options.name.clone().or_else(|| sysinfo::System::host_name().ok());
+        let name = name.unwrap_or_else(|| "node".to_owned());
         Self {
             // macOS appends ".local" to the host's name; people do not say it.
             name: name.trim_end_matches(".local").to_owned(),

@@ -1,1 +1,33 @@
 //! Puts one node together and takes it down: configuration, actors and their restart policy, listeners, telemetry, worker processes.
+//!
+//! | module | one line |
+//! |---|---|
+//! | `node` | the order in which everything starts and stops |
+//! | `options`, `data_dir`, `facts`, `addresses` | what a node knows before it starts |
+//! | `registrar`, `household`, `lookout` | membership: who signs it, who sees it, where to look for others |
+//! | `coordination` | the coordinator's role here or on another node |
+//! | `workers`, `schedulers` | the worker processes and the schedulers of this node |
+//! | `node_control`, `replica` | what nodes ask of each other: service and client of each, converted in `wire` |
+//! | `client` | how local programs reach the node |
+
+mod addresses;
+mod client;
+mod coordination;
+mod data_dir;
+mod error;
+mod facts;
+mod household;
+mod lookout;
+mod node;
+mod node_control;
+mod options;
+mod registrar;
+mod replica;
+mod schedulers;
+mod wire;
+mod workers;
+
+pub use client::{ClientError, connect_to_local_node};
+pub use data_dir::{DataDir, DataDirError, RunningNode};
+pub use node::{Node, NodeError};
+pub use options::NodeOptions;

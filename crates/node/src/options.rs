@@ -33,6 +33,23 @@ pub struct NodeOptions {
 }
 
 impl NodeOptions {
+    /// The defaults, with this data directory and listening address. The worker's command is this very executable.
+    pub fn new(data_dir: impl Into<PathBuf>, listen: SocketAddr, worker_command: PathBuf, hub: mlxnode_hub::Options) -> Self {
+        Self {
+            data_dir: data_dir.into(),
+            listen,
+            name: None,
+            cluster_name: None,
+            invite: None,
+            peers: Vec::new(),
+            discovery: true,
+            memory_budget: None,
+            worker_command,
+            hub,
+            drain: Self::DEFAULT_DRAIN,
+        }
+    }
+
     /// Three quarters: what macOS lets the GPU wire by default on most machines, with room left for the system.
     pub const DEFAULT_BUDGET_SHARE: f64 = 0.75;
     /// Long enough for a short answer to finish, short enough for a person who waits at a terminal.

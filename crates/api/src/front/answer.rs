@@ -1,7 +1,7 @@
 //! The answer to a request as a stream of pieces, with its times.
 
-use crate::deployments::Deployment;
-use crate::front::{End, FrontError, Output, Piece, RunStream};
+use crate::deployments::DeploymentView;
+use crate::front::{End, FrontError, Output, Piece, RunEvents};
 use futures::StreamExt as _;
 use mlxnode_coordinator::scheduler::{RunError, RunEvent};
 use std::time::{Duration, Instant};
@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 /// A running answer. Dropping it cancels the sequence.
 pub struct Answer {
     /// Whose answer it is.
-    pub deployment: Deployment,
-    events: RunStream,
+    pub deployment: DeploymentView,
+    events: RunEvents,
     output: Output,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
@@ -57,7 +57,7 @@ pub struct Summary {
 }
 
 impl Answer {
-    pub(super) fn new(deployment: Deployment, events: RunStream, output: Output, prompt_tokens: usize, seed: u64) -> Self {
+    pub(super) fn new(deployment: DeploymentView, events: RunEvents, output: Output, prompt_tokens: usize, seed: u64) -> Self {
         Self {
             deployment,
             events,

@@ -12,9 +12,9 @@ mod replicas;
 pub use answer::{Answer, AnswerEvent, Summary};
 pub use model_text::ModelText;
 pub use output::{End, Output, Piece};
-pub use replicas::{Replicas, RunStream};
+pub use replicas::{Replicas, RunEvents};
 
-use crate::deployments::{Deployment, DeploymentState, DeploymentsView};
+use crate::deployments::{DeploymentView, DeploymentsView, State, state_name};
 use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::requests::{ModelLimits, Parameters, RequestError, ValidRequest};
 use mlxnode_coordinator::scheduler::{RunError, RunRequest};
@@ -107,7 +107,7 @@ impl Front {
     ///
     /// # Errors
     /// When there is none of that name, or several and the request names none.
-    pub fn deployment(&self, model: &str) -> Result<Deployment, FrontError> {
+    pub fn deployment(&self, model: &str) -> Result<DeploymentView, FrontError> {
         let view = self.deployments.borrow();
         let found = match model {
             "" if view.deployments.len() > 1 => {
@@ -127,7 +127,7 @@ impl Front {
     ///
     /// # Errors
     /// When the node of the first stage cannot be reached, or its files are no tokenizer.
-    pub async fn model_text(&self, deployment: &Deployment) -> Result<Arc<ModelText>, FrontError> {
+    pub async fn model_text(&self, deployment: &DeploymentView) -> Result<Arc<ModelText>, FrontError> {
         let held = self.lock_texts().get(&deployment.name).cloned();
         if let Some((epoch, text)) = held
             && epoch == deployment.epoch
@@ -153,10 +153,10 @@ impl Front {
     /// Everything that can be known before the first step.
     pub async fn generate(&self, request: GenerationRequest) -> Result<Answer, FrontError> {
         let deployment = self.deployment(&request.model)?;
-        if deployment.state != DeploymentState::Ready {
+        if deployment.state != State::Ready {
             return Err(FrontError::NotReady {
                 model: deployment.name,
-                state: deployment.state.name(),
+                state: state_name(deployment.state),
                 detail: if deployment.detail.is_empty() { String::new() } else { format!(": {}", deployment.detail) },
             });
         }
@@ -181,7 +181,7 @@ impl Front {
     }
 
     /// The largest memory that any stage's MLX held since it was loaded; 0 when no stage says so in time.
-    pub async fn peak_memory(&self, deployment: &Deployment) -> ByteCount {
+    pub async fn peak_memory(&self, deployment: &DeploymentView) -> ByteCount {
         let asked = self.replicas.peak_memory(deployment);
         tokio::time::timeout(MEMORY_PATIENCE, asked).await.unwrap_or_default()
     }
@@ -197,6 +197,6 @@ fn fresh_seed() -> u64 {
     RandomState::new().hash_one(Instant::now()) >> 1
 }
 
-fn names(deployments: &[Deployment]) -> String {
+fn names(deployments: &[DeploymentView]) -> String {
     deployments.iter().map(|deployment| deployment.name.as_str()).collect::<Vec<_>>().join(", ")
 }

@@ -29,10 +29,7 @@ impl ModelText {
             .and_then(serde_json::Value::as_u64)
             .and_then(|size| usize::try_from(size).ok());
         let vocabulary = declared.unwrap_or_else(|| tokenizer.vocabulary_size());
-        let template = match ChatTemplate::from_files(files, &tokenizer) {
-            Err(TextError::NoChatTemplate) => None,
-            template => Some(template?),
-        };
+        let template = ChatTemplate::from_files(files, &tokenizer)?;
         Ok(Self { tokenizer, vocabulary, template })
     }
 

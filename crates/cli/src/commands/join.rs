@@ -64,16 +64,14 @@ impl Join {
     pub async fn run(self, global: &Global) -> Result<()> {
         let data_dir = data_dir(global)?;
         let listen = address(&self.listen)?;
-        let mut options = NodeOptions::new(data_dir.root(), listen);
+        let worker_command = std::env::current_exe().context("cannot find my own executable for the workers")?;
+        let mut options = NodeOptions::new(data_dir.root(), listen, worker_command, crate::hub::options());
         options.name = self.name;
         options.cluster_name = self.cluster_name;
         options.invite = self.invite;
         options.peers = self.peers;
         options.discovery = !self.no_discovery;
         options.memory_budget = self.memory_budget;
-        options.worker_command =
-            std::env::current_exe().context("cannot find my own executable for the workers")?;
-        options.hub = crate::hub::options();
         // Installed first, so that a signal during the start is not lost.
         let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;

@@ -1,0 +1,7 @@
+//! The service `Models`: which models the cluster runs and where their layers are.
+
+mod service;
+pub(crate) mod wire;
+
+pub use service::{Busy, ModelsService};
+pub use wire::deployment as deployment_from_wire;

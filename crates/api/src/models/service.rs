@@ -1,0 +1,117 @@
+//! `Models`: wishes go to the coordinator, wherever it is; what is loaded is known on every node.
+
+use super::wire;
+use crate::deployments::DeploymentsView;
+use crate::route::{CoordinatorRoute, Route, forwarded};
+use futures::StreamExt as _;
+use futures::stream::BoxStream;
+use mlxnode_coordinator::coordinator::{LoadUpdate, LoadWish};
+use mlxnode_coordinator::scheduler::Statistics;
+use mlxnode_proto::v1::models_client::ModelsClient;
+use mlxnode_proto::v1::models_server::Models;
+use mlxnode_proto::v1::{
+    ListModelsRequest, ListModelsResponse, LoadProgress, LoadRequest, PlanRequest, PlanResponse, UnloadRequest,
+    UnloadResponse, WatchModelsRequest,
+};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use tokio::sync::watch;
+use tonic::{Request, Response, Status};
+
+/// How busy the schedulers that run on this node are, by deployment.
+pub trait Busy: Send + Sync + 'static {
+    /// Now.
+    fn statistics(&self) -> BTreeMap<String, Statistics>;
+}
+
+/// The service on one node.
+pub struct ModelsService {
+    route: Arc<dyn CoordinatorRoute>,
+    deployments: watch::Receiver<DeploymentsView>,
+    busy: Arc<dyn Busy>,
+}
+
+impl ModelsService {
+    /// Serves what this node knows and hands wishes to the coordinator.
+    pub fn new(
+        route: Arc<dyn CoordinatorRoute>,
+        deployments: watch::Receiver<DeploymentsView>,
+        busy: Arc<dyn Busy>,
+    ) -> Self {
+        Self { route, deployments, busy }
+    }
+}
+
+fn listing(view: &DeploymentsView, busy: &BTreeMap<String, Statistics>) -> ListModelsResponse {
+    let all = view.deployments.iter().map(|view| wire::deployment_to_proto(view, busy.get(&view.name)));
+    ListModelsResponse { deployments: all.collect() }
+}
+
+#[tonic::async_trait]
+impl Models for ModelsService {
+    type LoadStream = BoxStream<'static, Result<LoadProgress, Status>>;
+    type WatchStream = BoxStream<'static, Result<ListModelsResponse, Status>>;
+
+    async fn list(&self, _request: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {
+        Ok(Response::new(listing(&self.deployments.borrow(), &self.busy.statistics())))
+    }
+
+    async fn plan(&self, request: Request<PlanRequest>) -> Result<Response<PlanResponse>, Status> {
+        match self.route.route()? {
+            Route::There(channel) => ModelsClient::new(channel).plan(forwarded(request)?).await,
+            Route::Here(coordinator) => {
+                let request = request.into_inner();
+                let wish = wire::wish(&request);
+                let report = coordinator.plan(request.model, wish).await.map_err(wire::status)?;
+                Ok(Response::new(wire::plan_to_proto(report)))
+            }
+        }
+    }
+
+    async fn load(&self, request: Request<LoadRequest>) -> Result<Response<Self::LoadStream>, Status> {
+        match self.route.route()? {
+            Route::There(channel) => {
+                let progress = ModelsClient::new(channel).load(forwarded(request)?).await?;
+                Ok(Response::new(progress.into_inner().boxed()))
+            }
+            Route::Here(coordinator) => {
+                let request = request.into_inner();
+                let plan = request.plan.ok_or_else(|| Status::invalid_argument("plan is missing"))?;
+                let name = Some(request.name).filter(|name| !name.is_empty());
+                let updates = coordinator.load(LoadWish { wish: wire::wish(&plan), source: plan.model, name });
+                let updates = updates.map(|update| match update {
+                    Ok(LoadUpdate::Progress(progress)) => Ok(wire::progress_to_proto(progress)),
+                    Ok(LoadUpdate::Ready(view)) => Ok(LoadProgress {
+                        phase: "ready".to_owned(),
+                        deployment: Some(wire::deployment_to_proto(&view, None)),
+                        ..LoadProgress::default()
+                    }),
+                    Err(error) => Err(wire::status(error)),
+                });
+                Ok(Response::new(updates.boxed()))
+            }
+        }
+    }
+
+    async fn unload(&self, request: Request<UnloadRequest>) -> Result<Response<UnloadResponse>, Status> {
+        match self.route.route()? {
+            Route::There(channel) => ModelsClient::new(channel).unload(forwarded(request)?).await,
+            Route::Here(coordinator) => {
+                coordinator.unload(request.into_inner().name).await.map_err(wire::status)?;
+                Ok(Response::new(UnloadResponse {}))
+            }
+        }
+    }
+
+    async fn watch(&self, _request: Request<WatchModelsRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let mut deployments = self.deployments.clone();
+        deployments.mark_changed(); // the first message comes at once
+        let state = (deployments, self.busy.clone());
+        let stream = futures::stream::unfold(state, |(mut deployments, busy)| async move {
+            deployments.changed().await.ok()?;
+            let listing = listing(&deployments.borrow_and_update(), &busy.statistics());
+            Some((Ok(listing), (deployments, busy)))
+        });
+        Ok(Response::new(stream.boxed()))
+    }
+}

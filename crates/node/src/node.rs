@@ -1,0 +1,429 @@
+//! One node: started from its options, asked where it listens, taken down in order.
+//!
+//! ```text
+//! data directory ─▶ identity, roster ─▶ (join by invite | found a cluster) ─▶ mesh ─▶ workers, schedulers
+//!        ─▶ coordinator, where the roster says so ─▶ view of the deployments ─▶ front ─▶ gRPC listener
+//! ```
+//! Taking down goes the other way: first nobody new is let in, then requests get a moment to finish, then workers end, then links.
+
+use crate::addresses;
+use crate::coordination::{self, RosterRoute};
+use crate::data_dir::{DataDir, DataDirError, DataDirLock, RunningNode};
+use crate::facts::MachineFacts;
+use crate::household::{Members, NodeHousehold};
+use crate::lookout::Lookout;
+use crate::node_control::client::ClusterNodes;
+use crate::node_control::service::NodeControlService;
+use crate::options::NodeOptions;
+use crate::registrar::Registrar;
+use crate::replica::client::ClusterReplicas;
+use crate::replica::service::ReplicaService;
+use crate::schedulers::Schedulers;
+use crate::workers::{Workers, WorkersOptions};
+use mlxnode_api::access::{NODES, only};
+use mlxnode_api::cluster::ClusterService;
+use mlxnode_api::deployments::DeploymentsView;
+use mlxnode_api::front::Front;
+use mlxnode_api::models::{Busy, ModelsService};
+use mlxnode_api::{InferenceService, PublicServices, public_routes};
+use mlxnode_cluster::{
+    AccessList, ClusterAdmission, ClusterKey, Discovery, Identity, InviteError, InviteSecret, Inviter, JoinError, KeyError,
+    MeshHandle, MeshOptions, NodeFacts, NodeId, Role, Roster, RosterEntry, RosterError, RosterStore, RosterStoreError,
+    ServeError, ServeOptions, SqliteControlLog, Timing, announce_invites, find_inviters, peer_service, serve,
+};
+use mlxnode_coordinator::coordinator::{self, Coordinator, CoordinatorHandle};
+use mlxnode_coordinator::scheduler::Statistics;
+use mlxnode_hub::Hub;
+use mlxnode_proto::internal::v1::node_control_server::NodeControlServer;
+use mlxnode_proto::internal::v1::replica_server::ReplicaServer;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+use tonic::service::interceptor::InterceptedService;
+use tracing::info;
+
+/// Why a node does not start, or stopped by itself.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The data directory.
+    #[error(transparent)]
+    DataDir(#[from] DataDirError),
+    /// A key file.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// The roster file.
+    #[error(transparent)]
+    Roster(#[from] RosterStoreError),
+    /// The cluster could not be founded.
+    #[error("cannot make a cluster")]
+    Found(#[source] RosterError),
+    /// Nothing can be bound there.
+    #[error("cannot listen on {address}; is another node running on this port?")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// The system's reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The text after `--invite` is none.
+    #[error(transparent)]
+    Invite(#[from] InviteError),
+    /// The invite did not work.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    /// This node was taken out of its cluster.
+    #[error("this node was removed from the cluster {0}; join again with `mlxnode join --invite CODE`")]
+    Removed(String),
+    /// An invite, but a member already.
+    #[error("this node belongs to the cluster {0} already; run `mlxnode leave` first, or join without --invite")]
+    Member(String),
+    /// The control log or the coordinator.
+    #[error("cannot start the coordinator: {0}")]
+    Coordinator(String),
+    /// The listener ended.
+    #[error("the node stopped listening")]
+    Serve(#[source] ServeError),
+    /// Part of the API could not be built.
+    #[error("cannot set up the API: {0}")]
+    Api(String),
+}
+
+/// A running node.
+pub struct Node {
+    id: NodeId,
+    name: String,
+    cluster_name: String,
+    bound: SocketAddr,
+    drain: Duration,
+    data_dir: DataDir,
+    has_left: watch::Receiver<bool>,
+    server: AbortOnDropHandle<Result<(), ServeError>>,
+    stop_serving: CancellationToken,
+    coordinator: Option<Coordinator>,
+    schedulers: Schedulers,
+    workers: Workers,
+    mesh: MeshHandle,
+    lookout: Arc<Lookout>,
+    _tasks: Vec<AbortOnDropHandle<()>>,
+    _lock: DataDirLock,
+}
+
+/// How long to look for an open invite in the local network.
+const LOOK_FOR_INVITERS: Duration = Duration::from_secs(15);
+/// How often the memory that models take here is told to the other nodes.
+const FACTS_PERIOD: Duration = Duration::from_secs(2);
+/// A worker's frames are at most 1 MiB; nodes send each other prompts and tokenizer files.
+const LARGEST_MESSAGE: usize = 64 << 20;
+
+impl Node {
+    /// Starts a node and returns when it can be reached.
+    ///
+    /// # Errors
+    /// [`NodeError`]; then nothing is left running.
+    pub async fn start(options: NodeOptions) -> Result<Self, NodeError> {
+        let data_dir = DataDir::new(&options.data_dir);
+        let lock = data_dir.lock()?;
+        let identity = Arc::new(Identity::load_or_create(data_dir.root())?);
+        let roster = Arc::new(RosterStore::open(data_dir.root())?);
+        let listener = TcpListener::bind(options.listen)
+            .await
+            .map_err(|source| NodeError::Listen { address: options.listen, source })?;
+        let bound = listener.local_addr().map_err(|source| NodeError::Listen { address: options.listen, source })?;
+        let machine = MachineFacts::read(&options);
+        let reachable = addresses::reachable(bound);
+        let facts = NodeFacts {
+            name: machine.name.clone(),
+            addresses: reachable.clone(),
+            memory_total_bytes: machine.memory_total.0,
+            memory_budget_bytes: machine.memory_budget.0,
+            memory_used_bytes: 0,
+            chip: machine.chip.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        };
+        let lookout = Arc::new(Lookout::start(bound, options.discovery, &options.peers));
+        become_member(&options, &data_dir, &identity, &roster, &lookout, &facts).await?;
+
+        let signed = roster.current().ok_or_else(|| NodeError::Removed(String::new()))?;
+        let own = identity.id();
+        let entry = signed.roster().get(&own);
+        let entry = entry.ok_or_else(|| NodeError::Removed(signed.roster().cluster_name().to_owned()))?;
+        let name = entry.name.clone();
+        let cluster = (signed.roster().cluster(), signed.roster().cluster_name().to_owned());
+        let coordinates = signed.roster().coordinator() == own;
+        let facts = NodeFacts { name: name.clone(), ..facts };
+
+        let mesh = MeshHandle::start(MeshOptions {
+            identity: identity.clone(),
+            roster: roster.clone(),
+            discovery: lookout.clone(),
+            facts: facts.clone(),
+            timing: Timing::WIRED,
+        });
+        let key = if coordinates { ClusterKey::load(data_dir.root())? } else { None };
+        let registrar = Arc::new(Registrar::new(roster.clone(), key));
+        let inviter = Arc::new(Inviter::new(identity.clone(), registrar.clone()));
+        let advertised = addresses::host(reachable.first().map_or("127.0.0.1", String::as_str)).to_owned();
+        let workers_options = WorkersOptions { command: options.worker_command.clone(), listen: bound.ip(), advertised };
+        let workers = Workers::new(workers_options, identity.clone(), Arc::new(Hub::new(options.hub.clone())));
+        let schedulers = Schedulers::new(identity.clone(), workers.clone());
+
+        let nodes = ClusterNodes {
+            own,
+            mesh: mesh.clone(),
+            roster: roster.clone(),
+            workers: workers.clone(),
+            schedulers: schedulers.clone(),
+        };
+        let (handle, coordinator) = match coordinates {
+            true => start_coordinator(&data_dir, &nodes).await.map(|(handle, owner)| (Some(handle), Some(owner)))?,
+            false => (None, None),
+        };
+        let route =
+            Arc::new(RosterRoute { own, roster: roster.clone(), mesh: mesh.clone(), here: handle.clone() });
+        let (view_sender, view) = watch::channel(DeploymentsView::default());
+        let mut tasks = Vec::new();
+        let mut own_task = |task: tokio::task::JoinHandle<()>| tasks.push(AbortOnDropHandle::new(task));
+        match handle {
+            Some(handle) => {
+                own_task(tokio::spawn(coordination::mirror(handle.clone(), view_sender)));
+                own_task(tokio::spawn(coordination::bring_news(handle, nodes, workers.clone())));
+            }
+            None => own_task(tokio::spawn(coordination::follow(route.clone(), view_sender))),
+        }
+        let stop_serving = CancellationToken::new();
+        own_task(tokio::spawn(announce_invites(inviter.clone(), lookout.clone(), stop_serving.clone())));
+        own_task(tokio::spawn(tell_memory(mesh.clone(), workers.clone())));
+
+        let household = Arc::new(NodeHousehold::new(Members {
+            own,
+            cluster: cluster.clone(),
+            data_dir: data_dir.clone(),
+            roster: roster.clone(),
+            mesh: mesh.clone(),
+            registrar: registrar.clone(),
+            inviter: inviter.clone(),
+        }));
+        let replicas = Arc::new(ClusterReplicas {
+            own,
+            mesh: mesh.clone(),
+            schedulers: schedulers.clone(),
+            workers: workers.clone(),
+        });
+        let busy = Arc::new(schedulers.clone());
+        let public = public_routes(PublicServices {
+            inference: InferenceService::new(Front::new(view.clone(), replicas)),
+            models: ModelsService::new(route.clone(), view.clone(), busy.clone()),
+            cluster: ClusterService::new(household.clone(), route, view, busy),
+        })
+        .await
+        .map_err(|error| NodeError::Api(error.to_string()))?;
+        let control = NodeControlServer::new(NodeControlService { workers: workers.clone(), schedulers: schedulers.clone() });
+        let replica = ReplicaServer::new(ReplicaService { schedulers: schedulers.clone(), workers: workers.clone() })
+            .max_decoding_message_size(LARGEST_MESSAGE);
+        let routes = public
+            .add_service(InterceptedService::new(control, only(NODES)))
+            .add_service(InterceptedService::new(replica, only(NODES)))
+            .add_service(peer_service(&mesh, registrar));
+
+        let access = Arc::new(AccessList::default());
+        let client = Identity::load_or_create(&data_dir.client())?;
+        access.allow(client.key_pin(), Role::Client);
+        data_dir.write_node_certificate(&identity.certificate_pem())?;
+        let admission = Arc::new(ClusterAdmission::new(identity.key_pin(), roster, access));
+        let serve_options = ServeOptions { pairing: Some(inviter), ..ServeOptions::default() };
+        let server =
+            tokio::spawn(serve(listener, identity, admission, routes, serve_options, stop_serving.clone()));
+        data_dir.write_running(&RunningNode {
+            grpc: addresses::local(bound).to_string(),
+            node_id: own.to_string(),
+            pid: std::process::id(),
+        })?;
+        info!(node = %own.short(), name, cluster = cluster.1, address = %bound, coordinates, "node started");
+        Ok(Self {
+            id: own,
+            name,
+            cluster_name: cluster.1,
+            bound,
+            drain: options.drain,
+            data_dir,
+            has_left: household.left(),
+            server: AbortOnDropHandle::new(server),
+            stop_serving,
+            coordinator,
+            schedulers,
+            workers,
+            mesh,
+            lookout,
+            _tasks: tasks,
+            _lock: lock,
+        })
+    }
+
+    /// Its id.
+    pub fn id(&self) -> NodeId {
+        self.id
+    }
+
+    /// Its name in the roster.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The cluster's name.
+    pub fn cluster_name(&self) -> &str {
+        &self.cluster_name
+    }
+
+    /// HOST:PORT where clients on this machine and nodes on others reach it.
+    pub fn grpc_address(&self) -> String {
+        match self.bound.ip().is_unspecified() {
+            true => addresses::local(self.bound).to_string(),
+            false => self.bound.to_string(),
+        }
+    }
+
+    /// Waits until the node should stop by itself: it left its cluster (no error), or it cannot go on.
+    ///
+    /// # Errors
+    /// Why it cannot go on.
+    pub async fn ended(&mut self) -> Result<(), NodeError> {
+        let coordinator = async {
+            match &mut self.coordinator {
+                Some(coordinator) => coordinator.ended().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            _ = self.has_left.wait_for(|left| *left) => Ok(()),
+            server = &mut self.server => match server {
+                Ok(Ok(())) => Ok(()),
+                Ok(Err(error)) => Err(NodeError::Serve(error)),
+                Err(error) => Err(NodeError::Api(error.to_string())),
+            },
+            () = coordinator => Err(NodeError::Coordinator("it ended unexpectedly; see the log".to_owned())),
+        }
+    }
+
+    /// Takes the node down: running requests get [`NodeOptions::drain`] to finish, then workers and links end.
+    pub async fn shutdown(mut self) {
+        info!("node stops");
+        let drained = async {
+            while self.schedulers.busy() > 0 {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        let _ = tokio::time::timeout(self.drain, drained).await;
+        // Orders to workers must not come back to life while they are ended.
+        if let Some(coordinator) = self.coordinator.take() {
+            coordinator.stop().await;
+        }
+        self.schedulers.stop_all();
+        self.workers.stop_all().await;
+        self.lookout.shutdown().await;
+        self.mesh.shutdown().await;
+        self.stop_serving.cancel();
+        if !self.server.is_finished() {
+            let _ = (&mut self.server).await;
+        }
+        if *self.has_left.borrow() {
+            // SQLite may have written its files again on the way out.
+            let _ = self.data_dir.forget_cluster();
+        }
+    }
+}
+
+/// Makes this node a member: as it was, by invite, or of a cluster of its own.
+async fn become_member(
+    options: &NodeOptions,
+    data_dir: &DataDir,
+    identity: &Identity,
+    roster: &RosterStore,
+    lookout: &Lookout,
+    facts: &NodeFacts,
+) -> Result<(), NodeError> {
+    let invite = options.invite.as_deref().map(str::parse::<InviteSecret>).transpose()?;
+    let member = roster.current().map(|signed| {
+        let roster = signed.roster();
+        (roster.cluster_name().to_owned(), roster.get(&identity.id()).is_some())
+    });
+    match (member, invite) {
+        (Some((_, true)), None) => Ok(()),
+        (Some((cluster, true)), Some(_)) => Err(NodeError::Member(cluster)),
+        (Some((cluster, false)), None) => Err(NodeError::Removed(cluster)),
+        (Some((_, false)), Some(secret)) => {
+            roster.clear()?;
+            data_dir.forget_cluster()?;
+            join(options, identity, roster, lookout, facts, &secret).await
+        }
+        (None, Some(secret)) => join(options, identity, roster, lookout, facts, &secret).await,
+        (None, None) => {
+            let key = ClusterKey::load_or_create(data_dir.root())?;
+            let cluster_name = options.cluster_name.clone().unwrap_or_else(|| facts.name.clone());
+            let founder =
+                RosterEntry { node_id: identity.id(), name: facts.name.clone(), addresses: facts.addresses.clone() };
+            let signed = key.sign(Roster::found(&key, &cluster_name, founder)).map_err(NodeError::Found)?;
+            Ok(roster.adopt(signed)?)
+        }
+    }
+}
+
+async fn join(
+    options: &NodeOptions,
+    identity: &Identity,
+    roster: &RosterStore,
+    lookout: &Lookout,
+    facts: &NodeFacts,
+    secret: &InviteSecret,
+) -> Result<(), NodeError> {
+    // A token knows where to go, and so does whoever names a peer.
+    let knows_where = !options.peers.is_empty() || matches!(secret, InviteSecret::Token(_));
+    let mut targets = options.peers.clone();
+    if let (false, Some(mdns)) = (knows_where, lookout.mdns()) {
+        info!("looking for an open invite in the local network");
+        targets = find_inviters(mdns, LOOK_FOR_INVITERS).await;
+    }
+    let joined = mlxnode_cluster::join(&targets, secret, identity, facts).await?;
+    info!(inviter = %joined.inviter.short(), address = joined.address, "joined");
+    Ok(roster.adopt(joined.roster)?)
+}
+
+async fn start_coordinator(
+    data_dir: &DataDir,
+    nodes: &ClusterNodes,
+) -> Result<(CoordinatorHandle, Coordinator), NodeError> {
+    let path = data_dir.control_log();
+    let opened = tokio::task::spawn_blocking(move || SqliteControlLog::open(&path)).await;
+    let log = match opened {
+        Ok(Ok(log)) => log,
+        Ok(Err(error)) => return Err(NodeError::Coordinator(crate::error::chain(&error))),
+        Err(error) => return Err(NodeError::Coordinator(error.to_string())),
+    };
+    coordinator::start(coordinator::Limits::default(), Arc::new(log), Arc::new(nodes.clone()))
+        .await
+        .map_err(|error| NodeError::Coordinator(error.to_string()))
+}
+
+/// Keeps what this node says about its memory current.
+async fn tell_memory(mesh: MeshHandle, workers: Workers) {
+    let mut period = tokio::time::interval(FACTS_PERIOD);
+    loop {
+        period.tick().await;
+        let used = workers.memory_used().0;
+        let facts = mesh.facts();
+        if facts.memory_used_bytes != used {
+            mesh.set_facts(NodeFacts { memory_used_bytes: used, ..facts });
+        }
+    }
+}
+
+impl Busy for Schedulers {
+    fn statistics(&self) -> BTreeMap<String, Statistics> {
+        Schedulers::statistics(self)
+    }
+}

@@ -1,0 +1,88 @@
+//! Changes of membership. Only the node with the cluster's key, the coordinator's, can make them.
+
+use async_trait::async_trait;
+use mlxnode_cluster::{
+    Admit, ClusterKey, Departures, JoinRequest, NodeId, Refusal, RosterEntry, RosterError, RosterStore, RosterStoreError,
+    SignedRoster,
+};
+use std::sync::{Arc, Mutex, PoisonError};
+use tracing::info;
+
+/// Signs new rosters.
+pub(crate) struct Registrar {
+    roster: Arc<RosterStore>,
+    /// Present on the coordinator's node. Locked while a roster is changed, so that changes follow each other.
+    key: Option<Mutex<ClusterKey>>,
+}
+
+/// Why membership did not change.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RegistrarError {
+    /// The key is elsewhere.
+    #[error("this node does not coordinate the cluster")]
+    NotCoordinator,
+    /// This node is in no cluster.
+    #[error("this node belongs to no cluster any more")]
+    NoCluster,
+    /// The roster does not allow it.
+    #[error(transparent)]
+    Roster(#[from] RosterError),
+    /// It could not be kept.
+    #[error(transparent)]
+    Store(#[from] RosterStoreError),
+}
+
+impl Registrar {
+    pub(crate) fn new(roster: Arc<RosterStore>, key: Option<ClusterKey>) -> Self {
+        Self { roster, key: key.map(Mutex::new) }
+    }
+
+    /// Takes a node in; one that is in already stays as it is.
+    pub(crate) fn admit(&self, joiner: &JoinRequest) -> Result<SignedRoster, RegistrarError> {
+        let key = self.key.as_ref().ok_or(RegistrarError::NotCoordinator)?;
+        let key = key.lock().unwrap_or_else(PoisonError::into_inner);
+        let current = self.roster.current().ok_or(RegistrarError::NoCluster)?;
+        if current.roster().get(&joiner.node_id).is_some() {
+            return Ok(SignedRoster::clone(&current));
+        }
+        let mut roster = current.roster().clone();
+        let entry = roster.admit(joiner.node_id, &joiner.facts.name, joiner.facts.addresses.clone())?;
+        let signed = key.sign(roster)?;
+        self.roster.adopt(signed.clone())?;
+        info!(node = %entry.node_id.short(), name = entry.name, "node joined");
+        Ok(signed)
+    }
+
+    /// Takes a node out.
+    pub(crate) fn remove(&self, node: NodeId) -> Result<RosterEntry, RegistrarError> {
+        let key = self.key.as_ref().ok_or(RegistrarError::NotCoordinator)?;
+        let key = key.lock().unwrap_or_else(PoisonError::into_inner);
+        let current = self.roster.current().ok_or(RegistrarError::NoCluster)?;
+        let mut roster = current.roster().clone();
+        let entry = roster.remove(&node)?;
+        self.roster.adopt(key.sign(roster)?)?;
+        info!(node = %entry.node_id.short(), name = entry.name, "node is out of the cluster");
+        Ok(entry)
+    }
+}
+
+#[async_trait]
+impl Admit for Registrar {
+    async fn admit(&self, joiner: JoinRequest) -> Result<SignedRoster, Refusal> {
+        // Writing the roster syncs the disk; that takes milliseconds and happens when a person adds a Mac.
+        Registrar::admit(self, &joiner).map_err(|error| match error {
+            RegistrarError::Roster(error) => Refusal::Member(error.to_string()),
+            error => Refusal::Failed(error.to_string()),
+        })
+    }
+}
+
+#[async_trait]
+impl Departures for Registrar {
+    async fn leave(&self, node: NodeId) -> Result<(), String> {
+        match self.remove(node) {
+            Ok(_) | Err(RegistrarError::Roster(RosterError::Unknown(_))) => Ok(()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! The schedulers of this node: one for each replica whose first stage runs here.
+
+use crate::workers::{Workers, WorkersError};
+use mlxnode_cluster::Identity;
+use mlxnode_coordinator::deployments::Attempt;
+use mlxnode_coordinator::scheduler::{
+    self, Drive, DriveCommand, DriveEvent, Ended, Limits, RunError, RunRequest, RunStream, SchedulerHandle, Statistics,
+};
+use mlxnode_text::TextFiles;
+use mlxnode_worker::{DriveClient, DriveError, DriveEvents};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::mpsc;
+use tokio_util::task::AbortOnDropHandle;
+use tracing::{info, warn};
+
+/// Why a scheduler could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum SchedulersError {
+    /// The first stage is not here.
+    #[error(transparent)]
+    Workers(#[from] WorkersError),
+    /// The first worker does not let itself be driven.
+    #[error("{0}")]
+    Drive(String),
+}
+
+/// All schedulers of this node. Cheap to clone.
+#[derive(Clone)]
+pub struct Schedulers {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    identity: Arc<Identity>,
+    workers: Workers,
+    running: Mutex<BTreeMap<String, Running>>,
+}
+
+struct Running {
+    attempt: Attempt,
+    source: String,
+    handle: SchedulerHandle,
+    _tasks: [AbortOnDropHandle<()>; 3],
+}
+
+/// Commands and events on their way between the scheduler and the first worker.
+const IN_FLIGHT: usize = 64;
+
+impl Schedulers {
+    /// None yet.
+    pub fn new(identity: Arc<Identity>, workers: Workers) -> Self {
+        Self { shared: Arc::new(Shared { identity, workers, running: Mutex::default() }) }
+    }
+
+    /// Starts the scheduler of a replica, in place of an older one.
+    ///
+    /// # Errors
+    /// [`SchedulersError`].
+    pub async fn start(&self, attempt: Attempt, source: String, limits: Limits) -> Result<(), SchedulersError> {
+        let worker = self.shared.workers.first_stage(&attempt)?;
+        let address = worker.local_address().to_string();
+        let (client, events) = DriveClient::connect(&address, worker.key_pin(), &self.shared.identity)
+            .await
+            .map_err(|error| SchedulersError::Drive(crate::error::chain(&error)))?;
+        let (commands, commands_out) = mpsc::channel(IN_FLIGHT);
+        let (events_in, events_out) = mpsc::channel(IN_FLIGHT);
+        let sending = AbortOnDropHandle::new(tokio::spawn(send_commands(commands_out, client)));
+        let receiving = AbortOnDropHandle::new(tokio::spawn(receive_events(events, events_in)));
+        let (handle, mut task) = scheduler::start(limits, Drive { commands, events: events_out });
+        let name = attempt.name.clone();
+        let owner = AbortOnDropHandle::new(tokio::spawn(async move {
+            if let Ended::DriverLost(reason) = task.ended().await {
+                warn!(model = name, reason, "the replica is lost");
+                // A worker that cannot be driven is of no use; its end tells the coordinator.
+                worker.stop().await;
+            }
+        }));
+        info!(model = attempt.name, epoch = attempt.epoch, "scheduler started");
+        let running = Running { source, handle, _tasks: [sending, receiving, owner], attempt: attempt.clone() };
+        self.running().insert(attempt.name, running);
+        Ok(())
+    }
+
+    /// Ends the scheduler of a deployment up to this epoch; its requests end with an error.
+    pub fn stop(&self, attempt: &Attempt) {
+        let mut running = self.running();
+        if running.get(&attempt.name).is_some_and(|running| running.attempt.epoch <= attempt.epoch) {
+            running.remove(&attempt.name);
+        }
+    }
+
+    /// Ends all.
+    pub fn stop_all(&self) {
+        self.running().clear();
+    }
+
+    /// Runs one sequence. Dropping the stream cancels it.
+    ///
+    /// # Errors
+    /// When no scheduler of this deployment runs here.
+    pub fn run(&self, deployment: &str, request: RunRequest) -> Result<RunStream, RunError> {
+        let handle = self.running().get(deployment).map(|running| running.handle.clone());
+        let handle = handle.ok_or_else(|| not_here(deployment))?;
+        Ok(handle.run(request))
+    }
+
+    /// The model's small files.
+    ///
+    /// # Errors
+    /// When no scheduler of this deployment runs here, or the files cannot be read.
+    pub async fn text_files(&self, deployment: &str) -> Result<TextFiles, RunError> {
+        let source = self.running().get(deployment).map(|running| running.source.clone());
+        let source = source.ok_or_else(|| not_here(deployment))?;
+        let folder = self.shared.workers.resolve(&source).await.map_err(|error| RunError::Failed(error.to_string()))?;
+        let read = tokio::task::spawn_blocking(move || TextFiles::read(&folder)).await;
+        match read {
+            Ok(files) => files.map_err(|error| RunError::Failed(crate::error::chain(&error))),
+            Err(error) => Err(RunError::Failed(format!("reading the tokenizer failed: {error}"))),
+        }
+    }
+
+    /// How busy each deployment's scheduler on this node is.
+    pub fn statistics(&self) -> BTreeMap<String, Statistics> {
+        self.running().iter().map(|(name, running)| (name.clone(), running.handle.statistics())).collect()
+    }
+
+    /// Requests that run or wait on this node, over all deployments.
+    pub fn busy(&self) -> usize {
+        self.statistics().values().map(|statistics| statistics.active + statistics.queued).sum()
+    }
+
+    fn running(&self) -> MutexGuard<'_, BTreeMap<String, Running>> {
+        self.shared.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn not_here(deployment: &str) -> RunError {
+    RunError::Unavailable(format!("the scheduler of {deployment} is not running"))
+}
+
+/// Ends when the scheduler does, or when the worker takes no more: then the channel closes, which the scheduler notices.
+async fn send_commands(mut commands: mpsc::Receiver<DriveCommand>, client: DriveClient) {
+    while let Some(command) = commands.recv().await {
+        let command = match command {
+            DriveCommand::Open { sequence, prompt, spec } => mlxnode_worker::DriveCommand::Open { sequence, prompt, spec },
+            DriveCommand::Cancel { sequence } => mlxnode_worker::DriveCommand::Cancel { sequence },
+        };
+        if let Err(error) = client.send(command).await {
+            warn!(%error, "cannot drive the replica");
+            return;
+        }
+    }
+}
+
+/// Ends when the worker's stream does; then the channel closes, which the scheduler notices.
+async fn receive_events(mut events: DriveEvents, sender: mpsc::Sender<DriveEvent>) {
+    loop {
+        let event = match events.next().await {
+            Ok(mlxnode_worker::DriveEvent::Started { sequence }) => DriveEvent::Started { sequence },
+            Ok(mlxnode_worker::DriveEvent::Token(token)) => DriveEvent::Token {
+                sequence: token.sequence,
+                position: token.position,
+                sampled: token.sampled,
+                end: token.end,
+            },
+            Ok(mlxnode_worker::DriveEvent::Closed { sequence }) => DriveEvent::Closed { sequence },
+            Ok(mlxnode_worker::DriveEvent::Failed { sequence, reason }) => DriveEvent::Failed { sequence, reason },
+            Err(DriveError::Lost(reason)) => {
+                info!(reason, "the replica's stream ended");
+                return;
+            }
+            Err(error) => {
+                warn!(error = crate::error::chain(&error), "the replica's stream ended");
+                return;
+            }
+        };
+        if sender.send(event).await.is_err() {
+            return;
+        }
+    }
+}

@@ -47,7 +47,7 @@ pub(crate) fn run(places: &Places, arguments: &[String]) -> Result<()> {
         eprintln!(
             "cargo-nextest is not installed; running cargo test (cargo install cargo-nextest --locked)"
         );
-        cargo.args(["test", "--no-fail-fast", "--lib", "--bins", "--tests"]).args(command::lock_arguments());
+        cargo.args(["test", "--no-fail-fast", "--tests"]).args(command::lock_arguments());
         run_cargo_test(cargo.args(packages).args(arguments))
     }
 }
@@ -126,6 +126,9 @@ fn run_cargo_test(cargo: &mut Command) -> Result<()> {
         bail!("cargo test failed ({status}) before its tests ended");
     }
     let run = passed + failed;
+    if run == 0 {
+        bail!("no test ran; the arguments pick none of {skipped}");
+    }
     if failed > 0 {
         bail!("{run} tests run: {passed} passed, {failed} failed, {skipped} skipped");
     }

@@ -122,11 +122,11 @@ impl<'a> Source<'a> {
             let missing = Error::NoTensor { file: file.clone(), name: name.to_owned() };
             return Err(read(file, missing));
         };
-        let Some(file) = self.files.get(&entry.file) else {
+        let Some(file) = self.files.get_mut(&entry.file) else {
             let missing = Error::NoTensor { file: entry.file_name(), name: name.to_owned() };
             return Err(read(entry.file_name(), missing));
         };
-        let array = file.tensor(&entry.stored_name).map_err(|source| read(entry.file_name(), source))?;
+        let array = file.take(&entry.stored_name).map_err(|source| read(entry.file_name(), source))?;
         let same_shape = array.shape().iter().map(|size| usize::try_from(*size).ok());
         let same_shape = same_shape.eq(entry.shape.iter().map(|size| Some(*size)));
         if !same_shape || array.dtype() != dtype(entry.dtype) {

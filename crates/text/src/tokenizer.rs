@@ -35,6 +35,8 @@ struct Shared {
     bos: Option<(String, u32)>,
     decoder: DecoderKind,
     clean_up_spaces: bool,
+    /// The same without added tokens; made when the first user writes one of them.
+    words: OnceLock<tokenizers::Tokenizer>,
     /// Whether decoding drops the space of " ,": asked once, and only by the naive detokenizer.
     drops_spaces: OnceLock<bool>,
 }
@@ -71,8 +73,15 @@ impl Tokenizer {
         // Hugging Face ignores the wish to tidy spaces for BPE, because it would eat real ones.
         let is_bpe = matches!(backend.get_model(), ModelWrapper::BPE(_));
         let clean_up_spaces = special.clean_up_spaces && (!is_bpe || special.clean_up_spaces_for_bpe);
-        let shared =
-            Shared { backend, special, bos, decoder, clean_up_spaces, drops_spaces: OnceLock::new() };
+        let shared = Shared {
+            backend,
+            special,
+            bos,
+            decoder,
+            clean_up_spaces,
+            drops_spaces: OnceLock::new(),
+            words: OnceLock::new(),
+        };
         Ok(Self { shared: Arc::new(shared), eos: Arc::new(eos) })
     }
 
@@ -163,6 +172,31 @@ impl Tokenizer {
             || has(&["<|think:start|>", "<|think:end|>"])
             || has(&["<|channel>", "<channel|>"])
             || has(&["<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>"])
+    }
+
+    /// Token ids of text in which nothing is an added token: a `<|im_end|>` in it is ten letters.
+    pub(crate) fn encode_words(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        let words = self.shared.words.get_or_init(|| {
+            let backend = &self.shared.backend;
+            let mut words = tokenizers::Tokenizer::new(backend.get_model().clone());
+            // The parts were accepted in this combination already.
+            let _ = words.with_normalizer(backend.get_normalizer().cloned());
+            words.with_pre_tokenizer(backend.get_pre_tokenizer().cloned());
+            words
+        });
+        guarded(|| {
+            let encoding = words.encode_fast(text, false).map_err(failed)?;
+            Ok(encoding.get_ids().to_vec())
+        })
+    }
+
+    /// Texts of the added tokens, and whether each is special.
+    pub(crate) fn added_tokens(&self) -> impl Iterator<Item = (String, bool)> {
+        self.shared
+            .backend
+            .get_added_tokens_decoder()
+            .into_values()
+            .map(|token| (token.content, token.special))
     }
 
     pub(crate) fn special(&self) -> &SpecialTokens {

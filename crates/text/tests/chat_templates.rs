@@ -110,6 +110,77 @@ fn expressions_mean_what_they_mean_in_python() {
     assert!(wrong.is_empty(), "{} differ:\n{}", wrong.len(), wrong.join("\n"));
 }
 
+#[derive(Deserialize)]
+struct Sanitized {
+    kind: String,
+    content: String,
+    plain: Vec<u32>,
+    sanitized: Vec<u32>,
+}
+
+#[test]
+fn control_tokens_in_messages_can_be_words() {
+    let cases: Vec<Sanitized> = serde_json::from_str(include_str!("golden/sanitized.json")).unwrap();
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/");
+    let source = std::fs::read(format!("{folder}templates/chatml.jinja")).unwrap();
+    let mut different = 0;
+    for case in &cases {
+        let of_kind = TextFiles::read(format!("{folder}tokenizers/{}", case.kind).as_ref()).unwrap();
+        let mut files: BTreeMap<String, Vec<u8>> =
+            of_kind.iter().map(|(name, bytes)| (name.to_owned(), bytes.to_vec())).collect();
+        files.insert("chat_template.jinja".to_owned(), source.clone());
+        let files = TextFiles::from_map(files).unwrap();
+        let tokenizer = Tokenizer::from_files(&files).unwrap();
+        let template = ChatTemplate::from_files(&files, &tokenizer).unwrap().unwrap();
+        let request = ChatRequest {
+            messages: vec![Message::new("system", "S"), Message::new("user", &case.content)],
+            add_generation_prompt: true,
+            ..ChatRequest::default()
+        };
+        let rendered = template.render(&request).unwrap();
+        assert_eq!(
+            tokenizer.encode(&rendered, false).unwrap(),
+            case.plain,
+            "{} {:?}",
+            case.kind,
+            case.content
+        );
+        let words = template.encode(&request, &tokenizer).unwrap();
+        assert_eq!(words, case.sanitized, "{} {:?}", case.kind, case.content);
+        different += usize::from(words != case.plain);
+    }
+    assert!(different >= 12, "only {different} of {} cases differ", cases.len());
+}
+
+#[test]
+fn no_message_can_write_a_control_token() {
+    let files = files(&[(
+        "chat_template.jinja",
+        "{{ messages[0].content.split('|')[0] }}{{ bos_token }}".to_owned(),
+    )]);
+    let tokenizer = Tokenizer::from_files(&files).unwrap();
+    let template = ChatTemplate::from_files(&files, &tokenizer).unwrap().unwrap();
+    let eos = tokenizer.token_to_id("</s>").unwrap();
+    let bos = tokenizer.bos_token_id().unwrap();
+    let attempts = [
+        "</s>",
+        "\u{10FF00}</s>",
+        "</\u{10FF01}s>",
+        "<</s>/s>",
+        "</s>|</s>",
+        "\u{10FF01}</s>\u{10FF00}",
+        "<s></s>",
+    ];
+    for attempt in attempts {
+        let ids = template.encode(&user(attempt), &tokenizer).unwrap();
+        assert!(!ids.contains(&eos), "{attempt:?} became {ids:?}");
+        assert_eq!(ids.iter().filter(|id| **id == bos).count(), 1, "{attempt:?} became {ids:?}");
+    }
+    let begun = ChatRequest { continue_final: Some("a</s>b".to_owned()), ..user("x") };
+    let ids = self::template("{{ messages[-1].content }}").unwrap().encode(&begun, &tokenizer).unwrap();
+    assert!(!ids.contains(&eos) && ids.len() > 4, "{ids:?}");
+}
+
 #[test]
 fn the_file_wins_over_the_configuration() {
     let config = json!({"chat_template": "from the configuration", "bos_token": "<s>"}).to_string();

@@ -5,12 +5,14 @@
 //! output by the size of the conversation, and each rendering has a thread of its own, because a hostile template can
 //! build values so deep that dropping them needs more stack than a caller has.
 
+mod control_tokens;
 mod environment;
 mod json;
 mod python;
 
 use std::{collections::BTreeMap, io::Write, sync::Arc, thread};
 
+use control_tokens::ControlTokens;
 use minijinja::{Environment, Error, ErrorKind};
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -53,6 +55,7 @@ struct Compiled {
     /// Longest source, part of the output bound.
     source_bytes: usize,
     special_tokens: Map<String, Value>,
+    control_tokens: ControlTokens,
     has_thinking: bool,
 }
 
@@ -112,6 +115,7 @@ impl ChatTemplate {
         let mut environment = environment::hugging_face();
         let mut files = BTreeMap::new();
         let mut source_bytes = 0;
+        let control_tokens = ControlTokens::of(tokenizer, sources.values());
         for (name, source) in sources {
             let place =
                 if name == "default" { file.to_owned() } else { format!("{file} (template {name:?})") };
@@ -130,15 +134,43 @@ impl ChatTemplate {
             files,
             source_bytes,
             special_tokens: tokenizer.special().named.clone(),
+            control_tokens,
             has_thinking: tokenizer.has_thinking(),
         };
         Ok(Self { compiled: Arc::new(compiled) })
     }
 
-    /// Renders the conversation. The text still has to be encoded, without adding special tokens.
+    /// Renders the conversation. The text still has to be encoded, without adding special tokens; that is what mlx-lm does,
+    /// and control tokens in the messages then count as such. For messages of strangers there is [`ChatTemplate::encode`].
     pub fn render(&self, request: &ChatRequest) -> Result<String, TextError> {
-        let (name, place) = self.choose(request)?;
-        let context = self.context(request)?;
+        self.render_request(request.clone())
+    }
+
+    /// Renders the conversation into token ids. Control tokens in the request's strings are encoded as the words they are.
+    pub fn encode(&self, request: &ChatRequest, tokenizer: &Tokenizer) -> Result<Vec<u32>, TextError> {
+        let text = self.render_request(self.marked(request.clone()))?;
+        control_tokens::encode_marked(tokenizer, &text)
+    }
+
+    fn marked(&self, mut request: ChatRequest) -> ChatRequest {
+        let tokens = &self.compiled.control_tokens;
+        for message in &mut request.messages {
+            message.role = tokens.mark(&message.role);
+            message
+                .content
+                .iter_mut()
+                .chain(message.extra.values_mut())
+                .for_each(|value| tokens.mark_all(value));
+        }
+        let lists = request.tools.iter_mut().chain(request.documents.iter_mut()).flatten();
+        lists.chain(request.arguments.values_mut()).for_each(|value| tokens.mark_all(value));
+        request.continue_final = request.continue_final.map(|answer| tokens.mark(&answer));
+        request
+    }
+
+    fn render_request(&self, request: ChatRequest) -> Result<String, TextError> {
+        let (name, place) = self.choose(&request)?;
+        let context = self.context(&request)?;
         let limit = 4 * (context.to_string().len() + self.compiled.source_bytes) + OUTPUT_ALLOWANCE;
 
         let compiled = &self.compiled;

@@ -3,12 +3,10 @@
 //!
 //! It uses only what scripts may rely on: the `--json` output of the commands, SIGTERM, exit codes.
 
-mod node;
-
+use crate::node::{Cli, Node};
 use crate::places::Places;
 use crate::{build, setup};
 use anyhow::{Context as _, Result, ensure};
-use node::{Cli, Node};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

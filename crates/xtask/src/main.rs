@@ -12,6 +12,7 @@ mod demo;
 mod doc;
 mod install;
 mod lint;
+mod node;
 mod places;
 mod setup;
 mod test;
@@ -65,6 +66,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Measure against mlx-lm and against the targets; without a subject: everything (about half an hour)
+    Bench(bench::Bench),
     /// Build mlxnode
     Build {
         /// With optimizations
@@ -113,6 +116,7 @@ fn run(task: Task) -> Result<()> {
         Task::Test { arguments } => test::run(&places, &arguments),
         Task::Lint { without_macos } => lint::run(&places, without_macos),
         Task::CheckMacos { clippy, arguments } => check_macos::run(&places, clippy, &arguments),
+        Task::Bench(bench) => bench.run(&places),
         Task::Build { release } => build::run(&places, release),
         Task::Install { prefix } => install::run(&places, prefix),
         Task::Dist { out } => install::dist(&places, out),

@@ -1,1 +1,109 @@
-//! The place of `cargo xtask bench`: release build against mlx-lm, interleaved, one file per measurement.
+//! `cargo xtask bench`: how fast and how small, in release builds, against what the project promises.
+//!
+//! - [`engine`]: one model in one process against mlx-lm
+//! - [`hop`]: one hop between two stages against bare TLS
+//! - [`pipeline`]: two stages on two cores against one on one; memory, start and answer times of nodes
+//!
+//! What is compared runs in turns, so that a busy machine slows both. Medians and ratios go to stdout as a table, and with
+//! `--json FILE` as data. Nothing fails because it is slow: a table says "met" or "missed".
+
+mod engine;
+mod hop;
+mod models;
+mod pipeline;
+mod process;
+mod report;
+mod statistics;
+
+use crate::places::Places;
+use crate::{command, setup};
+use anyhow::{Context as _, Result, ensure};
+use clap::{Args, Subcommand};
+use std::path::PathBuf;
+
+/// Arguments of the command.
+#[derive(Args)]
+pub(crate) struct Bench {
+    #[command(subcommand)]
+    subject: Option<Subject>,
+    /// Runs of each side, after one that does not count
+    #[arg(long, global = true, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    runs: u16,
+    /// Fewer tokens: to see that it works, not how fast
+    #[arg(long, global = true)]
+    quick: bool,
+    /// Write the figures here as well
+    #[arg(long, global = true, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Subject {
+    /// Decode, prefill, start, load and memory of one process, against mlx-lm
+    Engine(engine::Options),
+    /// One hop between two stages, against bare TLS
+    Hop,
+    /// Two nodes with a stage each on two cores, against one; memory of a stage, start of a node, status
+    Pipeline,
+}
+
+/// How long it may measure.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    runs: usize,
+    quick: bool,
+}
+
+impl Bench {
+    /// Measures and prints.
+    pub(crate) fn run(&self, places: &Places) -> Result<()> {
+        setup::ensure(places)?;
+        let limits = Limits { runs: self.runs.into(), quick: self.quick };
+        let reports = match &self.subject {
+            Some(Subject::Engine(options)) => vec![engine::run(places, options, limits)?],
+            Some(Subject::Hop) => vec![hop::run(places, limits)?],
+            Some(Subject::Pipeline) => vec![pipeline::run(places, limits)?],
+            None => vec![
+                engine::run(places, &engine::Options::all(), limits)?,
+                hop::run(places, limits)?,
+                pipeline::run(places, limits)?,
+            ],
+        };
+        for report in &reports {
+            crate::print(format_args!("{}\n{}", report.table(), report.notes.join("\n")));
+        }
+        let machine = machine();
+        crate::print(format_args!("\n{machine}"));
+        if let Some(file) = &self.json {
+            let all = serde_json::json!({"machine": machine, "runs": self.runs, "quick": self.quick, "reports": reports});
+            std::fs::write(file, format!("{all:#}\n"))
+                .with_context(|| format!("cannot write {}", file.display()))?;
+        }
+        Ok(())
+    }
+}
+
+/// What the figures depend on: cores, and how many processes wanted them at the end.
+fn machine() -> String {
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default(); // Linux only
+    let load = load.split(' ').take(3).collect::<Vec<_>>().join(" ");
+    let load = if load.is_empty() { load } else { format!(", load average at the end {load}") };
+    format!(
+        "{} {}, {cores} cores{load}, mlxnode {}, MLX and mlx-lm {}",
+        std::env::consts::OS,
+        std::env::consts::ARCH,
+        env!("CARGO_PKG_VERSION"),
+        setup::pins::MLX_VERSION
+    )
+}
+
+/// Builds an example of a crate in release; returns its path.
+fn build_example(places: &Places, package: &str, example: &str) -> Result<PathBuf> {
+    let mut cargo = command::cargo(&places.repository);
+    cargo.args(["build", "--release", "--package", package, "--example", example]);
+    command::run(cargo.args(command::lock_arguments()))?;
+    let path = places.target().join("release/examples").join(example);
+    ensure!(path.is_file(), "cargo built no {}", path.display());
+    Ok(path)
+}

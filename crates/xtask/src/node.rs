@@ -1,4 +1,4 @@
-//! A node of the demo as a process, and commands asked of it.
+//! A node as a process, and commands asked of it: for the demo and the benchmarks.
 
 use crate::command::last_lines;
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
@@ -6,6 +6,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::Deserialize;
 use serde_json::Value;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
@@ -21,22 +22,40 @@ const COMMAND: Duration = Duration::from_secs(120);
 const STOP: Duration = Duration::from_secs(15);
 
 /// The binary, run without whatever this terminal has set for mlxnode.
-pub(super) struct Cli {
+pub(crate) struct Cli {
     binary: PathBuf,
+    /// A command line to put in front, such as `taskset --cpu-list 0`.
+    prefix: Vec<String>,
+    environment: Vec<(&'static str, OsString)>,
 }
 
 impl Cli {
-    pub(super) fn new(binary: &Path) -> Self {
-        Self { binary: binary.to_owned() }
+    pub(crate) fn new(binary: &Path) -> Self {
+        Self { binary: binary.to_owned(), prefix: Vec::new(), environment: Vec::new() }
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(&self.binary);
+    /// The same, with a command line in front and variables set.
+    pub(crate) fn prefixed(mut self, prefix: &[&str], environment: &[(&'static str, OsString)]) -> Self {
+        self.prefix = prefix.iter().map(|word| (*word).to_owned()).collect();
+        self.environment = environment.to_vec();
+        self
+    }
+
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = match self.prefix.split_first() {
+            Some((program, words)) => {
+                let mut command = Command::new(program);
+                command.args(words).arg(&self.binary);
+                command
+            }
+            None => Command::new(&self.binary),
+        };
         for (name, _) in std::env::vars_os() {
             if name.to_str().is_some_and(|name| name.starts_with("MLXNODE_")) {
                 command.env_remove(name);
             }
         }
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command.args(arguments).stdin(Stdio::null());
         command
     }
@@ -46,29 +65,37 @@ impl Cli {
 #[derive(Debug, Deserialize)]
 struct Ready {
     node_id: String,
+    name: String,
     cluster: String,
     grpc: String,
 }
 
 /// A running node; dropped without [`Node::stop`] it is killed.
-pub(super) struct Node<'a> {
+pub(crate) struct Node<'a> {
     cli: &'a Cli,
     child: Child,
     ready: Ready,
+    ready_after: Duration,
     data_dir: PathBuf,
     log: PathBuf,
 }
 
 impl<'a> Node<'a> {
     /// Starts `mlxnode join` and waits for its ready line.
-    pub(super) fn start(cli: &'a Cli, data_dir: &Path, name: &str, invite: Option<&str>) -> Result<Self> {
+    pub(crate) fn start(cli: &'a Cli, data_dir: &Path, name: &str, invite: Option<&str>) -> Result<Self> {
+        match invite {
+            Some(invite) => Self::start_with(cli, data_dir, name, &["--invite", invite]),
+            None => Self::start_with(cli, data_dir, name, &[]),
+        }
+    }
+
+    /// The same with any further arguments of `join`.
+    pub(crate) fn start_with(cli: &'a Cli, data_dir: &Path, name: &str, arguments: &[&str]) -> Result<Self> {
         let log = data_dir.with_extension("log");
         let mut command = cli.command(&["join", "--json", "--listen", "127.0.0.1:0", "--name", name]);
-        command.arg("--data-dir").arg(data_dir);
-        if let Some(invite) = invite {
-            command.args(["--invite", invite]);
-        }
+        command.arg("--data-dir").arg(data_dir).args(arguments);
         command.stdout(Stdio::piped()).stderr(File::create(&log)?);
+        let start = Instant::now();
         let child = command.spawn().with_context(|| format!("cannot start {}", cli.binary.display()))?;
         let mut child = Ended(Some(child));
         let ready = match child.first_line(START) {
@@ -77,32 +104,46 @@ impl<'a> Node<'a> {
                 bail!("the {name} node did not get ready: {error:#}; its log ends with:\n{}", tail(&log))
             }
         };
+        let ready_after = start.elapsed();
         let child = child.0.take().context("the child is there until taken")?;
-        Ok(Self { cli, child, ready, data_dir: data_dir.to_owned(), log })
+        Ok(Self { cli, child, ready, ready_after, data_dir: data_dir.to_owned(), log })
+    }
+
+    /// From the start of the process to its ready line.
+    pub(crate) fn ready_after(&self) -> Duration {
+        self.ready_after
+    }
+
+    pub(crate) fn process_id(&self) -> u32 {
+        self.child.id()
     }
 
     /// The first letters of the node's id.
-    pub(super) fn id(&self) -> &str {
+    pub(crate) fn id(&self) -> &str {
         self.ready.node_id.get(..12).unwrap_or(&self.ready.node_id)
     }
 
-    pub(super) fn cluster(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
+        &self.ready.name
+    }
+
+    pub(crate) fn cluster(&self) -> &str {
         &self.ready.cluster
     }
 
-    pub(super) fn address(&self) -> &str {
+    pub(crate) fn address(&self) -> &str {
         &self.ready.grpc
     }
 
     /// The end of its log.
-    pub(super) fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         tail(&self.log)
     }
 
     /// Runs a command with `--json` against this node and reads its answer.
-    pub(super) fn ask(&self, arguments: &[&str]) -> Result<Value> {
-        let mut command = self.cli.command(arguments);
-        command.arg("--data-dir").arg(&self.data_dir).stdout(Stdio::piped()).stderr(Stdio::piped());
+    pub(crate) fn ask(&self, arguments: &[&str]) -> Result<Value> {
+        let mut command = self.command(arguments);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = Ended(Some(command.spawn()?));
         let (stdout, stderr) =
             child.output(COMMAND).with_context(|| format!("mlxnode {}", arguments.join(" ")))?;
@@ -110,8 +151,15 @@ impl<'a> Node<'a> {
             .with_context(|| format!("mlxnode {} printed no JSON: {stdout}{stderr}", arguments.join(" ")))
     }
 
+    /// A command against this node.
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = self.cli.command(arguments);
+        command.arg("--data-dir").arg(&self.data_dir);
+        command
+    }
+
     /// Asks the node to end, as a service manager would, and expects it to do so with status 0.
-    pub(super) fn stop(&mut self) -> Result<()> {
+    pub(crate) fn stop(&mut self) -> Result<()> {
         kill(Pid::from_raw(self.child.id().try_into()?), Signal::SIGTERM)?;
         let status = wait(&mut self.child, STOP).with_context(|| {
             format!("the node did not end on SIGTERM; its log ends with:\n{}", self.log())

@@ -1,0 +1,241 @@
+//! One Mac, one model: our engine against mlx-lm on the same libmlx, the same BLAS, weights and prompt, in turns.
+//!
+//! - Decode, prefill, load, memory: `decode_speed` of the engine against `decode_speed.py`, which both time inside the
+//!   process, on the wall and in CPU time of all threads. Greedy; the tokens of both must be equal.
+//! - Start to first token: `mlxnode generate --max-tokens 1` against `bench_peer.py`, from outside. The peer does what
+//!   `mlx_lm generate` does and imports less, so the comparison is kind to it.
+
+use super::models::{self, Dtype, Model, Size};
+use super::process::{self, measure};
+use super::report::{Report, Row, Target, Unit};
+use super::{Limits, build_example};
+use crate::places::Places;
+use crate::{build, setup};
+use anyhow::{Context as _, Result, ensure};
+use clap::Args;
+use serde::Deserialize;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+/// Longest that one run may take.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// Which models.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Options {
+    /// Size of the model; repeat for several [default: all]
+    #[arg(long = "model", value_enum, value_name = "SIZE")]
+    sizes: Vec<Size>,
+    /// How the weights are stored; repeat for several [default: all]
+    #[arg(long = "dtype", value_enum, value_name = "DTYPE")]
+    dtypes: Vec<Dtype>,
+}
+
+impl Options {
+    /// Everything.
+    pub(super) fn all() -> Self {
+        Self { sizes: Vec::new(), dtypes: Vec::new() }
+    }
+}
+
+/// What both sides print about a run inside the process.
+#[derive(Debug, Deserialize)]
+struct Speed {
+    load_s: f64,
+    prompt_tps: f64,
+    /// CPU time per token, all threads.
+    prompt_cpu_ms: f64,
+    generation_tps: f64,
+    generation_cpu_ms: f64,
+    /// The most that arrays held, in units of a million bytes.
+    peak_mb: f64,
+    /// Of the generated tokens.
+    digest: u64,
+}
+
+/// The programs of one side.
+struct Side {
+    name: &'static str,
+    /// Takes a folder, the prompt's length and the number of new tokens.
+    speed: Vec<PathBuf>,
+}
+
+/// Measures all.
+pub(super) fn run(places: &Places, options: &Options, limits: Limits) -> Result<Report> {
+    let binary = build::binary(places, true)?;
+    let decode_speed = build_example(places, "mlxnode-engine", "decode_speed")?;
+    let oracle = setup::oracle::ensure(places)?;
+    let scripts = places.repository.join("crates/testkit/oracle");
+    let ours = Side { name: "mlxnode", speed: vec![decode_speed] };
+    let theirs = Side { name: "mlx-lm", speed: vec![oracle.clone(), scripts.join("decode_speed.py")] };
+    let bench = Bench {
+        sides: [ours, theirs],
+        binary,
+        peer: [oracle.clone(), scripts.join("bench_peer.py")],
+        environment: process::environment(&places.cache.join("bench-kernels"))?,
+        scratch: places.cache.join("bench-scratch"),
+        limits,
+    };
+    let mut rows = Vec::new();
+    for size in chosen(&options.sizes, &[Size::T, Size::S, Size::L]) {
+        for dtype in chosen(&options.dtypes, &[Dtype::F32, Dtype::Bf16, Dtype::Q4]) {
+            let model = Model::provide(places, &oracle, size, dtype)?;
+            eprintln!("engine: {}", model.name());
+            rows.extend(bench.speed(&model)?);
+            rows.extend(bench.start(&model)?);
+        }
+    }
+    let blas = match process::blas() {
+        Some(_) => "both with OpenBLAS, one thread",
+        None => "both with the BLAS that libmlx brings",
+    };
+    let notes = vec![
+        format!("Runs in turns (A B A B), after one of each that does not count; {blas}."),
+        "The ratio is of mlxnode to mlx-lm, the median of the pairs' ratios with the smallest and the largest.".into(),
+        "tok/CPU-s: tokens per second of CPU time of the whole process; steadier than the wall on a busy machine.".into(),
+        "Both generated the same tokens in every run.".into(),
+    ];
+    Ok(Report { bench: "engine", ours: "mlxnode", base: "mlx-lm", notes, rows })
+}
+
+fn chosen<T: Copy>(named: &[T], all: &[T]) -> Vec<T> {
+    if named.is_empty() { all.to_vec() } else { named.to_vec() }
+}
+
+struct Bench {
+    sides: [Side; 2],
+    binary: PathBuf,
+    peer: [PathBuf; 2],
+    environment: Vec<(&'static str, OsString)>,
+    /// A data directory without a node.
+    scratch: PathBuf,
+    limits: Limits,
+}
+
+impl Bench {
+    fn speed(&self, model: &Model) -> Result<Vec<Row>> {
+        let (prompt, new) = lengths(model.size, model.dtype, self.limits.quick);
+        let mut runs: [Vec<(Speed, f64)>; 2] = [Vec::new(), Vec::new()];
+        for turn in 0..=self.limits.runs {
+            for (side, runs) in self.sides.iter().zip(&mut runs) {
+                let mut command = self.command(&side.speed);
+                command.arg(&model.folder).arg(prompt.to_string()).arg(new.to_string());
+                let measured = measure(&mut command, PATIENCE).with_context(|| side.name.to_owned())?;
+                let speed: Speed = serde_json::from_str(&measured.stdout)
+                    .with_context(|| format!("{} printed no figures: {}", side.name, measured.stdout))?;
+                if turn > 0 {
+                    runs.push((speed, measured.peak_rss as f64 / MEBIBYTE)); // the first one warms up
+                }
+            }
+        }
+        let [ours, theirs] = &runs;
+        for ((ours, _), (theirs, _)) in ours.iter().zip(theirs) {
+            ensure!(
+                ours.digest == theirs.digest,
+                "the tokens of {} differ from mlx-lm's, so nothing can be compared; find out why by cargo xtask test -p mlxnode-engine",
+                model.name()
+            );
+        }
+        let name = model.name();
+        let decode = Some(Target::AtLeast(match model.size {
+            Size::T => 1.2,
+            Size::S => 1.05,
+            Size::L => 1.0,
+        }));
+        let prefill = Some(Target::AtLeast(1.0));
+        let row = |measure: &str, unit, value: &dyn Fn(&(Speed, f64)) -> f64, target| {
+            let values = |runs: &[(Speed, f64)]| runs.iter().map(value).collect::<Vec<_>>();
+            Row::compared(&name, measure, unit, (&values(ours), &values(theirs)), target)
+        };
+        Ok(vec![
+            row(&format!("decode {new}"), Unit::TokensPerSecond, &|(speed, _)| speed.generation_tps, decode)?,
+            row(
+                "decode, CPU",
+                Unit::TokensPerCpuSecond,
+                &|(speed, _)| 1e3 / speed.generation_cpu_ms,
+                decode,
+            )?,
+            row(
+                &format!("prefill {prompt}"),
+                Unit::TokensPerSecond,
+                &|(speed, _)| speed.prompt_tps,
+                prefill,
+            )?,
+            row("prefill, CPU", Unit::TokensPerCpuSecond, &|(speed, _)| 1e3 / speed.prompt_cpu_ms, prefill)?,
+            row("load", Unit::Milliseconds, &|(speed, _)| speed.load_s * 1e3, None)?,
+            row("peak of MLX", Unit::Mebibytes, &|(speed, _)| speed.peak_mb * 1e6 / MEBIBYTE, None)?,
+            row("peak of process", Unit::Mebibytes, &|(_, peak_rss)| *peak_rss, None)?,
+        ])
+    }
+
+    /// From the start of the process to the end of an answer of one token.
+    fn start(&self, model: &Model) -> Result<Vec<Row>> {
+        let prompt = models::prompt(16, 0);
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for turn in 0..=self.limits.runs {
+            let mut command = self.command(std::slice::from_ref(&self.binary));
+            command.args([
+                "generate",
+                "--local",
+                "--json",
+                "--ignore-chat-template",
+                "--max-tokens",
+                "1",
+                "--prompt",
+            ]);
+            command.arg(&prompt).arg("--model").arg(&model.folder).arg("--data-dir").arg(&self.scratch);
+            let our = measure(&mut command, PATIENCE).context("mlxnode generate")?;
+            let mut command = self.command(&self.peer);
+            command.arg(&model.folder).arg(&prompt).arg("1");
+            let their = measure(&mut command, PATIENCE).context("mlx-lm")?;
+            let tokens = [token_ids(&our.stdout)?, token_ids(&their.stdout)?];
+            ensure!(tokens[0] == tokens[1], "the first tokens of {} differ: {tokens:?}", model.name());
+            if turn > 0 {
+                ours.push(our.wall.as_secs_f64() * 1e3);
+                theirs.push(their.wall.as_secs_f64() * 1e3);
+            }
+        }
+        let target = Some(Target::AtMost(0.3));
+        Ok(vec![Row::compared(
+            &model.name(),
+            "start to first token",
+            Unit::Milliseconds,
+            (&ours, &theirs),
+            target,
+        )?])
+    }
+
+    fn command(&self, program: &[impl AsRef<Path>]) -> Command {
+        let mut words = program.iter().map(|word| word.as_ref());
+        let mut command = Command::new(words.next().unwrap_or(Path::new("")));
+        command.args(words).envs(self.environment.iter().map(|(name, value)| (name, value)));
+        command
+    }
+}
+
+const MEBIBYTE: f64 = 1_048_576.0;
+
+/// The tokens of an answer that was printed with `--json`.
+pub(super) fn token_ids(printed: &str) -> Result<Vec<u32>> {
+    #[derive(Deserialize)]
+    struct Answer {
+        token_ids: Vec<u32>,
+    }
+    let answer: Answer = serde_json::from_str(printed).with_context(|| format!("no answer: {printed}"))?;
+    Ok(answer.token_ids)
+}
+
+/// Tokens of the prompt and of the answer: as many as take a few seconds on MLX's CPU backend, where bf16 computes at about
+/// 2 GFLOP/s and 4-bit prefill too, while f32 has a real BLAS.
+fn lengths(size: Size, dtype: Dtype, quick: bool) -> (usize, usize) {
+    let (prompt, new) = match (size, dtype) {
+        (Size::T, _) => (256, 512),
+        (Size::S, Dtype::F32) => (256, 128),
+        (Size::S, _) => (64, 64),
+        (Size::L, Dtype::F32) => (128, 32),
+        (Size::L, _) => (16, 16),
+    };
+    if quick { (prompt / 4, new / 4) } else { (prompt, new) }
+}

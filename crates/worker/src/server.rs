@@ -4,7 +4,7 @@ use crate::compute_thread::StageFactory;
 use crate::error::Fault;
 use crate::lifeline::Lifeline;
 use crate::service::Services;
-use crate::shard_state::Replica;
+use crate::shard_state::ShardState;
 use mlxnode_cluster::{Identity, KeyPin, ServeOptions};
 use mlxnode_proto::internal::v1::stage_server::StageServer;
 use mlxnode_proto::internal::v1::worker_server::WorkerServer;
@@ -109,14 +109,14 @@ async fn live(
     load: StageFactory,
     lifeline: Lifeline,
 ) -> Result<(), Fault> {
-    let replica =
-        Arc::new(Replica::new(parent, identity.clone(), load, options.link_deadline, lifeline.clone()));
-    let services = Services { replica: replica.clone() };
+    let shard_state =
+        Arc::new(ShardState::new(parent, identity.clone(), load, options.link_deadline, lifeline.clone()));
+    let services = Services { shard_state: shard_state.clone() };
     let routes = Routes::new(WorkerServer::new(services.clone()))
         .add_service(StageServer::new(services).max_decoding_message_size(LARGEST_MESSAGE));
     let shutdown = CancellationToken::new();
     let serve_options = ServeOptions { grace: CONNECTION_GRACE, ..ServeOptions::default() };
-    let access = replica.access.clone();
+    let access = shard_state.access.clone();
     let server = mlxnode_cluster::serve(listener, identity, access, routes, serve_options, shutdown.clone());
     let mut server = AbortOnDropHandle::new(tokio::spawn(server));
 
@@ -133,13 +133,13 @@ async fn live(
     }
     // First the neighbours learn of it (their streams end), then the stage is dropped, which may wait for a step.
     debug!(fault = ?lifeline.fault(), "the worker ends");
-    let replica_ends = replica.end(options.end_within);
+    let shard_ends = shard_state.end(options.end_within);
     let listener_ends = async {
         shutdown.cancel();
         if !server.is_finished() {
             let _ = (&mut server).await; // bounded by the grace; the fault, if any, is known already
         }
     };
-    tokio::join!(replica_ends, listener_ends);
+    tokio::join!(shard_ends, listener_ends);
     lifeline.fault().map_or(Ok(()), Err)
 }

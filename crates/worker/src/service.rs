@@ -5,7 +5,7 @@
 use crate::compute_thread::LoadShard;
 use crate::drive::session::{SESSION_EVENTS, Session};
 use crate::error::Fault;
-use crate::shard_state::{LinkEnd, LoadedShard, Replica};
+use crate::shard_state::{LinkEnd, LoadedShard, ShardState};
 use mlxnode_cluster::PeerKey;
 use mlxnode_compute::{Activation, LayerRange, StageInfo};
 use mlxnode_proto::internal::v1 as proto;
@@ -27,7 +27,7 @@ const LONGEST_CHUNK: usize = 8192;
 /// The services of one worker.
 #[derive(Clone)]
 pub(crate) struct Services {
-    pub(crate) replica: Arc<Replica>,
+    pub(crate) shard_state: Arc<ShardState>,
 }
 
 fn caller<T>(request: &Request<T>) -> Result<PeerKey, Status> {
@@ -37,7 +37,7 @@ fn caller<T>(request: &Request<T>) -> Result<PeerKey, Status> {
 
 impl Services {
     fn require_parent<T>(&self, request: &Request<T>) -> Result<(), Status> {
-        if caller(request)?.pin == self.replica.parent {
+        if caller(request)?.pin == self.shard_state.parent {
             Ok(())
         } else {
             Err(Status::permission_denied("only the node that started this worker may ask this"))
@@ -56,16 +56,16 @@ impl Worker for Services {
         self.require_parent(&request)?;
         let request = request.into_inner();
         let shard = shard_from_proto(&request)?;
-        let mut loading = self.replica.begin_load(shard.clone())?;
+        let mut loading = self.shard_state.begin_load(shard.clone())?;
         let (reports, stream) = mpsc::channel(4);
-        let replica = self.replica.clone();
-        self.replica.spawn_to_the_end(async move {
+        let shard_state = self.shard_state.clone();
+        self.shard_state.spawn_to_the_end(async move {
             let mut ticks = tokio::time::interval(PROGRESS_INTERVAL);
             let outcome = loop {
                 tokio::select! {
                     biased; // a failure to load ends the worker, but is to be reported first
                     outcome = &mut loading.loaded => break outcome,
-                    () = replica.ending() => break Ok(Err(Fault::Load(replica.last_words()))),
+                    () = shard_state.ending() => break Ok(Err(Fault::Load(shard_state.last_words()))),
                     _ = ticks.tick() => {
                         let (done_bytes, total_bytes) = *loading.progress.borrow();
                         if total_bytes > 0 {
@@ -84,7 +84,7 @@ impl Worker for Services {
             let checked = checked.and_then(|info| {
                 check_info(&info, &shard)?;
                 let weights = info.weights.0;
-                replica.loaded(LoadedShard { info, shard, epoch: request.epoch });
+                shard_state.loaded(LoadedShard { info, shard, epoch: request.epoch });
                 Ok(proto::LoadShardProgress { done_bytes: weights, total_bytes: weights, loaded: true })
             });
             let _ = reports.send(checked).await;
@@ -97,7 +97,7 @@ impl Worker for Services {
         request: Request<proto::WorkerLinks>,
     ) -> Result<Response<proto::SetLinksResponse>, Status> {
         self.require_parent(&request)?;
-        self.replica.set_links(request.into_inner())?;
+        self.shard_state.set_links(request.into_inner())?;
         Ok(Response::new(proto::SetLinksResponse {}))
     }
 
@@ -106,7 +106,7 @@ impl Worker for Services {
         request: Request<proto::StatsRequest>,
     ) -> Result<Response<proto::WorkerStats>, Status> {
         self.require_parent(&request)?;
-        let stats = self.replica.progress.stats();
+        let stats = self.shard_state.progress.stats();
         Ok(Response::new(proto::WorkerStats {
             active_bytes: stats.active_bytes,
             peak_bytes: stats.peak_bytes,
@@ -128,8 +128,8 @@ impl Stage for Services {
         request: Request<Streaming<proto::Frame>>,
     ) -> Result<Response<Self::LinkStream>, Status> {
         let pin = caller(&request)?.pin;
-        let LinkEnd { plan, inbox } = self.replica.take_link(pin)?;
-        let credits = self.replica.receive_link(request.into_inner(), plan, inbox);
+        let LinkEnd { plan, inbox } = self.shard_state.take_link(pin)?;
+        let credits = self.shard_state.receive_link(request.into_inner(), plan, inbox);
         Ok(Response::new(ReceiverStream::new(credits)))
     }
 
@@ -138,7 +138,7 @@ impl Stage for Services {
         request: Request<Streaming<proto::DriveCommand>>,
     ) -> Result<Response<Self::DriveStream>, Status> {
         let pin = caller(&request)?.pin;
-        let sessions = self.replica.sessions_for(pin)?;
+        let sessions = self.shard_state.sessions_for(pin)?;
         let (events, stream) = mpsc::channel(SESSION_EVENTS);
         let session = Session { commands: request.into_inner(), events };
         if sessions.send(session).await.is_err() {

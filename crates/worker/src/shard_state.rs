@@ -4,7 +4,7 @@
 //! Empty ──Load──▶ Loading ──weights there──▶ Loaded ──SetLinks──▶ Linked        (each once, in this order)
 //! ```
 //!
-//! [`Replica`] owns the tasks: it ends them when the worker's lifeline ends.
+//! [`ShardState`] owns the tasks: it ends them when the worker's lifeline ends.
 
 use crate::compute_thread::{self, LoadShard, StageFactory};
 use crate::drive::driver::{Driver, Limits};
@@ -30,7 +30,7 @@ use tonic::Status;
 use tracing::info;
 
 /// One shard of a replica, as the services see it.
-pub(crate) struct Replica {
+pub(crate) struct ShardState {
     pub(crate) parent: KeyPin,
     pub(crate) access: Arc<AccessList>,
     pub(crate) progress: Arc<Progress>,
@@ -38,13 +38,13 @@ pub(crate) struct Replica {
     link_deadline: Duration,
     lifeline: Lifeline,
     tasks: TaskTracker,
-    state: Mutex<State>,
+    contents: Mutex<Contents>,
     /// Cancelled when the previous stage has linked.
     previous_linked: CancellationToken,
 }
 
 #[derive(Default)]
-struct State {
+struct Contents {
     factory: Option<StageFactory>,
     /// The thread's ends, from the start of loading until the links take them.
     inbox: Option<mpsc::Sender<Received>>,
@@ -81,7 +81,7 @@ pub(crate) struct Loading {
     pub(crate) loaded: oneshot::Receiver<Result<StageInfo, Fault>>,
 }
 
-impl Replica {
+impl ShardState {
     pub(crate) fn new(
         parent: KeyPin,
         identity: Arc<Identity>,
@@ -97,7 +97,7 @@ impl Replica {
             link_deadline,
             lifeline,
             tasks: TaskTracker::new(),
-            state: Mutex::new(State { factory: Some(factory), ..State::default() }),
+            contents: Mutex::new(Contents { factory: Some(factory), ..Contents::default() }),
             previous_linked: CancellationToken::new(),
         }
     }
@@ -135,8 +135,8 @@ impl Replica {
     }
 
     pub(crate) fn begin_load(&self, shard: LoadShard) -> Result<Loading, Status> {
-        let mut state = self.state();
-        let factory = state.factory.take();
+        let mut contents = self.contents();
+        let factory = contents.factory.take();
         let factory =
             factory.ok_or_else(|| Status::failed_precondition("this worker has been given its shard"))?;
         // Whatever the driver can have under way fits, see `Driver`: per sequence an open, a close, a decode step or a chunk.
@@ -150,23 +150,23 @@ impl Replica {
             self.lifeline.clone(),
         )
         .map_err(|error| Status::internal(format!("cannot start the compute thread: {error}")))?;
-        state.inbox = Some(thread.inbox);
-        state.outbox = Some(thread.outbox);
-        state.dropped = Some(thread.dropped);
+        contents.inbox = Some(thread.inbox);
+        contents.outbox = Some(thread.outbox);
+        contents.dropped = Some(thread.dropped);
         Ok(Loading { progress: thread.loading, loaded: thread.loaded })
     }
 
     pub(crate) fn loaded(&self, loaded: LoadedShard) {
         info!(layers = %loaded.info.layers, weights = %loaded.info.weights, epoch = loaded.epoch, "shard loaded");
-        self.state().loaded = Some(loaded);
+        self.contents().loaded = Some(loaded);
     }
 
     pub(crate) fn set_links(&self, links: proto::WorkerLinks) -> Result<(), Status> {
-        let mut state = self.state();
-        if state.links.is_some() {
+        let mut contents = self.contents();
+        if contents.links.is_some() {
             return Err(Status::failed_precondition("the links of this worker are set already"));
         }
-        let loaded = state.loaded.clone();
+        let loaded = contents.loaded.clone();
         let loaded = loaded.ok_or_else(|| Status::failed_precondition("the shard is not loaded yet"))?;
         let (is_first, is_last) = (loaded.info.is_first(), loaded.info.is_last());
         let next = links.next.map(|next| neighbour("next", next)).transpose()?;
@@ -184,7 +184,7 @@ impl Replica {
         if is_first && drivers.is_empty() {
             return Err(Status::invalid_argument("nobody may drive the first stage"));
         }
-        let (Some(inbox), Some(outbox)) = (state.inbox.take(), state.outbox.take()) else {
+        let (Some(inbox), Some(outbox)) = (contents.inbox.take(), contents.outbox.take()) else {
             return Err(Status::failed_precondition("the compute thread has ended"));
         };
 
@@ -218,14 +218,14 @@ impl Replica {
             }
             sessions = Some(newcomers);
         }
-        state.links = Some(Links { previous: previous_end, drivers, sessions });
+        contents.links = Some(Links { previous: previous_end, drivers, sessions });
         Ok(())
     }
 
     /// The end of the link for the key `pin`, once.
     pub(crate) fn take_link(&self, pin: KeyPin) -> Result<LinkEnd, Status> {
-        let mut state = self.state();
-        let links = state.links.as_mut();
+        let mut contents = self.contents();
+        let links = contents.links.as_mut();
         let links =
             links.ok_or_else(|| Status::failed_precondition("the links of this worker are not set yet"))?;
         match links.previous.take() {
@@ -264,8 +264,8 @@ impl Replica {
 
     /// Where a scheduler with the key `pin` reports.
     pub(crate) fn sessions_for(&self, pin: KeyPin) -> Result<mpsc::Sender<Session>, Status> {
-        let state = self.state();
-        let links = state.links.as_ref();
+        let contents = self.contents();
+        let links = contents.links.as_ref();
         let links =
             links.ok_or_else(|| Status::failed_precondition("the links of this worker are not set yet"))?;
         if !links.drivers.contains(&pin) {
@@ -278,8 +278,8 @@ impl Replica {
     /// Ends all tasks, drops the stage and waits for both, at most `within`.
     pub(crate) async fn end(&self, within: Duration) {
         let dropped = {
-            let mut state = self.state();
-            std::mem::take(&mut *state).dropped // the thread's inbox goes with the rest of the state
+            let mut contents = self.contents();
+            std::mem::take(&mut *contents).dropped // the thread's inbox goes with the rest of the state
         };
         self.tasks.close();
         let deadline = tokio::time::Instant::now() + within;
@@ -304,8 +304,8 @@ impl Replica {
         });
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn contents(&self) -> MutexGuard<'_, Contents> {
+        self.contents.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -3,8 +3,13 @@
 //! One task owns the child and waits for it, so that its end is a wait status and not a timeout. The worker's stdin stays open as
 //! long as this process lives: should the node die, by SIGKILL too, the system closes the pipe and the worker ends itself.
 
+mod exit;
+mod log;
+
+pub use exit::WorkerExit;
+use log::{LOG_END, Log, drain};
+
 use crate::compute_thread::LoadShard;
-use crate::error::shortened;
 use crate::hello::{self, Answer, Hello, Ready};
 use crate::progress::ShardStats;
 use mlxnode_cluster::{ConnectError, ConnectOptions, ExpectedKey, Identity, KeyPin, connect};
@@ -15,12 +20,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
-use std::process::{ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::process::Stdio;
 use std::time::Duration;
-use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncRead, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -35,11 +38,6 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 /// After closing its stdin and SIGTERM; then SIGKILL. The worker itself takes at most 3 s to wait for a step.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// Longest line of the worker's log that is passed on; the rest of it is cut off.
-const LONGEST_LOG_LINE: usize = 4096;
-/// How long to wait for the rest of the log of a process that has ended.
-const LOG_END: Duration = Duration::from_millis(100);
-
 /// One process is started at a time: on macOS a pipe's other end could otherwise slip into a worker that starts at the same
 /// moment, and keep the first one alive after the node's death.
 static STARTING: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
@@ -84,45 +82,6 @@ pub enum ProcessError {
     /// It did not answer in time.
     #[error("the worker process did not answer within {} s", CALL_TIMEOUT.as_secs())]
     Timeout,
-}
-
-/// How a worker process ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WorkerExit {
-    /// Its process id.
-    pub pid: u32,
-    /// Its exit code, unless a signal ended it.
-    pub code: Option<i32>,
-    /// The signal that ended it.
-    pub signal: Option<i32>,
-    /// For people: "ended with signal 9".
-    pub reason: String,
-    /// The last line of its log, which tells a fault's reason.
-    pub last_line: Option<String>,
-}
-
-impl std::fmt::Display for WorkerExit {
-    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(out, "{} {}", self.pid, self.reason)?;
-        match &self.last_line {
-            Some(line) if self.code != Some(0) => write!(out, " ({line})"),
-            _ => Ok(()),
-        }
-    }
-}
-
-impl WorkerExit {
-    fn new(pid: u32, status: std::io::Result<ExitStatus>, last_line: Option<String>) -> Self {
-        let (code, signal, reason) = match status {
-            Ok(status) => match (status.code(), status.signal()) {
-                (Some(code), _) => (Some(code), None, format!("ended with code {code}")),
-                (None, Some(signal)) => (None, Some(signal), format!("ended with signal {signal}")),
-                (None, None) => (None, None, "ended".to_owned()),
-            },
-            Err(error) => (None, None, format!("cannot be waited for: {error}")),
-        };
-        Self { pid, code, signal, reason, last_line }
-    }
 }
 
 /// A worker process. Dropping it kills the process; [`Self::stop`] ends it in good order.
@@ -385,65 +344,6 @@ async fn own(
     exit.send_replace(Some(ended));
 }
 
-/// Passes the worker's stderr on to this process's log.
-#[derive(Debug)]
-struct Log {
-    last_line: Arc<Mutex<Option<String>>>,
-    task: AbortOnDropHandle<()>,
-}
-
-impl Log {
-    fn follow(pid: u32, name: String, stderr: impl AsyncRead + Unpin + Send + 'static) -> Self {
-        let last_line = Arc::new(Mutex::new(None));
-        let shared = last_line.clone();
-        let task = AbortOnDropHandle::new(tokio::spawn(async move {
-            let mut stderr = BufReader::new(stderr);
-            while let Some(line) = next_line(&mut stderr).await {
-                info!(target: "mlxnode::worker", pid, name, "{line}");
-                *shared.lock().unwrap_or_else(PoisonError::into_inner) = Some(shortened(&line));
-            }
-        }));
-        Self { last_line, task }
-    }
-
-    /// The last line, once the rest has been passed on.
-    async fn end(mut self) -> Option<String> {
-        let _ = tokio::time::timeout(LOG_END, &mut self.task).await;
-        self.last_line.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-}
-
-/// The next line that is not empty, cut off at [`LONGEST_LOG_LINE`]; `None` at the end.
-async fn next_line(input: &mut (impl AsyncBufRead + Unpin)) -> Option<String> {
-    let mut line = Vec::new();
-    loop {
-        let available = input.fill_buf().await.ok()?;
-        let at_end = available.is_empty();
-        let newline = available.iter().position(|byte| *byte == b'\n');
-        let taken = newline.unwrap_or(available.len());
-        let room = LONGEST_LOG_LINE.saturating_sub(line.len()).min(taken);
-        line.extend_from_slice(&available[..room]);
-        input.consume(taken + usize::from(newline.is_some()));
-        if newline.is_some() || at_end {
-            let text = String::from_utf8_lossy(&line).trim_end().to_owned();
-            if !text.is_empty() {
-                return Some(text);
-            }
-            if at_end {
-                return None;
-            }
-            line.clear();
-        }
-    }
-}
-
-/// Nothing more is expected on stdout; whatever a library prints there must not fill the pipe and stop the worker.
-async fn drain(mut stdout: impl AsyncBufRead + Unpin) {
-    while let Some(line) = next_line(&mut stdout).await {
-        debug!(target: "mlxnode::worker", "{line}");
-    }
-}
-
 /// A worker that listens on all addresses is reached by this process over loopback.
 fn reachable(address: SocketAddr) -> SocketAddr {
     let ip = match address.ip() {
@@ -452,29 +352,4 @@ fn reachable(address: SocketAddr) -> SocketAddr {
         ip => ip,
     };
     SocketAddr::new(ip, address.port())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn log_lines_are_cut_and_never_lost() {
-        let long = "x".repeat(10_000);
-        let text = format!("one\n\n{long}\nthree\r\nlast");
-        let mut input = BufReader::with_capacity(16, text.as_bytes());
-        let mut lines = Vec::new();
-        while let Some(line) = next_line(&mut input).await {
-            lines.push(line);
-        }
-        assert_eq!(lines, ["one", &long[..LONGEST_LOG_LINE], "three", "last"]);
-    }
-
-    #[test]
-    fn exits_read_like_a_person_says_them() {
-        let exit = |raw| WorkerExit::new(7, Ok(ExitStatus::from_raw(raw)), Some("why".into())).to_string();
-        assert_eq!(exit(9), "7 ended with signal 9 (why)");
-        assert_eq!(exit(71 << 8), "7 ended with code 71 (why)");
-        assert_eq!(exit(0), "7 ended with code 0");
-    }
 }

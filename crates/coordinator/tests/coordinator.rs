@@ -9,7 +9,7 @@
 
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
-use mlxnode_cluster::{ControlLog, SqliteControlLog};
+use mlxnode_cluster::{ControlEpoch, ControlLog, SqliteControlLog};
 use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::coordinator::{
     Coordinator, CoordinatorHandle, Limits, LinkWorker, LoadUpdate, LoadWish, Nodes, ProgressSink,
@@ -460,6 +460,31 @@ async fn the_control_log_is_folded_and_still_says_the_same() {
     let log = SqliteControlLog::open(&path).unwrap();
     assert!(log.snapshot().await.unwrap().is_some());
     assert!(log.entries_after(log.snapshot().await.unwrap().unwrap().index).await.unwrap().len() < 100);
+}
+
+#[tokio::test]
+async fn a_coordinator_whose_log_belongs_to_another_one_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = SqliteControlLog::open(&folder.path().join("control.db")).unwrap();
+    let nodes = FakeNodes::new(1);
+    let (handle, mut coordinator) =
+        start(Limits::default(), Arc::new(log.clone()), Arc::new(nodes.clone())).await.unwrap();
+    log.append(ControlEpoch { generation: 2, term: 1 }, b"{}".to_vec()).await.unwrap();
+    assert!(within(handle.load(wish("small", None)).ready()).await.is_err());
+    within(coordinator.ended()).await;
+    assert_eq!(nodes.running(), 0);
+}
+
+#[tokio::test]
+async fn a_log_of_another_version_is_not_overwritten() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = SqliteControlLog::open(&folder.path().join("control.db")).unwrap();
+    log.append(ControlEpoch { generation: 1, term: 1 }, br#"{"job":{"kind":"wanted"}}"#.to_vec())
+        .await
+        .unwrap();
+    let started = start(Limits::default(), Arc::new(log), Arc::new(FakeNodes::new(1))).await;
+    let Err(Error::Failed(text)) = started.map(|_| ()) else { panic!("it started") };
+    assert!(text.starts_with("record 1 of the control log cannot be read"), "{text}");
 }
 
 #[tokio::test]

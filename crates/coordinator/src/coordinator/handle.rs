@@ -179,6 +179,7 @@ impl CoordinatorHandle {
             refused,
             is_over: false,
             actor: self.actor.clone(),
+            audience: self.audience.clone(),
             name,
             call,
             _permit: permit,
@@ -274,6 +275,7 @@ pub struct LoadStream {
     refused: Option<Error>,
     is_over: bool,
     actor: ActorRef<Message>,
+    audience: Arc<Audience>,
     name: String,
     call: u64,
     _permit: Option<OwnedSemaphorePermit>,
@@ -330,6 +332,8 @@ impl Stream for LoadStream {
 
 impl Drop for LoadStream {
     fn drop(&mut self) {
+        self.progress.close();
+        self.audience.leave(&self.name);
         if !self.is_over && self.refused.is_none() {
             // A stopped coordinator has nothing to take back.
             let _ = self.actor.cast(Message::CancelLoad { name: self.name.clone(), call: self.call });

@@ -93,6 +93,17 @@ impl Audience {
         }
     }
 
+    /// Forgets the listeners of this deployment that went away.
+    pub(super) fn leave(&self, name: &str) {
+        let mut listeners = self.listeners();
+        if let Some(all) = listeners.get_mut(name) {
+            all.retain(|listener| !listener.is_closed());
+            if all.is_empty() {
+                listeners.remove(name);
+            }
+        }
+    }
+
     fn listeners(&self) -> MutexGuard<'_, HashMap<String, Vec<mpsc::Sender<Progress>>>> {
         self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -142,5 +153,48 @@ impl ProgressSink {
             }
             tokio::time::sleep_until(limit).await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(done: u64) -> Progress {
+        let (done, total) = (ByteCount(done), ByteCount(0));
+        Progress { phase: Phase::Loading, node_name: "mac".into(), done, total, detail: String::new() }
+    }
+
+    #[test]
+    fn a_slow_listener_misses_reports_and_one_that_left_is_forgotten() {
+        let audience = Audience::default();
+        let mut slow = audience.join("a");
+        let mut gone = audience.join("a");
+        for number in 0..100 {
+            audience.tell("a", &report(number));
+        }
+        gone.close();
+        audience.leave("a");
+        assert_eq!(audience.listeners()["a"].len(), 1);
+        let heard = std::iter::from_fn(|| slow.try_recv().ok()).count();
+        assert_eq!(heard, REPORTS);
+        slow.close();
+        audience.leave("a");
+        audience.leave("never heard of");
+        assert!(audience.listeners().is_empty(), "nothing is kept for those who left");
+    }
+
+    #[tokio::test]
+    async fn only_a_change_is_movement() {
+        let sink = ProgressSink::new(Arc::new(Audience::default()), "a", Phase::Loading, String::new());
+        let limit = Duration::from_millis(40);
+        let started = Instant::now();
+        sink.report(ByteCount(0), ByteCount(0));
+        sink.stands_still(limit).await;
+        assert!(started.elapsed() >= limit);
+        sink.report(ByteCount(1), ByteCount(0));
+        let moved = Instant::now();
+        sink.stands_still(limit).await;
+        assert!(moved.elapsed() >= limit / 2, "the report began a new period");
     }
 }

@@ -46,15 +46,16 @@ impl TextFiles {
         for (name, limit) in KNOWN_FILES {
             let path = folder.join(name);
             let failed = |source| TextError::Read { path: path.clone(), source };
-            let file = match File::open(&path) {
-                Ok(file) => file,
+            // Asked before it is opened: opening a pipe waits for who writes into it.
+            let metadata = match path.metadata() {
+                Ok(metadata) => metadata,
                 Err(error) if error.kind() == ErrorKind::NotFound => continue,
                 Err(error) => return Err(failed(error)),
             };
-            let metadata = file.metadata().map_err(failed)?;
             if !metadata.is_file() {
                 return Err(failed(std::io::Error::other("it is not a regular file")));
             }
+            let file = File::open(&path).map_err(failed)?;
             let mut bytes = Vec::new();
             file.take(limit + 1).read_to_end(&mut bytes).map_err(failed)?;
             if bytes.len() as u64 > limit {
@@ -137,6 +138,14 @@ mod tests {
             let files = BTreeMap::from([(name.to_owned(), Vec::new())]);
             assert!(matches!(TextFiles::from_map(files), Err(TextError::UnknownFile { .. })), "{name}");
         }
+    }
+
+    #[test]
+    fn refuses_what_is_no_file() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("config.json")).unwrap();
+        let error = TextFiles::read(folder.path()).unwrap_err();
+        assert!(matches!(&error, TextError::Read { path, .. } if path.ends_with("config.json")), "{error}");
     }
 
     #[test]

@@ -64,7 +64,8 @@ impl Join {
     pub async fn run(self, global: &Global) -> Result<()> {
         let data_dir = data_dir(global)?;
         let listen = address(&self.listen)?;
-        let worker_command = std::env::current_exe().context("cannot find my own executable for the workers")?;
+        let worker_command =
+            std::env::current_exe().context("cannot find my own executable for the workers")?;
         let mut options = NodeOptions::new(data_dir.root(), listen, worker_command, crate::hub::options());
         options.name = self.name;
         options.cluster_name = self.cluster_name;

@@ -158,3 +158,69 @@ fn sampling(sampling: &Sampling) -> v1::SamplingParameters {
         frequency_context_size,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mlxnode_compute::{LogprobRequest, Xtc};
+    use mlxnode_text::Message;
+
+    fn request(input: Input, sampling: Sampling, max_tokens: Option<usize>) -> Request {
+        Request { input, sampling, max_tokens, stop: vec!["x".into()], extra_eos: vec!["</s>".into()] }
+    }
+
+    #[test]
+    fn no_limit_is_said_so_that_it_is_not_taken_for_the_default() {
+        let sampling = Sampling {
+            repetition: Some(Penalty { strength: 1.1, context: 0 }),
+            presence: Some(Penalty { strength: 0.5, context: 7 }),
+            xtc: Some(Xtc { probability: 0.5, threshold: 0.1, special_tokens: Vec::new() }),
+            logprobs: Some(LogprobRequest { top: 3 }),
+            seed: 9,
+            ..Sampling::default()
+        };
+        let message = generate_request("m", &request(Input::Text("p".into()), sampling, None)).unwrap();
+        let sampling = message.sampling.unwrap();
+        assert_eq!((message.max_tokens, message.top_logprobs, sampling.seed), (u32::MAX, Some(3), Some(9)));
+        assert_eq!((sampling.repetition_penalty, sampling.repetition_context_size), (1.1, u32::MAX));
+        assert_eq!((sampling.presence_penalty, sampling.presence_context_size), (0.5, 7));
+        assert_eq!((sampling.frequency_penalty, sampling.xtc_probability), (0.0, 0.5));
+        assert_eq!((message.stop, message.extra_eos), (vec!["x".to_owned()], vec!["</s>".to_owned()]));
+    }
+
+    #[test]
+    fn a_conversation_travels_whole() {
+        let chat = ChatRequest {
+            messages: vec![Message::new("system", "s"), Message::new("user", "u")],
+            continue_final: Some("Yes".into()),
+            arguments: [("enable_thinking".to_owned(), false.into())].into_iter().collect(),
+            ..ChatRequest::default()
+        };
+        let input = Input::Chat(Box::new(chat));
+        let message = generate_request("", &request(input, Sampling::default(), Some(5))).unwrap();
+        let Some(v1::generate_request::Input::Chat(chat)) = message.input else { panic!("not a chat") };
+        assert_eq!((chat.messages.len(), chat.messages[1].content.as_str()), (2, "u"));
+        assert_eq!((chat.prefill_response.as_str(), chat.no_generation_prompt), ("Yes", true));
+        assert_eq!(chat.template_arguments_json, r#"{"enable_thinking":false}"#);
+        assert_eq!(message.max_tokens, 5);
+    }
+
+    #[test]
+    fn an_outcome_is_read_from_the_last_message() {
+        let finish = v1::Finish {
+            reason: v1::FinishReason::Length.into(),
+            usage: Some(v1::Usage { prompt_tokens: 10, generation_tokens: 4 }),
+            timing: Some(v1::Timing {
+                prompt_seconds: 0.5,
+                generation_seconds: -1.0,
+                ..v1::Timing::default()
+            }),
+            seed: 1,
+        };
+        let outcome = outcome(finish);
+        assert_eq!(
+            (outcome.finish, outcome.prompt_tps(), outcome.generation_tps()),
+            (Finish::Length, 20.0, 0.0)
+        );
+    }
+}

@@ -82,3 +82,67 @@ async fn two_nodes_in_two_processes_find_each_other() {
     reading.await.unwrap();
     discovery.shutdown().await;
 }
+
+/// A DNS answer that claims a node called `id`: PTR, SRV, TXT and A in one packet.
+fn forged(id: &str) -> Vec<u8> {
+    let name = |labels: &[&str]| {
+        let mut bytes: Vec<u8> = Vec::new();
+        for label in labels {
+            bytes.push(label.len() as u8);
+            bytes.extend_from_slice(label.as_bytes());
+        }
+        bytes.push(0);
+        bytes
+    };
+    let (service, instance) =
+        (name(&["_mlxnode", "_tcp", "local"]), name(&[id, "_mlxnode", "_tcp", "local"]));
+    let host = name(&[id, "local"]);
+    let mut packet = vec![0, 0, 0x84, 0, 0, 0, 0, 4, 0, 0, 0, 0];
+    let mut record = |owner: &[u8], kind: u8, data: &[u8]| {
+        packet.extend_from_slice(owner);
+        packet.extend_from_slice(&[0, kind, 0, 1, 0, 0, 0x11, 0x94]);
+        packet.extend_from_slice(&(data.len() as u16).to_be_bytes());
+        packet.extend_from_slice(data);
+    };
+    record(&service, 12, &instance);
+    record(&instance, 33, &[&[0, 0, 0, 0, 0x1b, 0x9e], host.as_slice()].concat());
+    let texts = ["v=1".to_owned(), format!("id={id}"), "pair=1".to_owned()];
+    let texts: Vec<u8> =
+        texts.iter().flat_map(|text| [&[text.len() as u8], text.as_bytes()].concat()).collect();
+    record(&instance, 16, &texts);
+    record(&host, 1, &[127, 0, 0, 1]);
+    packet
+}
+
+#[tokio::test]
+async fn a_flood_of_forged_announcements_evicts_nobody() {
+    let port = free_port();
+    let (first, second) = (options(7005, port), options(7006, port));
+    let (first, second) = (MdnsDiscovery::start(first).unwrap(), MdnsDiscovery::start(second).unwrap());
+    let at = |port: u16| {
+        move |list: &[Candidate]| list.iter().any(|c| c.addresses == [format!("127.0.0.1:{port}")])
+    };
+    sees(&first, "the second node", at(7006)).await;
+    sees(&second, "the first node", at(7005)).await;
+    let flood = tokio::task::spawn_blocking(move || {
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        for number in 0..3000 {
+            socket.send_to(&forged(&format!("forged{number}")), ("127.0.0.1", port)).unwrap();
+            if number % 50 == 0 {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+    });
+    flood.await.unwrap();
+    // Both listen on one port; the system chose which one was hit.
+    let flooded = |list: &[Candidate]| list.len() > 32;
+    tokio::select! {
+        _ = sees(&first, "the flood", flooded) => {}
+        _ = sees(&second, "the flood", flooded) => {}
+    }
+    let lists = [&first, &second].map(|node| node.candidates().borrow().clone());
+    assert!(lists.iter().all(|list| list.len() <= mlxnode_cluster::MAX_CANDIDATES));
+    assert!(at(7006)(&lists[0]) && at(7005)(&lists[1]), "who was there before is there still");
+    first.shutdown().await;
+    second.shutdown().await;
+}

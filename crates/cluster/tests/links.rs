@@ -5,7 +5,8 @@ mod support;
 
 use futures::StreamExt;
 use mlxnode_cluster::{
-    AccessList, ConnectError, ConnectOptions, ExpectedKey, Identity, KeyPin, Role, ServeOptions, connect, dial,
+    AccessList, ConnectError, ConnectOptions, ExpectedKey, Identity, KeyPin, Role, ServeOptions, connect,
+    dial,
 };
 use mlxnode_proto::internal::v1 as proto;
 use proto::peer_client::PeerClient;

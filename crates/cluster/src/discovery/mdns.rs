@@ -6,19 +6,27 @@
 use super::{Candidate, Discovery, MAX_CANDIDATES};
 use async_trait::async_trait;
 use data_encoding::HEXLOWER;
-use mdns_sd::{IfKind, ResolvedService, ScopedIp, ServiceDaemon, ServiceEvent, ServiceInfo};
+use mdns_sd::{IfKind, Receiver, ResolvedService, ScopedIp, ServiceDaemon, ServiceEvent, ServiceInfo};
 use mlxnode_proto::PROTOCOL_VERSION;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, warn};
 
 const SERVICE: &str = "_mlxnode._tcp.local.";
 /// Most addresses that are taken from one candidate.
 const MAX_ADDRESSES: usize = 8;
+/// Most instances that are followed. The library keeps all that it hears of, without a limit; beyond this it is made to
+/// forget them and to begin anew.
+const MAX_INSTANCES: usize = 256;
+/// Pause before it begins anew.
+const PAUSE: Duration = Duration::from_secs(1);
+/// How long after that a candidate has to show up again. They answer within a tenth of a second, but packets get lost.
+const CONFIRM: Duration = Duration::from_secs(10);
 /// How long taking back the announcement may take.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -51,7 +59,8 @@ pub struct MdnsDiscovery {
     listen: SocketAddr,
     candidates: Arc<watch::Sender<Vec<Candidate>>>,
     pairing: std::sync::Mutex<Pairing>,
-    _listening: AbortOnDropHandle<()>,
+    end: CancellationToken,
+    _looking: AbortOnDropHandle<Option<()>>,
 }
 
 /// An open invite is announced by an instance of its own, under a new name each time. To change the text of one instance
@@ -82,26 +91,18 @@ impl MdnsDiscovery {
             daemon.enable_interface(on).map_err(MdnsError)?;
         }
         let id = HEXLOWER.encode(&rand::random::<[u8; 8]>());
-        let events = daemon.browse(SERVICE).map_err(MdnsError)?;
         let candidates = Arc::new(watch::Sender::new(Vec::new()));
-        let listening = tokio::spawn({
-            let (id, candidates) = (id.clone(), candidates.clone());
-            async move {
-                let mut found = Found::new(id);
-                while let Ok(event) = events.recv_async().await {
-                    if found.note(event) {
-                        candidates.send_replace(found.list());
-                    }
-                }
-            }
-        });
+        let end = CancellationToken::new();
+        let looking = look(daemon.clone(), id.clone(), candidates.clone());
+        let looking = tokio::spawn(end.clone().run_until_cancelled_owned(looking));
         let discovery = Self {
             daemon,
             id,
             listen: options.listen,
             candidates,
             pairing: std::sync::Mutex::default(),
-            _listening: AbortOnDropHandle::new(listening),
+            end,
+            _looking: AbortOnDropHandle::new(looking),
         };
         discovery.announce(&discovery.id, false).map_err(MdnsError)?;
         Ok(discovery)
@@ -152,6 +153,7 @@ impl Discovery for MdnsDiscovery {
 
     async fn shutdown(&self) {
         self.announce_pairing(false);
+        self.end.cancel();
         if let Ok(done) = self.daemon.unregister(&format!("{}.{SERVICE}", self.id)) {
             let _ = tokio::time::timeout(FAREWELL, done.recv_async()).await;
         }
@@ -168,15 +170,71 @@ impl Drop for MdnsDiscovery {
     }
 }
 
+/// Keeps the list of candidates true, for ever. The library ends a search of which the events are not taken quickly enough,
+/// and a flood of forged announcements makes [`follow`] end one: then the next one begins.
+async fn look(daemon: ServiceDaemon, own: String, candidates: Arc<watch::Sender<Vec<Candidate>>>) {
+    let mut found = Found::new(own);
+    loop {
+        match daemon.browse(SERVICE) {
+            Ok(events) => follow(&events, &mut found, &candidates).await,
+            Err(error) => debug!(%error, "cannot look for nodes by multicast DNS"),
+        }
+        // Forgets all instances, too.
+        let _ = daemon.stop_browse(SERVICE);
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+async fn follow(
+    events: &Receiver<ServiceEvent>,
+    found: &mut Found,
+    candidates: &watch::Sender<Vec<Candidate>>,
+) {
+    found.confirmed.clear();
+    let mut instances = 0;
+    let mut confirm = Box::pin(tokio::time::sleep(CONFIRM));
+    loop {
+        let changed = tokio::select! {
+            event = events.recv_async() => match event {
+                Ok(event) => {
+                    instances += usize::from(matches!(event, ServiceEvent::ServiceFound(..)));
+                    found.note(event)
+                }
+                Err(_) => return,
+            },
+            () = &mut confirm => {
+                confirm = Box::pin(tokio::time::sleep(Duration::from_secs(u64::from(u32::MAX))));
+                found.drop_unconfirmed()
+            }
+        };
+        if changed {
+            candidates.send_replace(found.list());
+        }
+        if instances > MAX_INSTANCES {
+            debug!("a flood of announcements by multicast DNS: looking anew");
+            return;
+        }
+    }
+}
+
 /// The candidates of now, by the full name of the announced instance: a node with an open invite has two.
 struct Found {
     own: String,
     candidates: BTreeMap<String, Candidate>,
+    /// Those that showed up since this search began.
+    confirmed: BTreeSet<String>,
 }
 
 impl Found {
     fn new(own: String) -> Self {
-        Self { own, candidates: BTreeMap::new() }
+        Self { own, candidates: BTreeMap::new(), confirmed: BTreeSet::new() }
+    }
+
+    /// Drops what was left from the search before and did not show up in this one. True when that was something.
+    fn drop_unconfirmed(&mut self) -> bool {
+        let before = self.candidates.len();
+        self.candidates.retain(|fullname, _| self.confirmed.contains(fullname));
+        self.candidates.len() < before
     }
 
     fn list(&self) -> Vec<Candidate> {
@@ -200,9 +258,13 @@ impl Found {
                     debug!("too many candidates by multicast DNS: one is left out");
                     return false;
                 }
+                self.confirmed.insert(service.fullname.clone());
                 self.candidates.insert(service.fullname.clone(), candidate.clone()) != Some(candidate)
             }
-            ServiceEvent::ServiceRemoved(_, fullname) => self.candidates.remove(&fullname).is_some(),
+            ServiceEvent::ServiceRemoved(_, fullname) => {
+                self.confirmed.remove(&fullname);
+                self.candidates.remove(&fullname).is_some()
+            }
             _ => false,
         }
     }
@@ -253,6 +315,12 @@ mod tests {
         }
         assert_eq!(found.list().len(), MAX_CANDIDATES);
         assert!(found.list().iter().any(|candidate| candidate.id == "first"));
+
+        // The next search: what does not show up again goes.
+        found.confirmed.clear();
+        assert!(!found.note(resolved("first", "1", "10.0.0.1")));
+        assert!(found.drop_unconfirmed());
+        assert_eq!(found.list().len(), 1);
     }
 
     #[test]

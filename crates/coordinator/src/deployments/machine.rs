@@ -1,10 +1,10 @@
 //! The state machine of all deployments. See the parent module for the picture and the rules.
 
+use super::entry::{Deployment, Phase, Replica, Restored, Then};
 use super::name::{check_name, check_source};
-use super::retry::Failures;
 use super::{
     Attempt, DeploymentView, DeploymentWish, Effect, Event, Links, MAX_DEPLOYMENTS, PREFILL_CHUNK, Record,
-    Shard, StageView, StartedWorker, State,
+    Shard, StartedWorker,
 };
 use crate::placement::{self, ModelCost, Offer, Plan, Refusal, Wish};
 use crate::{Error, NodeId};
@@ -44,76 +44,6 @@ struct Orphan {
 
 /// How often a node is told again to stop what it did not stop.
 const ORPHAN_RETRY: Duration = Duration::from_secs(30);
-
-#[derive(Debug)]
-struct Deployment {
-    wish: DeploymentWish,
-    epoch: u64,
-    phase: Phase,
-    replica: Option<Replica>,
-    /// Nodes that were told to start something in this epoch.
-    touched: BTreeSet<NodeId>,
-    /// Once ready, it is wanted whatever happens; before, a failure is the answer to who asked.
-    was_ready: bool,
-    /// Made from the log: workers of older epochs may still run somewhere.
-    restored: Option<Restored>,
-    is_leaving: bool,
-    failures: Failures,
-    detail: String,
-    /// Why a first load is being taken back.
-    refusal: Option<Error>,
-    /// Nodes that did not say that they stopped.
-    not_stopped: Vec<String>,
-}
-
-#[derive(Debug)]
-struct Restored {
-    /// The newest epoch that may still run somewhere.
-    epoch: u64,
-    /// Has the sweep been made?
-    is_swept: bool,
-    /// Nodes that surely run nothing of it.
-    clean: BTreeSet<NodeId>,
-}
-
-#[derive(Debug)]
-struct Replica {
-    plan: Plan,
-    workers: Vec<Option<StartedWorker>>,
-    fingerprint: Option<Vec<u8>>,
-}
-
-#[derive(Debug)]
-enum Phase {
-    Recording,
-    Sweeping,
-    Planning,
-    /// Ending orphans on nodes of the plan.
-    Clearing(BTreeSet<NodeId>),
-    Preparing(BTreeSet<NodeId>),
-    Starting(BTreeSet<usize>),
-    Linking(BTreeSet<usize>),
-    StartingScheduler,
-    Ready,
-    Stopping {
-        waiting: BTreeSet<NodeId>,
-        then: Then,
-    },
-    Waiting {
-        until: Instant,
-    },
-    Failed {
-        waits_for_nodes: bool,
-    },
-    Forgetting,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Then {
-    Retry { at: Instant },
-    Fail { waits_for_nodes: bool },
-    Remove,
-}
 
 impl Deployments {
     /// The deployments that the records say are wanted, in the order they were written. Call [`Deployments::start`] next.
@@ -813,106 +743,5 @@ impl Deployments {
 
     fn take_effects(&mut self) -> Vec<Effect> {
         std::mem::take(&mut self.effects)
-    }
-}
-
-impl Deployment {
-    fn new(wish: DeploymentWish, epoch: u64) -> Self {
-        Self {
-            wish,
-            epoch,
-            phase: Phase::Recording,
-            replica: None,
-            touched: BTreeSet::new(),
-            was_ready: false,
-            restored: None,
-            is_leaving: false,
-            failures: Failures::default(),
-            detail: String::new(),
-            refusal: None,
-            not_stopped: Vec::new(),
-        }
-    }
-
-    fn attempt(&self) -> Attempt {
-        Attempt { name: self.wish.name.clone(), epoch: self.epoch }
-    }
-
-    fn needs_sweep(&self) -> bool {
-        self.restored.as_ref().is_some_and(|restored| !restored.is_swept)
-    }
-
-    /// The epoch of workers from before the restart that the node may still run, once the sweep has passed it by.
-    fn may_still_run_on(&self, node: NodeId) -> Option<u64> {
-        let restored = self.restored.as_ref().filter(|restored| !restored.clean.contains(&node))?;
-        Some(restored.epoch)
-    }
-
-    fn state(&self) -> State {
-        if self.is_leaving || self.refusal.is_some() {
-            return State::Unloading;
-        }
-        match self.phase {
-            Phase::Ready => State::Ready,
-            Phase::Failed { .. } => State::Failed,
-            _ if self.was_ready => State::Recovering,
-            _ => State::Loading,
-        }
-    }
-
-    fn view(&self) -> DeploymentView {
-        let plan = self.replica.as_ref().map(|replica| &replica.plan);
-        let stages = self.replica.iter().flat_map(|replica| replica.plan.stages.iter().zip(&replica.workers));
-        DeploymentView {
-            name: self.wish.name.clone(),
-            source: self.wish.source.clone(),
-            epoch: self.epoch,
-            state: self.state(),
-            detail: if self.detail.is_empty() { self.phase.text().to_owned() } else { self.detail.clone() },
-            stages: stages
-                .map(|(stage, worker)| StageView {
-                    node: stage.node,
-                    node_name: stage.node_name.clone(),
-                    layers: stage.layers,
-                    weights: stage.weights,
-                    kv: stage.kv,
-                    memory: stage.memory(),
-                    pid: worker.as_ref().map(|worker| worker.pid),
-                })
-                .collect(),
-            scheduler: plan.filter(|_| matches!(self.phase, Phase::Ready)).map(|plan| plan.stages[0].node),
-            architecture: plan.map(|plan| plan.architecture.clone()).unwrap_or_default(),
-            context_tokens: plan.map_or(0, |plan| plan.context_tokens),
-            max_sequences: plan.map_or(0, |plan| plan.concurrent_sequences),
-        }
-    }
-}
-
-impl Replica {
-    fn node_name(&self, node: NodeId) -> String {
-        let stage = self.plan.stages.iter().find(|stage| stage.node == node);
-        stage.map_or_else(|| node.to_string(), |stage| stage.node_name.clone())
-    }
-}
-
-impl Phase {
-    /// May workers of the attempt be running as they should?
-    fn has_workers(&self) -> bool {
-        matches!(self, Self::Starting(_) | Self::Linking(_) | Self::StartingScheduler | Self::Ready)
-    }
-
-    fn text(&self) -> &'static str {
-        match self {
-            Self::Recording | Self::Planning => "planning",
-            Self::Sweeping => "looking for workers from before the restart",
-            Self::Clearing(_) => "ending workers from before the loss of a node",
-            Self::Preparing(_) => "downloading",
-            Self::Starting(_) => "loading",
-            Self::Linking(_) | Self::StartingScheduler => "linking",
-            Self::Ready => "",
-            Self::Stopping { .. } | Self::Forgetting => "stopping",
-            Self::Waiting { .. } => "waiting before the next try",
-            Self::Failed { .. } => "failed",
-        }
     }
 }

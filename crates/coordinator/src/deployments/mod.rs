@@ -18,6 +18,7 @@
 //!   again, with growing pauses, and after [`MAX_FAILURES`] failures in [`FAILURE_WINDOW`] it stays failed until somebody loads it again.
 //! - What fits no longer because a node is gone is tried again when the nodes change.
 
+mod entry;
 mod machine;
 mod name;
 mod retry;

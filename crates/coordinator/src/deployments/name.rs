@@ -7,21 +7,21 @@ const MAX_NAME_BYTES: usize = 128;
 /// Longest source: a path may be long.
 const MAX_SOURCE_BYTES: usize = 4096;
 
-/// Names appear in URLs, logs, tables and JSON: letters, digits and `. _ - / : @ +`, not beginning or ending with a slash.
+/// Names appear in URLs, logs, tables and JSON: letters, digits and `. _ - / : @ +`, no part between slashes empty or beginning with a dot.
 pub fn check_name(name: &str) -> Result<(), Error> {
     let allowed = |character: char| character.is_ascii_alphanumeric() || "._-/:@+".contains(character);
     let is_valid = (1..=MAX_NAME_BYTES).contains(&name.len())
         && name.chars().all(allowed)
         && name.chars().any(|character| character.is_ascii_alphanumeric())
-        && !name.starts_with('/')
-        && !name.ends_with('/');
+        // In a URL an empty part or one of dots would be another place.
+        && name.split('/').all(|part| !part.is_empty() && !part.starts_with('.'));
     if is_valid {
         return Ok(());
     }
     let shown: String = name.chars().take(MAX_NAME_BYTES).collect();
     Err(Error::Invalid(format!(
         "{shown:?} cannot be a deployment's name: use 1 to {MAX_NAME_BYTES} letters, digits and . _ - / : @ + \
-         (not beginning or ending with /)"
+         (no part between slashes empty or beginning with a dot)"
     )))
 }
 

@@ -17,7 +17,7 @@ use rustls::{
     SignatureScheme, version,
 };
 use std::fmt;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// gRPC speaks HTTP/2.
 pub(crate) const ALPN_LINK: &[u8] = b"h2";
@@ -56,6 +56,20 @@ impl fmt::Debug for ExpectedKey {
     }
 }
 
+/// The key that answered last, expected or not: for the error message.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct FoundKey(Arc<Mutex<Option<KeyPin>>>);
+
+impl FoundKey {
+    pub(crate) fn get(&self) -> Option<KeyPin> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self, pin: KeyPin) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(pin);
+    }
+}
+
 /// The side that listens: `admits` says which keys come in, `alpn` what is spoken.
 pub(crate) fn server_config(
     identity: &Identity,
@@ -79,9 +93,9 @@ pub(crate) fn client_config(
     identity: &Identity,
     expected: ExpectedKey,
     alpn: &[u8],
-) -> Result<(Arc<ClientConfig>, Arc<OnceLock<KeyPin>>), Error> {
+) -> Result<(Arc<ClientConfig>, FoundKey), Error> {
     let provider = provider();
-    let found = Arc::new(OnceLock::new());
+    let found = FoundKey::default();
     let verifier = Arc::new(ServerKey {
         expected,
         found: found.clone(),
@@ -180,7 +194,7 @@ impl ClientCertVerifier for ClientKey {
 
 struct ServerKey {
     expected: ExpectedKey,
-    found: Arc<OnceLock<KeyPin>>,
+    found: FoundKey,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
@@ -200,8 +214,7 @@ impl ServerCertVerifier for ServerKey {
         _now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         let pin = pin_of_certificate(certificate)?;
-        // Set once: a configuration makes one connection.
-        let _ = self.found.set(pin);
+        self.found.note(pin);
         if self.expected.accepts(&pin) { Ok(ServerCertVerified::assertion()) } else { Err(refused()) }
     }
 

@@ -395,4 +395,19 @@ async fn a_channel_dials_again_after_the_other_side_restarted_with_the_same_key(
     eventually("calls work", async || peer.can_reach(proto::CanReachRequest::default()).await.is_ok()).await;
     shutdown.cancel();
     serving.await.unwrap().unwrap();
+
+    // Somebody else who took the port is not talked to.
+    let thief = Arc::new(Identity::generate().unwrap());
+    let port = tokio::net::TcpListener::bind(listener.address).await.unwrap();
+    let routes = tonic::service::Routes::new(proto::peer_server::PeerServer::new(support::Echo));
+    let shutdown = tokio_util::sync::CancellationToken::new();
+    let access = listener.access.clone();
+    let serving = mlxnode_cluster::serve(port, thief.clone(), access, routes, limits(), shutdown.clone());
+    let serving = tokio::spawn(serving);
+    for _ in 0..3 {
+        let refused = peer.can_reach(proto::CanReachRequest::default()).await.unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::Unavailable, "{refused}");
+    }
+    shutdown.cancel();
+    serving.await.unwrap().unwrap();
 }

@@ -5,12 +5,12 @@ use super::{CONNECTION_WINDOW, HTTP2_FRAME, KEEPALIVE, STREAM_WINDOW};
 use crate::admission::{PeerKey, Role};
 use crate::identity::Identity;
 use crate::pin::KeyPin;
-use crate::tls::{self, ExpectedKey};
+use crate::tls::{self, ExpectedKey, FoundKey};
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use std::io;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
@@ -177,7 +177,7 @@ type ClientIo = LinkIo<TlsStream<TcpStream>>;
 struct Dialer {
     address: String,
     config: Arc<ClientConfig>,
-    found: Arc<OnceLock<KeyPin>>,
+    found: FoundKey,
     options: ConnectOptions,
     pin: KeyPin,
 }
@@ -251,7 +251,7 @@ async fn in_time<T>(
 async fn handshake(
     address: &str,
     config: Arc<ClientConfig>,
-    found: &OnceLock<KeyPin>,
+    found: &FoundKey,
 ) -> Result<TlsStream<TcpStream>, ConnectError> {
     let named = || address.to_owned();
     let targets: Vec<_> = tokio::net::lookup_host(address)
@@ -288,7 +288,7 @@ async fn await_admission(
 }
 
 /// What a failed handshake means.
-pub(crate) fn refusal(address: &str, error: io::Error, found: Option<&KeyPin>) -> ConnectError {
+pub(crate) fn refusal(address: &str, error: io::Error, found: Option<KeyPin>) -> ConnectError {
     let address = address.to_owned();
     let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
     match (tls, found) {
@@ -296,7 +296,7 @@ pub(crate) fn refusal(address: &str, error: io::Error, found: Option<&KeyPin>) -
             ConnectError::Rejected { address, alert: format!("{alert:?}") }
         }
         (Some(rustls::Error::InvalidCertificate(_)), Some(found)) => {
-            ConnectError::WrongKey { address, found: *found }
+            ConnectError::WrongKey { address, found }
         }
         _ => ConnectError::Protocol { address, reason: error.to_string() },
     }

@@ -13,9 +13,7 @@ use std::process::{Command, Stdio};
 pub(crate) fn run(places: &Places, arguments: &[String]) -> Result<()> {
     setup::ensure(places)?;
     let oracle = setup::oracle::ensure(places)?;
-    if let Some(hint) = tools::hint_for_tests() {
-        eprintln!("{hint}");
-    }
+    tools::prepare_for_tests()?;
     let packages = if names_packages(arguments) { vec![] } else { vec!["--workspace"] };
     // One build for all: the test executables, and `mlxnode` itself, which the tests over processes start.
     command::run(command::cargo(&places.repository).args([

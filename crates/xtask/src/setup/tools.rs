@@ -171,15 +171,21 @@ fn is_installed(package: &str) -> bool {
         .is_ok_and(|status| status.trim() == "install ok installed")
 }
 
-/// The packages that some tests need and that are not here, with the command that installs them; none on macOS.
-pub(crate) fn hint_for_tests() -> Option<String> {
+/// Packages that some tests need beyond set-up: installed where the machine is ours, else named with the command that
+/// installs them. The rest of the tests runs without.
+pub(crate) fn prepare_for_tests() -> Result<()> {
     if !cfg!(target_os = "linux") || !is_debian() {
-        return None;
+        return Ok(());
+    }
+    if may_install() {
+        return install_missing_packages();
     }
     let missing: Vec<_> = TEST_PACKAGES.into_iter().filter(|package| !is_installed(package)).collect();
-    let sudo = if is_root() { "" } else { "sudo " };
-    (!missing.is_empty())
-        .then(|| format!("some tests need more: {sudo}apt-get install {}", missing.join(" ")))
+    if !missing.is_empty() {
+        let sudo = if is_root() { "" } else { "sudo " };
+        eprintln!("some tests need more: {sudo}apt-get install {}", missing.join(" "));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

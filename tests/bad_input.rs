@@ -11,7 +11,11 @@ fn refused(node: &NodeProcess, arguments: &[&str], words: &[&str]) -> Result<()>
     let output = node.output(arguments)?;
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(!output.status.success(), "{arguments:?} went through");
-    ensure!(output.stdout.is_empty(), "{arguments:?} wrote to stdout: {}", String::from_utf8_lossy(&output.stdout));
+    ensure!(
+        output.stdout.is_empty(),
+        "{arguments:?} wrote to stdout: {}",
+        String::from_utf8_lossy(&output.stdout)
+    );
     for word in words {
         ensure!(text.to_lowercase().contains(&word.to_lowercase()), "{arguments:?}: no {word:?} in: {text}");
     }
@@ -41,8 +45,11 @@ fn story_wrong_wishes_are_refused_with_a_sentence() -> Result<()> {
 #[test]
 fn story_a_model_that_is_too_large_is_refused_with_numbers() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let setup =
-        NodeSetup { name: "tiny".into(), arguments: vec!["--memory-budget".into(), "3MB".into()], ..Default::default() };
+    let setup = NodeSetup {
+        name: "tiny".into(),
+        arguments: vec!["--memory-budget".into(), "3MB".into()],
+        ..Default::default()
+    };
     let node = NodeProcess::start(&folder.path().join("tiny"), &setup)?;
     let plan = node.json(&["plan", "demo"])?;
     assert_eq!(plan["fits"], false, "{plan}");
@@ -58,7 +65,17 @@ fn story_invites_that_are_wrong_used_or_foreign_are_refused() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let join = |invite: &str, name: &str| -> Result<String> {
         let output = binary::command()?
-            .args(["join", "--json", "--listen", "127.0.0.1:0", "--invite", invite, "--peer", &address, "--data-dir"])
+            .args([
+                "join",
+                "--json",
+                "--listen",
+                "127.0.0.1:0",
+                "--invite",
+                invite,
+                "--peer",
+                &address,
+                "--data-dir",
+            ])
             .arg(folder.path().join(name))
             .output()?;
         ensure!(!output.status.success(), "{invite} was accepted");
@@ -92,8 +109,10 @@ fn story_invites_that_are_wrong_used_or_foreign_are_refused() -> Result<()> {
 #[test]
 fn story_two_nodes_of_one_name_are_told_apart() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let first =
-        NodeProcess::start(&folder.path().join("a"), &NodeSetup { name: "studio".into(), ..NodeSetup::default() })?;
+    let first = NodeProcess::start(
+        &folder.path().join("a"),
+        &NodeSetup { name: "studio".into(), ..NodeSetup::default() },
+    )?;
     let invite = first.json(&["invite"])?;
     let second = NodeProcess::start(
         &folder.path().join("b"),

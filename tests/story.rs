@@ -62,7 +62,17 @@ fn story_one_two_and_three_stages_give_the_same_tokens_greedy_and_seeded() -> Re
         assert_eq!(stage_names(&ready_deployment(node)?).len().to_string(), stages);
         let greedy = node.json(&QUESTION)?;
         let seeded = node.json(&[
-            "generate", "--prompt", "Sort 31, 4, 15", "--temp", "1.5", "--top-p", "0.95", "--seed", "7", "--max-tokens", "40",
+            "generate",
+            "--prompt",
+            "Sort 31, 4, 15",
+            "--temp",
+            "1.5",
+            "--top-p",
+            "0.95",
+            "--seed",
+            "7",
+            "--max-tokens",
+            "40",
         ])?;
         seen.push((greedy["token_ids"].clone(), seeded["token_ids"].clone()));
         node.json(&["unload", "demo"])?;
@@ -138,7 +148,12 @@ fn story_a_node_leaves_and_another_is_forgotten() -> Result<()> {
     let forgotten = &cluster.nodes[1];
     eventually(Duration::from_secs(10), || {
         let status = forgotten.json(&["status"])?;
-        let alive = status["nodes"].as_array().context("nodes")?.iter().filter(|entry| entry["state"] == "alive").count();
+        let alive = status["nodes"]
+            .as_array()
+            .context("nodes")?
+            .iter()
+            .filter(|entry| entry["state"] == "alive")
+            .count();
         ensure!(alive <= 1, "still linked: {status}");
         Ok(())
     })

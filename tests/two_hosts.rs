@@ -51,7 +51,12 @@ fn story_two_hosts_find_each_other_pair_by_short_code_and_leave_no_plaintext_on_
     for node in [&first, &second] {
         eventually(Duration::from_secs(15), || {
             let status = node.json(&["status"])?;
-            let alive = status["nodes"].as_array().context("nodes")?.iter().filter(|node| node["state"] == "alive").count();
+            let alive = status["nodes"]
+                .as_array()
+                .context("nodes")?
+                .iter()
+                .filter(|node| node["state"] == "alive")
+                .count();
             ensure!(alive == 2, "{status}");
             Ok(())
         })?;

@@ -36,7 +36,9 @@ fn answer_to(port: u16, bytes: &[u8]) -> Result<Vec<u8>> {
     let mut answer = Vec::new();
     // A reset is as good a refusal as a close.
     match stream.read_to_end(&mut answer) {
-        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => anyhow::bail!("port {port} keeps a stranger waiting"),
+        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+            anyhow::bail!("port {port} keeps a stranger waiting")
+        }
         _ => Ok(answer),
     }
 }
@@ -55,7 +57,17 @@ fn story_a_stranger_gets_nothing_but_an_alert_out_of_any_port() -> Result<()> {
     let key = folder.path().join("key.pem");
     let certificate = folder.path().join("cert.pem");
     let made = Command::new("openssl")
-        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=stranger"])
+        .args([
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+            "-subj",
+            "/CN=stranger",
+        ])
         .args(["-days", "10", "-keyout"])
         .arg(&key)
         .arg("-out")
@@ -66,15 +78,28 @@ fn story_a_stranger_gets_nothing_but_an_alert_out_of_any_port() -> Result<()> {
     ensure!(made.success(), "openssl made no certificate");
     for port in ports {
         // Plain text: at most one alert record (type 21).
-        for bytes in [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", &[0; 64]] {
+        for bytes in
+            [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", &[0; 64]]
+        {
             let answer = answer_to(port, bytes)?;
-            ensure!(answer.is_empty() || (answer[0] == 21 && answer.len() == 7), "port {port} answered {answer:?}");
+            ensure!(
+                answer.is_empty() || (answer[0] == 21 && answer.len() == 7),
+                "port {port} answered {answer:?}"
+            );
         }
         // TLS with a key that nobody knows, and with none: the handshake ends in an alert before any application byte.
         for with_key in [true, false] {
             for alpn in ["h2", "mlxnode-pair/1"] {
                 let mut client = Command::new("openssl");
-                client.args(["s_client", "-connect", &format!("127.0.0.1:{port}"), "-alpn", alpn, "-quiet", "-no_ign_eof"]);
+                client.args([
+                    "s_client",
+                    "-connect",
+                    &format!("127.0.0.1:{port}"),
+                    "-alpn",
+                    alpn,
+                    "-quiet",
+                    "-no_ign_eof",
+                ]);
                 if with_key {
                     client.arg("-cert").arg(&certificate).arg("-key").arg(&key);
                 }
@@ -88,8 +113,15 @@ fn story_a_stranger_gets_nothing_but_an_alert_out_of_any_port() -> Result<()> {
                 drop(stdin);
                 let output = child.wait_with_output()?;
                 let words = String::from_utf8_lossy(&output.stderr).into_owned();
-                ensure!(output.stdout.is_empty(), "port {port}, {alpn}, key {with_key}: got {:?}", output.stdout);
-                ensure!(words.to_lowercase().contains("alert"), "port {port}, {alpn}, key {with_key}: no alert: {words}");
+                ensure!(
+                    output.stdout.is_empty(),
+                    "port {port}, {alpn}, key {with_key}: got {:?}",
+                    output.stdout
+                );
+                ensure!(
+                    words.to_lowercase().contains("alert"),
+                    "port {port}, {alpn}, key {with_key}: no alert: {words}"
+                );
             }
         }
     }

@@ -32,7 +32,9 @@ const FORWARDED: &str = "mlxnode-forwarded";
 /// `UNAVAILABLE` when it was handed on already.
 pub(crate) fn forwarded<T>(request: Request<T>) -> Result<Request<T>, Status> {
     if request.metadata().contains_key(FORWARDED) {
-        return Err(Status::unavailable("this node is not the coordinator (any more); try again in a moment"));
+        return Err(Status::unavailable(
+            "this node is not the coordinator (any more); try again in a moment",
+        ));
     }
     let timeout = request.metadata().get("grpc-timeout").cloned();
     let mut onward = Request::new(request.into_inner());

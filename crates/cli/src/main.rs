@@ -27,7 +27,7 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let arguments = arguments::Arguments::parse();
-    logging::start(&arguments.global);
+    logging::start(&arguments);
     match commands::run(arguments) {
         Ok(code) => code,
         Err(error) => error::report(&error),

@@ -1,6 +1,6 @@
 //! The command line in one process: help, wrong inputs, and answers of the demo model.
 
-#![allow(clippy::unwrap_used)] // helpers of tests are test code, too
+#![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests are test code, too
 
 use serde_json::Value;
 use std::io::{Read as _, Write as _};
@@ -63,6 +63,9 @@ fn stderr(output: &Output) -> String {
 fn demo_folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../hub/demo-model/model")
 }
+
+/// What to break in a model's folder.
+type Damage = fn(&Path);
 
 /// A copy of the demo model in which something is wrong.
 fn damaged(damage: impl FnOnce(&Path)) -> (TempDir, String) {
@@ -175,7 +178,7 @@ fn check_sentence(output: &Output, case: &[&str], named: &str) {
 #[test]
 fn damaged_models_are_named() {
     let user = User::new();
-    let cases: [(&str, fn(&Path)); 8] = [
+    let cases: [(&str, Damage); 8] = [
         ("config.json", |folder| std::fs::remove_file(folder.join("config.json")).unwrap()),
         ("safetensors", |folder| std::fs::remove_file(folder.join("model.safetensors")).unwrap()),
         ("safetensors", |folder| {

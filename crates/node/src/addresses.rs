@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 /// HOST:PORT, best first: the bound address itself, or, when the listener is bound to all, every address of this machine that
 /// others can use. Loopback only when there is nothing else.
-pub fn reachable(bound: SocketAddr) -> Vec<String> {
+pub(crate) fn reachable(bound: SocketAddr) -> Vec<String> {
     if !bound.ip().is_unspecified() {
         return vec![bound.to_string()];
     }
@@ -24,16 +24,18 @@ pub fn reachable(bound: SocketAddr) -> Vec<String> {
 }
 
 /// How a client on this machine dials the listener.
-pub fn local(bound: SocketAddr) -> SocketAddr {
+pub(crate) fn local(bound: SocketAddr) -> SocketAddr {
     match bound.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => SocketAddr::new(IpAddr::from([127, 0, 0, 1]), bound.port()),
-        IpAddr::V6(ip) if ip.is_unspecified() => SocketAddr::new(std::net::Ipv6Addr::LOCALHOST.into(), bound.port()),
+        IpAddr::V6(ip) if ip.is_unspecified() => {
+            SocketAddr::new(std::net::Ipv6Addr::LOCALHOST.into(), bound.port())
+        }
         _ => bound,
     }
 }
 
 /// HOST of HOST:PORT, brackets of IPv6 included.
-pub fn host(address: &str) -> &str {
+pub(crate) fn host(address: &str) -> &str {
     address.rsplit_once(':').map_or(address, |(host, _)| host)
 }
 
@@ -45,7 +47,10 @@ mod tests {
     fn a_bound_address_stands_for_itself_and_all_stands_for_the_interfaces() {
         assert_eq!(reachable("127.0.0.1:7".parse().unwrap()), ["127.0.0.1:7"]);
         let all = reachable("0.0.0.0:7".parse().unwrap());
-        assert!(!all.is_empty() && all.iter().all(|address| address.ends_with(":7") && !address.starts_with("0.")));
+        assert!(
+            !all.is_empty()
+                && all.iter().all(|address| address.ends_with(":7") && !address.starts_with("0."))
+        );
         assert_eq!(local("0.0.0.0:7".parse().unwrap()), "127.0.0.1:7".parse().unwrap());
         assert_eq!((host("10.0.0.1:7"), host("[::1]:7")), ("10.0.0.1", "[::1]"));
     }

@@ -37,15 +37,25 @@ pub(crate) struct RosterRoute {
 impl CoordinatorRoute for RosterRoute {
     fn route(&self) -> Result<Route, Status> {
         let signed = self.roster.current();
-        let roster = signed.as_ref().ok_or_else(|| Status::failed_precondition("this node belongs to no cluster any more"))?;
+        let roster = signed
+            .as_ref()
+            .ok_or_else(|| Status::failed_precondition("this node belongs to no cluster any more"))?;
         let coordinator = roster.roster().coordinator();
         if coordinator == self.own {
-            let here = self.here.clone().ok_or_else(|| Status::unavailable("the coordinator is starting; try again in a moment"))?;
+            let here = self
+                .here
+                .clone()
+                .ok_or_else(|| Status::unavailable("the coordinator is starting; try again in a moment"))?;
             return Ok(Route::Here(here));
         }
         self.mesh.channel(&coordinator).map(Route::There).ok_or_else(|| {
-            let name = roster.roster().get(&coordinator).map_or_else(|| coordinator.short(), |entry| entry.name.clone());
-            Status::unavailable(format!("the coordinator {name} cannot be reached; is it on, and in the same network?"))
+            let name = roster
+                .roster()
+                .get(&coordinator)
+                .map_or_else(|| coordinator.short(), |entry| entry.name.clone());
+            Status::unavailable(format!(
+                "the coordinator {name} cannot be reached; is it on, and in the same network?"
+            ))
         })
     }
 }
@@ -84,7 +94,8 @@ async fn follow_once(
 ) -> Result<(), Status> {
     let mut listings = client.watch(WatchModelsRequest {}).await?.into_inner();
     while let Some(listing) = listings.message().await? {
-        let deployments = listing.deployments.into_iter().map(deployment_from_wire).collect::<Result<Vec<_>, _>>()?;
+        let deployments =
+            listing.deployments.into_iter().map(deployment_from_wire).collect::<Result<Vec<_>, _>>()?;
         view.send_replace(DeploymentsView { deployments, is_current: true });
     }
     Ok(())
@@ -111,7 +122,11 @@ pub(crate) async fn bring_news(coordinator: CoordinatorHandle, nodes: ClusterNod
         for node in alive {
             watches.entry(node).or_insert_with(|| {
                 coordinator.node_joined(node);
-                AbortOnDropHandle::new(tokio::spawn(watch_node(node, nodes.mesh.clone(), coordinator.clone())))
+                AbortOnDropHandle::new(tokio::spawn(watch_node(
+                    node,
+                    nodes.mesh.clone(),
+                    coordinator.clone(),
+                )))
             });
         }
         tokio::select! {

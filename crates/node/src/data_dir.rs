@@ -125,7 +125,9 @@ impl DataDir {
     pub fn write_node_certificate(&self, pem: &str) -> Result<(), DataDirError> {
         let path = self.node_certificate();
         let new = path.with_extension("new");
-        fs::write(&new, pem).and_then(|()| fs::rename(&new, &path)).map_err(|source| DataDirError::Io { path, source })
+        fs::write(&new, pem)
+            .and_then(|()| fs::rename(&new, &path))
+            .map_err(|source| DataDirError::Io { path, source })
     }
 
     /// Where the running node listens; `None` when no node runs here.

@@ -1,7 +1,7 @@
 //! Errors as one sentence.
 
 /// The error and its causes, joined by colons: for messages that cross a process or a network.
-pub fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -5,20 +5,20 @@ use mlxnode_compute::ByteCount;
 
 /// Facts about the machine that do not change while the node runs.
 #[derive(Clone, Debug, PartialEq)]
-pub struct MachineFacts {
+pub(crate) struct MachineFacts {
     /// Name shown to people.
-    pub name: String,
+    pub(crate) name: String,
     /// Physical memory.
-    pub memory_total: ByteCount,
+    pub(crate) memory_total: ByteCount,
     /// What models may use of it.
-    pub memory_budget: ByteCount,
+    pub(crate) memory_budget: ByteCount,
     /// "Apple M4 Max", or the processor's name on other systems.
-    pub chip: String,
+    pub(crate) chip: String,
 }
 
 impl MachineFacts {
     /// Asks the system; the options decide where they say something.
-    pub fn read(options: &NodeOptions) -> Self {
+    pub(crate) fn read(options: &NodeOptions) -> Self {
         let (memory_total, chip) = match sysinfo::System::new() {
             Ok(mut system) => {
                 system.refresh_memory();

@@ -48,7 +48,8 @@ pub(crate) struct Members {
 impl NodeHousehold {
     pub(crate) fn new(members: Members) -> Self {
         let changes = Arc::new(watch::Sender::new(0));
-        let counting = tokio::spawn(count_changes(members.roster.clone(), members.mesh.clone(), changes.clone()));
+        let counting =
+            tokio::spawn(count_changes(members.roster.clone(), members.mesh.clone(), changes.clone()));
         Self {
             own: members.own,
             cluster: members.cluster,
@@ -129,8 +130,11 @@ impl Household for NodeHousehold {
 
     async fn forget(&self, reference: &str) -> Result<NodeView, HouseholdError> {
         let roster = self.roster.current().ok_or_else(|| failure(RegistrarError::NoCluster))?;
-        let entry =
-            roster.roster().find(reference).map_err(|error| HouseholdError::UnknownNode(error.to_string()))?.clone();
+        let entry = roster
+            .roster()
+            .find(reference)
+            .map_err(|error| HouseholdError::UnknownNode(error.to_string()))?
+            .clone();
         let view = self.node_view(&entry, &self.mesh.peers());
         if entry.node_id == self.own {
             let text = format!("{} is this node: `mlxnode leave` takes it out", entry.name);
@@ -162,7 +166,9 @@ impl Household for NodeHousehold {
             ));
         }
         self.roster.clear().map_err(|error| HouseholdError::Failed(crate::error::chain(&error)))?;
-        self.data_dir.forget_cluster().map_err(|error| HouseholdError::Failed(crate::error::chain(&error)))?;
+        self.data_dir
+            .forget_cluster()
+            .map_err(|error| HouseholdError::Failed(crate::error::chain(&error)))?;
         self.left.send_replace(true);
         Ok(())
     }

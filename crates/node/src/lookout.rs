@@ -67,7 +67,8 @@ async fn merge(
 ) {
     let Some(mut found) = found else { return };
     loop {
-        let all = named.iter().chain(found.borrow_and_update().iter()).take(MAX_CANDIDATES).cloned().collect();
+        let all =
+            named.iter().chain(found.borrow_and_update().iter()).take(MAX_CANDIDATES).cloned().collect();
         merged.send_replace(all);
         if found.changed().await.is_err() {
             return;

@@ -27,9 +27,10 @@ use mlxnode_api::front::Front;
 use mlxnode_api::models::{Busy, ModelsService};
 use mlxnode_api::{InferenceService, PublicServices, public_routes};
 use mlxnode_cluster::{
-    AccessList, ClusterAdmission, ClusterKey, Discovery, Identity, InviteError, InviteSecret, Inviter, JoinError, KeyError,
-    MeshHandle, MeshOptions, NodeFacts, NodeId, Role, Roster, RosterEntry, RosterError, RosterStore, RosterStoreError,
-    ServeError, ServeOptions, SqliteControlLog, Timing, announce_invites, find_inviters, peer_service, serve,
+    AccessList, ClusterAdmission, ClusterKey, Discovery, Identity, InviteError, InviteSecret, Inviter,
+    JoinError, KeyError, MeshHandle, MeshOptions, NodeFacts, NodeId, Role, Roster, RosterEntry, RosterError,
+    RosterStore, RosterStoreError, ServeError, ServeOptions, SqliteControlLog, Timing, announce_invites,
+    find_inviters, peer_service, serve,
 };
 use mlxnode_coordinator::coordinator::{self, Coordinator, CoordinatorHandle};
 use mlxnode_coordinator::scheduler::Statistics;
@@ -81,7 +82,9 @@ pub enum NodeError {
     #[error("this node was removed from the cluster {0}; join again with `mlxnode join --invite CODE`")]
     Removed(String),
     /// An invite, but a member already.
-    #[error("this node belongs to the cluster {0} already; run `mlxnode leave` first, or join without --invite")]
+    #[error(
+        "this node belongs to the cluster {0} already; run `mlxnode leave` first, or join without --invite"
+    )]
     Member(String),
     /// The control log or the coordinator.
     #[error("cannot start the coordinator: {0}")]
@@ -134,7 +137,8 @@ impl Node {
         let listener = TcpListener::bind(options.listen)
             .await
             .map_err(|source| NodeError::Listen { address: options.listen, source })?;
-        let bound = listener.local_addr().map_err(|source| NodeError::Listen { address: options.listen, source })?;
+        let bound =
+            listener.local_addr().map_err(|source| NodeError::Listen { address: options.listen, source })?;
         let machine = MachineFacts::read(&options);
         let reachable = addresses::reachable(bound);
         let facts = NodeFacts {
@@ -169,8 +173,10 @@ impl Node {
         let registrar = Arc::new(Registrar::new(roster.clone(), key));
         let inviter = Arc::new(Inviter::new(identity.clone(), registrar.clone()));
         let advertised = addresses::host(reachable.first().map_or("127.0.0.1", String::as_str)).to_owned();
-        let workers_options = WorkersOptions { command: options.worker_command.clone(), listen: bound.ip(), advertised };
-        let workers = Workers::new(workers_options, identity.clone(), Arc::new(Hub::new(options.hub.clone())));
+        let workers_options =
+            WorkersOptions { command: options.worker_command.clone(), listen: bound.ip(), advertised };
+        let workers =
+            Workers::new(workers_options, identity.clone(), Arc::new(Hub::new(options.hub.clone())));
         let schedulers = Schedulers::new(identity.clone(), workers.clone());
 
         let nodes = ClusterNodes {
@@ -181,7 +187,9 @@ impl Node {
             schedulers: schedulers.clone(),
         };
         let (handle, coordinator) = match coordinates {
-            true => start_coordinator(&data_dir, &nodes).await.map(|(handle, owner)| (Some(handle), Some(owner)))?,
+            true => start_coordinator(&data_dir, &nodes)
+                .await
+                .map(|(handle, owner)| (Some(handle), Some(owner)))?,
             false => (None, None),
         };
         let route =
@@ -223,9 +231,13 @@ impl Node {
         })
         .await
         .map_err(|error| NodeError::Api(error.to_string()))?;
-        let control = NodeControlServer::new(NodeControlService { workers: workers.clone(), schedulers: schedulers.clone() });
-        let replica = ReplicaServer::new(ReplicaService { schedulers: schedulers.clone(), workers: workers.clone() })
-            .max_decoding_message_size(LARGEST_MESSAGE);
+        let control = NodeControlServer::new(NodeControlService {
+            workers: workers.clone(),
+            schedulers: schedulers.clone(),
+        });
+        let replica =
+            ReplicaServer::new(ReplicaService { schedulers: schedulers.clone(), workers: workers.clone() })
+                .max_decoding_message_size(LARGEST_MESSAGE);
         let routes = public
             .add_service(InterceptedService::new(control, only(NODES)))
             .add_service(InterceptedService::new(replica, only(NODES)))
@@ -365,8 +377,11 @@ async fn become_member(
         (None, None) => {
             let key = ClusterKey::load_or_create(data_dir.root())?;
             let cluster_name = options.cluster_name.clone().unwrap_or_else(|| facts.name.clone());
-            let founder =
-                RosterEntry { node_id: identity.id(), name: facts.name.clone(), addresses: facts.addresses.clone() };
+            let founder = RosterEntry {
+                node_id: identity.id(),
+                name: facts.name.clone(),
+                addresses: facts.addresses.clone(),
+            };
             let signed = key.sign(Roster::found(&key, &cluster_name, founder)).map_err(NodeError::Found)?;
             Ok(roster.adopt(signed)?)
         }

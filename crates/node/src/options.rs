@@ -34,7 +34,12 @@ pub struct NodeOptions {
 
 impl NodeOptions {
     /// The defaults, with this data directory and listening address. The worker's command is this very executable.
-    pub fn new(data_dir: impl Into<PathBuf>, listen: SocketAddr, worker_command: PathBuf, hub: mlxnode_hub::Options) -> Self {
+    pub fn new(
+        data_dir: impl Into<PathBuf>,
+        listen: SocketAddr,
+        worker_command: PathBuf,
+        hub: mlxnode_hub::Options,
+    ) -> Self {
         Self {
             data_dir: data_dir.into(),
             listen,

@@ -2,8 +2,8 @@
 
 use async_trait::async_trait;
 use mlxnode_cluster::{
-    Admit, ClusterKey, Departures, JoinRequest, NodeId, Refusal, RosterEntry, RosterError, RosterStore, RosterStoreError,
-    SignedRoster,
+    Admit, ClusterKey, Departures, JoinRequest, NodeId, Refusal, RosterEntry, RosterError, RosterStore,
+    RosterStoreError, SignedRoster,
 };
 use std::sync::{Arc, Mutex, PoisonError};
 use tracing::info;

@@ -4,7 +4,8 @@ use crate::workers::{Workers, WorkersError};
 use mlxnode_cluster::Identity;
 use mlxnode_coordinator::deployments::Attempt;
 use mlxnode_coordinator::scheduler::{
-    self, Drive, DriveCommand, DriveEvent, Ended, Limits, RunError, RunRequest, RunStream, SchedulerHandle, Statistics,
+    self, Drive, DriveCommand, DriveEvent, Ended, Limits, RunError, RunRequest, RunStream, SchedulerHandle,
+    Statistics,
 };
 use mlxnode_text::TextFiles;
 use mlxnode_worker::{DriveClient, DriveError, DriveEvents};
@@ -16,7 +17,7 @@ use tracing::{info, warn};
 
 /// Why a scheduler could not be started.
 #[derive(Debug, thiserror::Error)]
-pub enum SchedulersError {
+pub(crate) enum SchedulersError {
     /// The first stage is not here.
     #[error(transparent)]
     Workers(#[from] WorkersError),
@@ -27,7 +28,7 @@ pub enum SchedulersError {
 
 /// All schedulers of this node. Cheap to clone.
 #[derive(Clone)]
-pub struct Schedulers {
+pub(crate) struct Schedulers {
     shared: Arc<Shared>,
 }
 
@@ -49,7 +50,7 @@ const IN_FLIGHT: usize = 64;
 
 impl Schedulers {
     /// None yet.
-    pub fn new(identity: Arc<Identity>, workers: Workers) -> Self {
+    pub(crate) fn new(identity: Arc<Identity>, workers: Workers) -> Self {
         Self { shared: Arc::new(Shared { identity, workers, running: Mutex::default() }) }
     }
 
@@ -57,7 +58,12 @@ impl Schedulers {
     ///
     /// # Errors
     /// [`SchedulersError`].
-    pub async fn start(&self, attempt: Attempt, source: String, limits: Limits) -> Result<(), SchedulersError> {
+    pub(crate) async fn start(
+        &self,
+        attempt: Attempt,
+        source: String,
+        limits: Limits,
+    ) -> Result<(), SchedulersError> {
         let worker = self.shared.workers.first_stage(&attempt)?;
         let address = worker.local_address().to_string();
         let (client, events) = DriveClient::connect(&address, worker.key_pin(), &self.shared.identity)
@@ -77,13 +83,14 @@ impl Schedulers {
             }
         }));
         info!(model = attempt.name, epoch = attempt.epoch, "scheduler started");
-        let running = Running { source, handle, _tasks: [sending, receiving, owner], attempt: attempt.clone() };
+        let running =
+            Running { source, handle, _tasks: [sending, receiving, owner], attempt: attempt.clone() };
         self.running().insert(attempt.name, running);
         Ok(())
     }
 
     /// Ends the scheduler of a deployment up to this epoch; its requests end with an error.
-    pub fn stop(&self, attempt: &Attempt) {
+    pub(crate) fn stop(&self, attempt: &Attempt) {
         let mut running = self.running();
         if running.get(&attempt.name).is_some_and(|running| running.attempt.epoch <= attempt.epoch) {
             running.remove(&attempt.name);
@@ -91,7 +98,7 @@ impl Schedulers {
     }
 
     /// Ends all.
-    pub fn stop_all(&self) {
+    pub(crate) fn stop_all(&self) {
         self.running().clear();
     }
 
@@ -99,7 +106,7 @@ impl Schedulers {
     ///
     /// # Errors
     /// When no scheduler of this deployment runs here.
-    pub fn run(&self, deployment: &str, request: RunRequest) -> Result<RunStream, RunError> {
+    pub(crate) fn run(&self, deployment: &str, request: RunRequest) -> Result<RunStream, RunError> {
         let handle = self.running().get(deployment).map(|running| running.handle.clone());
         let handle = handle.ok_or_else(|| not_here(deployment))?;
         Ok(handle.run(request))
@@ -109,10 +116,15 @@ impl Schedulers {
     ///
     /// # Errors
     /// When no scheduler of this deployment runs here, or the files cannot be read.
-    pub async fn text_files(&self, deployment: &str) -> Result<TextFiles, RunError> {
+    pub(crate) async fn text_files(&self, deployment: &str) -> Result<TextFiles, RunError> {
         let source = self.running().get(deployment).map(|running| running.source.clone());
         let source = source.ok_or_else(|| not_here(deployment))?;
-        let folder = self.shared.workers.resolve(&source).await.map_err(|error| RunError::Failed(error.to_string()))?;
+        let folder = self
+            .shared
+            .workers
+            .resolve(&source)
+            .await
+            .map_err(|error| RunError::Failed(error.to_string()))?;
         let read = tokio::task::spawn_blocking(move || TextFiles::read(&folder)).await;
         match read {
             Ok(files) => files.map_err(|error| RunError::Failed(crate::error::chain(&error))),
@@ -121,12 +133,12 @@ impl Schedulers {
     }
 
     /// How busy each deployment's scheduler on this node is.
-    pub fn statistics(&self) -> BTreeMap<String, Statistics> {
+    pub(crate) fn statistics(&self) -> BTreeMap<String, Statistics> {
         self.running().iter().map(|(name, running)| (name.clone(), running.handle.statistics())).collect()
     }
 
     /// Requests that run or wait on this node, over all deployments.
-    pub fn busy(&self) -> usize {
+    pub(crate) fn busy(&self) -> usize {
         self.statistics().values().map(|statistics| statistics.active + statistics.queued).sum()
     }
 
@@ -143,7 +155,9 @@ fn not_here(deployment: &str) -> RunError {
 async fn send_commands(mut commands: mpsc::Receiver<DriveCommand>, client: DriveClient) {
     while let Some(command) = commands.recv().await {
         let command = match command {
-            DriveCommand::Open { sequence, prompt, spec } => mlxnode_worker::DriveCommand::Open { sequence, prompt, spec },
+            DriveCommand::Open { sequence, prompt, spec } => {
+                mlxnode_worker::DriveCommand::Open { sequence, prompt, spec }
+            }
             DriveCommand::Cancel { sequence } => mlxnode_worker::DriveCommand::Cancel { sequence },
         };
         if let Err(error) = client.send(command).await {
@@ -165,7 +179,9 @@ async fn receive_events(mut events: DriveEvents, sender: mpsc::Sender<DriveEvent
                 end: token.end,
             },
             Ok(mlxnode_worker::DriveEvent::Closed { sequence }) => DriveEvent::Closed { sequence },
-            Ok(mlxnode_worker::DriveEvent::Failed { sequence, reason }) => DriveEvent::Failed { sequence, reason },
+            Ok(mlxnode_worker::DriveEvent::Failed { sequence, reason }) => {
+                DriveEvent::Failed { sequence, reason }
+            }
             Err(DriveError::Lost(reason)) => {
                 info!(reason, "the replica's stream ended");
                 return;

@@ -7,7 +7,8 @@ use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
 use mlxnode_proto::internal::v1 as proto;
 use mlxnode_worker::SampledToken;
 use mlxnode_worker::wire::{
-    WireError, sampled_token_from_proto, sampled_token_to_proto, sequence_spec_from_proto, sequence_spec_to_proto,
+    WireError, sampled_token_from_proto, sampled_token_to_proto, sequence_spec_from_proto,
+    sequence_spec_to_proto,
 };
 use tonic::Status;
 
@@ -84,7 +85,11 @@ pub(crate) fn links(links: Option<proto::WorkerLinks>) -> Result<Links, Status> 
     Ok(Links {
         next: neighbour(links.next)?,
         previous: neighbour(links.previous)?,
-        drivers: links.drivers.iter().map(|pin| hash(pin).map(NodeId::from_bytes)).collect::<Result<_, _>>()?,
+        drivers: links
+            .drivers
+            .iter()
+            .map(|pin| hash(pin).map(NodeId::from_bytes))
+            .collect::<Result<_, _>>()?,
     })
 }
 
@@ -100,7 +105,10 @@ pub(crate) fn run_to_proto(deployment: &str, run: &RunRequest) -> Result<proto::
     })
 }
 
-pub(crate) fn run(run: proto::RunRequest, deadline: Option<std::time::Instant>) -> Result<RunRequest, Status> {
+pub(crate) fn run(
+    run: proto::RunRequest,
+    deadline: Option<std::time::Instant>,
+) -> Result<RunRequest, Status> {
     let spec = run.spec.ok_or_else(|| Status::invalid_argument("spec is missing"))?;
     let spec = sequence_spec_from_proto(spec, run.prompt.len())
         .map_err(|error| Status::invalid_argument(error.to_string()))?;
@@ -125,12 +133,15 @@ pub(crate) fn run_event(event: proto::RunEvent) -> Result<RunEvent, RunError> {
     match event.event {
         Some(Event::Started(_)) => Ok(RunEvent::Started),
         Some(Event::Token(token)) => {
-            let token = sampled_token_from_proto(token).map_err(|error| RunError::Failed(error.to_string()))?;
+            let token =
+                sampled_token_from_proto(token).map_err(|error| RunError::Failed(error.to_string()))?;
             let SampledToken { position, sampled, end, .. } = token;
             Ok(RunEvent::Token { position, sampled, end })
         }
         Some(Event::Failed(failed)) => Err(run_failed(failed)),
-        None => Err(RunError::Failed("the scheduler's node sent an event that this release does not know".into())),
+        None => {
+            Err(RunError::Failed("the scheduler's node sent an event that this release does not know".into()))
+        }
     }
 }
 

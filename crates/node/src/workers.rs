@@ -20,7 +20,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// Why an order was not carried out.
 #[derive(Debug, thiserror::Error)]
-pub enum WorkersError {
+pub(crate) enum WorkersError {
     /// An order of the past.
     #[error("this order is of epoch {ordered} of {deployment}, but epoch {newest} has begun")]
     Stale {
@@ -57,29 +57,29 @@ pub enum WorkersError {
 
 /// A worker process that ended, for whatever reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WorkerEnded {
+pub(crate) struct WorkerEnded {
     /// Of which attempt.
-    pub attempt: Attempt,
+    pub(crate) attempt: Attempt,
     /// Its process id.
-    pub pid: u32,
+    pub(crate) pid: u32,
     /// "ended with signal 9"
-    pub reason: String,
+    pub(crate) reason: String,
 }
 
 /// How workers are started here.
 #[derive(Clone, Debug)]
-pub struct WorkersOptions {
+pub(crate) struct WorkersOptions {
     /// The executable: this node's own.
-    pub command: PathBuf,
+    pub(crate) command: PathBuf,
     /// Where workers listen: the node's own address, a port of their choice.
-    pub listen: IpAddr,
+    pub(crate) listen: IpAddr,
     /// The host under which other nodes reach this one.
-    pub advertised: String,
+    pub(crate) advertised: String,
 }
 
 /// All workers of this node. Cheap to clone; when the last clone is dropped the processes are killed.
 #[derive(Clone)]
-pub struct Workers {
+pub(crate) struct Workers {
     shared: Arc<Shared>,
 }
 
@@ -122,11 +122,11 @@ struct Held {
 
 /// What MLX holds in a worker.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Memory {
+pub(crate) struct Memory {
     /// Now.
-    pub active: ByteCount,
+    pub(crate) active: ByteCount,
     /// At most, since the shard was loaded.
-    pub peak: ByteCount,
+    pub(crate) peak: ByteCount,
 }
 
 /// How often a worker's memory is read for `status`.
@@ -138,13 +138,13 @@ const ENDS: usize = 256;
 
 impl Workers {
     /// No workers yet.
-    pub fn new(options: WorkersOptions, identity: Arc<Identity>, hub: Arc<Hub>) -> Self {
+    pub(crate) fn new(options: WorkersOptions, identity: Arc<Identity>, hub: Arc<Hub>) -> Self {
         let (ended, _) = broadcast::channel(ENDS);
         Self { shared: Arc::new(Shared { options, identity, hub, state: Mutex::default(), ended }) }
     }
 
     /// Every end of a worker process from now on.
-    pub fn watch(&self) -> broadcast::Receiver<WorkerEnded> {
+    pub(crate) fn watch(&self) -> broadcast::Receiver<WorkerEnded> {
         self.shared.ended.subscribe()
     }
 
@@ -152,7 +152,7 @@ impl Workers {
     ///
     /// # Errors
     /// [`WorkersError`]; then no process is left behind.
-    pub async fn start(
+    pub(crate) async fn start(
         &self,
         attempt: &Attempt,
         source: &str,
@@ -200,7 +200,7 @@ impl Workers {
     ///
     /// # Errors
     /// [`WorkersError`].
-    pub async fn link(&self, attempt: &Attempt, pid: u32, links: Links) -> Result<(), WorkersError> {
+    pub(crate) async fn link(&self, attempt: &Attempt, pid: u32, links: Links) -> Result<(), WorkersError> {
         self.fence(attempt)?;
         let process = self.find(attempt, pid)?;
         Ok(process.set_links(crate::wire::links_to_proto(&links)).await?)
@@ -210,14 +210,15 @@ impl Workers {
     ///
     /// # Errors
     /// When a newer epoch has begun.
-    pub async fn stop(&self, attempt: &Attempt) -> Result<(), WorkersError> {
+    pub(crate) async fn stop(&self, attempt: &Attempt) -> Result<(), WorkersError> {
         self.fence(attempt)?;
         let stopping: Vec<Held> = {
             let mut state = self.state();
             state.stopped.insert(attempt.name.clone(), attempt.epoch);
             let all = std::mem::take(&mut state.held);
-            let (stopping, staying) =
-                all.into_iter().partition(|held| held.attempt.name == attempt.name && held.attempt.epoch <= attempt.epoch);
+            let (stopping, staying) = all
+                .into_iter()
+                .partition(|held| held.attempt.name == attempt.name && held.attempt.epoch <= attempt.epoch);
             state.held = staying;
             stopping
         };
@@ -226,13 +227,13 @@ impl Workers {
     }
 
     /// Ends everything, for the node's own end.
-    pub async fn stop_all(&self) {
+    pub(crate) async fn stop_all(&self) {
         let stopping = std::mem::take(&mut self.state().held);
         futures::future::join_all(stopping.iter().map(|held| held.process.stop())).await;
     }
 
     /// What the workers of a deployment hold on this node, together.
-    pub async fn memory_of(&self, deployment: &str) -> Memory {
+    pub(crate) async fn memory_of(&self, deployment: &str) -> Memory {
         let processes: Vec<_> = {
             let state = self.state();
             let held = state.held.iter().filter(|held| held.attempt.name == deployment);
@@ -246,7 +247,7 @@ impl Workers {
     }
 
     /// What all workers hold, as last read.
-    pub fn memory_used(&self) -> ByteCount {
+    pub(crate) fn memory_used(&self) -> ByteCount {
         self.state().held.iter().map(|held| held.memory.active).sum()
     }
 
@@ -254,7 +255,7 @@ impl Workers {
     ///
     /// # Errors
     /// When it is not on this node.
-    pub fn first_stage(&self, attempt: &Attempt) -> Result<Arc<WorkerProcess>, WorkersError> {
+    pub(crate) fn first_stage(&self, attempt: &Attempt) -> Result<Arc<WorkerProcess>, WorkersError> {
         let state = self.state();
         let found = state.held.iter().find(|held| held.attempt == *attempt && held.shard.layers.is_first());
         found
@@ -267,13 +268,15 @@ impl Workers {
     ///
     /// # Errors
     /// [`WorkersError::Model`].
-    pub async fn prepare(
+    pub(crate) async fn prepare(
         &self,
         source: &str,
         progress: impl Fn(ByteCount, ByteCount) + Send + 'static,
     ) -> Result<[u8; 32], WorkersError> {
         let folder = self.fetch(source, progress).await?;
-        let opened = tokio::task::spawn_blocking(move || Checkpoint::open(&folder).map(|model| model.fingerprint())).await;
+        let opened =
+            tokio::task::spawn_blocking(move || Checkpoint::open(&folder).map(|model| model.fingerprint()))
+                .await;
         match opened {
             Ok(Ok(fingerprint)) => Ok(fingerprint),
             Ok(Err(error)) => Err(WorkersError::Model(crate::error::chain(&error))),
@@ -285,7 +288,7 @@ impl Workers {
     ///
     /// # Errors
     /// [`WorkersError::Model`].
-    pub async fn resolve(&self, source: &str) -> Result<PathBuf, WorkersError> {
+    pub(crate) async fn resolve(&self, source: &str) -> Result<PathBuf, WorkersError> {
         self.fetch(source, |_, _| {}).await
     }
 
@@ -295,10 +298,13 @@ impl Workers {
         source: &str,
         progress: impl Fn(ByteCount, ByteCount) + Send + 'static,
     ) -> Result<PathBuf, WorkersError> {
-        let parsed = ModelSource::parse(source).map_err(|error| WorkersError::Model(crate::error::chain(&error)))?;
+        let parsed =
+            ModelSource::parse(source).map_err(|error| WorkersError::Model(crate::error::chain(&error)))?;
         let hub = self.shared.hub.clone();
         let resolved = tokio::task::spawn_blocking(move || {
-            hub.resolve(&parsed, &|report| progress(ByteCount(report.done_bytes), ByteCount(report.total_bytes)))
+            hub.resolve(&parsed, &|report| {
+                progress(ByteCount(report.done_bytes), ByteCount(report.total_bytes))
+            })
         });
         match resolved.await {
             Ok(Ok(folder)) => Ok(folder),
@@ -364,7 +370,11 @@ async fn watch(shared: std::sync::Weak<Shared>, attempt: Attempt, process: Arc<W
         }
         let Ok(stats) = process.stats().await else { continue };
         if stats.step_time > STEP_LIMIT {
-            tracing::error!(pid = process.pid(), seconds = stats.step_time.as_secs(), "a step is stuck: ending the worker");
+            tracing::error!(
+                pid = process.pid(),
+                seconds = stats.step_time.as_secs(),
+                "a step is stuck: ending the worker"
+            );
             break process.stop().await;
         }
         let Some(shared) = shared.upgrade() else { return };

@@ -2,7 +2,7 @@
 
 usage: reflection_client.py ADDRESS CLIENT_FOLDER MODEL PROMPT
 
-CLIENT_FOLDER is the `client` folder of a node's data directory: key.pem and cert.pem are the client's own, node.pem is the
+CLIENT_FOLDER is the `client` folder of a node's data directory: node.key and node.crt are the client's own, server.crt is the
 certificate of the node it expects. Prints one JSON object.
 """
 
@@ -19,9 +19,9 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 def main(address, folder, model, prompt):
     folder = pathlib.Path(folder)
     credentials = grpc.ssl_channel_credentials(
-        root_certificates=(folder / "node.pem").read_bytes(),
-        private_key=(folder / "key.pem").read_bytes(),
-        certificate_chain=(folder / "cert.pem").read_bytes(),
+        root_certificates=(folder / "server.crt").read_bytes(),
+        private_key=(folder / "node.key").read_bytes(),
+        certificate_chain=(folder / "node.crt").read_bytes(),
     )
     # The certificate's name says nothing about where the node listens; the key is what counts.
     options = [("grpc.ssl_target_name_override", "mlxnode.local")]

@@ -9,7 +9,11 @@ pub fn path() -> Result<PathBuf> {
     let test = std::env::current_exe()?;
     let profile = test.ancestors().nth(2).context("a test executable lies in target/<profile>/deps")?;
     let binary = profile.join("mlxnode");
-    ensure!(binary.is_file(), "{} is not there; build it first: cargo build --package mlxnode", binary.display());
+    ensure!(
+        binary.is_file(),
+        "{} is not there; build it first: cargo build --package mlxnode",
+        binary.display()
+    );
     Ok(binary)
 }
 

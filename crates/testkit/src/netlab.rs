@@ -45,7 +45,20 @@ impl NetLab {
             ip(&["netns", "add", &host.namespace])?;
             lab.hosts.push(host.clone());
             let inside = &host.namespace;
-            ip(&["-n", &lab.bridge, "link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", inside])?;
+            ip(&[
+                "-n",
+                &lab.bridge,
+                "link",
+                "add",
+                &port,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                inside,
+            ])?;
             ip(&["-n", &lab.bridge, "link", "set", &port, "master", "br0", "up"])?;
             ip(&["-n", inside, "addr", "add", &format!("{}/24", host.address), "dev", "eth0"])?;
             ip(&["-n", inside, "link", "set", "eth0", "up"])?;
@@ -74,7 +87,8 @@ impl Drop for NetLab {
 }
 
 fn ip(arguments: &[&str]) -> Result<()> {
-    let output = Command::new("ip").args(arguments).output().context("cannot run `ip` (Debian package iproute2)")?;
+    let output =
+        Command::new("ip").args(arguments).output().context("cannot run `ip` (Debian package iproute2)")?;
     ensure!(
         output.status.success(),
         "ip {} failed (network namespaces need root): {}",

@@ -75,7 +75,8 @@ impl NodeProcess {
         }
         command.args(&setup.arguments);
         let file = File::options().create(true).append(true).open(&log)?;
-        let mut child = command.stdout(Stdio::piped()).stderr(file).spawn().context("cannot start mlxnode")?;
+        let mut child =
+            command.stdout(Stdio::piped()).stderr(file).spawn().context("cannot start mlxnode")?;
         let stdout = child.stdout.take().context("stdout is piped")?;
         let (line_sender, line_receiver) = mpsc::sync_channel(1);
         std::thread::spawn(move || {

@@ -51,7 +51,9 @@ impl ClusterService {
         let deployments = view
             .deployments
             .iter()
-            .map(|deployment| crate::models::wire::deployment_to_proto(deployment, busy.get(&deployment.name)))
+            .map(|deployment| {
+                crate::models::wire::deployment_to_proto(deployment, busy.get(&deployment.name))
+            })
             .collect();
         wire::status(self.household.view(), deployments, view.is_current)
     }
@@ -65,7 +67,10 @@ impl Cluster for ClusterService {
         Ok(Response::new(self.status_now()))
     }
 
-    async fn watch(&self, _request: Request<WatchClusterRequest>) -> Result<Response<Self::WatchStream>, Status> {
+    async fn watch(
+        &self,
+        _request: Request<WatchClusterRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
         let mut members = self.household.changes();
         members.mark_changed(); // the first message comes at once
         let state = (self.clone(), members, self.deployments.clone());
@@ -89,7 +94,8 @@ impl Cluster for ClusterService {
             0 => INVITE_LIFETIME,
             seconds if seconds <= MAX_INVITE_LIFETIME => Duration::from_secs(seconds.into()),
             seconds => {
-                let text = format!("lifetime_seconds is {seconds}, but must be at most {MAX_INVITE_LIFETIME}");
+                let text =
+                    format!("lifetime_seconds is {seconds}, but must be at most {MAX_INVITE_LIFETIME}");
                 return Err(Status::invalid_argument(text));
             }
         };

@@ -57,7 +57,13 @@ pub struct Summary {
 }
 
 impl Answer {
-    pub(super) fn new(deployment: DeploymentView, events: RunEvents, output: Output, prompt_tokens: usize, seed: u64) -> Self {
+    pub(super) fn new(
+        deployment: DeploymentView,
+        events: RunEvents,
+        output: Output,
+        prompt_tokens: usize,
+        seed: u64,
+    ) -> Self {
         Self {
             deployment,
             events,
@@ -83,7 +89,9 @@ impl Answer {
                 }
                 None => {
                     self.ended = true;
-                    return Some(Err(RunError::Unavailable("the scheduler ended the sequence".into()).into()));
+                    return Some(
+                        Err(RunError::Unavailable("the scheduler ended the sequence".into()).into()),
+                    );
                 }
             };
             match event {

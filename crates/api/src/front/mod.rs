@@ -93,9 +93,11 @@ pub enum FrontError {
 pub struct Front {
     deployments: watch::Receiver<DeploymentsView>,
     replicas: Arc<dyn Replicas>,
-    /// By deployment, with the epoch for which they were read: a reload may bring another tokenizer.
-    texts: Arc<Mutex<HashMap<String, (u64, Arc<ModelText>)>>>,
+    texts: Arc<Mutex<Texts>>,
 }
+
+/// By deployment, with the epoch for which they were read: a reload may bring another tokenizer.
+type Texts = HashMap<String, (u64, Arc<ModelText>)>;
 
 impl Front {
     /// A front over this view of the deployments.
@@ -157,7 +159,11 @@ impl Front {
             return Err(FrontError::NotReady {
                 model: deployment.name,
                 state: state_name(deployment.state),
-                detail: if deployment.detail.is_empty() { String::new() } else { format!(": {}", deployment.detail) },
+                detail: if deployment.detail.is_empty() {
+                    String::new()
+                } else {
+                    format!(": {}", deployment.detail)
+                },
             });
         }
         let text = self.model_text(&deployment).await?;
@@ -186,7 +192,7 @@ impl Front {
         tokio::time::timeout(MEMORY_PATIENCE, asked).await.unwrap_or_default()
     }
 
-    fn lock_texts(&self) -> std::sync::MutexGuard<'_, HashMap<String, (u64, Arc<ModelText>)>> {
+    fn lock_texts(&self) -> std::sync::MutexGuard<'_, Texts> {
         self.texts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -25,7 +25,9 @@ impl ModelText {
             files.get("config.json").and_then(|bytes| serde_json::from_slice(bytes).ok());
         let declared = config
             .as_ref()
-            .and_then(|config| config.get("vocab_size").or_else(|| config.get("text_config")?.get("vocab_size")))
+            .and_then(|config| {
+                config.get("vocab_size").or_else(|| config.get("text_config")?.get("vocab_size"))
+            })
             .and_then(serde_json::Value::as_u64)
             .and_then(|size| usize::try_from(size).ok());
         let vocabulary = declared.unwrap_or_else(|| tokenizer.vocabulary_size());

@@ -5,8 +5,8 @@ use crate::inference::wire;
 use futures::stream::BoxStream;
 use mlxnode_proto::v1::inference_server::Inference;
 use mlxnode_proto::v1::{
-    DetokenizeRequest, DetokenizeResponse, GenerateRequest, GenerateResponse, RenderChatRequest, RenderChatResponse,
-    TokenizeRequest, TokenizeResponse,
+    DetokenizeRequest, DetokenizeResponse, GenerateRequest, GenerateResponse, RenderChatRequest,
+    RenderChatResponse, TokenizeRequest, TokenizeResponse,
 };
 use std::time::Instant;
 use tonic::{Request, Response, Status};
@@ -56,7 +56,10 @@ impl Inference for InferenceService {
         Ok(Response::new(stream))
     }
 
-    async fn tokenize(&self, request: Request<TokenizeRequest>) -> Result<Response<TokenizeResponse>, Status> {
+    async fn tokenize(
+        &self,
+        request: Request<TokenizeRequest>,
+    ) -> Result<Response<TokenizeResponse>, Status> {
         let request = request.into_inner();
         let deployment = self.front.deployment(&request.model).map_err(wire::status)?;
         let text = self.front.model_text(&deployment).await.map_err(wire::status)?;
@@ -86,7 +89,8 @@ impl Inference for InferenceService {
         request: Request<RenderChatRequest>,
     ) -> Result<Response<RenderChatResponse>, Status> {
         let request = request.into_inner();
-        let chat = wire::chat_request(request.chat.ok_or_else(|| Status::invalid_argument("chat is missing"))?)?;
+        let chat =
+            wire::chat_request(request.chat.ok_or_else(|| Status::invalid_argument("chat is missing"))?)?;
         let deployment = self.front.deployment(&request.model).map_err(wire::status)?;
         let model = self.front.model_text(&deployment).await.map_err(wire::status)?;
         let rendering = tokio::task::spawn_blocking(move || {
@@ -94,7 +98,8 @@ impl Inference for InferenceService {
             let token_ids = model.tokenizer.encode(&text, false)?;
             Ok::<_, FrontError>(RenderChatResponse { text, token_ids })
         });
-        let rendered = rendering.await.map_err(|error| Status::internal(format!("rendering failed: {error}")))?;
+        let rendered =
+            rendering.await.map_err(|error| Status::internal(format!("rendering failed: {error}")))?;
         rendered.map(Response::new).map_err(wire::status)
     }
 }

@@ -20,7 +20,10 @@ pub(super) fn generation_request(
     use v1::generate_request::Input as Wire;
     let input = match request.input {
         Some(Wire::Prompt(text)) if text.len() > MAX_TEXT => {
-            return Err(Status::invalid_argument(format!("prompt has {} bytes, more than {MAX_TEXT}", text.len())));
+            return Err(Status::invalid_argument(format!(
+                "prompt has {} bytes, more than {MAX_TEXT}",
+                text.len()
+            )));
         }
         Some(Wire::Prompt(text)) => Input::Prompt(text),
         Some(Wire::Chat(chat)) => Input::Chat(chat_request(chat)?),
@@ -56,7 +59,9 @@ pub(super) fn generation_request(
 pub(super) fn chat_request(chat: v1::Chat) -> Result<ChatRequest, Status> {
     let size: usize = chat.messages.iter().map(|message| message.content.len()).sum();
     if size > MAX_TEXT {
-        return Err(Status::invalid_argument(format!("the messages have {size} bytes, more than {MAX_TEXT}")));
+        return Err(Status::invalid_argument(format!(
+            "the messages have {size} bytes, more than {MAX_TEXT}"
+        )));
     }
     let tools = chat
         .tools_json
@@ -69,7 +74,11 @@ pub(super) fn chat_request(chat: v1::Chat) -> Result<ChatRequest, Status> {
     };
     let prefill = Some(chat.prefill_response).filter(|text| !text.is_empty());
     Ok(ChatRequest {
-        messages: chat.messages.into_iter().map(|message| Message::new(message.role, message.content)).collect(),
+        messages: chat
+            .messages
+            .into_iter()
+            .map(|message| Message::new(message.role, message.content))
+            .collect(),
         tools: Some(tools).filter(|tools| !tools.is_empty()),
         documents: None,
         add_generation_prompt: !chat.no_generation_prompt && prefill.is_none(),
@@ -79,7 +88,8 @@ pub(super) fn chat_request(chat: v1::Chat) -> Result<ChatRequest, Status> {
 }
 
 fn json<T: serde::de::DeserializeOwned>(field: &str, text: &str) -> Result<T, Status> {
-    serde_json::from_str(text).map_err(|error| Status::invalid_argument(format!("{field} is not valid: {error}")))
+    serde_json::from_str(text)
+        .map_err(|error| Status::invalid_argument(format!("{field} is not valid: {error}")))
 }
 
 pub(super) fn response(piece: Piece, prompt_tokens: u32) -> v1::GenerateResponse {
@@ -127,7 +137,9 @@ pub(crate) fn status(error: FrontError) -> Status {
     let text = error.to_string();
     match error {
         FrontError::UnknownModel { .. } => Status::not_found(text),
-        FrontError::AmbiguousModel(_) | FrontError::Request(_) | FrontError::Text(_) => Status::invalid_argument(text),
+        FrontError::AmbiguousModel(_) | FrontError::Request(_) | FrontError::Text(_) => {
+            Status::invalid_argument(text)
+        }
         FrontError::NotReady { .. } => Status::unavailable(text),
         FrontError::Run(error) => run_status(error),
     }
@@ -169,7 +181,8 @@ mod tests {
 
     #[test]
     fn reads_the_timeout_header_and_nothing_else() {
-        let cases = [("5S", Some(5_000)), ("250m", Some(250)), ("2M", Some(120_000)), ("", None), ("S", None)];
+        let cases =
+            [("5S", Some(5_000)), ("250m", Some(250)), ("2M", Some(120_000)), ("", None), ("S", None)];
         for (text, millis) in cases {
             assert_eq!(grpc_timeout(text), millis.map(Duration::from_millis), "{text}");
         }

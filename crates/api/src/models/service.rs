@@ -10,8 +10,8 @@ use mlxnode_coordinator::scheduler::Statistics;
 use mlxnode_proto::v1::models_client::ModelsClient;
 use mlxnode_proto::v1::models_server::Models;
 use mlxnode_proto::v1::{
-    ListModelsRequest, ListModelsResponse, LoadProgress, LoadRequest, PlanRequest, PlanResponse, UnloadRequest,
-    UnloadResponse, WatchModelsRequest,
+    ListModelsRequest, ListModelsResponse, LoadProgress, LoadRequest, PlanRequest, PlanResponse,
+    UnloadRequest, UnloadResponse, WatchModelsRequest,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -52,7 +52,10 @@ impl Models for ModelsService {
     type LoadStream = BoxStream<'static, Result<LoadProgress, Status>>;
     type WatchStream = BoxStream<'static, Result<ListModelsResponse, Status>>;
 
-    async fn list(&self, _request: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {
+    async fn list(
+        &self,
+        _request: Request<ListModelsRequest>,
+    ) -> Result<Response<ListModelsResponse>, Status> {
         Ok(Response::new(listing(&self.deployments.borrow(), &self.busy.statistics())))
     }
 
@@ -78,7 +81,8 @@ impl Models for ModelsService {
                 let request = request.into_inner();
                 let plan = request.plan.ok_or_else(|| Status::invalid_argument("plan is missing"))?;
                 let name = Some(request.name).filter(|name| !name.is_empty());
-                let updates = coordinator.load(LoadWish { wish: wire::wish(&plan), source: plan.model, name });
+                let updates =
+                    coordinator.load(LoadWish { wish: wire::wish(&plan), source: plan.model, name });
                 let updates = updates.map(|update| match update {
                     Ok(LoadUpdate::Progress(progress)) => Ok(wire::progress_to_proto(progress)),
                     Ok(LoadUpdate::Ready(view)) => Ok(LoadProgress {
@@ -103,7 +107,10 @@ impl Models for ModelsService {
         }
     }
 
-    async fn watch(&self, _request: Request<WatchModelsRequest>) -> Result<Response<Self::WatchStream>, Status> {
+    async fn watch(
+        &self,
+        _request: Request<WatchModelsRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
         let mut deployments = self.deployments.clone();
         deployments.mark_changed(); // the first message comes at once
         let state = (deployments, self.busy.clone());

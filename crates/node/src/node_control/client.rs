@@ -38,7 +38,8 @@ impl ClusterNodes {
 
     fn client(&self, node: NodeId) -> Result<NodeControlClient<Channel>, Error> {
         let channel = self.mesh.channel(&node);
-        let channel = channel.ok_or_else(|| Error::Unavailable(format!("{} cannot be reached", self.name(node))))?;
+        let channel =
+            channel.ok_or_else(|| Error::Unavailable(format!("{} cannot be reached", self.name(node))))?;
         Ok(NodeControlClient::new(channel))
     }
 
@@ -50,9 +51,11 @@ impl ClusterNodes {
             Code::InvalidArgument => Error::Invalid(text),
             Code::FailedPrecondition => Error::Refused(text),
             Code::DeadlineExceeded => Error::TimedOut(text),
-            Code::Unavailable | Code::Cancelled | Code::Unknown => {
-                Error::Unavailable(format!("{} does not answer any more ({})", self.name(node), status.message()))
-            }
+            Code::Unavailable | Code::Cancelled | Code::Unknown => Error::Unavailable(format!(
+                "{} does not answer any more ({})",
+                self.name(node),
+                status.message()
+            )),
             _ => Error::Failed(text),
         }
     }
@@ -72,7 +75,11 @@ impl Nodes for ClusterNodes {
         let own = self.mesh.facts();
         let peers = self.mesh.peers();
         let round_trips = |of: NodeId| {
-            peers.iter().filter(|_| of == self.own).filter_map(|peer| Some((peer.node_id, peer.rtt?))).collect()
+            peers
+                .iter()
+                .filter(|_| of == self.own)
+                .filter_map(|peer| Some((peer.node_id, peer.rtt?)))
+                .collect()
         };
         let own = Offer {
             node: self.own,
@@ -101,7 +108,10 @@ impl Nodes for ClusterNodes {
     fn weigh(&self, source: String) -> BoxFuture<'static, Result<ModelCost, Error>> {
         let workers = self.workers.clone();
         Box::pin(async move {
-            let folder = workers.resolve(&source).await.map_err(|error| Error::NotFound(crate::error::chain(&error)))?;
+            let folder = workers
+                .resolve(&source)
+                .await
+                .map_err(|error| Error::NotFound(crate::error::chain(&error)))?;
             let profile = tokio::task::spawn_blocking(move || {
                 let checkpoint = Checkpoint::open(&folder)?;
                 ModelProfile::of(&checkpoint)
@@ -123,7 +133,8 @@ impl Nodes for ClusterNodes {
         let nodes = self.clone();
         Box::pin(async move {
             if node == nodes.own {
-                let prepared = nodes.workers.prepare(&source, move |done, total| progress.report(done, total)).await;
+                let prepared =
+                    nodes.workers.prepare(&source, move |done, total| progress.report(done, total)).await;
                 return prepared.map(|print| print.to_vec()).map_err(|error| nodes.own_failure(&error));
             }
             let request = proto::PrepareModelRequest { source };
@@ -196,7 +207,9 @@ impl Nodes for ClusterNodes {
                 let started = nodes.schedulers.start(order.attempt, order.source, limits).await;
                 return started.map_err(|error| match error {
                     SchedulersError::Workers(error) => nodes.own_failure(&error),
-                    SchedulersError::Drive(text) => Error::Unavailable(format!("{}: {text}", nodes.name(node))),
+                    SchedulersError::Drive(text) => {
+                        Error::Unavailable(format!("{}: {text}", nodes.name(node)))
+                    }
                 });
             }
             let request = proto::StartSchedulerRequest {

@@ -8,8 +8,9 @@ use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::scheduler::Limits;
 use mlxnode_proto::internal::v1::node_control_server::NodeControl;
 use mlxnode_proto::internal::v1::{
-    LinkWorkerRequest, LinkWorkerResponse, PrepareModelRequest, PrepareProgress, StartProgress, StartSchedulerRequest,
-    StartSchedulerResponse, StartWorkerRequest, StopWorkersRequest, StopWorkersResponse, WatchWorkersRequest, WorkerEvent,
+    LinkWorkerRequest, LinkWorkerResponse, PrepareModelRequest, PrepareProgress, StartProgress,
+    StartSchedulerRequest, StartSchedulerResponse, StartWorkerRequest, StopWorkersRequest,
+    StopWorkersResponse, WatchWorkersRequest, WorkerEvent,
 };
 use tokio::sync::{broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
@@ -40,7 +41,8 @@ impl NodeControl for NodeControlService {
         let source = request.into_inner().source;
         Ok(Response::new(reporting(move |sender| async move {
             let report = move |done: ByteCount, total: ByteCount| {
-                let progress = PrepareProgress { done_bytes: done.0, total_bytes: total.0, ..Default::default() };
+                let progress =
+                    PrepareProgress { done_bytes: done.0, total_bytes: total.0, ..Default::default() };
                 let _ = sender.try_send(Ok(progress)); // a report that does not fit is soon followed by a newer one
             };
             let prepared = workers.prepare(&source, report).await.map_err(status)?;
@@ -58,7 +60,11 @@ impl NodeControl for NodeControlService {
         let workers = self.workers.clone();
         Ok(Response::new(reporting(move |sender| async move {
             let report = move |done: ByteCount, total: ByteCount| {
-                let _ = sender.try_send(Ok(StartProgress { done_bytes: done.0, total_bytes: total.0, started: None }));
+                let _ = sender.try_send(Ok(StartProgress {
+                    done_bytes: done.0,
+                    total_bytes: total.0,
+                    started: None,
+                }));
             };
             let started = workers.start(&attempt, &request.source, shard, report).await.map_err(status)?;
             let bytes = started.weights.0;
@@ -67,14 +73,20 @@ impl NodeControl for NodeControlService {
         })))
     }
 
-    async fn link_worker(&self, request: Request<LinkWorkerRequest>) -> Result<Response<LinkWorkerResponse>, Status> {
+    async fn link_worker(
+        &self,
+        request: Request<LinkWorkerRequest>,
+    ) -> Result<Response<LinkWorkerResponse>, Status> {
         let request = request.into_inner();
         let attempt = wire::attempt(request.deployment, request.fence)?;
         self.workers.link(&attempt, request.pid, wire::links(request.links)?).await.map_err(status)?;
         Ok(Response::new(LinkWorkerResponse {}))
     }
 
-    async fn stop_workers(&self, request: Request<StopWorkersRequest>) -> Result<Response<StopWorkersResponse>, Status> {
+    async fn stop_workers(
+        &self,
+        request: Request<StopWorkersRequest>,
+    ) -> Result<Response<StopWorkersResponse>, Status> {
         let request = request.into_inner();
         let attempt = wire::attempt(request.deployment, request.fence)?;
         self.schedulers.stop(&attempt);

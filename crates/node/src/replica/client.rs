@@ -32,10 +32,20 @@ pub(crate) struct ClusterReplicas {
 impl ClusterReplicas {
     fn client(&self, node: NodeId, deployment: &DeploymentView) -> Result<ReplicaClient<Channel>, RunError> {
         let channel = self.mesh.channel(&node).ok_or_else(|| {
-            let name = deployment.stages.iter().find(|stage| stage.node == node).map(|stage| stage.node_name.as_str());
-            RunError::Unavailable(format!("{} cannot be reached, which runs a part of {}", name.unwrap_or("a node"), deployment.name))
+            let name = deployment
+                .stages
+                .iter()
+                .find(|stage| stage.node == node)
+                .map(|stage| stage.node_name.as_str());
+            RunError::Unavailable(format!(
+                "{} cannot be reached, which runs a part of {}",
+                name.unwrap_or("a node"),
+                deployment.name
+            ))
         })?;
-        Ok(ReplicaClient::new(channel).max_decoding_message_size(LARGEST_MESSAGE).max_encoding_message_size(LARGEST_MESSAGE))
+        Ok(ReplicaClient::new(channel)
+            .max_decoding_message_size(LARGEST_MESSAGE)
+            .max_encoding_message_size(LARGEST_MESSAGE))
     }
 
     fn scheduler_node(deployment: &DeploymentView) -> Result<NodeId, RunError> {
@@ -52,7 +62,8 @@ impl Replicas for ClusterReplicas {
             return Ok(self.schedulers.run(&deployment.name, request)?.boxed());
         }
         let mut client = self.client(node, deployment)?;
-        let message = wire::run_to_proto(&deployment.name, &request).map_err(|error| RunError::Invalid(error.to_string()))?;
+        let message = wire::run_to_proto(&deployment.name, &request)
+            .map_err(|error| RunError::Invalid(error.to_string()))?;
         let events = client.run(message).await.map_err(lost)?.into_inner();
         Ok(until(remote(events), request.deadline))
     }
@@ -63,7 +74,8 @@ impl Replicas for ClusterReplicas {
             return self.schedulers.text_files(&deployment.name).await;
         }
         let request = proto::TextFilesRequest { deployment: deployment.name.clone() };
-        let files = self.client(node, deployment)?.text_files(request).await.map_err(lost)?.into_inner().files;
+        let files =
+            self.client(node, deployment)?.text_files(request).await.map_err(lost)?.into_inner().files;
         let files: BTreeMap<_, _> = files.into_iter().map(|(name, bytes)| (name, bytes.to_vec())).collect();
         TextFiles::from_map(files).map_err(|error| RunError::Failed(crate::error::chain(&error)))
     }
@@ -76,7 +88,10 @@ impl Replicas for ClusterReplicas {
             }
             let Ok(mut client) = self.client(node, deployment) else { return ByteCount(0) };
             let request = proto::MemoryRequest { deployment: deployment.name.clone() };
-            client.memory(request).await.map_or(ByteCount(0), |answer| ByteCount(answer.into_inner().peak_bytes))
+            client
+                .memory(request)
+                .await
+                .map_or(ByteCount(0), |answer| ByteCount(answer.into_inner().peak_bytes))
         });
         futures::future::join_all(peaks).await.into_iter().max().unwrap_or_default()
     }
@@ -103,7 +118,11 @@ fn remote(events: Streaming<proto::RunEvent>) -> BoxStream<'static, Result<RunEv
 fn until(events: RunEvents, deadline: Option<std::time::Instant>) -> RunEvents {
     let Some(deadline) = deadline else { return events };
     let alarm = Box::pin(tokio::time::sleep_until(deadline.into()));
-    let next = |(mut events, mut alarm, is_over): (RunEvents, std::pin::Pin<Box<tokio::time::Sleep>>, bool)| async move {
+    let next = |(mut events, mut alarm, is_over): (
+        RunEvents,
+        std::pin::Pin<Box<tokio::time::Sleep>>,
+        bool,
+    )| async move {
         if is_over {
             return None;
         }

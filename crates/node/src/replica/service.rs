@@ -34,11 +34,17 @@ impl Replica for ReplicaService {
         Ok(Response::new(events.map(wire::run_event_to_proto).boxed()))
     }
 
-    async fn text_files(&self, request: Request<TextFilesRequest>) -> Result<Response<TextFilesResponse>, Status> {
-        let files = self.schedulers.text_files(&request.into_inner().deployment).await.map_err(|error| match error {
-            RunError::Unavailable(text) => Status::unavailable(text),
-            error => Status::internal(error.to_string()),
-        })?;
+    async fn text_files(
+        &self,
+        request: Request<TextFilesRequest>,
+    ) -> Result<Response<TextFilesResponse>, Status> {
+        let files =
+            self.schedulers.text_files(&request.into_inner().deployment).await.map_err(
+                |error| match error {
+                    RunError::Unavailable(text) => Status::unavailable(text),
+                    error => Status::internal(error.to_string()),
+                },
+            )?;
         let files = files.iter().map(|(name, bytes)| (name.to_owned(), bytes.to_vec().into())).collect();
         Ok(Response::new(TextFilesResponse { files }))
     }

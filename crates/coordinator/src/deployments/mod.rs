@@ -18,7 +18,9 @@
 //!   again, with growing pauses, and after [`MAX_FAILURES`] failures in [`FAILURE_WINDOW`] it stays failed until somebody loads it again.
 //! - What fits no longer because a node is gone is tried again when the nodes change.
 
+mod back;
 mod entry;
+mod forward;
 mod machine;
 mod name;
 mod retry;

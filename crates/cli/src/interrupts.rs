@@ -54,8 +54,10 @@ impl Interrupts {
     }
 
     fn press(&self) {
+        // Looked at first: the answer may be over as soon as it hears of this.
+        let answering = self.answering.load(Ordering::Acquire);
         let again = self.pressed.send_replace(true);
-        if again || !self.answering.load(Ordering::Acquire) {
+        if again || !answering {
             let _ = writeln!(std::io::stderr(), "\nerror: interrupted");
             std::process::exit(i32::from(EXIT_STATUS));
         }

@@ -1,19 +1,23 @@
 //! The engine's [`Stage`]: a layer range with the caches of the sequences that go through it.
+//!
+//! A stage that is the whole model works one token ahead: once a token is drawn, the step that most likely comes next is queued on
+//! the device before the token is read, so that the device computes while the token travels to the client and back. When another
+//! step comes instead, the caches are cut back and nothing has happened.
 
 use crate::decoder::{SequenceCache, last_token};
 use crate::loader::LoadError;
 use crate::model::Model;
-use crate::sampler::Sampler;
+use crate::sampler::{Draw, Sampler};
 use bytes::Bytes;
 use mlxnode_checkpoint::Checkpoint;
 use mlxnode_compute::{
     Activation, ByteCount, LayerRange, Sampled, SequenceId, SequenceSpec, Stage, StageError, StageInfo,
     StageMemory, Step, StepInput, StepOutput,
 };
-use mlxnode_mlx::{Array, Dtype, Error};
+use mlxnode_mlx::{Array, Device, Dtype, Error};
 use std::collections::HashMap;
 
-/// How many tokens are sampled between two clean-ups of the device's cache of free buffers, as in mlx-lm.
+/// How many steps are done between two clean-ups of the device's cache of free buffers, as in mlx-lm.
 const STEPS_PER_CLEAN_UP: u64 = 256;
 
 /// Limits of a stage.
@@ -36,7 +40,8 @@ pub struct EngineStage {
     model: Model,
     options: StageOptions,
     sequences: HashMap<SequenceId, Sequence>,
-    sampled: u64,
+    /// Steps done.
+    steps: u64,
 }
 
 struct Sequence {
@@ -45,8 +50,22 @@ struct Sequence {
     position: usize,
     /// Length of the prompt: token number n is sampled when `prompt + n` tokens went through.
     prompt: usize,
+    /// Most tokens to generate.
+    max_tokens: usize,
+    /// Tokens after which nothing more comes.
+    stop_tokens: Vec<u32>,
     /// On the last stage.
     sampling: Option<Sampling>,
+    /// A step that was queued before anybody asked for it.
+    ahead: Option<Ahead>,
+}
+
+/// The step of the token that was sampled last; the caches hold it already.
+struct Ahead {
+    /// The token that goes through.
+    token: u32,
+    /// The one that is drawn after it.
+    draw: Draw,
 }
 
 struct Sampling {
@@ -70,7 +89,7 @@ impl EngineStage {
 
     /// A stage of layers that are loaded.
     pub fn new(model: Model, options: StageOptions) -> Self {
-        Self { model, options, sequences: HashMap::new(), sampled: 0 }
+        Self { model, options, sequences: HashMap::new(), steps: 0 }
     }
 
     /// The logits `[tokens][vocabulary]` of a sequence's next tokens, for evaluation: runs the step and samples nothing.
@@ -89,6 +108,9 @@ impl EngineStage {
         let sequence =
             self.sequences.get_mut(&step.sequence).ok_or(StageError::UnknownSequence(step.sequence))?;
         check(step, info, sequence.position, self.options.context_tokens)?;
+        if sequence.ahead.take().is_some() {
+            sequence.cache.truncate(sequence.position as i32);
+        }
         let (device, decoder) = (&self.model.device, &self.model.decoder);
         let count = step.tokens.len() as i32;
         let hidden = match &step.input {
@@ -110,26 +132,86 @@ impl EngineStage {
         Ok(hidden)
     }
 
-    fn sample(&mut self, id: SequenceId, hidden: &Array) -> Result<Sampled, StageError> {
+    /// Takes the draw that was queued for this very step, if there is one.
+    fn take_ahead(&mut self, step: &Step) -> Result<Option<Draw>, StageError> {
+        let Some(sequence) = self.sequences.get_mut(&step.sequence) else { return Ok(None) };
+        let is_next = |ahead: &Ahead| step.sample && step.tokens == [ahead.token];
+        if !sequence.ahead.as_ref().is_some_and(is_next) {
+            return Ok(None);
+        }
+        check(step, self.model.info(), sequence.position, self.options.context_tokens)?;
+        sequence.position += 1;
+        if let Some(sampling) = &mut sequence.sampling {
+            sampling.remember(&step.tokens);
+        }
+        Ok(sequence.ahead.take().map(|ahead| ahead.draw))
+    }
+
+    /// Queues the draw after the last of the hidden vectors.
+    fn draw(&mut self, id: SequenceId, hidden: &Array) -> Result<Draw, StageError> {
         let (device, decoder) = (&self.model.device, &self.model.decoder);
         let sequence = self.sequences.get_mut(&id).ok_or(StageError::UnknownSequence(id))?;
+        let index = sequence.index();
         let Some(sampling) = &mut sequence.sampling else {
             return Err(StageError::Input("only the last stage samples".to_owned()));
         };
-        let index = sequence.position.saturating_sub(sequence.prompt) as u64;
-        let mut draw = || -> Result<Option<Sampled>, Error> {
+        let mut draw = || -> Result<Draw, Error> {
             let logits = decoder.logits(device, &last_token(device, hidden)?)?;
             let history = sampling.history()?;
             let draw = sampling.sampler.draw(device, logits, history.as_ref(), index)?;
-            device.eval(draw.arrays().chain(sequence.cache.state()))?;
-            draw.read(device)
+            device.async_eval(draw.arrays())?;
+            Ok(draw)
         };
-        let sampled = draw().map_err(device_error)?;
-        sampled.ok_or_else(|| {
+        draw().map_err(device_error)
+    }
+
+    /// Queues the step of the token that `draw` will give, when this stage is the whole model and the sequence may go on.
+    fn queue_next(&mut self, id: SequenceId, draw: &Draw) -> Result<Option<Draw>, StageError> {
+        let (model, limit) = (&self.model, self.options.context_tokens);
+        let sequence = self.sequences.get_mut(&id).ok_or(StageError::UnknownSequence(id))?;
+        let index = sequence.index();
+        let goes_on = index + 1 < sequence.max_tokens as u64 && sequence.position < limit;
+        let Some(sampling) = sequence.sampling.as_mut().filter(|_| goes_on && model.info().is_first()) else {
+            return Ok(None);
+        };
+        let (device, decoder) = (&model.device, &model.decoder);
+        let mut queue = || -> Result<Draw, Error> {
+            let hidden = decoder.embed(device, &device.reshape(&draw.token, &[1, 1])?)?;
+            let hidden = decoder.forward(device, hidden, &mut sequence.cache)?;
+            let logits = decoder.logits(device, &hidden)?;
+            let history = sampling.history_and(device, &draw.token)?;
+            let next = sampling.sampler.draw(device, logits, history.as_ref(), index + 1)?;
+            device.async_eval(next.arrays())?;
+            Ok(next)
+        };
+        queue().map(Some).map_err(device_error)
+    }
+
+    fn sample(&mut self, id: SequenceId, draw: &Draw) -> Result<Sampled, StageError> {
+        let next = self.queue_next(id, draw)?;
+        let sampled = draw.read(&self.model.device).map_err(device_error)?.ok_or_else(|| {
             StageError::Device(
                 "the model computed logits that are not numbers; its weights may be damaged".to_owned(),
             )
-        })
+        })?;
+        let sequence = self.sequences.get_mut(&id).ok_or(StageError::UnknownSequence(id))?;
+        match next {
+            Some(_) if sequence.stop_tokens.contains(&sampled.token) => {
+                sequence.cache.truncate(sequence.position as i32);
+            }
+            Some(draw) => sequence.ahead = Some(Ahead { token: sampled.token, draw }),
+            None => {}
+        }
+        Ok(sampled)
+    }
+
+    /// Gives free buffers back after a chunk of a prompt, and now and then.
+    fn clean_up(&mut self, tokens: usize) -> Result<(), StageError> {
+        self.steps += 1;
+        if tokens > 1 || self.steps.is_multiple_of(STEPS_PER_CLEAN_UP) {
+            self.model.device.clear_cache().map_err(device_error)?;
+        }
+        Ok(())
     }
 
     fn output(&self, hidden: &Array, tokens: usize) -> Result<Activation, StageError> {
@@ -188,11 +270,30 @@ impl Sampling {
         self.tail.drain(..excess);
     }
 
+    /// The ids that the penalties look at; None when they look at none.
     fn history(&self) -> Result<Option<Array>, Error> {
         match self.tail.is_empty() {
             true => Ok(None),
             false => Array::from_u32(&self.tail, &[self.tail.len() as i32]).map(Some),
         }
+    }
+}
+
+impl Sampling {
+    /// The same with one more id, `[1]`, that may still be computed.
+    fn history_and(&self, device: &Device, token: &Array) -> Result<Option<Array>, Error> {
+        match (self.history()?, self.keep) {
+            (_, Some(0)) => Ok(None),
+            (None, _) => Ok(Some(token.clone())),
+            (Some(before), _) => device.concatenate([&before, token], 0).map(Some),
+        }
+    }
+}
+
+impl Sequence {
+    /// Number of the token that is drawn now.
+    fn index(&self) -> u64 {
+        self.position.saturating_sub(self.prompt) as u64
     }
 }
 
@@ -222,16 +323,31 @@ impl Stage for EngineStage {
             false => None,
         };
         let cache = self.model.decoder.new_cache();
-        self.sequences.insert(id, Sequence { cache, position: 0, prompt: spec.prompt_tokens, sampling });
+        let sequence = Sequence {
+            cache,
+            position: 0,
+            prompt: spec.prompt_tokens,
+            max_tokens: spec.max_tokens,
+            stop_tokens: spec.stop_tokens,
+            sampling,
+            ahead: None,
+        };
+        self.sequences.insert(id, sequence);
         Ok(())
     }
 
     fn step(&mut self, step: Step) -> Result<StepOutput, StageError> {
+        if let Some(draw) = self.take_ahead(&step)? {
+            let sampled = self.sample(step.sequence, &draw)?;
+            self.clean_up(1)?;
+            return Ok(StepOutput::Sampled(sampled));
+        }
         let hidden = self.run(&step)?;
         let output = if !self.model.info().is_last() {
             StepOutput::Activation(self.output(&hidden, step.tokens.len())?)
         } else if step.sample {
-            StepOutput::Sampled(self.sample(step.sequence, &hidden)?)
+            let draw = self.draw(step.sequence, &hidden)?;
+            StepOutput::Sampled(self.sample(step.sequence, &draw)?)
         } else {
             // The head is not computed for tokens that nothing is sampled after.
             let sequence =
@@ -239,10 +355,7 @@ impl Stage for EngineStage {
             self.model.device.eval(sequence.cache.state()).map_err(device_error)?;
             StepOutput::Nothing
         };
-        self.sampled += 1;
-        if step.tokens.len() > 1 || self.sampled.is_multiple_of(STEPS_PER_CLEAN_UP) {
-            self.model.device.clear_cache().map_err(device_error)?;
-        }
+        self.clean_up(step.tokens.len())?;
         Ok(output)
     }
 

@@ -7,7 +7,8 @@
 //!   outbox, link and inbox. Decode of one sequence, 8 KiB a token.
 //! - `step_us`: a whole decode step of two stages that compute nothing: hop, ring and driver, as the scheduler sees it.
 //! - `raw_us`: 8 KiB there and 8 KiB back over tokio and rustls, without gRPC.
-//! - `throughput`: tokens per second of stages that burn CPU, several sequences in flight.
+//! - `throughput`: tokens per second of stages that burn CPU, several sequences in flight. Means something on idle cores only.
+//! - `overlap`: the same with stages that sleep for 4 ms a token in all, so that a busy machine changes little.
 #![allow(clippy::unwrap_used, clippy::panic)] // a measurement that cannot be made stops
 #![allow(clippy::print_stdout)] // the result is data on stdout
 
@@ -39,8 +40,11 @@ fn main() {
     let seconds = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(10.0);
     let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
     let transport = runtime.block_on(measure_hops(Duration::from_secs_f64(seconds)));
-    let throughput = runtime.block_on(measure_throughput(Duration::from_secs_f64(seconds)));
-    println!("{{\"payload_bytes\":{PAYLOAD},{transport},{throughput}}}");
+    let how_long = Duration::from_secs_f64(seconds);
+    let throughput = runtime.block_on(measure_throughput("throughput", a_millisecond_of_work(), how_long));
+    let overlap = Load::Sleep(Duration::from_millis(4));
+    let overlap = runtime.block_on(measure_throughput("overlap", overlap, how_long));
+    println!("{{\"payload_bytes\":{PAYLOAD},{transport},{throughput},{overlap}}}");
 }
 
 /// When the first stage returned last, and how long each hop took.
@@ -54,7 +58,7 @@ struct Clock {
 struct Timed {
     info: StageInfo,
     clock: Arc<Mutex<Clock>>,
-    rounds: u64,
+    load: Load,
     row: Bytes,
 }
 
@@ -73,7 +77,7 @@ impl Stage for Timed {
                 clock.hops.push(arrived - returned);
             }
         }
-        burn(self.rounds);
+        self.load.carry();
         if self.info.is_last() {
             return Ok(StepOutput::Sampled(Sampled { token: 1, logprob: None, top: vec![] }));
         }
@@ -87,6 +91,30 @@ impl Stage for Timed {
     }
 }
 
+/// What a step of a stage does.
+#[derive(Clone, Copy)]
+enum Load {
+    Burn(u64),
+    Sleep(Duration),
+}
+
+impl Load {
+    fn carry(self) {
+        match self {
+            Self::Burn(rounds) => burn(rounds),
+            Self::Sleep(time) => std::thread::sleep(time),
+        }
+    }
+
+    /// One half of it.
+    fn half(self) -> Self {
+        match self {
+            Self::Burn(rounds) => Self::Burn(rounds / 2),
+            Self::Sleep(time) => Self::Sleep(time / 2),
+        }
+    }
+}
+
 /// A fixed amount of work for one core.
 fn burn(rounds: u64) {
     let mut value = 1_u64;
@@ -95,7 +123,7 @@ fn burn(rounds: u64) {
     }
 }
 
-fn timed(clock: &Arc<Mutex<Clock>>, rounds: u64) -> StageFactory {
+fn timed(clock: &Arc<Mutex<Clock>>, load: Load) -> StageFactory {
     let clock = clock.clone();
     Box::new(move |shard, _| {
         let info = StageInfo {
@@ -106,7 +134,7 @@ fn timed(clock: &Arc<Mutex<Clock>>, rounds: u64) -> StageFactory {
             vocabulary: 1000,
             weights: ByteCount(0),
         };
-        Ok(Box::new(Timed { info, clock, rounds, row: Bytes::from(vec![1; PAYLOAD]) }))
+        Ok(Box::new(Timed { info, clock, load, row: Bytes::from(vec![1; PAYLOAD]) }))
     })
 }
 
@@ -118,16 +146,16 @@ fn network_thread() -> Handle {
     handle
 }
 
-async fn replica_of(rounds: &[u64], clock: &Arc<Mutex<Clock>>) -> Replica {
-    let runtimes: Vec<_> = rounds.iter().map(|_| network_thread()).collect();
-    let factories = rounds.iter().map(|rounds| timed(clock, *rounds)).collect();
+async fn replica_of(loads: &[Load], clock: &Arc<Mutex<Clock>>) -> Replica {
+    let runtimes: Vec<_> = loads.iter().map(|_| network_thread()).collect();
+    let factories = loads.iter().map(|load| timed(clock, *load)).collect();
     let model = Model { hidden: HIDDEN, context_tokens: 1 << 20, ..Model::default() };
     Replica::start_on(&runtimes, factories, model).await
 }
 
 async fn measure_hops(how_long: Duration) -> String {
     let clock = Arc::new(Mutex::new(Clock::default()));
-    let replica = replica_of(&[0, 0], &clock).await;
+    let replica = replica_of(&[Load::Burn(0), Load::Burn(0)], &clock).await;
     let (client, mut events) = replica.drive().await;
     let mut raw = RawTls::connect().await;
     let (mut steps, mut round_trips, mut sequence) = (Vec::new(), Vec::new(), 0);
@@ -177,14 +205,17 @@ async fn decode(client: &DriveClient, events: &mut DriveEvents, sequence: u64) -
     }
 }
 
-async fn measure_throughput(how_long: Duration) -> String {
-    // About a millisecond for all layers, as a small model takes.
+/// Work that takes one core about a millisecond, as all layers of a small model do.
+fn a_millisecond_of_work() -> Load {
     let began = Instant::now();
     burn(10_000_000);
-    let rounds = (1e-3 / began.elapsed().as_secs_f64() * 1e7) as u64;
+    Load::Burn((1e-3 / began.elapsed().as_secs_f64() * 1e7) as u64)
+}
+
+async fn measure_throughput(name: &str, load: Load, how_long: Duration) -> String {
     let clock = Arc::new(Mutex::new(Clock::default()));
-    let (one, two) =
-        (replica_of(&[rounds], &clock).await, replica_of(&[rounds / 2, rounds / 2], &clock).await);
+    let one = replica_of(&[load], &clock).await;
+    let two = replica_of(&[load.half(), load.half()], &clock).await;
     let (mut one_drive, mut two_drive) = (one.drive().await, two.drive().await);
     let (mut rates_of_one, mut rates_of_two, mut rates_of_four) = (Vec::new(), Vec::new(), Vec::new());
     let (mut sequence, began) = (0, Instant::now());
@@ -195,7 +226,7 @@ async fn measure_throughput(how_long: Duration) -> String {
     }
     let (one, two, four) = (median(rates_of_one), median(rates_of_two), median(rates_of_four));
     format!(
-        "\"throughput\":{{\"one_stage\":{one:.0},\"two_stages_2_requests\":{two:.0},\"two_stages_4_requests\":{four:.0},\
+        "\"{name}\":{{\"one_stage\":{one:.0},\"two_stages_2_requests\":{two:.0},\"two_stages_4_requests\":{four:.0},\
          \"ratio_2\":{:.2},\"ratio_4\":{:.2}}}",
         two / one,
         four / one

@@ -1,6 +1,6 @@
 //! Under which addresses other nodes can reach this one's listener.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 /// HOST:PORT, best first: the bound address itself, or, when the listener is bound to all, every address of this machine that
 /// others can use. Loopback only when there is nothing else.
@@ -39,6 +39,23 @@ pub(crate) fn host(address: &str) -> &str {
     address.rsplit_once(':').map_or(address, |(host, _)| host)
 }
 
+/// The address from which this machine would talk to `peer` (HOST:PORT), as HOST:PORT. Nothing is sent: connecting a datagram
+/// socket only looks into the routing table.
+pub(crate) fn source_toward(peer: &str) -> Option<String> {
+    let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
+    socket.connect(peer).ok()?;
+    let address = socket.local_addr().ok()?;
+    (!address.ip().is_unspecified()).then(|| address.to_string())
+}
+
+/// `address` with the host of another one, if there is another one.
+pub(crate) fn with_host_of(address: &str, other: Option<&str>) -> String {
+    match (other, address.rsplit_once(':')) {
+        (Some(other), Some((_, port))) => format!("{}:{port}", host(other)),
+        _ => address.to_owned(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -52,6 +69,9 @@ mod tests {
                 && all.iter().all(|address| address.ends_with(":7") && !address.starts_with("0."))
         );
         assert_eq!(local("0.0.0.0:7".parse().unwrap()), "127.0.0.1:7".parse().unwrap());
+        assert_eq!(with_host_of("10.0.0.1:7", Some("10.0.0.9:1")), "10.0.0.9:7");
+        assert_eq!(with_host_of("10.0.0.1:7", None), "10.0.0.1:7");
+        assert!(source_toward("127.0.0.1:9").is_some_and(|address| address.starts_with("127.0.0.1:")));
         assert_eq!((host("10.0.0.1:7"), host("[::1]:7")), ("10.0.0.1", "[::1]"));
     }
 }

@@ -185,6 +185,7 @@ impl Node {
             roster: roster.clone(),
             workers: workers.clone(),
             schedulers: schedulers.clone(),
+            listens_everywhere: bound.ip().is_unspecified(),
         };
         let (handle, coordinator) = match coordinates {
             true => start_coordinator(&data_dir, &nodes)

@@ -182,12 +182,13 @@ async fn receive_events(mut events: DriveEvents, sender: mpsc::Sender<DriveEvent
             Ok(mlxnode_worker::DriveEvent::Failed { sequence, reason }) => {
                 DriveEvent::Failed { sequence, reason }
             }
-            Err(DriveError::Lost(reason)) => {
-                info!(reason, "the replica's stream ended");
-                return;
-            }
             Err(error) => {
-                warn!(error = crate::error::chain(&error), "the replica's stream ended");
+                // The scheduler passes the cause on to everybody who waits.
+                let reason = match error {
+                    DriveError::Lost(reason) => reason,
+                    error => crate::error::chain(&error),
+                };
+                let _ = sender.send(DriveEvent::Lost { reason }).await;
                 return;
             }
         };

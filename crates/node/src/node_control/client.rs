@@ -1,5 +1,6 @@
 //! The coordinator's arm: gives orders to nodes, to this one directly and to others by `NodeControl`.
 
+use crate::addresses;
 use crate::schedulers::{Schedulers, SchedulersError};
 use crate::wire;
 use crate::workers::{Workers, WorkersError};
@@ -26,6 +27,8 @@ pub(crate) struct ClusterNodes {
     pub(crate) roster: Arc<RosterStore>,
     pub(crate) workers: Workers,
     pub(crate) schedulers: Schedulers,
+    /// Is this node's listener bound to all addresses?
+    pub(crate) listens_everywhere: bool,
 }
 
 impl ClusterNodes {
@@ -41,6 +44,22 @@ impl ClusterNodes {
         let channel =
             channel.ok_or_else(|| Error::Unavailable(format!("{} cannot be reached", self.name(node))))?;
         Ok(NodeControlClient::new(channel))
+    }
+
+    /// The worker of another node, under the host where that node itself was reached: a node with several networks does not know
+    /// which of its addresses the others can use.
+    fn as_reached_from_here(&self, node: NodeId, started: StartedWorker) -> StartedWorker {
+        let peers = self.mesh.peers();
+        let reached = peers.iter().find(|peer| peer.node_id == node).and_then(|peer| peer.address.as_deref());
+        StartedWorker { address: addresses::with_host_of(&started.address, reached), ..started }
+    }
+
+    /// The worker of this node, under the address from which this machine talks to the others.
+    fn as_peers_reach_it(&self, started: StartedWorker) -> StartedWorker {
+        let peers = self.mesh.peers();
+        let mut reached = peers.iter().filter_map(|peer| peer.address.as_deref());
+        let own = self.listens_everywhere.then(|| reached.find_map(addresses::source_toward)).flatten();
+        StartedWorker { address: addresses::with_host_of(&started.address, own.as_deref()), ..started }
     }
 
     /// What a failed order means. Errors name the node, since people do not see the order.
@@ -161,7 +180,8 @@ impl Nodes for ClusterNodes {
             if node == nodes.own {
                 let report = move |done, total| progress.report(done, total);
                 let started = nodes.workers.start(&order.attempt, &order.source, order.shard, report).await;
-                return started.map_err(|error| nodes.own_failure(&error));
+                let started = started.map_err(|error| nodes.own_failure(&error))?;
+                return Ok(nodes.as_peers_reach_it(started));
             }
             let request = proto::StartWorkerRequest {
                 fence: wire::fence_to_proto(&order.attempt),
@@ -173,7 +193,8 @@ impl Nodes for ClusterNodes {
             let mut reports = nodes.client(node)?.start_worker(request).await.map_err(failure)?.into_inner();
             while let Some(report) = reports.message().await.map_err(failure)? {
                 if let Some(started) = report.started {
-                    return wire::started(started).map_err(failure);
+                    let started = wire::started(started).map_err(failure)?;
+                    return Ok(nodes.as_reached_from_here(node, started));
                 }
                 progress.report(ByteCount(report.done_bytes), ByteCount(report.total_bytes));
             }

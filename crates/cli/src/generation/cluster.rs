@@ -8,7 +8,7 @@ use mlxnode_compute::{Candidate, Penalty, Sampled, Sampling};
 use mlxnode_proto::v1;
 use mlxnode_text::ChatRequest;
 use serde_json::Value;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
 
 /// A deployment behind a connection.
@@ -36,23 +36,33 @@ impl Model for ClusterModel {
         let message = generate_request(&self.model, request)?;
         let mut client = self.connection.inference();
         self.runtime.block_on(async {
+            let started = Instant::now();
             let mut answer = client.generate(message).await?.into_inner();
+            let mut first = None;
             let (mut prompt_tokens, mut generation_tokens) = (0, 0);
             loop {
                 let response = tokio::select! {
                     response = answer.message() => response?,
                     () = guard.wait() => {
-                        // Dropping the stream stops the work; what it took is not known here.
-                        let (prompt_time, generation_time) = (Duration::ZERO, Duration::ZERO);
-                        let finish = Finish::Cancelled;
+                        // Dropping the stream stops the work. Times are then as they look from here, memory is not known.
+                        let now = Instant::now();
+                        let first = first.unwrap_or(now);
                         return Ok(Outcome {
-                            finish, prompt_tokens, generation_tokens, prompt_time, generation_time, peak_memory_bytes: 0,
+                            finish: Finish::Cancelled,
+                            prompt_tokens,
+                            generation_tokens,
+                            prompt_time: first - started,
+                            generation_time: now - first,
+                            peak_memory_bytes: 0,
                         });
                     }
                 };
                 let response = response.context("the node ended the answer without saying why")?;
                 prompt_tokens = prompt_tokens.max(response.prompt_tokens as usize);
                 generation_tokens += response.token_ids.len();
+                if generation_tokens > 0 {
+                    first.get_or_insert_with(Instant::now);
+                }
                 let finish = response.finish;
                 on_piece(piece(response.text, response.token_ids, response.logprobs))?;
                 if let Some(finish) = finish {

@@ -40,7 +40,11 @@ impl ModelText {
     /// # Errors
     /// When the model has no chat template or the template refuses the conversation.
     pub fn render(&self, chat: &ChatRequest) -> Result<String, TextError> {
-        self.template.as_ref().ok_or(TextError::NoChatTemplate)?.render(chat)
+        self.template()?.render(chat)
+    }
+
+    fn template(&self) -> Result<&ChatTemplate, TextError> {
+        self.template.as_ref().ok_or(TextError::NoChatTemplate)
     }
 
     /// The token ids of an input. A rendered conversation holds its special tokens already, so none are added.
@@ -50,7 +54,8 @@ impl ModelText {
     pub fn tokenize(&self, input: &Input) -> Result<Vec<u32>, FrontError> {
         Ok(match input {
             Input::Prompt(text) => self.tokenizer.encode_prompt(text)?,
-            Input::Chat(chat) => self.tokenizer.encode(&self.render(chat)?, false)?,
+            // Not the rendered text: names of control tokens in a client's strings stay words.
+            Input::Chat(chat) => self.template()?.encode(chat, &self.tokenizer)?,
             Input::Tokens(ids) => ids.clone(),
         })
     }

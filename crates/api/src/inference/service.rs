@@ -1,6 +1,6 @@
 //! `Inference` over a [`Front`].
 
-use crate::front::{AnswerEvent, Front, FrontError};
+use crate::front::{AnswerEvent, Front, FrontError, Input};
 use crate::inference::wire;
 use futures::stream::BoxStream;
 use mlxnode_proto::v1::inference_server::Inference;
@@ -95,7 +95,7 @@ impl Inference for InferenceService {
         let model = self.front.model_text(&deployment).await.map_err(wire::status)?;
         let rendering = tokio::task::spawn_blocking(move || {
             let text = model.render(&chat)?;
-            let token_ids = model.tokenizer.encode(&text, false)?;
+            let token_ids = model.tokenize(&Input::Chat(chat))?;
             Ok::<_, FrontError>(RenderChatResponse { text, token_ids })
         });
         let rendered =

@@ -32,6 +32,7 @@ impl Model {
             vocabulary: spec.vocabulary,
             weights: ByteCount(checkpoint.shard_tensors(layers)?.bytes().0),
         };
+        wire(&device, info.weights);
         tracing::debug!(%layers, weights = %info.weights, "layers loaded");
         Ok(Self { device, decoder, info, spec })
     }
@@ -57,5 +58,22 @@ impl Model {
     /// The device that holds the weights.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+}
+
+/// Room beside the weights that stays resident too: caches and activations.
+const WIRED_MARGIN: usize = 4 << 30;
+
+/// Keeps the weights resident on a GPU, within what the system recommends; wiring more has frozen Macs. Only a matter of speed,
+/// so that a system that refuses is no reason to stop.
+fn wire(device: &Device, weights: ByteCount) {
+    let wired =
+        device.synchronize().and_then(|()| device.recommended_working_set()).and_then(|recommended| {
+            let Some(recommended) = recommended else { return Ok(()) };
+            let wanted = usize::try_from(weights.0).unwrap_or(usize::MAX).saturating_add(WIRED_MARGIN);
+            device.set_wired_limit(wanted.min(recommended)).map(drop)
+        });
+    if let Err(error) = wired {
+        tracing::debug!(%error, "weights are not wired");
     }
 }

@@ -1,6 +1,8 @@
 //! The stage keeps its promises: sequences are independent, steps are checked, resuming and splitting change nothing, and a damaged
 //! model ends in an error.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // a failing test is supposed to stop
+
 mod support;
 
 use bytes::Bytes;
@@ -173,6 +175,22 @@ fn a_step_other_than_the_expected_one_is_computed_anew() {
     let id = reference.open(&spec(start.len(), 10, Sampling::default()));
     reference.step(id, 0, &start, false);
     assert_eq!(second, sampled(reference.step(id, 6, &[other], true)));
+}
+
+#[test]
+fn a_stop_token_leaves_the_sequence_where_it_ended() {
+    let folder = support::folder();
+    write_model(folder.path(), None);
+    let start = prompt(6, VOCABULARY as u64, 9);
+    let expected = tokens(&Pipeline::load(folder.path(), 2).generate(&start, 3, Sampling::default(), 64));
+    let mut pipeline = Pipeline::load(folder.path(), 1);
+    let mut stopping = spec(start.len(), 10, Sampling::default());
+    stopping.stop_tokens = vec![expected[0]];
+    let id = pipeline.open(&stopping);
+    assert_eq!(sampled(pipeline.step(id, 0, &start, true)), expected[0]);
+    // A caller that goes on anyway gets the right tokens.
+    assert_eq!(sampled(pipeline.step(id, 6, &expected[..1], true)), expected[1]);
+    assert_eq!(sampled(pipeline.step(id, 7, &expected[1..2], true)), expected[2]);
 }
 
 #[test]

@@ -37,10 +37,9 @@ impl TensorFile {
 
     /// Takes the tensor of this name out; it is read when it is evaluated.
     pub fn take(&mut self, name: &str) -> Result<Array> {
-        self.tensors.remove(name).ok_or_else(|| Error::NoTensor {
-            file: self.path.display().to_string(),
-            name: name.to_owned(),
-        })
+        self.tensors
+            .remove(name)
+            .ok_or_else(|| Error::NoTensor { file: self.path.display().to_string(), name: name.to_owned() })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::device::with_vector;
 use crate::fast::NONE;
-use crate::{Array, Device, Dtype, Error, Result};
+use crate::{Array, Device, Error, Result};
 use mlx_sys as sys;
 use std::ffi::CStr;
 
@@ -170,16 +170,10 @@ impl Device {
     }
 }
 
-impl Quantized {
-    /// The element type that the matrix stands for: that of its affine scales.
-    pub fn dtype(&self) -> Dtype {
-        if self.biases.is_some() { self.scales.dtype() } else { Dtype::BF16 }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Dtype;
 
     #[test]
     fn all_layouts_multiply_like_the_matrix_they_stand_for() {

@@ -33,7 +33,10 @@ fn endless() -> GenerateRequest {
     GenerateRequest { max_tokens: u32::MAX, ignore_eos: true, ..question("Sort 31, 4, 15") }
 }
 
-async fn answer(client: &mut InferenceClient<Channel>, request: GenerateRequest) -> Result<Vec<GenerateResponse>> {
+async fn answer(
+    client: &mut InferenceClient<Channel>,
+    request: GenerateRequest,
+) -> Result<Vec<GenerateResponse>> {
     let mut stream = client.generate(request).await?.into_inner();
     let mut all = Vec::new();
     while let Some(response) = stream.message().await? {
@@ -65,14 +68,19 @@ async fn story_a_client_asks_in_every_way() -> Result<()> {
         .into_inner();
     assert_eq!(detokenized.text, rendered.text);
     let tokenized = client
-        .tokenize(TokenizeRequest { model: "demo".into(), text: rendered.text.clone(), no_special_tokens: true })
+        .tokenize(TokenizeRequest {
+            model: "demo".into(),
+            text: rendered.text.clone(),
+            no_special_tokens: true,
+        })
         .await?
         .into_inner();
     assert_eq!(tokenized.token_ids, rendered.token_ids);
 
     // The same conversation as chat, as text and as token ids gives the same tokens.
     let by_chat = answer(&mut client, question("What is 17 + 25?")).await?;
-    let by_text = GenerateRequest { input: Some(generate_request::Input::Prompt(rendered.text)), ..question("") };
+    let by_text =
+        GenerateRequest { input: Some(generate_request::Input::Prompt(rendered.text)), ..question("") };
     let by_ids = GenerateRequest {
         input: Some(generate_request::Input::Tokens(TokenIds { ids: rendered.token_ids.clone() })),
         ..question("")
@@ -93,12 +101,18 @@ async fn story_a_client_asks_in_every_way() -> Result<()> {
             assert_eq!(logprobs.top.len(), 3);
             assert_eq!(logprobs.top[0].token_id, *token);
             assert_eq!(logprobs.top[0].logprob, logprobs.logprob);
-            ensure!(logprobs.top.windows(2).all(|pair| pair[0].logprob >= pair[1].logprob && pair[0].logprob <= 0.0));
+            ensure!(
+                logprobs
+                    .top
+                    .windows(2)
+                    .all(|pair| pair[0].logprob >= pair[1].logprob && pair[0].logprob <= 0.0)
+            );
         }
     }
 
     // A stop string ends the text before it.
-    let stopped = answer(&mut client, GenerateRequest { stop: vec![",".into()], ..question("Sort 31, 4, 15") }).await?;
+    let stopped =
+        answer(&mut client, GenerateRequest { stop: vec![",".into()], ..question("Sort 31, 4, 15") }).await?;
     let text: String = stopped.iter().map(|response| response.text.as_str()).collect();
     assert_eq!(text, "4");
 

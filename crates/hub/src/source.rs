@@ -45,7 +45,7 @@ const MAX_PART: usize = 96;
 const MAX_REVISION: usize = 128;
 
 impl ModelSource {
-    /// Reads "demo", the path of an existing folder, or "OWNER/NAME[@REVISION]", in this order. A folder called demo is "./demo".
+    /// Reads "demo", the path of an existing folder, or "`OWNER/NAME[@REVISION]`", in this order. A folder called demo is "./demo".
     pub fn parse(text: &str) -> Result<Self, SourceError> {
         let text = text.trim();
         if text.is_empty() {

@@ -21,7 +21,7 @@ use crate::replica::service::ReplicaService;
 use crate::schedulers::Schedulers;
 use crate::workers::{Workers, WorkersOptions};
 use mlxnode_api::access::{NODES, only};
-use mlxnode_api::cluster::ClusterService;
+use mlxnode_api::cluster::{ClusterService, Household, HouseholdError};
 use mlxnode_api::deployments::DeploymentsView;
 use mlxnode_api::front::Front;
 use mlxnode_api::models::{Busy, ModelsService};
@@ -103,8 +103,11 @@ pub struct Node {
     name: String,
     cluster_name: String,
     bound: SocketAddr,
+    reachable: Vec<String>,
     drain: Duration,
     data_dir: DataDir,
+    founded: bool,
+    household: Arc<NodeHousehold>,
     has_left: watch::Receiver<bool>,
     server: AbortOnDropHandle<Result<(), ServeError>>,
     stop_serving: CancellationToken,
@@ -151,7 +154,7 @@ impl Node {
             version: env!("CARGO_PKG_VERSION").to_owned(),
         };
         let lookout = Arc::new(Lookout::start(bound, options.discovery, &options.peers));
-        become_member(&options, &data_dir, &identity, &roster, &lookout, &facts).await?;
+        let founded = become_member(&options, &data_dir, &identity, &roster, &lookout, &facts).await?;
 
         let signed = roster.current().ok_or_else(|| NodeError::Removed(String::new()))?;
         let own = identity.id();
@@ -263,9 +266,12 @@ impl Node {
             name,
             cluster_name: cluster.1,
             bound,
+            reachable,
             drain: options.drain,
             data_dir,
+            founded,
             has_left: household.left(),
+            household,
             server: AbortOnDropHandle::new(server),
             stop_serving,
             coordinator,
@@ -293,7 +299,25 @@ impl Node {
         &self.cluster_name
     }
 
-    /// HOST:PORT where clients on this machine and nodes on others reach it.
+    /// Did this start make the cluster?
+    pub fn founded(&self) -> bool {
+        self.founded
+    }
+
+    /// Opens an invite and returns its short code.
+    ///
+    /// # Errors
+    /// On nodes that do not coordinate.
+    pub async fn invite(&self, lifetime: Duration) -> Result<String, HouseholdError> {
+        Ok(self.household.invite(lifetime).await?.code.reveal())
+    }
+
+    /// HOST:PORT under which other machines can reach it, best first.
+    pub fn addresses(&self) -> &[String] {
+        &self.reachable
+    }
+
+    /// HOST:PORT where clients on this machine reach it.
     pub fn grpc_address(&self) -> String {
         match self.bound.ip().is_unspecified() {
             true => addresses::local(self.bound).to_string(),
@@ -351,7 +375,7 @@ impl Node {
     }
 }
 
-/// Makes this node a member: as it was, by invite, or of a cluster of its own.
+/// Makes this node a member: as it was, by invite, or of a cluster of its own; true when it made one.
 async fn become_member(
     options: &NodeOptions,
     data_dir: &DataDir,
@@ -359,22 +383,24 @@ async fn become_member(
     roster: &RosterStore,
     lookout: &Lookout,
     facts: &NodeFacts,
-) -> Result<(), NodeError> {
+) -> Result<bool, NodeError> {
     let invite = options.invite.as_deref().map(str::parse::<InviteSecret>).transpose()?;
     let member = roster.current().map(|signed| {
         let roster = signed.roster();
         (roster.cluster_name().to_owned(), roster.get(&identity.id()).is_some())
     });
     match (member, invite) {
-        (Some((_, true)), None) => Ok(()),
+        (Some((_, true)), None) => Ok(false),
         (Some((cluster, true)), Some(_)) => Err(NodeError::Member(cluster)),
         (Some((cluster, false)), None) => Err(NodeError::Removed(cluster)),
         (Some((_, false)), Some(secret)) => {
             roster.clear()?;
             data_dir.forget_cluster()?;
-            join(options, identity, roster, lookout, facts, &secret).await
+            join(options, identity, roster, lookout, facts, &secret).await.map(|()| false)
         }
-        (None, Some(secret)) => join(options, identity, roster, lookout, facts, &secret).await,
+        (None, Some(secret)) => {
+            join(options, identity, roster, lookout, facts, &secret).await.map(|()| false)
+        }
         (None, None) => {
             let key = ClusterKey::load_or_create(data_dir.root())?;
             let cluster_name = options.cluster_name.clone().unwrap_or_else(|| facts.name.clone());
@@ -384,7 +410,8 @@ async fn become_member(
                 addresses: facts.addresses.clone(),
             };
             let signed = key.sign(Roster::found(&key, &cluster_name, founder)).map_err(NodeError::Found)?;
-            Ok(roster.adopt(signed)?)
+            roster.adopt(signed)?;
+            Ok(true)
         }
     }
 }

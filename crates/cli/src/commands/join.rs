@@ -9,6 +9,7 @@ use mlxnode_compute::ByteCount;
 use mlxnode_node::{Node, NodeOptions};
 use serde::Serialize;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs as _};
+use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Start a node on this Mac.
@@ -60,6 +61,9 @@ struct Ready<'a> {
     http: Option<String>,
 }
 
+/// How long the invite is good that a new cluster begins with.
+const INVITE: Duration = Duration::from_secs(600);
+
 impl Join {
     pub async fn run(self, global: &Global) -> Result<()> {
         let data_dir = data_dir(global)?;
@@ -87,13 +91,19 @@ impl Join {
         if global.json {
             output::json(&ready)?;
         } else {
+            let address = node.addresses().first().unwrap_or(&ready.grpc);
+            output::line(&format!("Node {} of cluster {} listens on {address}.", ready.name, ready.cluster))?;
+            let invite = match node.founded() {
+                // Whoever starts the first node wants a second one next.
+                true => format!(
+                    "mlxnode join --invite {}   (on it, within 10 minutes)",
+                    node.invite(INVITE).await?
+                ),
+                false => "mlxnode invite".to_owned(),
+            };
             output::line(&format!(
-                "Node {} of cluster {} listens on {}.",
-                ready.name, ready.cluster, ready.grpc
+                "Let another Mac in:   {invite}\nSee who is here:      mlxnode status\nStop this node:       Ctrl-C"
             ))?;
-            output::line(
-                "Let another Mac in:   mlxnode invite\nSee who is here:      mlxnode status\nStop this node:       Ctrl-C",
-            )?;
         }
         let ended = tokio::select! {
             _ = terminate.recv() => Ok(()),

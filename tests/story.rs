@@ -158,3 +158,19 @@ fn story_a_node_leaves_and_another_is_forgotten() -> Result<()> {
         Ok(())
     })
 }
+
+#[test]
+fn story_nodes_that_restart_elsewhere_find_each_other_without_mdns_and_the_model_comes_back() -> Result<()> {
+    let mut cluster = LocalCluster::start_with(2, &["--no-discovery"])?;
+    cluster.first().json(&["load", "demo", "--stages", "2"])?;
+    // The second one first: the coordinator learns of its new port, then restarts itself on another one.
+    for index in [1, 0] {
+        cluster.restart(index)?;
+        cluster.wait_until_all_alive()?;
+    }
+    let node = cluster.first();
+    eventually(Duration::from_secs(30), || ready_deployment(node))?;
+    let answer = cluster.nodes[1].json(&QUESTION)?;
+    assert!(answer["text"].as_str().context("text")?.contains("42"), "{answer}");
+    Ok(())
+}

@@ -15,7 +15,7 @@ use crate::lookout::Lookout;
 use crate::node_control::client::ClusterNodes;
 use crate::node_control::service::NodeControlService;
 use crate::options::NodeOptions;
-use crate::registrar::Registrar;
+use crate::registrar::{Registrar, keep_addresses};
 use crate::replica::client::ClusterReplicas;
 use crate::replica::service::ReplicaService;
 use crate::schedulers::Schedulers;
@@ -205,6 +205,7 @@ impl Node {
             Some(handle) => {
                 own_task(tokio::spawn(coordination::mirror(handle.clone(), view_sender)));
                 own_task(tokio::spawn(coordination::bring_news(handle, nodes, workers.clone())));
+                own_task(tokio::spawn(keep_addresses(registrar.clone(), mesh.clone(), own)));
             }
             None => own_task(tokio::spawn(coordination::follow(route.clone(), view_sender))),
         }

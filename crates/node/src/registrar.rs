@@ -2,11 +2,11 @@
 
 use async_trait::async_trait;
 use mlxnode_cluster::{
-    Admit, ClusterKey, Departures, JoinRequest, NodeId, Refusal, RosterEntry, RosterError, RosterStore,
-    RosterStoreError, SignedRoster,
+    Admit, ClusterKey, Departures, JoinRequest, MeshHandle, NodeId, PeerState, Refusal, RosterEntry,
+    RosterError, RosterStore, RosterStoreError, SignedRoster,
 };
 use std::sync::{Arc, Mutex, PoisonError};
-use tracing::info;
+use tracing::{info, warn};
 
 /// Signs new rosters.
 pub(crate) struct Registrar {
@@ -53,6 +53,22 @@ impl Registrar {
         Ok(signed)
     }
 
+    /// Notes where members listen now: after a restart the others then find them without mDNS too.
+    pub(crate) fn note_addresses(&self, news: &[(NodeId, Vec<String>)]) -> Result<(), RegistrarError> {
+        let key = self.key.as_ref().ok_or(RegistrarError::NotCoordinator)?;
+        let key = key.lock().unwrap_or_else(PoisonError::into_inner);
+        let current = self.roster.current().ok_or(RegistrarError::NoCluster)?;
+        let mut roster = current.roster().clone();
+        let mut is_new = false;
+        for (node, addresses) in news {
+            is_new |= !addresses.is_empty() && roster.set_addresses(node, addresses.clone());
+        }
+        if is_new {
+            self.roster.adopt(key.sign(roster)?)?;
+        }
+        Ok(())
+    }
+
     /// Takes a node out.
     pub(crate) fn remove(&self, node: NodeId) -> Result<RosterEntry, RegistrarError> {
         let key = self.key.as_ref().ok_or(RegistrarError::NotCoordinator)?;
@@ -63,6 +79,26 @@ impl Registrar {
         self.roster.adopt(key.sign(roster)?)?;
         info!(node = %entry.node_id.short(), name = entry.name, "node is out of the cluster");
         Ok(entry)
+    }
+}
+
+/// Keeps the roster's addresses current, for as long as the mesh runs. On the coordinator's node.
+pub(crate) async fn keep_addresses(registrar: Arc<Registrar>, mesh: MeshHandle, own: NodeId) {
+    let mut peers = mesh.watch();
+    loop {
+        let mut news = vec![(own, mesh.facts().addresses)];
+        for peer in peers.borrow_and_update().iter().filter(|peer| peer.state == PeerState::Alive) {
+            news.push((
+                peer.node_id,
+                peer.facts.as_ref().map(|facts| facts.addresses.clone()).unwrap_or_default(),
+            ));
+        }
+        if let Err(error) = registrar.note_addresses(&news) {
+            warn!(reason = crate::error::chain(&error), "the members' addresses are not kept");
+        }
+        if peers.changed().await.is_err() {
+            return;
+        }
     }
 }
 

@@ -11,12 +11,20 @@ pub struct LocalCluster {
     /// The nodes, in the order they joined.
     pub nodes: Vec<NodeProcess>,
     folder: TempDir,
+    /// Further arguments of every `join`.
+    arguments: Vec<String>,
 }
 
 impl LocalCluster {
     /// Starts `size` nodes on the loopback and waits until all see each other.
     pub fn start(size: usize) -> Result<Self> {
-        let mut cluster = Self { nodes: Vec::new(), folder: tempfile::tempdir()? };
+        Self::start_with(size, &[])
+    }
+
+    /// As [`LocalCluster::start`], with further arguments for every `join`.
+    pub fn start_with(size: usize, arguments: &[&str]) -> Result<Self> {
+        let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        let mut cluster = Self { nodes: Vec::new(), folder: tempfile::tempdir()?, arguments };
         for _ in 0..size {
             cluster.add()?;
         }
@@ -27,15 +35,31 @@ impl LocalCluster {
     /// Starts one more node; it joins by a long token and the address of the first one.
     pub fn add(&mut self) -> Result<&NodeProcess> {
         let index = self.nodes.len();
-        let mut setup = NodeSetup { name: format!("node{index}"), ..NodeSetup::default() };
+        let mut setup = self.setup(index);
         if let Some(first) = self.nodes.first() {
             let invite = first.json(&["invite"])?;
             setup.invite = Some(invite["token"].as_str().context("an invite has a token")?.to_owned());
             setup.peers = vec![first.ready.grpc.clone()];
         }
-        let node = NodeProcess::start(&self.folder.path().join(format!("node{index}")), &setup)?;
+        let node = NodeProcess::start(&self.data_dir(index), &setup)?;
         self.nodes.push(node);
         self.nodes.last().context("just added")
+    }
+
+    /// Ends a node politely and starts it again; it takes another port.
+    pub fn restart(&mut self, index: usize) -> Result<()> {
+        self.nodes.remove(index).stop(Duration::from_secs(15))?;
+        let node = NodeProcess::start(&self.data_dir(index), &self.setup(index))?;
+        self.nodes.insert(index, node);
+        Ok(())
+    }
+
+    fn setup(&self, index: usize) -> NodeSetup {
+        NodeSetup { name: format!("node{index}"), arguments: self.arguments.clone(), ..NodeSetup::default() }
+    }
+
+    fn data_dir(&self, index: usize) -> std::path::PathBuf {
+        self.folder.path().join(format!("node{index}"))
     }
 
     /// The first node: the one that made the cluster.

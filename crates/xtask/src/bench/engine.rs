@@ -8,9 +8,9 @@
 use super::models::{self, Dtype, Model, Size};
 use super::process::{self, measure};
 use super::report::{Report, Row, Target, Unit};
-use super::{Limits, build_example};
+use super::{Limits, binary, example};
 use crate::places::Places;
-use crate::{build, setup};
+use crate::setup;
 use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 use serde::Deserialize;
@@ -64,8 +64,8 @@ struct Side {
 
 /// Measures all.
 pub(super) fn run(places: &Places, options: &Options, limits: Limits) -> Result<Report> {
-    let binary = build::binary(places, true)?;
-    let decode_speed = build_example(places, "mlxnode-engine", "decode_speed")?;
+    let binary = binary(places, limits)?;
+    let decode_speed = example(places, "mlxnode-engine", "decode_speed", limits)?;
     let oracle = setup::oracle::ensure(places)?;
     let scripts = places.repository.join("crates/testkit/oracle");
     let ours = Side { name: "mlxnode", speed: vec![decode_speed] };

@@ -2,7 +2,7 @@
 
 use super::process::{self, measure};
 use super::report::{Report, Row, Target, Unit};
-use super::{Limits, build_example};
+use super::{Limits, example};
 use crate::places::Places;
 use anyhow::{Context as _, Result};
 use serde::Deserialize;
@@ -22,7 +22,10 @@ struct Figures {
     step_us: Quantiles,
     /// There and back over TCP with TLS.
     raw_us: Quantiles,
+    /// Of stages that burn CPU.
     throughput: Throughput,
+    /// Of stages that sleep instead, as if a GPU computed: a busy machine changes little.
+    overlap: Throughput,
 }
 
 #[derive(Debug, Deserialize)]
@@ -31,7 +34,7 @@ struct Quantiles {
     p99: f64,
 }
 
-/// Tokens per second of stages that only burn CPU.
+/// Tokens per second of stages without a model.
 #[derive(Debug, Deserialize)]
 struct Throughput {
     one_stage: f64,
@@ -41,7 +44,7 @@ struct Throughput {
 
 /// Measures it.
 pub(super) fn run(places: &Places, limits: Limits) -> Result<Report> {
-    let example = build_example(places, "mlxnode-worker", "hop")?;
+    let example = example(places, "mlxnode-worker", "hop", limits)?;
     let environment = process::environment(&places.cache.join("bench-kernels"))?;
     let seconds = if limits.quick { "1" } else { "5" };
     let mut runs = Vec::new();
@@ -94,12 +97,30 @@ pub(super) fn run(places: &Places, limits: Limits) -> Result<Report> {
             &|run| run.throughput.one_stage,
             both,
         )?,
+        row(
+            "waiting stages",
+            "two, 2 requests, to one",
+            tokens,
+            &|run| run.overlap.two_stages_2_requests,
+            &|run| run.overlap.one_stage,
+            both,
+        )?,
+        row(
+            "waiting stages",
+            "two, 4 requests, to one",
+            tokens,
+            &|run| run.overlap.two_stages_4_requests,
+            &|run| run.overlap.one_stage,
+            both,
+        )?,
     ];
     let notes = vec![
         "A hop: from the end of a step in one compute thread to its start in the next stage's, over gRPC and mutual TLS on \
          the loopback. Raw: the same bytes there and back over TCP and TLS alone. In turns within each run."
             .into(),
-        "Busy stages burn about a millisecond of CPU per token for all layers, instead of a model; nothing is pinned.".into(),
+        "Busy stages burn about a millisecond of CPU per token in all, waiting ones sleep for 4 ms, instead of a model; nothing \
+         is pinned, so the busy ones need two idle cores."
+            .into(),
     ];
     Ok(Report { bench: "hop", ours: "links", base: "base", notes, rows })
 }

@@ -16,7 +16,7 @@ mod report;
 mod statistics;
 
 use crate::places::Places;
-use crate::{command, setup};
+use crate::{build, command, setup};
 use anyhow::{Context as _, Result, ensure};
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
@@ -32,6 +32,9 @@ pub(crate) struct Bench {
     /// Fewer tokens: to see that it works, not how fast
     #[arg(long, global = true)]
     quick: bool,
+    /// Measure what was built last, even when the sources have changed since
+    #[arg(long, global = true)]
+    no_build: bool,
     /// Write the figures here as well
     #[arg(long, global = true, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -47,18 +50,19 @@ enum Subject {
     Pipeline,
 }
 
-/// How long it may measure.
+/// How long it may measure, and what.
 #[derive(Clone, Copy, Debug)]
 struct Limits {
     runs: usize,
     quick: bool,
+    no_build: bool,
 }
 
 impl Bench {
     /// Measures and prints.
     pub(crate) fn run(&self, places: &Places) -> Result<()> {
         setup::ensure(places)?;
-        let limits = Limits { runs: self.runs.into(), quick: self.quick };
+        let limits = Limits { runs: self.runs.into(), quick: self.quick, no_build: self.no_build };
         let reports = match &self.subject {
             Some(Subject::Engine(options)) => vec![engine::run(places, options, limits)?],
             Some(Subject::Hop) => vec![hop::run(places, limits)?],
@@ -98,12 +102,23 @@ fn machine() -> String {
     )
 }
 
-/// Builds an example of a crate in release; returns its path.
-fn build_example(places: &Places, package: &str, example: &str) -> Result<PathBuf> {
-    let mut cargo = command::cargo(&places.repository);
-    cargo.args(["build", "--release", "--package", package, "--example", example]);
-    command::run(cargo.args(command::lock_arguments()))?;
-    let path = places.target().join("release/examples").join(example);
-    ensure!(path.is_file(), "cargo built no {}", path.display());
+/// The release build of `mlxnode`.
+fn binary(places: &Places, limits: Limits) -> Result<PathBuf> {
+    if limits.no_build { built(places, "mlxnode") } else { build::binary(places, true) }
+}
+
+/// The release build of a crate's example.
+fn example(places: &Places, package: &str, example: &str, limits: Limits) -> Result<PathBuf> {
+    if !limits.no_build {
+        let mut cargo = command::cargo(&places.repository);
+        cargo.args(["build", "--release", "--package", package, "--example", example]);
+        command::run(cargo.args(command::lock_arguments()))?;
+    }
+    built(places, &format!("examples/{example}"))
+}
+
+fn built(places: &Places, program: &str) -> Result<PathBuf> {
+    let path = places.target().join("release").join(program);
+    ensure!(path.is_file(), "{} was not built yet; leave --no-build out", path.display());
     Ok(path)
 }

@@ -6,13 +6,13 @@
 
 mod cluster;
 
-use super::Limits;
 use super::models::{Dtype, Model, Size};
 use super::process::{self, measure};
 use super::report::{Report, Row, Target, Unit};
+use super::{Limits, binary};
 use crate::node::{Cli, Node};
 use crate::places::Places;
-use crate::{build, command, setup};
+use crate::{command, setup};
 use anyhow::{Context as _, Result, ensure};
 use cluster::{Cluster, Load, Stage};
 use std::path::{Path, PathBuf};
@@ -26,7 +26,7 @@ const SEQUENCES: usize = 4;
 
 /// Measures all.
 pub(super) fn run(places: &Places, limits: Limits) -> Result<Report> {
-    let binary = build::binary(places, true)?;
+    let binary = binary(places, limits)?;
     let oracle = setup::oracle::ensure(places)?;
     let provide = |size| Model::provide(places, &oracle, size, Dtype::F32);
     let (empty, middle) = (provide(Size::T)?, provide(Size::S)?);

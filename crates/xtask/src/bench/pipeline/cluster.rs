@@ -141,7 +141,7 @@ impl<'a> Cluster<'a> {
                 asked.into_iter().map(|client| client.join().map_err(|_| anyhow!("a client panicked"))?);
             answers.collect::<Result<_>>()
         })
-        .with_context(|| self.logs())?;
+        .map_err(|error| anyhow!("{error:#}\n{}", self.logs()))?;
         let wall = start.elapsed();
         let after = self.cpu(stages);
         let answers: Vec<Vec<u32>> =
@@ -162,10 +162,8 @@ impl<'a> Cluster<'a> {
 
     fn client(&self, client: usize, new_tokens: usize) -> Command {
         let node = &self.nodes[client % self.nodes.len()];
-        let max_tokens = new_tokens.to_string();
-        let arguments = ["generate", "--json", "--ignore-chat-template", "--model", NAME, "--max-tokens"];
-        let mut command = node.command(&arguments);
-        command.arg(max_tokens).arg("--prompt").arg(prompt(PROMPT, client));
+        let mut command = node.command(&["generate", "--json", "--ignore-chat-template", "--model", NAME]);
+        command.arg("--max-tokens").arg(new_tokens.to_string()).arg("--prompt").arg(prompt(PROMPT, client));
         command
     }
 

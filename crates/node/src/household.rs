@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
-use tonic::Request;
+use tonic::{Code, Request};
 
 /// The members as this node knows them.
 pub(crate) struct NodeHousehold {
@@ -32,7 +32,7 @@ pub(crate) struct NodeHousehold {
 }
 
 /// The coordinator must sign a new roster.
-const LEAVE_TIME: Duration = Duration::from_secs(5);
+pub(crate) const LEAVE_TIME: Duration = Duration::from_secs(5);
 
 /// What a household is made of.
 pub(crate) struct Members {
@@ -67,6 +67,21 @@ impl NodeHousehold {
     /// Becomes true when this node has left its cluster.
     pub(crate) fn left(&self) -> watch::Receiver<bool> {
         self.left.subscribe()
+    }
+
+    /// Has the coordinator take this node out of the roster. `false`: it cannot be reached.
+    async fn tell_coordinator(&self, coordinator: &NodeId) -> Result<bool, HouseholdError> {
+        let Some(channel) = self.mesh.channel(coordinator) else { return Ok(false) };
+        let mut request = Request::new(PeerLeaveRequest {});
+        request.set_timeout(LEAVE_TIME);
+        match PeerClient::new(channel).leave(request).await {
+            Ok(_) => Ok(true),
+            // What the coordinator itself says is failed_precondition.
+            Err(status) if status.code() == Code::FailedPrecondition => {
+                Err(HouseholdError::Refused(status.message().to_owned()))
+            }
+            Err(_) => Ok(false),
+        }
     }
 
     fn node_view(&self, entry: &RosterEntry, peers: &[PeerView]) -> NodeView {
@@ -144,21 +159,16 @@ impl Household for NodeHousehold {
         Ok(view)
     }
 
-    async fn leave(&self) -> Result<(), HouseholdError> {
+    async fn leave(&self) -> Result<Option<String>, HouseholdError> {
         let roster = self.roster.current().ok_or_else(|| failure(RegistrarError::NoCluster))?;
         let coordinator = roster.roster().coordinator();
+        let mut untold = None;
         if coordinator != self.own {
-            let channel = self.mesh.channel(&coordinator).ok_or_else(|| {
-                let name = roster.roster().get(&coordinator).map_or("the coordinator", |entry| entry.name.as_str());
-                HouseholdError::Unavailable(format!(
-                    "{name} cannot be reached, which must take this node out of the roster; stop this node and run \
-                     `mlxnode forget` there instead"
-                ))
-            })?;
-            let mut request = Request::new(PeerLeaveRequest {});
-            request.set_timeout(LEAVE_TIME);
-            let left = PeerClient::new(channel).leave(request).await;
-            left.map_err(|status| HouseholdError::Unavailable(status.message().to_owned()))?;
+            // One that is gone, or that has forgotten this node already, must not keep it for ever.
+            if !self.tell_coordinator(&coordinator).await? {
+                let entry = roster.roster().get(&coordinator);
+                untold = Some(entry.map_or_else(|| coordinator.short(), |entry| entry.name.clone()));
+            }
         } else if roster.roster().nodes().len() > 1 {
             return Err(HouseholdError::Refused(
                 "this node coordinates the cluster and has other members; let them leave first, or `mlxnode forget` them"
@@ -170,7 +180,7 @@ impl Household for NodeHousehold {
             .forget_cluster()
             .map_err(|error| HouseholdError::Failed(crate::error::chain(&error)))?;
         self.left.send_replace(true);
-        Ok(())
+        Ok(untold)
     }
 }
 

@@ -10,7 +10,7 @@ use crate::addresses;
 use crate::coordination::{self, RosterRoute};
 use crate::data_dir::{DataDir, DataDirError, DataDirLock, RunningNode};
 use crate::facts::MachineFacts;
-use crate::household::{Members, NodeHousehold};
+use crate::household::{LEAVE_TIME, Members, NodeHousehold};
 use crate::lookout::Lookout;
 use crate::node_control::client::ClusterNodes;
 use crate::node_control::service::NodeControlService;
@@ -29,8 +29,8 @@ use mlxnode_api::{InferenceService, PublicServices, public_routes};
 use mlxnode_cluster::{
     AccessList, ClusterAdmission, ClusterKey, Discovery, Identity, InviteError, InviteSecret, Inviter,
     JoinError, KeyError, MeshHandle, MeshOptions, NodeFacts, NodeId, Role, Roster, RosterEntry, RosterError,
-    RosterStore, RosterStoreError, ServeError, ServeOptions, SqliteControlLog, Timing, announce_invites,
-    find_inviters, peer_service, serve,
+    RosterStore, RosterStoreError, ServeError, ServeOptions, SignedRoster, SqliteControlLog, Timing,
+    announce_invites, find_inviters, peer_service, serve,
 };
 use mlxnode_coordinator::coordinator::{self, Coordinator, CoordinatorHandle};
 use mlxnode_coordinator::scheduler::Statistics;
@@ -39,6 +39,7 @@ use mlxnode_proto::internal::v1::node_control_server::NodeControlServer;
 use mlxnode_proto::internal::v1::replica_server::ReplicaServer;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -64,7 +65,7 @@ pub enum NodeError {
     #[error("cannot make a cluster")]
     Found(#[source] RosterError),
     /// Nothing can be bound there.
-    #[error("cannot listen on {address}; is another node running on this port?")]
+    #[error("cannot listen on {address}{}", listen_hint(source))]
     Listen {
         /// Where.
         address: SocketAddr,
@@ -86,6 +87,12 @@ pub enum NodeError {
         "this node belongs to the cluster {0} already; run `mlxnode leave` first, or join without --invite"
     )]
     Member(String),
+    /// The coordinator's node lost the key that signs the roster.
+    #[error(
+        "{0} is missing, without which this coordinator can change nothing: restore it from a backup, or delete the data \
+         directory, make a new cluster, and invite the others again"
+    )]
+    NoClusterKey(PathBuf),
     /// The control log or the coordinator.
     #[error("cannot start the coordinator: {0}")]
     Coordinator(String),
@@ -95,6 +102,17 @@ pub enum NodeError {
     /// Part of the API could not be built.
     #[error("cannot set up the API: {0}")]
     Api(String),
+}
+
+fn listen_hint(source: &std::io::Error) -> &'static str {
+    match source.kind() {
+        std::io::ErrorKind::AddrInUse => {
+            "; another program, perhaps another node, uses this port: take another one with --listen"
+        }
+        std::io::ErrorKind::AddrNotAvailable => "; this machine has no such address",
+        std::io::ErrorKind::PermissionDenied => "; ports below 1024 are for the administrator",
+        _ => "",
+    }
 }
 
 /// A running node.
@@ -109,6 +127,7 @@ pub struct Node {
     founded: bool,
     household: Arc<NodeHousehold>,
     has_left: watch::Receiver<bool>,
+    roster: Arc<RosterStore>,
     server: AbortOnDropHandle<Result<(), ServeError>>,
     stop_serving: CancellationToken,
     coordinator: Option<Coordinator>,
@@ -173,6 +192,9 @@ impl Node {
             timing: Timing::WIRED,
         });
         let key = if coordinates { ClusterKey::load(data_dir.root())? } else { None };
+        if coordinates && key.is_none() {
+            return Err(NodeError::NoClusterKey(data_dir.root().join("cluster.key")));
+        }
         let registrar = Arc::new(Registrar::new(roster.clone(), key));
         let inviter = Arc::new(Inviter::new(identity.clone(), registrar.clone()));
         let advertised = addresses::host(reachable.first().map_or("127.0.0.1", String::as_str)).to_owned();
@@ -252,7 +274,7 @@ impl Node {
         let client = Identity::load_or_create(&data_dir.client())?;
         access.allow(client.key_pin(), Role::Client);
         data_dir.write_node_certificate(&identity.certificate_pem())?;
-        let admission = Arc::new(ClusterAdmission::new(identity.key_pin(), roster, access));
+        let admission = Arc::new(ClusterAdmission::new(identity.key_pin(), roster.clone(), access));
         let serve_options = ServeOptions { pairing: Some(inviter), ..ServeOptions::default() };
         let server =
             tokio::spawn(serve(listener, identity, admission, routes, serve_options, stop_serving.clone()));
@@ -272,6 +294,7 @@ impl Node {
             data_dir,
             founded,
             has_left: household.left(),
+            roster,
             household,
             server: AbortOnDropHandle::new(server),
             stop_serving,
@@ -331,6 +354,18 @@ impl Node {
     /// # Errors
     /// Why it cannot go on.
     pub async fn ended(&mut self) -> Result<(), NodeError> {
+        let mut has_left = self.has_left.clone();
+        let (id, mut roster) = (self.id, self.roster.watch());
+        let removed = async {
+            let is_member = |roster: &Option<Arc<SignedRoster>>| {
+                roster.as_ref().is_none_or(|signed| signed.roster().get(&id).is_some())
+            };
+            if roster.wait_for(|roster| !is_member(roster)).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+            // Who leaves is taken out of the roster first, and ends by having left.
+            tokio::time::sleep(LEAVE_TIME).await;
+        };
         let coordinator = async {
             match &mut self.coordinator {
                 Some(coordinator) => coordinator.ended().await,
@@ -338,7 +373,8 @@ impl Node {
             }
         };
         tokio::select! {
-            _ = self.has_left.wait_for(|left| *left) => Ok(()),
+            _ = has_left.wait_for(|left| *left) => Ok(()),
+            () = removed => Err(NodeError::Removed(self.cluster_name.clone())),
             server = &mut self.server => match server {
                 Ok(Ok(())) => Ok(()),
                 Ok(Err(error)) => Err(NodeError::Serve(error)),

@@ -5,7 +5,7 @@
 use anyhow::{Context as _, Result, ensure};
 use mlxnode_testkit::cluster::LocalCluster;
 use mlxnode_testkit::eventually::eventually;
-use mlxnode_testkit::node::NodeProcess;
+use mlxnode_testkit::node::{NodeProcess, NodeSetup};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -144,19 +144,28 @@ fn story_a_node_leaves_and_another_is_forgotten() -> Result<()> {
         ensure!(names == ["node0"], "{names:?}");
         Ok(())
     })?;
-    // The forgotten one cannot come back by itself: its key is out.
+    // The forgotten one hears of it and ends: nothing of its cluster goes on there.
     let forgotten = &cluster.nodes[1];
-    eventually(Duration::from_secs(10), || {
-        let status = forgotten.json(&["status"])?;
-        let alive = status["nodes"]
-            .as_array()
-            .context("nodes")?
-            .iter()
-            .filter(|entry| entry["state"] == "alive")
-            .count();
-        ensure!(alive <= 1, "still linked: {status}");
+    eventually(Duration::from_secs(15), || {
+        let output = forgotten.output(&["status"])?;
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(!output.status.success() && text.contains("no node runs"), "still there: {text}");
         Ok(())
     })
+}
+
+#[test]
+fn story_a_node_that_was_forgotten_while_it_was_off_can_leave() -> Result<()> {
+    let mut cluster = LocalCluster::start(2)?;
+    let off = cluster.nodes.remove(1);
+    let data_dir = off.data_dir().to_owned();
+    off.stop(Duration::from_secs(15))?;
+    cluster.first().json(&["forget", "node1"])?;
+    // It knows nothing of its fate, and nobody lets it in who could tell.
+    let forgotten = NodeProcess::start(&data_dir, &NodeSetup::default())?;
+    let left = forgotten.json(&["leave"])?;
+    ensure!(left["left"] == true && left["untold_coordinator"] == "node0", "{left}");
+    Ok(())
 }
 
 #[test]

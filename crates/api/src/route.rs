@@ -44,3 +44,31 @@ pub(crate) fn forwarded<T>(request: Request<T>) -> Result<Request<T>, Status> {
     }
     Ok(onward)
 }
+
+/// What the caller hears when a call that was handed on failed. What the coordinator answered stays as it is; a broken connection
+/// (the transport's errors have a source, answers have none) is told in words.
+pub(crate) fn not_answered(status: Status) -> Status {
+    match std::error::Error::source(&status) {
+        None => status,
+        Some(_) => Status::unavailable(format!(
+            "the coordinator does not answer any more ({}); see `mlxnode status` and try again in a moment",
+            status.message()
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tonic::Code;
+
+    #[test]
+    fn a_broken_connection_is_told_in_words_and_an_answer_is_kept() {
+        let broken = Status::from_error(Box::new(std::io::Error::from(std::io::ErrorKind::BrokenPipe)));
+        let told = not_answered(broken);
+        assert_eq!(told.code(), Code::Unavailable);
+        assert!(told.message().contains("coordinator"), "{told}");
+        let answer = not_answered(Status::not_found("no node is called x"));
+        assert_eq!((answer.code(), answer.message()), (Code::NotFound, "no node is called x"));
+    }
+}

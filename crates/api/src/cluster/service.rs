@@ -4,7 +4,7 @@ use super::view::Household;
 use super::wire;
 use crate::deployments::DeploymentsView;
 use crate::models::Busy;
-use crate::route::{CoordinatorRoute, Route, forwarded};
+use crate::route::{CoordinatorRoute, Route, forwarded, not_answered};
 use futures::stream::BoxStream;
 use mlxnode_cluster::Role;
 use mlxnode_proto::v1::cluster_client::ClusterClient;
@@ -88,7 +88,7 @@ impl Cluster for ClusterService {
 
     async fn invite(&self, request: Request<InviteRequest>) -> Result<Response<InviteResponse>, Status> {
         if let Route::There(channel) = self.route.route()? {
-            return ClusterClient::new(channel).invite(forwarded(request)?).await;
+            return ClusterClient::new(channel).invite(forwarded(request)?).await.map_err(not_answered);
         }
         let lifetime = match request.get_ref().lifetime_seconds {
             0 => INVITE_LIFETIME,
@@ -105,7 +105,7 @@ impl Cluster for ClusterService {
 
     async fn forget(&self, request: Request<ForgetRequest>) -> Result<Response<ForgetResponse>, Status> {
         if let Route::There(channel) = self.route.route()? {
-            return ClusterClient::new(channel).forget(forwarded(request)?).await;
+            return ClusterClient::new(channel).forget(forwarded(request)?).await.map_err(not_answered);
         }
         let node = self.household.forget(&request.get_ref().node).await.map_err(wire::failure)?;
         Ok(Response::new(ForgetResponse { node: Some(wire::node(node)) }))
@@ -114,7 +114,7 @@ impl Cluster for ClusterService {
     async fn leave(&self, request: Request<LeaveRequest>) -> Result<Response<LeaveResponse>, Status> {
         // Whoever sits at this Mac may take it out; another node removes it by `Forget`.
         crate::access::require(&request, &[Role::Own, Role::Client])?;
-        self.household.leave().await.map_err(wire::failure)?;
-        Ok(Response::new(LeaveResponse {}))
+        let untold = self.household.leave().await.map_err(wire::failure)?;
+        Ok(Response::new(LeaveResponse { untold_coordinator: untold.unwrap_or_default() }))
     }
 }

@@ -93,6 +93,6 @@ pub trait Household: Send + Sync + 'static {
     /// Removes a member by name or id. On the coordinator only. Returns it as it was.
     async fn forget(&self, reference: &str) -> Result<NodeView, HouseholdError>;
 
-    /// Takes this node out of its cluster and lets it stop.
-    async fn leave(&self) -> Result<(), HouseholdError>;
+    /// Takes this node out of its cluster and lets it stop. Returns the name of a coordinator that could not be told.
+    async fn leave(&self) -> Result<Option<String>, HouseholdError>;
 }

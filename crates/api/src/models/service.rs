@@ -2,7 +2,7 @@
 
 use super::wire;
 use crate::deployments::DeploymentsView;
-use crate::route::{CoordinatorRoute, Route, forwarded};
+use crate::route::{CoordinatorRoute, Route, forwarded, not_answered};
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
 use mlxnode_coordinator::coordinator::{LoadUpdate, LoadWish};
@@ -61,7 +61,9 @@ impl Models for ModelsService {
 
     async fn plan(&self, request: Request<PlanRequest>) -> Result<Response<PlanResponse>, Status> {
         match self.route.route()? {
-            Route::There(channel) => ModelsClient::new(channel).plan(forwarded(request)?).await,
+            Route::There(channel) => {
+                ModelsClient::new(channel).plan(forwarded(request)?).await.map_err(not_answered)
+            }
             Route::Here(coordinator) => {
                 let request = request.into_inner();
                 let wish = wire::wish(&request);
@@ -74,8 +76,9 @@ impl Models for ModelsService {
     async fn load(&self, request: Request<LoadRequest>) -> Result<Response<Self::LoadStream>, Status> {
         match self.route.route()? {
             Route::There(channel) => {
-                let progress = ModelsClient::new(channel).load(forwarded(request)?).await?;
-                Ok(Response::new(progress.into_inner().boxed()))
+                let progress = ModelsClient::new(channel).load(forwarded(request)?).await;
+                let progress = progress.map_err(not_answered)?.into_inner();
+                Ok(Response::new(progress.map(|message| message.map_err(not_answered)).boxed()))
             }
             Route::Here(coordinator) => {
                 let request = request.into_inner();
@@ -99,7 +102,9 @@ impl Models for ModelsService {
 
     async fn unload(&self, request: Request<UnloadRequest>) -> Result<Response<UnloadResponse>, Status> {
         match self.route.route()? {
-            Route::There(channel) => ModelsClient::new(channel).unload(forwarded(request)?).await,
+            Route::There(channel) => {
+                ModelsClient::new(channel).unload(forwarded(request)?).await.map_err(not_answered)
+            }
             Route::Here(coordinator) => {
                 coordinator.unload(request.into_inner().name).await.map_err(wire::status)?;
                 Ok(Response::new(UnloadResponse {}))

@@ -11,7 +11,7 @@ use serde_json::json;
 /// Take this Mac out of its cluster and stop its node.
 ///
 /// Models that had layers here are placed again on the others when they fit. The node's key stays, so the same Mac can be invited
-/// again.
+/// again. When the coordinator cannot be reached this Mac leaves all the same, and has to be forgotten there.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -21,10 +21,18 @@ pub struct Leave {}
 impl Leave {
     pub async fn run(self, global: &Global) -> Result<()> {
         let connection = Connection::open(global).await?;
-        connection.cluster().leave(LeaveRequest {}).await?;
-        match global.json {
-            true => output::json(&json!({ "left": true })),
-            false => output::line("This node has left its cluster and stops now."),
+        let untold = connection.cluster().leave(LeaveRequest {}).await?.into_inner().untold_coordinator;
+        let told = untold.is_empty();
+        if global.json {
+            let untold = if told { None } else { Some(untold) };
+            return output::json(&json!({ "left": true, "untold_coordinator": untold }));
+        }
+        output::line("This node has left its cluster and stops now.")?;
+        match told {
+            true => Ok(()),
+            false => output::line(&format!(
+                "The coordinator {untold} could not be told: when it is on again, run `mlxnode forget` there, or it goes on listing this node."
+            )),
         }
     }
 }

@@ -30,11 +30,32 @@ impl Invite {
         if global.json {
             return output::json(&invite);
         }
-        output::line(&format!("On the other Mac, within {} minutes:", self.lifetime.div_ceil(60)))?;
+        output::line(&format!("On the other Mac, within {}:", span(self.lifetime)))?;
         output::line(&format!("\n  mlxnode join --invite {}\n", invite.code))?;
         output::line(&format!(
             "In scripts, or where mDNS does not reach:\n\n  mlxnode join --invite {}",
             invite.token
         ))
+    }
+}
+
+/// "90 seconds", "10 minutes".
+fn span(seconds: u32) -> String {
+    match seconds {
+        1 => "1 second".to_owned(),
+        60 => "1 minute".to_owned(),
+        seconds if seconds % 60 == 0 => format!("{} minutes", seconds / 60),
+        seconds => format!("{seconds} seconds"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::span;
+
+    #[test]
+    fn a_span_is_never_longer_than_the_invite_lasts() {
+        let told = [1, 30, 60, 90, 600].map(span);
+        assert_eq!(told, ["1 second", "30 seconds", "1 minute", "90 seconds", "10 minutes"]);
     }
 }

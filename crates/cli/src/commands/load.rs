@@ -19,7 +19,7 @@ use std::time::Duration;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  mlxnode load mlx-community/Qwen3-30B-A3B-4bit
+  mlxnode load mlx-community/Qwen3-8B-4bit
   mlxnode load demo --stages 2")]
 pub struct Load {
     #[command(flatten)]

@@ -1,24 +1,51 @@
 //! A handle to an array of MLX: lazily computed, reference-counted, bound to its thread.
+//!
+//! It is mlx-rs's array without what panics (operators, indexing, `as_slice`, `item`, `dim`, `from_slice`) and without `Send`: the
+//! array may be moved, but not what it is still to be computed from.
 
-use crate::error::{check, last};
+use crate::error::{check, last, through};
 use crate::{Dtype, Error, Result};
 use half::{bf16, f16};
+use mlx_rs::ArrayElement;
+use mlx_rs::error::AsSliceError;
 use mlx_sys as sys;
 use std::ffi::c_void;
+use std::marker::PhantomData;
 
 /// An n-dimensional array. Cloning is cheap: it clones the handle. Not `Send`: see the crate's documentation.
+#[derive(Clone)]
 pub struct Array {
-    handle: sys::mlx_array,
+    native: mlx_rs::Array,
+    bound_to_thread: PhantomData<*const ()>,
 }
 
 impl Array {
     /// Takes over a handle that mlx-c filled.
-    pub(crate) fn own(handle: sys::mlx_array) -> Self {
-        Self { handle }
+    ///
+    /// # Safety
+    /// Nobody else may own the handle. An empty one may only be dropped.
+    #[inline]
+    pub(crate) unsafe fn own(handle: sys::mlx_array) -> Self {
+        // SAFETY: as the caller promises.
+        Self::wrap(unsafe { mlx_rs::Array::from_ptr(handle) })
     }
 
+    /// Takes over an array of mlx-rs that was made on this thread.
+    #[inline]
+    pub(crate) fn wrap(native: mlx_rs::Array) -> Self {
+        Self { native, bound_to_thread: PhantomData }
+    }
+
+    /// As mlx-rs takes it.
+    #[inline]
+    pub(crate) fn native(&self) -> &mlx_rs::Array {
+        &self.native
+    }
+
+    /// As mlx-c takes it; valid as long as `self`.
+    #[inline]
     pub(crate) fn handle(&self) -> sys::mlx_array {
-        self.handle
+        self.native.as_ptr()
     }
 
     /// Copies little-endian elements into a new array of `shape`.
@@ -46,9 +73,8 @@ impl Array {
     fn copy_from(data: *const c_void, shape: &[i32], dtype: Dtype) -> Result<Self> {
         crate::error::install_handler();
         // SAFETY: callers pass as many elements as the shape has; MLX copies them before it returns.
-        let handle =
-            unsafe { sys::mlx_array_new_data(data, shape.as_ptr(), shape.len() as i32, dtype.raw()) };
-        if handle.ctx.is_null() { Err(last()) } else { Ok(Self::own(handle)) }
+        let native = unsafe { mlx_rs::Array::from_raw_data(data, shape, dtype.native()) };
+        if native.as_ptr().ctx.is_null() { Err(last()) } else { Ok(Self::wrap(native)) }
     }
 
     /// Unsigned integers of `shape`.
@@ -79,16 +105,7 @@ impl Array {
 
     /// The sizes of the dimensions.
     pub fn shape(&self) -> &[i32] {
-        // SAFETY: the pointer is to `ndim` sizes inside the array, which `self` keeps alive and never changes.
-        unsafe {
-            let dimensions = sys::mlx_array_ndim(self.handle);
-            let shape = sys::mlx_array_shape(self.handle);
-            if dimensions == 0 || shape.is_null() {
-                &[]
-            } else {
-                std::slice::from_raw_parts(shape, dimensions)
-            }
-        }
+        self.native.shape()
     }
 
     /// Size of the dimension at `axis`; negative counts from the last. 0 when there is no such axis.
@@ -100,14 +117,12 @@ impl Array {
 
     /// Element type.
     pub fn dtype(&self) -> Dtype {
-        // SAFETY: the handle is valid.
-        Dtype::from_raw(unsafe { sys::mlx_array_dtype(self.handle) })
+        self.native.dtype().into()
     }
 
     /// Number of elements.
     pub fn len(&self) -> usize {
-        // SAFETY: the handle is valid.
-        unsafe { sys::mlx_array_size(self.handle) }
+        self.native.size()
     }
 
     /// No elements.
@@ -117,76 +132,62 @@ impl Array {
 
     /// Bytes of the elements.
     pub fn byte_size(&self) -> usize {
-        // SAFETY: the handle is valid.
-        unsafe { sys::mlx_array_nbytes(self.handle) }
+        self.native.nbytes()
     }
 
     /// Computes the array and waits for it.
     pub fn eval(&self) -> Result<()> {
-        // SAFETY: the handle is valid.
-        check(unsafe { sys::mlx_array_eval(self.handle) })
+        through(|| self.native.eval())
     }
 
     /// The single element of a `uint32` array. Waits for it.
     pub fn item_u32(&self) -> Result<u32> {
         self.expect(Dtype::U32)?;
-        let mut value = 0;
-        // SAFETY: the handle is valid and the element type was checked.
-        check(unsafe { sys::mlx_array_item_uint32(&mut value, self.handle) })?;
-        Ok(value)
+        through(|| self.native.try_item_exact())
     }
 
     /// The single element of a `bool` array. Waits for it.
     pub fn item_bool(&self) -> Result<bool> {
         self.expect(Dtype::Bool)?;
-        let mut value = false;
-        // SAFETY: the handle is valid and the element type was checked.
-        check(unsafe { sys::mlx_array_item_bool(&mut value, self.handle) })?;
-        Ok(value)
+        through(|| self.native.try_item_exact())
     }
 
-    /// The elements of an evaluated or evaluable array that lies in row-major order in memory.
-    /// Callers make it so with [`crate::Device::contiguous`].
-    fn with_bytes<T>(&self, read: impl FnOnce(&[u8]) -> T) -> Result<T> {
-        self.eval()?;
-        let mut row_major = false;
-        // SAFETY: the handle is valid.
-        check(unsafe { sys::_mlx_array_is_row_contiguous(&mut row_major, self.handle) })?;
-        if !row_major {
-            return Err(Error::Mlx("the array does not lie in row-major order".to_owned()));
-        }
+    /// The elements, which must lie in row-major order in memory: callers make it so with [`crate::Device::contiguous`].
+    fn elements<T: ArrayElement>(&self) -> Result<&[T]> {
         if self.is_empty() {
-            return Ok(read(&[]));
+            self.eval()?;
+            return Ok(&[]);
         }
-        // SAFETY: the array was evaluated and is contiguous; `self` keeps the buffer alive while `read` runs.
-        let data = unsafe { sys::mlx_array_data_uint8(self.handle) };
-        if data.is_null() {
-            return Err(Error::Mlx("the array has no data".to_owned()));
-        }
-        // SAFETY: as above; `byte_size` bytes follow.
-        Ok(read(unsafe { std::slice::from_raw_parts(data, self.byte_size()) }))
+        through(|| self.native.try_as_slice())
     }
 
     /// A copy of the elements, row-major, little-endian. Waits for them.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        self.with_bytes(<[u8]>::to_vec)
+        self.eval()?;
+        let mut row_major = false;
+        // SAFETY: the handle is valid. mlx-rs asks this only where the element type is known at compile time.
+        check(unsafe { sys::_mlx_array_is_row_contiguous(&mut row_major, self.handle()) })?;
+        if !row_major {
+            return Err(AsSliceError::NotContiguous.into());
+        }
+        if self.is_empty() {
+            return Ok(Vec::new());
+        }
+        // SAFETY: the handle is valid.
+        let data = unsafe { sys::mlx_array_data_uint8(self.handle()) };
+        if data.is_null() {
+            return Err(AsSliceError::Null.into());
+        }
+        // SAFETY: the array was evaluated and lies row-major, so `byte_size` bytes follow; `self` keeps them alive while they are copied.
+        Ok(unsafe { std::slice::from_raw_parts(data, self.byte_size()) }.to_vec())
     }
 
     /// The elements as single-precision numbers, from any floating-point type. Waits for them.
     pub fn to_f32(&self) -> Result<Vec<f32>> {
-        let dtype = self.dtype();
-        let half = |bytes: &[u8], read: fn([u8; 2]) -> f32| -> Vec<f32> {
-            bytes.chunks_exact(2).map(|pair| read([pair[0], pair[1]])).collect()
-        };
-        match dtype {
-            Dtype::F32 => self.with_bytes(|bytes| {
-                bytes
-                    .chunks_exact(4)
-                    .map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]]))
-                    .collect()
-            }),
-            Dtype::F16 => self.with_bytes(|bytes| half(bytes, |pair| f16::from_le_bytes(pair).to_f32())),
-            Dtype::BF16 => self.with_bytes(|bytes| half(bytes, |pair| bf16::from_le_bytes(pair).to_f32())),
+        match self.dtype() {
+            Dtype::F32 => Ok(self.elements::<f32>()?.to_vec()),
+            Dtype::F16 => Ok(self.elements::<f16>()?.iter().copied().map(f16::to_f32).collect()),
+            Dtype::BF16 => Ok(self.elements::<bf16>()?.iter().copied().map(bf16::to_f32).collect()),
             other => Err(Error::Dtype { found: other.name(), needed: "floating point" }),
         }
     }
@@ -194,12 +195,7 @@ impl Array {
     /// The elements of a `uint32` array. Waits for them.
     pub fn to_u32(&self) -> Result<Vec<u32>> {
         self.expect(Dtype::U32)?;
-        self.with_bytes(|bytes| {
-            bytes
-                .chunks_exact(4)
-                .map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
-                .collect()
-        })
+        Ok(self.elements::<u32>()?.to_vec())
     }
 
     fn expect(&self, needed: Dtype) -> Result<()> {
@@ -207,23 +203,6 @@ impl Array {
             return Ok(());
         }
         Err(Error::Dtype { found: self.dtype().name(), needed: needed.name() })
-    }
-}
-
-impl Clone for Array {
-    fn clone(&self) -> Self {
-        let mut handle = sys::mlx_array { ctx: std::ptr::null_mut() };
-        // SAFETY: the source is valid; an empty target is filled with a new reference. It cannot fail on a valid source, and an
-        // empty handle is refused by every later operation.
-        unsafe { sys::mlx_array_set(&mut handle, self.handle) };
-        Self { handle }
-    }
-}
-
-impl Drop for Array {
-    fn drop(&mut self) {
-        // SAFETY: the handle is owned by this value alone.
-        unsafe { sys::mlx_array_free(self.handle) };
     }
 }
 

@@ -1,6 +1,6 @@
 //! The device: one stream on one thread, and the frame that every operation runs in.
 
-use crate::error::{check, install_handler, last};
+use crate::error::{check, install_handler, last, through};
 use crate::{Array, Error, Result};
 use mlx_sys as sys;
 use std::cell::RefCell;
@@ -22,7 +22,7 @@ pub struct Device {
 struct Streams {
     /// Where operations run.
     main: sys::mlx_stream,
-    /// Where files are read: the GPU cannot. The same stream on the CPU backend.
+    /// The thread's default stream of the CPU, where files are read: the GPU cannot. The main one on the CPU backend.
     cpu: sys::mlx_stream,
     is_gpu: bool,
 }
@@ -69,22 +69,24 @@ impl Device {
 
     /// Computes the arrays and waits for them.
     pub fn eval<'a>(&self, arrays: impl IntoIterator<Item = &'a Array>) -> Result<()> {
-        // SAFETY: the vector holds valid handles.
-        with_vector(arrays, |vector| check(unsafe { sys::mlx_eval(vector) }))
+        through(|| mlx_rs::transforms::eval(arrays.into_iter().map(Array::native)))
     }
 
     /// Starts to compute the arrays and returns at once.
     pub fn async_eval<'a>(&self, arrays: impl IntoIterator<Item = &'a Array>) -> Result<()> {
-        // SAFETY: the vector holds valid handles.
-        with_vector(arrays, |vector| check(unsafe { sys::mlx_async_eval(vector) }))
+        through(|| mlx_rs::transforms::async_eval(arrays.into_iter().map(Array::native)))
     }
 
     pub(crate) fn stream(&self) -> sys::mlx_stream {
         self.inner.main
     }
 
-    pub(crate) fn cpu_stream(&self) -> sys::mlx_stream {
-        self.inner.cpu
+    /// Runs one operation of mlx-rs. Without a stream of its own it takes the default one of the thread, which is ours.
+    pub(crate) fn through(
+        &self,
+        operation: impl FnOnce() -> mlx_rs::error::Result<mlx_rs::Array>,
+    ) -> Result<Array> {
+        through(operation).map(Array::wrap)
     }
 
     /// Runs one mlx-c function: it fills the handle it is given and returns 0, or reports an error.
@@ -95,7 +97,8 @@ impl Device {
     ) -> Result<Array> {
         let mut handle = sys::mlx_array { ctx: std::ptr::null_mut() };
         let status = operation(&mut handle, self.inner.main);
-        let array = Array::own(handle);
+        // SAFETY: the handle is new; when it stayed empty it is dropped below.
+        let array = unsafe { Array::own(handle) };
         if status != 0 || array.handle().ctx.is_null() {
             return Err(last());
         }
@@ -116,21 +119,6 @@ impl Drop for Streams {
 impl std::fmt::Debug for Device {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         out.write_str(if self.inner.is_gpu { "Device(gpu)" } else { "Device(cpu)" })
-    }
-}
-
-/// A native vector of the arrays for the time of `use_it`.
-pub(crate) fn with_vector<'a, T>(
-    arrays: impl IntoIterator<Item = &'a Array>,
-    use_it: impl FnOnce(sys::mlx_vector_array) -> T,
-) -> T {
-    let handles: Vec<sys::mlx_array> = arrays.into_iter().map(Array::handle).collect();
-    // SAFETY: the handles are valid; the vector takes references of its own and is freed once.
-    unsafe {
-        let vector = sys::mlx_vector_array_new_data(handles.as_ptr(), handles.len());
-        let result = use_it(vector);
-        sys::mlx_vector_array_free(vector);
-        result
     }
 }
 
@@ -181,6 +169,28 @@ mod tests {
         let stream = first.inner.main.ctx;
         drop((first, second));
         assert_eq!(Device::open().unwrap().inner.main.ctx, stream, "a thread has one stream for life");
+    }
+
+    #[test]
+    fn operations_of_mlx_rs_run_on_the_stream_of_the_device() {
+        let device = Device::open().unwrap();
+        let theirs = mlx_rs::Stream::thread_local_or_default();
+        // SAFETY: both streams are valid.
+        assert!(unsafe { sys::mlx_stream_equal(theirs.as_ptr(), device.inner.main) });
+        let reading = mlx_rs::Stream::thread_local_or_cpu();
+        // SAFETY: both streams are valid.
+        assert!(unsafe { sys::mlx_stream_equal(reading.as_ptr(), device.inner.cpu) });
+    }
+
+    #[test]
+    fn an_error_nobody_asked_about_is_not_the_reason_of_the_next() {
+        let device = Device::open().unwrap();
+        let a = Array::from_f32(&[1.0; 6], &[2, 3]).unwrap();
+        let mut result = crate::fast::NONE;
+        // SAFETY: valid handles; the result stays empty.
+        assert_ne!(unsafe { sys::mlx_matmul(&mut result, a.handle(), a.handle(), device.stream()) }, 0);
+        let own = mlx_rs::error::Exception::custom("something else");
+        assert_eq!(through(|| Err::<(), _>(own)).unwrap_err().to_string(), "mlx: something else");
     }
 
     #[test]

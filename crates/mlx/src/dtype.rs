@@ -24,29 +24,22 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    pub(crate) fn raw(self) -> sys::mlx_dtype {
+    /// As mlx-rs names it; single precision for [`Self::Other`], which no call asks for.
+    pub(crate) fn native(self) -> mlx_rs::Dtype {
         match self {
-            Self::Bool => sys::mlx_dtype__MLX_BOOL,
-            Self::U8 => sys::mlx_dtype__MLX_UINT8,
-            Self::U32 => sys::mlx_dtype__MLX_UINT32,
-            Self::I32 => sys::mlx_dtype__MLX_INT32,
-            Self::F16 => sys::mlx_dtype__MLX_FLOAT16,
-            Self::BF16 => sys::mlx_dtype__MLX_BFLOAT16,
-            Self::F32 | Self::Other => sys::mlx_dtype__MLX_FLOAT32,
+            Self::Bool => mlx_rs::Dtype::Bool,
+            Self::U8 => mlx_rs::Dtype::Uint8,
+            Self::U32 => mlx_rs::Dtype::Uint32,
+            Self::I32 => mlx_rs::Dtype::Int32,
+            Self::F16 => mlx_rs::Dtype::Float16,
+            Self::BF16 => mlx_rs::Dtype::Bfloat16,
+            Self::F32 | Self::Other => mlx_rs::Dtype::Float32,
         }
     }
 
-    pub(crate) fn from_raw(raw: sys::mlx_dtype) -> Self {
-        match raw {
-            sys::mlx_dtype__MLX_BOOL => Self::Bool,
-            sys::mlx_dtype__MLX_UINT8 => Self::U8,
-            sys::mlx_dtype__MLX_UINT32 => Self::U32,
-            sys::mlx_dtype__MLX_INT32 => Self::I32,
-            sys::mlx_dtype__MLX_FLOAT16 => Self::F16,
-            sys::mlx_dtype__MLX_BFLOAT16 => Self::BF16,
-            sys::mlx_dtype__MLX_FLOAT32 => Self::F32,
-            _ => Self::Other,
-        }
+    /// As mlx-c numbers it.
+    pub(crate) fn raw(self) -> sys::mlx_dtype {
+        self.native().into()
     }
 
     /// Bytes of one element.
@@ -89,6 +82,21 @@ impl From<mlxnode_compute::Dtype> for Dtype {
             mlxnode_compute::Dtype::F16 => Self::F16,
             mlxnode_compute::Dtype::BF16 => Self::BF16,
             mlxnode_compute::Dtype::F32 => Self::F32,
+        }
+    }
+}
+
+impl From<mlx_rs::Dtype> for Dtype {
+    fn from(dtype: mlx_rs::Dtype) -> Self {
+        match dtype {
+            mlx_rs::Dtype::Bool => Self::Bool,
+            mlx_rs::Dtype::Uint8 => Self::U8,
+            mlx_rs::Dtype::Uint32 => Self::U32,
+            mlx_rs::Dtype::Int32 => Self::I32,
+            mlx_rs::Dtype::Float16 => Self::F16,
+            mlx_rs::Dtype::Bfloat16 => Self::BF16,
+            mlx_rs::Dtype::Float32 => Self::F32,
+            _ => Self::Other,
         }
     }
 }

@@ -1,5 +1,10 @@
 //! Errors of MLX: the text that mlx-c hands to its error handler, caught instead of ending the process.
+//!
+//! mlx-c has one handler per process. mlx-rs installs its own at its first checked call, once per process; what that one keeps
+//! cannot be read from outside mlx-rs, so calls past mlx-rs would lose their reason. Therefore ours is installed after mlx-rs's,
+//! for good. mlx-rs then knows only *that* a call failed; the reason is here, on the thread of the call, for both kinds of calls.
 
+use mlx_rs::error::{AsSliceError, ConversionError, Exception, IoError};
 use std::cell::RefCell;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::Once;
@@ -41,6 +46,15 @@ pub enum Error {
         /// What it must be.
         needed: &'static str,
     },
+    /// A file of tensors cannot be opened.
+    #[error("cannot open {file}")]
+    Open {
+        /// The file.
+        file: String,
+        /// Why not.
+        #[source]
+        source: Box<Error>,
+    },
     /// A file does not have a tensor.
     #[error("{file} has no tensor {name}")]
     NoTensor {
@@ -73,11 +87,58 @@ fn without_source_place(message: &str) -> &str {
     }
 }
 
-/// Replaces mlx-c's handler, which prints and exits. Must run before any other call.
+/// Replaces mlx-c's handler, which prints and exits. Must run before any other call, of mlx-rs too.
 pub(crate) fn install_handler() {
     static ONCE: Once = Once::new();
-    // SAFETY: the handler is a plain function without data; it lives as long as the process.
-    ONCE.call_once(|| unsafe { mlx_sys::mlx_set_error_handler(Some(remember), std::ptr::null_mut(), None) });
+    ONCE.call_once(|| {
+        // Any checked call makes mlx-rs install its handler, which it never does again. If this one fails, so will the next.
+        drop(mlx_rs::Device::try_default());
+        // SAFETY: the handler is a plain function without data; it lives as long as the process.
+        unsafe { mlx_sys::mlx_set_error_handler(Some(remember), std::ptr::null_mut(), None) };
+    });
+}
+
+/// Runs a call of mlx-rs, with MLX's own words when it fails.
+pub(crate) fn through<T, E: Into<Error>>(call: impl FnOnce() -> std::result::Result<T, E>) -> Result<T> {
+    install_handler();
+    // What an earlier call left, whose failure nobody asked about, is not the reason of this one.
+    LAST.set(None);
+    call().map_err(Into::into)
+}
+
+impl From<Exception> for Error {
+    fn from(exception: Exception) -> Self {
+        let message = LAST.with_borrow_mut(Option::take);
+        Self::Mlx(message.unwrap_or_else(|| exception.what().to_owned()))
+    }
+}
+
+impl From<IoError> for Error {
+    fn from(error: IoError) -> Self {
+        match error {
+            IoError::Exception(exception) => exception.into(),
+            other => Self::Mlx(other.to_string()),
+        }
+    }
+}
+
+impl From<AsSliceError> for Error {
+    fn from(error: AsSliceError) -> Self {
+        match error {
+            AsSliceError::Exception(exception) => exception.into(),
+            other => Self::Mlx(other.to_string()),
+        }
+    }
+}
+
+impl From<ConversionError> for Error {
+    fn from(error: ConversionError) -> Self {
+        match error {
+            ConversionError::Exception(exception) => exception.into(),
+            ConversionError::ArraySlice(error) => error.into(),
+            other => Self::Mlx(other.to_string()),
+        }
+    }
 }
 
 /// The status of an mlx-c call as a result.

@@ -1,10 +1,8 @@
 //! Tensors from safetensors files, read when they are first needed.
 
-use crate::error::{check, install_handler};
+use crate::error::through;
 use crate::{Array, Device, Error, Result};
-use mlx_sys as sys;
 use std::collections::HashMap;
-use std::ffi::{CStr, CString};
 use std::path::{Path, PathBuf};
 
 /// An open safetensors file. Only tensors that are evaluated are read, straight into the arrays' memory.
@@ -17,22 +15,13 @@ pub struct TensorFile {
 }
 
 impl TensorFile {
-    /// Opens `path` and reads its header.
-    pub fn open(device: &Device, path: &Path) -> Result<Self> {
-        install_handler();
-        let native = CString::new(path.as_os_str().as_encoded_bytes())
-            .map_err(|_| Error::Mlx(format!("the path {} has a NUL byte", path.display())))?;
-        // SAFETY: maps are made and freed here. The path is NUL-terminated.
-        unsafe {
-            let mut tensors = sys::mlx_map_string_to_array_new();
-            let mut metadata = sys::mlx_map_string_to_string_new();
-            let status =
-                sys::mlx_load_safetensors(&mut tensors, &mut metadata, native.as_ptr(), device.cpu_stream());
-            sys::mlx_map_string_to_string_free(metadata);
-            let taken = check(status).map(|()| entries(tensors));
-            sys::mlx_map_string_to_array_free(tensors);
-            Ok(Self { path: path.to_owned(), tensors: taken? })
-        }
+    /// Opens `path`, which must end in `.safetensors`, and reads its header. The tensors belong to the thread of the device.
+    pub fn open(_device: &Device, path: &Path) -> Result<Self> {
+        // Reading needs a stream of the CPU: mlx-rs takes the thread's default one there.
+        let tensors = through(|| mlx_rs::Array::load_safetensors(path))
+            .map_err(|source| Error::Open { file: path.display().to_string(), source: Box::new(source) })?;
+        let tensors = tensors.into_iter().map(|(name, array)| (name, Array::wrap(array))).collect();
+        Ok(Self { path: path.to_owned(), tensors })
     }
 
     /// Takes the tensor of this name out; it is read when it is evaluated.
@@ -43,27 +32,22 @@ impl TensorFile {
     }
 }
 
-/// The entries of a native map, with references of their own.
-///
-/// # Safety
-/// `map` must be valid.
-unsafe fn entries(map: sys::mlx_map_string_to_array) -> HashMap<String, Array> {
-    let mut entries = HashMap::new();
-    // SAFETY: the iterator lives within the map's life; keys belong to the map and are copied; an array handle that was filled is
-    // taken over by `Array`.
-    unsafe {
-        let iterator = sys::mlx_map_string_to_array_iterator_new(map);
-        loop {
-            let mut key = std::ptr::null();
-            let mut handle = sys::mlx_array { ctx: std::ptr::null_mut() };
-            let status = sys::mlx_map_string_to_array_iterator_next(&mut key, &mut handle, iterator);
-            let array = Array::own(handle);
-            if status != 0 || key.is_null() {
-                break;
-            }
-            entries.insert(CStr::from_ptr(key).to_string_lossy().into_owned(), array);
-        }
-        sys::mlx_map_string_to_array_iterator_free(iterator);
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::error::Error as _;
+
+    #[test]
+    fn a_file_that_is_not_there_or_not_one_of_tensors_is_named() {
+        let device = Device::open().unwrap();
+        let folder = std::env::temp_dir().join(format!("mlxnode-mlx-load-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let broken = folder.join("broken.safetensors");
+        std::fs::write(&broken, b"no header").unwrap();
+        let missing = TensorFile::open(&device, &folder.join("missing.safetensors")).err().unwrap();
+        let broken = TensorFile::open(&device, &broken).err().unwrap();
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert!(missing.to_string().ends_with("missing.safetensors"), "{missing}");
+        assert!(broken.source().unwrap().to_string().starts_with("mlx: "), "{broken:?}");
     }
-    entries
 }

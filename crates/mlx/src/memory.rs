@@ -1,9 +1,9 @@
 //! What MLX's allocator holds, in bytes. The figures are of the process, not of a thread.
 
-use crate::error::{check, install_handler};
+use crate::error::{check, through};
 use crate::{Device, Result};
+use mlx_rs::memory;
 use mlx_sys as sys;
-use std::ffi::c_int;
 
 /// Figures of the allocator.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -20,39 +20,37 @@ impl Device {
     /// The figures now.
     pub fn memory(&self) -> Result<Memory> {
         Ok(Memory {
-            active: read(sys::mlx_get_active_memory)?,
-            peak: read(sys::mlx_get_peak_memory)?,
-            cache: read(sys::mlx_get_cache_memory)?,
+            active: through(memory::active_memory)?,
+            peak: through(memory::peak_memory)?,
+            cache: through(memory::cache_memory)?,
         })
     }
 
     /// Starts the peak anew.
     pub fn reset_peak_memory(&self) -> Result<()> {
-        // SAFETY: no arguments.
-        check(unsafe { sys::mlx_reset_peak_memory() })
+        through(memory::reset_peak_memory)
     }
 
     /// Gives cached buffers back to the system.
     pub fn clear_cache(&self) -> Result<()> {
-        // SAFETY: no arguments.
-        check(unsafe { sys::mlx_clear_cache() })
+        through(memory::clear_cache)
     }
 
     /// Above this many bytes MLX frees its cache and waits for work before it allocates. Advisory: do not rely on a refusal.
     /// Returns the limit before.
     pub fn set_memory_limit(&self, bytes: usize) -> Result<usize> {
-        set(bytes, sys::mlx_set_memory_limit)
+        through(|| memory::set_memory_limit(bytes))
     }
 
     /// Most bytes kept for reuse. Returns the limit before.
     pub fn set_cache_limit(&self, bytes: usize) -> Result<usize> {
-        set(bytes, sys::mlx_set_cache_limit)
+        through(|| memory::set_cache_limit(bytes))
     }
 
     /// Bytes that stay resident on the GPU; no effect elsewhere. Change it only after [`Device::synchronize`].
     /// Returns the limit before.
     pub fn set_wired_limit(&self, bytes: usize) -> Result<usize> {
-        set(bytes, sys::mlx_set_wired_limit)
+        through(|| memory::set_wired_limit(bytes))
     }
 
     /// Bytes that the GPU can use well, as the system recommends; None on the CPU backend.
@@ -60,6 +58,7 @@ impl Device {
         if !self.is_gpu() {
             return Ok(None);
         }
+        // mlx-rs does not have it.
         // SAFETY: handles are made, filled, read and freed here; the key is NUL-terminated.
         unsafe {
             let mut device = sys::mlx_device_new();
@@ -74,19 +73,4 @@ impl Device {
             status.map(|()| Some(bytes))
         }
     }
-}
-
-fn read(function: unsafe extern "C" fn(*mut usize) -> c_int) -> Result<usize> {
-    install_handler();
-    let mut bytes = 0;
-    // SAFETY: the function writes one number.
-    check(unsafe { function(&mut bytes) })?;
-    Ok(bytes)
-}
-
-fn set(bytes: usize, function: unsafe extern "C" fn(*mut usize, usize) -> c_int) -> Result<usize> {
-    let mut before = 0;
-    // SAFETY: the function writes one number.
-    check(unsafe { function(&mut before, bytes) })?;
-    Ok(before)
 }

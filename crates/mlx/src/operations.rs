@@ -1,7 +1,13 @@
 //! The general operations, as methods of [`Device`]. Names and rules are MLX's: broadcasting, type promotion, laziness.
+//!
+//! They go through mlx-rs, except what every layer does for every token: matrix products, shapes, slices and the element-wise
+//! operations call mlx-c with the device's stream. mlx-rs looks the thread's stream up and makes a handle to it for each operation,
+//! and writes slices by a long way round (measured per call, mlx-rs against mlx-c: reshape 167 and 139 ns, slice 282 and 180 ns,
+//! slice update 830 and 249 ns). `arange` and `cast` are native too, since mlx-rs wants the element type at compile time.
 
-use crate::device::with_vector;
 use crate::{Array, Device, Dtype, Result};
+use mlx_rs::ops;
+use mlx_rs::ops::indexing;
 use mlx_sys as sys;
 
 /// Operations of two arrays.
@@ -34,12 +40,11 @@ macro_rules! unary {
 
 /// Reductions along one axis.
 macro_rules! reduction {
-    ($($(#[$doc:meta])* $name:ident => $native:ident;)*) => {
+    ($($(#[$doc:meta])* $name:ident => $native:path;)*) => {
         impl Device {
             $($(#[$doc])*
             pub fn $name(&self, a: &Array, axis: i32, keep_axis: bool) -> Result<Array> {
-                // SAFETY: a valid handle; the result is written to an empty handle.
-                self.run(|result, stream| unsafe { sys::$native(result, a.handle(), axis, keep_axis, stream) })
+                self.through(|| $native(a.native(), axis, keep_axis))
             })*
         }
     };
@@ -87,15 +92,15 @@ unary! {
 
 reduction! {
     /// Index of the largest; the lowest index wins ties.
-    argmax => mlx_argmax_axis;
+    argmax => indexing::argmax_axis;
     /// Sum.
-    sum => mlx_sum_axis;
+    sum => ops::sum_axis;
     /// Largest.
-    max => mlx_max_axis;
+    max => ops::max_axis;
     /// Smallest.
-    min => mlx_min_axis;
+    min => ops::min_axis;
     /// Logarithm of the sum of exponentials.
-    logsumexp => mlx_logsumexp_axis;
+    logsumexp => ops::logsumexp_axis;
 }
 
 impl Device {
@@ -170,92 +175,65 @@ impl Device {
 
     /// The arrays one after the other along `axis`.
     pub fn concatenate<'a>(&self, arrays: impl IntoIterator<Item = &'a Array>, axis: i32) -> Result<Array> {
-        with_vector(arrays, |vector| {
-            // SAFETY: a valid vector.
-            self.run(|result, stream| unsafe { sys::mlx_concatenate_axis(result, vector, axis, stream) })
-        })
+        let arrays: Vec<&mlx_rs::Array> = arrays.into_iter().map(Array::native).collect();
+        self.through(|| ops::concatenate(&arrays, axis))
     }
 
     /// The entries of `a` along `axis` that `indices` names. **Indices out of range are undefined behaviour of the device**:
     /// callers check token ids against the vocabulary first.
     pub fn take(&self, a: &Array, indices: &Array, axis: i32) -> Result<Array> {
-        // SAFETY: valid handles; the range of the indices is the caller's promise (documented above).
-        self.run(|result, stream| unsafe {
-            sys::mlx_take_axis(result, a.handle(), indices.handle(), axis, stream)
-        })
+        self.through(|| a.native().take_axis(indices.native(), axis))
     }
 
     /// One entry per position of `indices` along `axis`. The same promise as [`Self::take`].
     pub fn take_along(&self, a: &Array, indices: &Array, axis: i32) -> Result<Array> {
-        // SAFETY: as in `take`.
-        self.run(|result, stream| unsafe {
-            sys::mlx_take_along_axis(result, a.handle(), indices.handle(), axis, stream)
-        })
+        self.through(|| a.native().take_along_axis(indices.native(), axis))
     }
 
     /// `a` with `values` (broadcast) put at `indices` along `axis`. The same promise as [`Self::take`].
     pub fn put_along(&self, a: &Array, indices: &Array, values: &Array, axis: i32) -> Result<Array> {
-        // SAFETY: as in `take`.
-        self.run(|result, stream| unsafe {
-            sys::mlx_put_along_axis(result, a.handle(), indices.handle(), values.handle(), axis, stream)
-        })
+        self.through(|| a.native().put_along_axis(indices.native(), values.native(), axis))
     }
 
     /// Adds `updates` to the entries of `a` along `axis` that `indices` names, repeated ones repeatedly. `updates` has the shape
     /// `indices.shape + a.shape` with 1 at `axis`. The same promise as [`Self::take`].
     pub fn scatter_add(&self, a: &Array, indices: &Array, updates: &Array, axis: i32) -> Result<Array> {
-        // SAFETY: as in `take`.
-        self.run(|result, stream| unsafe {
-            sys::mlx_scatter_add_single(result, a.handle(), indices.handle(), updates.handle(), axis, stream)
-        })
+        self.through(|| indexing::scatter_add_single(a.native(), indices.native(), updates.native(), axis))
     }
 
     /// Sorted ascending along `axis`.
     pub fn sort(&self, a: &Array, axis: i32) -> Result<Array> {
-        // SAFETY: a valid handle.
-        self.run(|result, stream| unsafe { sys::mlx_sort_axis(result, a.handle(), axis, stream) })
+        self.through(|| ops::sort_axis(a.native(), axis))
     }
 
     /// Indices such that the `kth` is in its sorted place, smaller ones before it.
     pub fn argpartition(&self, a: &Array, kth: i32, axis: i32) -> Result<Array> {
-        // SAFETY: a valid handle.
-        self.run(|result, stream| unsafe {
-            sys::mlx_argpartition_axis(result, a.handle(), kth, axis, stream)
-        })
+        self.through(|| ops::argpartition_axis(a.native(), kth, axis))
     }
 
     /// Sum of the entries after each one along the last axis (exclusive, from the end), for a `[rows, columns]` array.
     pub fn suffix_sum(&self, a: &Array, axis: i32) -> Result<Array> {
-        // SAFETY: a valid handle.
-        self.run(|result, stream| unsafe {
-            sys::mlx_cumsum_axis(result, a.handle(), axis, true, false, no_dtype(), stream)
-        })
+        self.through(|| a.native().cumsum(axis, true, false))
     }
 
     /// Logarithm of the sum of exponentials over all axes, which stay with size 1.
     pub fn logsumexp_all(&self, a: &Array) -> Result<Array> {
-        // SAFETY: a valid handle.
-        self.run(|result, stream| unsafe { sys::mlx_logsumexp(result, a.handle(), true, stream) })
+        self.through(|| a.native().logsumexp(true))
     }
 
     /// Are all elements true?
     pub fn all(&self, a: &Array) -> Result<Array> {
-        // SAFETY: a valid handle.
-        self.run(|result, stream| unsafe { sys::mlx_all(result, a.handle(), false, stream) })
+        self.through(|| a.native().all(false))
     }
 
     /// `a` where `condition`, else `b`.
     pub fn select(&self, condition: &Array, a: &Array, b: &Array) -> Result<Array> {
-        // SAFETY: valid handles.
-        self.run(|result, stream| unsafe {
-            sys::mlx_where(result, condition.handle(), a.handle(), b.handle(), stream)
-        })
+        self.through(|| ops::select(condition.native(), a.native(), b.native()))
     }
 
     /// Softmax along `axis`.
     pub fn softmax(&self, a: &Array, axis: i32, precise: bool) -> Result<Array> {
-        // SAFETY: a valid handle.
-        self.run(|result, stream| unsafe { sys::mlx_softmax_axis(result, a.handle(), axis, precise, stream) })
+        self.through(|| ops::softmax_axis(a.native(), axis, precise))
     }
 
     /// Converted to `dtype`; the same array when it has it already.
@@ -269,10 +247,7 @@ impl Device {
 
     /// Zeros.
     pub fn zeros(&self, shape: &[i32], dtype: Dtype) -> Result<Array> {
-        // SAFETY: a slice with its length.
-        self.run(|result, stream| unsafe {
-            sys::mlx_zeros(result, shape.as_ptr(), shape.len(), dtype.raw(), stream)
-        })
+        self.through(|| ops::zeros_dtype(shape, dtype.native()))
     }
 
     /// `start, start + step, …` below `stop`.
@@ -283,13 +258,8 @@ impl Device {
 
     /// The same elements in row-major order in memory.
     pub fn contiguous(&self, a: &Array) -> Result<Array> {
-        // SAFETY: a valid handle.
-        self.run(|result, stream| unsafe { sys::mlx_contiguous(result, a.handle(), false, stream) })
+        self.through(|| a.native().contiguous())
     }
-}
-
-fn no_dtype() -> sys::mlx_optional_dtype {
-    sys::mlx_optional_dtype { value: 0, has_value: false }
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! Packed matrices: 32-bit words of small integers or floats, with a scale (and for affine a bias) per group.
+//!
+//! mlx-rs knows affine packing only, so the floating-point modes call mlx-c; so does the product, which every token passes.
 
-use crate::device::with_vector;
+use crate::error::{check, through};
 use crate::fast::NONE;
 use crate::{Array, Device, Error, Result};
 use mlx_sys as sys;
@@ -83,6 +85,17 @@ impl Device {
     /// The matrix in floating point, in the type of its scales.
     pub fn dequantize(&self, matrix: &Quantized) -> Result<Array> {
         let layout = matrix.layout;
+        if layout.mode == QuantizationMode::Affine {
+            return self.through(|| {
+                mlx_rs::ops::dequantize(
+                    matrix.weight.native(),
+                    matrix.scales.native(),
+                    matrix.biases.as_ref().map(Array::native),
+                    layout.group_size,
+                    layout.bits,
+                )
+            });
+        }
         let biases = matrix.biases.as_ref().map_or(NONE, Array::handle);
         let dtype = sys::mlx_optional_dtype { value: 0, has_value: false };
         // SAFETY: as above.
@@ -104,6 +117,17 @@ impl Device {
 
     /// Packs a matrix by rounding to nearest.
     pub fn quantize(&self, matrix: &Array, layout: QuantizedLayout) -> Result<Quantized> {
+        if layout.mode == QuantizationMode::Affine {
+            let (weight, scales, biases) =
+                through(|| mlx_rs::ops::quantize(matrix.native(), layout.group_size, layout.bits))?;
+            let biases = Some(Array::wrap(biases));
+            return Ok(Quantized {
+                weight: Array::wrap(weight),
+                scales: Array::wrap(scales),
+                biases,
+                layout,
+            });
+        }
         let parts = self.run_many(|result, stream| {
             // SAFETY: a valid handle; the result vector is made and freed by the caller.
             unsafe {
@@ -155,18 +179,18 @@ impl Device {
         &self,
         operation: impl FnOnce(*mut sys::mlx_vector_array, sys::mlx_stream) -> std::ffi::c_int,
     ) -> Result<Vec<Array>> {
-        with_vector([], |mut vector| {
-            let stream = self.stream();
-            crate::error::check(operation(&mut vector, stream))?;
-            // SAFETY: the vector was filled; every element is taken over with a reference of its own.
-            let size = unsafe { sys::mlx_vector_array_size(vector) };
-            (0..size)
-                .map(|index| {
-                    // SAFETY: the index is below the size.
-                    self.run(|result, _| unsafe { sys::mlx_vector_array_get(result, vector, index) })
-                })
-                .collect()
-        })
+        // SAFETY: the vector is made, filled and freed here; every element is taken over with a reference of its own, by an index
+        // below the size.
+        unsafe {
+            let mut vector = sys::mlx_vector_array_new();
+            let arrays = check(operation(&mut vector, self.stream())).and_then(|()| {
+                (0..sys::mlx_vector_array_size(vector))
+                    .map(|index| self.run(|result, _| sys::mlx_vector_array_get(result, vector, index)))
+                    .collect()
+            });
+            sys::mlx_vector_array_free(vector);
+            arrays
+        }
     }
 }
 

@@ -3,8 +3,7 @@
 //! MLX's generator is counter-based: a key is two 32-bit words, and splitting a key is a hash of it (Threefry-2x32 with 20 rounds,
 //! as in JAX). The hash is done here on the host, so that the chain of keys costs the device nothing and needs no waiting.
 
-use crate::{Array, Device, Dtype, Result};
-use mlx_sys as sys;
+use crate::{Array, Device, Result};
 
 /// A key: equal keys give equal draws.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -50,29 +49,13 @@ impl Device {
     /// Draws an index along the last axis, with probabilities proportional to `exp(logits)`.
     pub fn categorical(&self, logits: &Array, key: RandomKey) -> Result<Array> {
         let key = key.array()?;
-        // SAFETY: valid handles.
-        self.run(|result, stream| unsafe {
-            sys::mlx_random_categorical(result, logits.handle(), -1, key.handle(), stream)
-        })
+        self.through(|| mlx_rs::random::categorical(logits.native(), -1, None, key.native()))
     }
 
     /// A number without dimensions, uniform in `[0, 1)`.
     pub fn uniform(&self, key: RandomKey) -> Result<Array> {
         let key = key.array()?;
-        let (low, high) = (Array::scalar(0.0, Dtype::F32)?, Array::scalar(1.0, Dtype::F32)?);
-        // SAFETY: valid handles; an empty shape.
-        self.run(|result, stream| unsafe {
-            sys::mlx_random_uniform(
-                result,
-                low.handle(),
-                high.handle(),
-                [].as_ptr(),
-                0,
-                Dtype::F32.raw(),
-                key.handle(),
-                stream,
-            )
-        })
+        self.through(|| mlx_rs::random::uniform::<f32, f32>(0.0, 1.0, None, key.native()))
     }
 }
 
@@ -82,17 +65,12 @@ mod tests {
 
     #[test]
     fn keys_split_as_mlx_splits_them() {
-        let device = Device::open().unwrap();
+        let _device = Device::open().unwrap();
         let mut key = RandomKey::new(0x0123_4567_89AB_CDEF);
         for _ in 0..5 {
             let array = key.array().unwrap();
-            let mut second = sys::mlx_array { ctx: std::ptr::null_mut() };
-            let first = device
-                .run(|first, stream| unsafe {
-                    sys::mlx_random_split(first, &mut second, array.handle(), stream)
-                })
-                .unwrap();
-            let second = Array::own(second);
+            let (first, second) = mlx_rs::random::split(array.native(), 2).unwrap();
+            let (first, second) = (Array::wrap(first), Array::wrap(second));
             let (chain, used) = key.split();
             assert_eq!(first.to_u32().unwrap(), chain.0);
             assert_eq!(second.to_u32().unwrap(), used.0);

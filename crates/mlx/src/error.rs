@@ -76,7 +76,12 @@ unsafe extern "C" fn remember(message: *const c_char, _data: *mut c_void) {
     }
     // SAFETY: mlx-c passes a NUL-terminated string that lives until this function returns.
     let text = unsafe { CStr::from_ptr(message) }.to_string_lossy();
-    LAST.with_borrow_mut(|last| *last = Some(without_source_place(&text).to_owned()));
+    // A panic must not leave this function, so a thread whose variables are gone already (it is ending) forgets the message.
+    let _ = LAST.try_with(|last| {
+        if let Ok(mut last) = last.try_borrow_mut() {
+            *last = Some(without_source_place(&text).to_owned());
+        }
+    });
 }
 
 /// mlx-c ends its messages with " at /where/it/was/built/ops.cpp:123", which tells a reader nothing.

@@ -73,8 +73,8 @@ pub(crate) fn load(
     progress(source.loaded, total);
     let mut modules = Vec::with_capacity(layers.len());
     for (index, layer) in spec.layers.iter().enumerate().take(layers.end).skip(layers.start) {
+        // What a layer's stacking leaves in the device's cache, the next layer's reading takes again.
         modules.push(source.layer(index, layer, spec.norm_eps)?);
-        device.clear_cache()?;
         progress(source.loaded, total);
     }
     let is_last = layers.is_last(spec.layer_count());

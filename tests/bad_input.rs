@@ -4,6 +4,7 @@ use anyhow::{Context as _, Result, ensure};
 use mlxnode_testkit::binary;
 use mlxnode_testkit::cluster::LocalCluster;
 use mlxnode_testkit::node::{NodeProcess, NodeSetup};
+use std::path::Path;
 use std::time::Duration;
 
 /// Runs a command that must fail, and checks that its error says all of `words`.
@@ -36,9 +37,53 @@ fn story_wrong_wishes_are_refused_with_a_sentence() -> Result<()> {
     refused(node, &["generate", "--prompt", "hi", "--top-p", "7"], &["top"])?;
     refused(node, &["generate", "--prompt", "hi", "--max-tokens", "0"], &["max"])?;
     refused(node, &["load", "demo", "--name", "demo/../x"], &["name"])?;
+    refused(node, &["load", "demo", "--context", "64"], &["demo", "settings", "unload"])?;
     // After all that the model still answers.
     let answer = node.json(&["generate", "--prompt", "What is 2 + 3?"])?;
     ensure!(answer["text"].as_str().context("text")?.contains('5'), "{answer}");
+    Ok(())
+}
+
+#[test]
+fn story_damaged_model_folders_are_refused_by_file_when_they_are_loaded() -> Result<()> {
+    let cluster = LocalCluster::start(1)?;
+    let node = cluster.first();
+    let folder = tempfile::tempdir()?;
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("crates/hub/demo-model/model");
+    let damaged = |name: &str, damage: &dyn Fn(&Path) -> Result<()>| -> Result<String> {
+        let copy = folder.path().join(name);
+        std::fs::create_dir(&copy)?;
+        for file in std::fs::read_dir(&model)? {
+            let file = file?;
+            std::fs::copy(file.path(), copy.join(file.file_name()))?;
+        }
+        damage(&copy)?;
+        Ok(copy.to_str().context("utf-8")?.to_owned())
+    };
+    let cut = |file: &'static str, bytes: u64| {
+        move |copy: &Path| -> Result<()> {
+            let file = std::fs::File::options().write(true).open(copy.join(file))?;
+            Ok(file.set_len(bytes)?)
+        }
+    };
+    let weights = damaged("weights", &cut("model.safetensors", 1_000_000))?;
+    refused(node, &["load", &weights], &["model.safetensors"])?;
+    let header = damaged("header", &cut("model.safetensors", 100))?;
+    refused(node, &["load", &header], &["model.safetensors"])?;
+    let config = damaged("config", &cut("config.json", 20))?;
+    refused(node, &["load", &config], &["config.json"])?;
+    let tokenizer = damaged("tokenizer", &cut("tokenizer.json", 1000))?;
+    refused(node, &["load", &tokenizer], &["tokenizer.json"])?;
+    let family = damaged("family", &|copy| {
+        let path = copy.join("config.json");
+        Ok(std::fs::write(&path, std::fs::read_to_string(&path)?.replace("\"llama\"", "\"lama\""))?)
+    })?;
+    refused(node, &["load", &family], &["lama", "llama", "qwen3"])?;
+    let status = node.json(&["status"])?;
+    assert_eq!(status["deployments"].as_array().map(Vec::len), Some(0), "nothing is left over: {status}");
+    // The same folder, whole, loads.
+    let whole = damaged("whole", &|_| Ok(()))?;
+    assert_eq!(node.json(&["load", &whole])?["state"], "ready");
     Ok(())
 }
 

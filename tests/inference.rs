@@ -204,3 +204,23 @@ async fn story_a_cancelled_call_stops_the_work_and_a_deadline_is_kept() -> Resul
     answer(&mut client, question("What is 2 + 3?")).await?;
     Ok(())
 }
+
+#[tokio::test]
+async fn story_unloading_tells_those_who_wait_for_answers() -> Result<()> {
+    let cluster = LocalCluster::start(1)?;
+    cluster.first().json(&["load", "demo"])?;
+    let mut client = InferenceClient::new(channel(cluster.first()).await?);
+    let mut running = client.generate(endless()).await?.into_inner();
+    ensure!(running.message().await?.is_some());
+    cluster.first().json(&["unload", "demo"])?;
+    let status = loop {
+        match running.message().await {
+            Ok(Some(_)) => {}
+            Ok(None) => anyhow::bail!("the answer ended as if it were whole"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(status.code(), Code::Unavailable);
+    ensure!(status.message().contains("unloaded"), "{status}");
+    Ok(())
+}

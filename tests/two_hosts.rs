@@ -70,9 +70,13 @@ fn story_two_hosts_find_each_other_pair_by_short_code_and_leave_no_plaintext_on_
     first.json(&["unload", "demo"])?;
     second.stop(Duration::from_secs(10))?;
     first.stop(Duration::from_secs(10))?;
+    // Packets reach the file a moment after the wire; then the capture is complete.
+    let bytes = eventually(Duration::from_secs(10), || {
+        let bytes = std::fs::read(&captured)?;
+        ensure!(bytes.len() > 20_000, "the capture holds the conversation ({} bytes)", bytes.len());
+        Ok(bytes)
+    })?;
     drop(capture);
-    let bytes = std::fs::read(&captured)?;
-    ensure!(bytes.len() > 20_000, "the capture holds the conversation ({} bytes)", bytes.len());
     let holds = |text: &str| bytes.windows(text.len()).any(|window| window == text.as_bytes());
     ensure!(holds("_mlxnode"), "the capture sees the bridge: mDNS is on it");
     for secret in ["canary-5e1f7a", "mlxnode.internal.v1", "mlxnode.v1"] {

@@ -169,7 +169,7 @@ fn several_stages_on_one_node_only_when_it_is_named_several_times() {
     };
     let one = offers(&[600]);
     let refusal = plan(&model(&[10; 4]), &one, &two_stages(&[])).unwrap_err();
-    assert_eq!(refusal, Refusal::NotEnoughNodes { asked: 2, nodes: 1, named: 1 });
+    assert_eq!(refusal, Refusal::NotEnoughNodes { asked: 2, nodes: 1 });
     let twice = plan(&model(&[10; 4]), &one, &two_stages(&["mac-0", "mac-0"])).unwrap();
     assert_eq!(ranges(&twice), [(0, 0, 2), (0, 2, 4)]);
     // Two nodes can do it: naming one of them twice changes nothing.

@@ -397,7 +397,7 @@ impl Node {
         if let Some(coordinator) = self.coordinator.take() {
             coordinator.stop().await;
         }
-        self.schedulers.stop_all();
+        self.schedulers.stop_all().await;
         self.workers.stop_all().await;
         self.lookout.shutdown().await;
         self.mesh.shutdown().await;

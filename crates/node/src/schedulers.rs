@@ -1,6 +1,7 @@
 //! The schedulers of this node: one for each replica whose first stage runs here.
 
 use crate::workers::{Workers, WorkersError};
+use mlxnode_api::front::ModelText;
 use mlxnode_cluster::Identity;
 use mlxnode_coordinator::deployments::Attempt;
 use mlxnode_coordinator::scheduler::{
@@ -11,7 +12,9 @@ use mlxnode_text::TextFiles;
 use mlxnode_worker::{DriveClient, DriveError, DriveEvents};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{info, warn};
 
@@ -21,6 +24,9 @@ pub(crate) enum SchedulersError {
     /// The first stage is not here.
     #[error(transparent)]
     Workers(#[from] WorkersError),
+    /// The model's tokenizer or chat template cannot be used.
+    #[error("{0}")]
+    Text(String),
     /// The first worker does not let itself be driven.
     #[error("{0}")]
     Drive(String),
@@ -42,7 +48,21 @@ struct Running {
     attempt: Attempt,
     source: String,
     handle: SchedulerHandle,
-    _tasks: [AbortOnDropHandle<()>; 3],
+    /// Ends the scheduler in good order.
+    stop: CancellationToken,
+    owner: AbortOnDropHandle<()>,
+    _ways: [AbortOnDropHandle<()>; 2],
+}
+
+/// Passing a last word on to everybody who waits takes no time; a stuck scheduler must not hold up an unload.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+impl Running {
+    /// Tells its requests that the model is being unloaded, and ends it.
+    async fn end(mut self) {
+        self.stop.cancel();
+        let _ = tokio::time::timeout(LAST_WORDS, &mut self.owner).await;
+    }
 }
 
 /// Commands and events on their way between the scheduler and the first worker.
@@ -64,6 +84,7 @@ impl Schedulers {
         source: String,
         limits: Limits,
     ) -> Result<(), SchedulersError> {
+        self.check_text(&source).await?;
         let worker = self.shared.workers.first_stage(&attempt)?;
         let address = worker.local_address().to_string();
         let (client, events) = DriveClient::connect(&address, worker.key_pin(), &self.shared.identity)
@@ -75,8 +96,14 @@ impl Schedulers {
         let receiving = AbortOnDropHandle::new(tokio::spawn(receive_events(events, events_in)));
         let (handle, mut task) = scheduler::start(limits, Drive { commands, events: events_out });
         let name = attempt.name.clone();
+        let stop = CancellationToken::new();
+        let stopped = stop.clone();
         let owner = AbortOnDropHandle::new(tokio::spawn(async move {
-            if let Ended::DriverLost(reason) = task.ended().await {
+            let ended = tokio::select! {
+                ended = task.ended() => ended,
+                () = stopped.cancelled() => task.stop().await,
+            };
+            if let Ended::DriverLost(reason) = ended {
                 warn!(model = name, reason, "the replica is lost");
                 // A worker that cannot be driven is of no use; its end tells the coordinator.
                 worker.stop().await;
@@ -84,22 +111,43 @@ impl Schedulers {
         }));
         info!(model = attempt.name, epoch = attempt.epoch, "scheduler started");
         let running =
-            Running { source, handle, _tasks: [sending, receiving, owner], attempt: attempt.clone() };
+            Running { source, handle, stop, owner, _ways: [sending, receiving], attempt: attempt.clone() };
         self.running().insert(attempt.name, running);
         Ok(())
     }
 
-    /// Ends the scheduler of a deployment up to this epoch; its requests end with an error.
-    pub(crate) fn stop(&self, attempt: &Attempt) {
-        let mut running = self.running();
-        if running.get(&attempt.name).is_some_and(|running| running.attempt.epoch <= attempt.epoch) {
-            running.remove(&attempt.name);
+    /// Ends the scheduler of a deployment up to this epoch; its requests end with an error that says so.
+    pub(crate) async fn stop(&self, attempt: &Attempt) {
+        let ending = {
+            let mut running = self.running();
+            let is_meant =
+                running.get(&attempt.name).is_some_and(|running| running.attempt.epoch <= attempt.epoch);
+            if is_meant { running.remove(&attempt.name) } else { None }
+        };
+        if let Some(running) = ending {
+            running.end().await;
         }
     }
 
     /// Ends all.
-    pub(crate) fn stop_all(&self) {
-        self.running().clear();
+    pub(crate) async fn stop_all(&self) {
+        let ending = std::mem::take(&mut *self.running());
+        futures::future::join_all(ending.into_values().map(Running::end)).await;
+    }
+
+    /// A damaged tokenizer or chat template is found when the model is loaded, not when somebody asks it something. Without a
+    /// tokenizer at all a model still takes token ids.
+    async fn check_text(&self, source: &str) -> Result<(), SchedulersError> {
+        let refuse = |error: &dyn std::error::Error| SchedulersError::Text(crate::error::chain(error));
+        let folder = self.shared.workers.resolve(source).await?;
+        let check = move || {
+            let files = TextFiles::read(&folder)?;
+            files.get("tokenizer.json").map(|_| ModelText::new(&files)).transpose().map(|_| ())
+        };
+        match tokio::task::spawn_blocking(check).await {
+            Ok(checked) => checked.map_err(|error| refuse(&error)),
+            Err(error) => Err(refuse(&error)),
+        }
     }
 
     /// Runs one sequence. Dropping the stream cancels it.

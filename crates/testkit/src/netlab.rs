@@ -71,9 +71,23 @@ impl NetLab {
     /// The command line that captures everything that crosses the bridge into a file.
     pub fn capture_command(&self, file: &std::path::Path) -> Vec<String> {
         let file = file.display().to_string();
-        ["ip", "netns", "exec", &self.bridge, "tcpdump", "-i", "br0", "-U", "-s", "0", "-w", &file]
-            .map(str::to_owned)
-            .to_vec()
+        [
+            "ip",
+            "netns",
+            "exec",
+            &self.bridge,
+            "tcpdump",
+            "-i",
+            "br0",
+            "-U",
+            "--immediate-mode",
+            "-s",
+            "0",
+            "-w",
+            &file,
+        ]
+        .map(str::to_owned)
+        .to_vec()
     }
 }
 

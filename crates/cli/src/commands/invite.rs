@@ -5,7 +5,7 @@ use crate::connection::Connection;
 use crate::{output, wire};
 use anyhow::Result;
 use clap::Args;
-use mlxnode_proto::v1::InviteRequest;
+use mlxnode_proto::v1::{InviteRequest, StatusRequest};
 
 /// Let one more Mac in.
 ///
@@ -32,10 +32,17 @@ impl Invite {
         }
         output::line(&format!("On the other Mac, within {}:", span(self.lifetime)))?;
         output::line(&format!("\n  mlxnode join --invite {}\n", invite.code))?;
-        output::line(&format!(
-            "In scripts, or where mDNS does not reach:\n\n  mlxnode join --invite {}",
-            invite.token
-        ))
+        // The invite is open at the coordinator, which need not be this node.
+        let status = wire::status(connection.cluster().status(StatusRequest {}).await?.into_inner());
+        let coordinator = status.nodes.iter().find(|node| node.id == status.coordinator.node_id);
+        if let Some(coordinator) = coordinator {
+            let address = &coordinator.address;
+            output::line(&format!(
+                "Where mDNS does not reach:\n\n  mlxnode join --invite {} --peer {address}\n",
+                invite.code
+            ))?;
+        }
+        output::line(&format!("In scripts:\n\n  mlxnode join --invite {}", invite.token))
     }
 }
 

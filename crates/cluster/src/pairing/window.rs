@@ -21,7 +21,8 @@ const REMEMBERED: usize = 64;
 pub enum Refusal {
     /// No invite is open.
     #[error(
-        "no invite is open there: it ran out, was used, or five wrong codes closed it; run `mlxnode invite` there again"
+        "no invite is open at this node: it ran out, was used, or five wrong codes closed it, or it was opened at another \
+         address; run `mlxnode invite` again and use the address that it prints"
     )]
     Closed,
     /// The code or token is not the one.

@@ -108,6 +108,11 @@ impl Deployments {
                 )));
             }
             match entry.phase {
+                Phase::Ready if wish.wish != Wish::default() && wish.wish != entry.wish.wish => {
+                    return Err(Error::Refused(format!(
+                        "{name} is loaded already, with other settings; unload it first, or load it under another name"
+                    )));
+                }
                 Phase::Ready => return Ok((Loaded::Already, Vec::new())),
                 Phase::Failed { .. } => {
                     entry.wish = wish;
@@ -269,6 +274,7 @@ impl Deployments {
             let Some(entry) = self.entries.get_mut(&name) else { continue };
             if let Phase::Stopping { waiting, .. } = &mut entry.phase {
                 if waiting.remove(&node) {
+                    entry.failures.forget(); // the node's loss explains them
                     self.orphan(&name, node, now);
                     self.when_all_stopped(&name, now);
                 }
@@ -277,6 +283,7 @@ impl Deployments {
             let Some(replica) = &entry.replica else { continue };
             if replica.plan.stages.iter().any(|stage| stage.node == node) {
                 let error = Error::Unavailable(format!("{} was lost", replica.node_name(node)));
+                entry.failures.forget(); // what failed was the node, not the model
                 self.fail(&name, error, false, now);
             }
         }

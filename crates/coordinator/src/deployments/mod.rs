@@ -16,6 +16,7 @@
 //!   is lost; a lost node that comes back is told to stop them.
 //! - A first load that fails is an answer to who asked: it is cleaned up and forgotten. What was ready once is wanted: it is tried
 //!   again, with growing pauses, and after [`MAX_FAILURES`] failures in [`FAILURE_WINDOW`] it stays failed until somebody loads it again.
+//!   The loss of a node explains the failures around it: the count begins anew.
 //! - What fits no longer because a node is gone is tried again when the nodes change.
 
 mod back;

@@ -315,7 +315,7 @@ fn slots(candidates: &[&Offer], stages: Option<usize>) -> Result<Vec<Slot>, Refu
             .collect();
         let named: usize = times.iter().sum();
         if named < stages {
-            return Err(Refusal::NotEnoughNodes { asked: stages, nodes: nodes.len(), named });
+            return Err(Refusal::NotEnoughNodes { asked: stages, nodes: nodes.len() });
         }
         // Named more often than needed: the node that is named most gives one up, until they are as many as wished.
         for _ in stages..named {

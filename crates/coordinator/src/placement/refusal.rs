@@ -43,16 +43,14 @@ pub enum Refusal {
     },
     /// More stages than nodes.
     #[error(
-        "{asked} stages need {asked} nodes but {nodes} can be used (named {named} times); add a node, ask for fewer stages, \
-         or name a node several times to run several stages on it"
+        "{asked} stages need {asked} nodes but {nodes} can be used; add a node, ask for fewer stages, or name a node several \
+         times (--node) to run several stages on it"
     )]
     NotEnoughNodes {
         /// Stages that were asked.
         asked: usize,
         /// Different nodes.
         nodes: usize,
-        /// How often nodes were named.
-        named: usize,
     },
     /// More context than the model was made for, or none.
     #[error("a context of {asked} tokens is not possible: this model allows 1 to {allowed}")]

@@ -228,6 +228,7 @@ impl Nodes for ClusterNodes {
                 let started = nodes.schedulers.start(order.attempt, order.source, limits).await;
                 return started.map_err(|error| match error {
                     SchedulersError::Workers(error) => nodes.own_failure(&error),
+                    SchedulersError::Text(text) => Error::Refused(format!("{}: {text}", nodes.name(node))),
                     SchedulersError::Drive(text) => {
                         Error::Unavailable(format!("{}: {text}", nodes.name(node)))
                     }
@@ -250,7 +251,7 @@ impl Nodes for ClusterNodes {
         let nodes = self.clone();
         Box::pin(async move {
             if node == nodes.own {
-                nodes.schedulers.stop(&attempt);
+                nodes.schedulers.stop(&attempt).await;
                 return nodes.workers.stop(&attempt).await.map_err(|error| nodes.own_failure(&error));
             }
             let fence = wire::fence_to_proto(&attempt);

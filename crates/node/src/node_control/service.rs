@@ -89,7 +89,7 @@ impl NodeControl for NodeControlService {
     ) -> Result<Response<StopWorkersResponse>, Status> {
         let request = request.into_inner();
         let attempt = wire::attempt(request.deployment, request.fence)?;
-        self.schedulers.stop(&attempt);
+        self.schedulers.stop(&attempt).await;
         self.workers.stop(&attempt).await.map_err(status)?;
         Ok(Response::new(StopWorkersResponse {}))
     }
@@ -101,12 +101,13 @@ impl NodeControl for NodeControlService {
         let request = request.into_inner();
         let attempt = wire::attempt(request.deployment, request.fence)?;
         if !request.run {
-            self.schedulers.stop(&attempt);
+            self.schedulers.stop(&attempt).await;
             return Ok(Response::new(StartSchedulerResponse {}));
         }
         let limits = Limits::new(request.max_sequences as usize, request.context_tokens as usize);
         self.schedulers.start(attempt, request.source, limits).await.map_err(|error| match error {
             SchedulersError::Workers(error) => status(error),
+            SchedulersError::Text(text) => Status::failed_precondition(text),
             SchedulersError::Drive(text) => Status::unavailable(text),
         })?;
         Ok(Response::new(StartSchedulerResponse {}))

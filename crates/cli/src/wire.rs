@@ -37,6 +37,8 @@ pub struct Node {
     pub chip: String,
     pub version: String,
     pub links: Vec<Link>,
+    /// Why there is no link to it; `null` while there is one.
+    pub problem: Option<String>,
 }
 
 /// The way from the node that answered to another one.
@@ -147,6 +149,7 @@ pub fn node(node: v1::Node) -> Node {
                 rtt_seconds: Some(link.rtt_seconds).filter(|rtt| *rtt > 0.0),
             })
             .collect(),
+        problem: Some(node.problem).filter(|problem| !problem.is_empty()),
         id: node.id,
         name: node.name,
         address: node.address,

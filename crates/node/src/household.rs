@@ -95,6 +95,7 @@ impl NodeHousehold {
                 address: facts.addresses.first().cloned().unwrap_or(listed),
                 state: NodeState::Alive,
                 links: links.collect(),
+                problem: None,
                 facts,
             };
         }
@@ -113,6 +114,7 @@ impl NodeHousehold {
             state,
             facts: facts.unwrap_or_else(|| NodeFacts { name: entry.name.clone(), ..NodeFacts::default() }),
             links: Vec::new(),
+            problem: peer.and_then(|peer| peer.problem.clone()),
         }
     }
 }

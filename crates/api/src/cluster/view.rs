@@ -37,6 +37,8 @@ pub struct NodeView {
     pub facts: NodeFacts,
     /// Links that the looking node knows of; only its own.
     pub links: Vec<LinkView>,
+    /// Why there is no link to it, in words.
+    pub problem: Option<String>,
 }
 
 /// A link to another node.

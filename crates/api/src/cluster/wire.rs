@@ -44,6 +44,7 @@ pub(super) fn node(node: NodeView) -> v1::Node {
         chip: node.facts.chip,
         version: node.facts.version,
         links: links.collect(),
+        problem: node.problem.unwrap_or_default(),
     }
 }
 

@@ -50,6 +50,11 @@ impl Status {
             })
             .collect();
         output::table(&["node", "id", "state", "memory used", "link", "address", "chip"], &rows)?;
+        for node in &status.nodes {
+            if let Some(problem) = &node.problem {
+                output::line(&format!("{}: {problem}", node.name))?;
+            }
+        }
         if status.deployments.is_empty() {
             return output::line("\nNo model is loaded. `mlxnode load MODEL` loads one.");
         }

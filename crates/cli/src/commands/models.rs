@@ -15,7 +15,7 @@ const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
 /// List the models on this Mac.
 ///
-/// These are the ones in Hugging Face's cache, which Python's tools share, and the demo model. `mlxnode status` shows what the
+/// These are the ones in Hugging Face's cache, which Python's tools share; the demo model is built in. `mlxnode status` shows what the
 /// cluster has loaded.
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -82,7 +82,10 @@ impl Models {
                 ]
             })
             .collect();
-        output::table(&["model", "architecture", "size"], &rows)?;
+        match rows.is_empty() {
+            true => output::line("Nothing was downloaded yet; the model \"demo\" is built in.")?,
+            false => output::table(&["model", "architecture", "size"], &rows)?,
+        }
         output::line(&format!("\nArchitectures: {}", facts.architectures.join(", ")))
     }
 }

@@ -26,7 +26,7 @@ pub use profile::ModelProfile;
 pub use quantization::{PerPath, QuantMode, QuantSetting, Quantization};
 pub use shard::{ShardModule, ShardTensors, TensorsError, WrongTensor};
 pub use spec::{
-    Activation, AttentionSpec, FeedForward, LayerSpec, Mixer, ModelSpec, NormPlacement, QkNorm, RopeScaling,
-    RopeSpec,
+    Activation, AttentionSpec, FeedForward, Flow, LayerNorms, LayerSpec, Logits, Mixer, ModelSpec, NormKind,
+    ParallelSum, QkNorm, QkNormKind, Residual, RopeScaling, RopeSpec, SinglePrecision,
 };
 pub use writer::{SafetensorsWriter, WriteError};

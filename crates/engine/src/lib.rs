@@ -16,6 +16,7 @@ mod kv_cache;
 mod linear;
 mod loader;
 mod model;
+mod norm;
 mod penalties;
 mod rope;
 mod sampler;

@@ -19,6 +19,7 @@ mod error;
 mod fast;
 mod load;
 mod memory;
+mod nonlinear;
 mod operations;
 mod quantized;
 mod random;

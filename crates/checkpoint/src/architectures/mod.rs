@@ -2,12 +2,30 @@
 //!
 //! Field names, defaults and what is ignored follow mlx-lm 0.32.2, so that a folder that runs there means the same here.
 
+mod cohere;
+mod cohere2;
 mod dense;
+mod ernie4_5;
+mod exaone4;
+mod gemma;
+mod gemma2;
+mod gemma3;
+mod gemma3_text;
+mod glm4;
+mod granite;
+mod hunyuan_v1_dense;
 mod llama;
 mod mistral;
+mod olmo2;
+mod olmo3;
+mod phi3;
 mod qwen2;
 mod qwen3;
 mod rope;
+mod seed_oss;
+mod smollm3;
+mod stablelm;
+mod starcoder2;
 
 use crate::config::{Config, ConfigError};
 use crate::spec::ModelSpec;
@@ -25,7 +43,30 @@ pub struct Architecture {
 
 /// All families, in alphabetical order.
 pub fn known() -> &'static [Architecture] {
-    &[llama::ARCHITECTURE, mistral::ARCHITECTURE, qwen2::ARCHITECTURE, qwen3::ARCHITECTURE]
+    &[
+        cohere::ARCHITECTURE,
+        cohere2::ARCHITECTURE,
+        ernie4_5::ARCHITECTURE,
+        exaone4::ARCHITECTURE,
+        gemma::ARCHITECTURE,
+        gemma2::ARCHITECTURE,
+        gemma3::ARCHITECTURE,
+        gemma3_text::ARCHITECTURE,
+        glm4::ARCHITECTURE,
+        granite::ARCHITECTURE,
+        hunyuan_v1_dense::ARCHITECTURE,
+        llama::ARCHITECTURE,
+        mistral::ARCHITECTURE,
+        olmo2::ARCHITECTURE,
+        olmo3::ARCHITECTURE,
+        phi3::ARCHITECTURE,
+        qwen2::ARCHITECTURE,
+        qwen3::ARCHITECTURE,
+        seed_oss::ARCHITECTURE,
+        smollm3::ARCHITECTURE,
+        stablelm::ARCHITECTURE,
+        starcoder2::ARCHITECTURE,
+    ]
 }
 
 /// The family that a config names.

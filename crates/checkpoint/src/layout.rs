@@ -3,7 +3,9 @@
 //! One walk over the spec serves all: what a stage must load, what is missing, what a layer weighs.
 
 use crate::quantization::QuantSetting;
-use crate::spec::{AttentionSpec, FeedForward, LayerSpec, Mixer, ModelSpec, NormKind, QkNormKind};
+use crate::spec::{
+    AttentionSpec, ExpertsSpec, FeedForward, LayerSpec, Mixer, ModelSpec, NormKind, QkNormKind,
+};
 use mlxnode_compute::LayerRange;
 
 /// Path of the token embedding.
@@ -33,6 +35,15 @@ pub enum ModuleKind {
         outputs: usize,
         /// Has a bias.
         bias: bool,
+    },
+    /// `weight` `[experts, outputs, inputs]`.
+    Experts {
+        /// How many matrices.
+        experts: usize,
+        /// Width of what goes in.
+        inputs: usize,
+        /// Width of what comes out.
+        outputs: usize,
     },
     /// `weight` `[rows, width]`.
     Embedding {
@@ -129,7 +140,23 @@ fn push_layer(modules: &mut Vec<Module>, index: usize, layer: &LayerSpec, hidden
             push(up, ModuleKind::Linear { inputs: hidden, outputs: intermediate, bias });
             push(down, ModuleKind::Linear { inputs: intermediate, outputs: hidden, bias });
         }
+        FeedForward::Experts(spec) => push_experts(&mut push, &spec, hidden),
     }
+}
+
+fn push_experts(push: &mut impl FnMut(&str, ModuleKind), spec: &ExpertsSpec, hidden: usize) {
+    let ExpertsSpec { block, experts, intermediate, .. } = *spec;
+    let linear = |inputs, outputs| ModuleKind::Linear { inputs, outputs, bias: false };
+    let stacked = |inputs, outputs| ModuleKind::Experts { experts, inputs, outputs };
+    push(&format!("{block}.gate"), linear(hidden, experts));
+    push(&format!("{block}.switch_mlp.gate_proj"), stacked(hidden, intermediate));
+    push(&format!("{block}.switch_mlp.up_proj"), stacked(hidden, intermediate));
+    push(&format!("{block}.switch_mlp.down_proj"), stacked(intermediate, hidden));
+    let Some(shared) = spec.shared else { return };
+    push(&format!("{block}.shared_expert_gate"), linear(hidden, 1));
+    push(&format!("{block}.shared_expert.gate_proj"), linear(hidden, shared));
+    push(&format!("{block}.shared_expert.up_proj"), linear(hidden, shared));
+    push(&format!("{block}.shared_expert.down_proj"), linear(shared, hidden));
 }
 
 fn push_attention(push: &mut impl FnMut(&str, ModuleKind), attention: &AttentionSpec, hidden: usize) {
@@ -159,11 +186,12 @@ fn push_attention(push: &mut impl FnMut(&str, ModuleKind), attention: &Attention
 }
 
 impl Module {
-    /// The matrix `[rows, columns]` that may be packed; None for a norm.
+    /// The matrix `[rows, columns]` that may be packed, of experts one under the other; None for a norm.
     pub fn matrix(&self) -> Option<(usize, usize)> {
         match self.kind {
             ModuleKind::Linear { inputs, outputs, .. } => Some((outputs, inputs)),
             ModuleKind::Embedding { rows, width } => Some((rows, width)),
+            ModuleKind::Experts { experts, inputs, outputs } => Some((experts * outputs, inputs)),
             ModuleKind::Norm { .. } | ModuleKind::HeadNorms { .. } => None,
         }
     }
@@ -175,15 +203,19 @@ impl Module {
             shape,
             elements,
         };
+        let shape = |rows, columns| match self.kind {
+            ModuleKind::Experts { experts, outputs, .. } => vec![experts, outputs, columns],
+            _ => vec![rows, columns],
+        };
         let mut tensors = Vec::with_capacity(4);
         match (self.matrix(), setting) {
             (Some((rows, columns)), Some(setting)) => {
                 tensors.push(tensor(
                     "weight",
-                    vec![rows, setting.packed_columns(columns)?],
+                    shape(rows, setting.packed_columns(columns)?),
                     Elements::Packed,
                 ));
-                let scales = vec![rows, setting.scale_columns(columns)];
+                let scales = shape(rows, setting.scale_columns(columns));
                 if setting.has_biases() {
                     tensors.push(tensor("scales", scales.clone(), Elements::Floating));
                     tensors.push(tensor("biases", scales, Elements::Floating));
@@ -192,13 +224,15 @@ impl Module {
                 }
             }
             (Some((rows, columns)), None) => {
-                tensors.push(tensor("weight", vec![rows, columns], Elements::Floating));
+                tensors.push(tensor("weight", shape(rows, columns), Elements::Floating));
             }
             (None, _) => {
                 let shape = match self.kind {
                     ModuleKind::Norm { width, .. } => vec![width],
                     ModuleKind::HeadNorms { heads, width } => vec![heads, width],
-                    ModuleKind::Linear { .. } | ModuleKind::Embedding { .. } => return None,
+                    ModuleKind::Linear { .. } | ModuleKind::Embedding { .. } | ModuleKind::Experts { .. } => {
+                        return None;
+                    }
                 };
                 tensors.push(tensor("weight", shape, Elements::Floating));
             }

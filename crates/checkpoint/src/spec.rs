@@ -261,6 +261,42 @@ pub enum FeedForward {
         /// Names of the two projections in the layer.
         names: [&'static str; 2],
     },
+    /// A few of many gated networks for each token, chosen by a router.
+    Experts(ExpertsSpec),
+}
+
+/// Gated networks of which a router chooses a few for each token, stored as matrices stacked in `switch_mlp`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertsSpec {
+    /// Name of the block in the layer.
+    pub block: &'static str,
+    /// How many there are.
+    pub experts: usize,
+    /// How many work on a token.
+    pub per_token: usize,
+    /// Width between an expert's projections.
+    pub intermediate: usize,
+    /// The function on the experts' gates.
+    pub activation: Activation,
+    /// How the router's results become weights of the experts.
+    pub routing: Routing,
+    /// Width of the expert that works on every token, under a gate of its own (`shared_expert`).
+    pub shared: Option<usize>,
+}
+
+/// How a router's results become weights of the chosen experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Routing {
+    /// Softmax over all experts.
+    All {
+        /// The weights of the chosen are made to sum to 1.
+        normalized: bool,
+        /// The chosen are the end of a partition of the weights instead of the start of one of their negatives. Which of equal
+        /// weights are chosen, and the order in which results are added, depend on it.
+        from_end: bool,
+    },
+    /// Softmax over the chosen.
+    Chosen,
 }
 
 /// Functions in a feed-forward network.

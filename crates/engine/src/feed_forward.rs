@@ -1,12 +1,19 @@
 //! Feed-forward networks: gated, `down(activation(gate(x)) * up(x))`, and plain, `down(activation(up(x)))`.
 
+use crate::experts::Experts;
 use crate::linear::{Linear, Stacked};
 use mlxnode_checkpoint::Activation;
 use mlxnode_mlx::{Array, Device, Result};
 use std::f64::consts::{PI, SQRT_2};
 
-/// The feed-forward network of one layer.
-pub(crate) struct FeedForward {
+/// What works on each token in one layer.
+pub(crate) enum FeedForward {
+    Network(Network),
+    Experts(Box<Experts>),
+}
+
+/// One network for all tokens.
+pub(crate) struct Network {
     pub(crate) up: Up,
     pub(crate) activation: Activation,
     pub(crate) down: Linear,
@@ -24,6 +31,17 @@ pub(crate) enum Up {
 }
 
 impl FeedForward {
+    /// `[1, tokens, hidden]` to the same.
+    #[inline]
+    pub(crate) fn forward(&self, device: &Device, x: &Array) -> Result<Array> {
+        match self {
+            Self::Network(network) => network.forward(device, x),
+            Self::Experts(experts) => experts.forward(device, x),
+        }
+    }
+}
+
+impl Network {
     /// `[1, tokens, hidden]` to the same.
     pub(crate) fn forward(&self, device: &Device, x: &Array) -> Result<Array> {
         let (gate_up, intermediate) = match &self.up {
@@ -48,7 +66,7 @@ impl FeedForward {
 }
 
 /// In mlx-lm's order of operations, so that half precision rounds as it does there.
-fn activate(device: &Device, activation: Activation, x: &Array) -> Result<Array> {
+pub(crate) fn activate(device: &Device, activation: Activation, x: &Array) -> Result<Array> {
     let number = |value: f64| Array::scalar(value as f32, x.dtype());
     match activation {
         Activation::Silu => device.multiply(x, &device.sigmoid(x)?),

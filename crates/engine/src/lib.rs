@@ -10,6 +10,7 @@
 
 mod attention;
 mod decoder;
+mod experts;
 mod feed_forward;
 mod generator;
 mod kv_cache;

@@ -5,14 +5,16 @@
 
 use crate::attention::{Attention, QkNorms};
 use crate::decoder::{Decoder, Head, Layer};
-use crate::feed_forward::{FeedForward, Up};
+use crate::experts::{Experts, Matrices, SharedExpert};
+use crate::feed_forward::{FeedForward, Network, Up};
 use crate::linear::{Embedding, Linear, Stacked, Weight};
 use crate::norm::{Kind as NormForm, Norm};
 use crate::rope::RotaryEmbedding;
 use mlxnode_checkpoint::layout::{EMBEDDING, FINAL_NORM, HEAD};
 use mlxnode_checkpoint::{
-    AttentionSpec, Checkpoint, CheckpointError, FeedForward as FeedForwardSpec, LayerSpec, Mixer, ModelSpec,
-    NormKind, QkNormKind, QuantMode, QuantSetting, ShardTensors, SinglePrecision, TensorDtype,
+    Activation, AttentionSpec, Checkpoint, CheckpointError, ExpertsSpec, FeedForward as FeedForwardSpec,
+    LayerSpec, Mixer, ModelSpec, NormKind, QkNormKind, QuantMode, QuantSetting, ShardTensors,
+    SinglePrecision, TensorDtype,
 };
 use mlxnode_compute::LayerRange;
 use mlxnode_mlx::{Array, Device, Dtype, Error, QuantizationMode, Quantized, QuantizedLayout, TensorFile};
@@ -44,6 +46,16 @@ pub enum LoadError {
         /// Why.
         #[source]
         source: Error,
+    },
+    /// MLX has no kernel for experts of this element type on the CPU backend; it would end the process.
+    #[error(
+        "{tensor} has elements of type {dtype}, but the CPU backend computes unpacked experts in f32 only; take a quantized version of the model"
+    )]
+    ExpertsOnCpu {
+        /// Our name for the tensor.
+        tensor: String,
+        /// Its element type.
+        dtype: &'static str,
     },
     /// A file is not the one whose header was checked.
     #[error("{file} changed while it was being loaded: {tensor} is not what it was; load the model again")]
@@ -362,19 +374,16 @@ impl<'a> Source<'a> {
         };
         let feed_forward = match layer.feed_forward {
             FeedForwardSpec::Gated { intermediate, activation, fused, .. } => {
-                let width = size(intermediate);
-                let gate_up = match fused {
-                    true => self.fused(&path("mlp.gate_up_proj"), &[width, width])?,
-                    false => self.stacked(&[(path("mlp.gate_proj"), width), (path("mlp.up_proj"), width)])?,
-                };
-                let up = Up::Gated { gate_up, intermediate: width };
-                FeedForward { up, activation, down: self.linear(&path("mlp.down_proj"))? }
+                FeedForward::Network(self.gated(&path("mlp"), intermediate, activation, fused)?)
             }
-            FeedForwardSpec::Plain { activation, names: [up, down], .. } => FeedForward {
+            FeedForwardSpec::Plain { activation, names: [up, down], .. } => FeedForward::Network(Network {
                 up: Up::Plain(self.linear(&path(up))?),
                 activation,
                 down: self.linear(&path(down))?,
-            },
+            }),
+            FeedForwardSpec::Experts(experts) => {
+                FeedForward::Experts(Box::new(self.experts(&path(experts.block), &experts)?))
+            }
         };
         let flow = layer.flow;
         Ok(Layer {
@@ -385,6 +394,64 @@ impl<'a> Source<'a> {
             feed_forward,
             after_feed_forward,
             flow,
+        })
+    }
+
+    fn gated(
+        &mut self,
+        path: &str,
+        intermediate: usize,
+        activation: Activation,
+        fused: bool,
+    ) -> Result<Network, LoadError> {
+        let width = size(intermediate);
+        let gate_up = match fused {
+            true => self.fused(&format!("{path}.gate_up_proj"), &[width, width])?,
+            false => {
+                self.stacked(&[(format!("{path}.gate_proj"), width), (format!("{path}.up_proj"), width)])?
+            }
+        };
+        let up = Up::Gated { gate_up, intermediate: width };
+        Ok(Network { up, activation, down: self.linear(&format!("{path}.down_proj"))? })
+    }
+
+    fn experts(&mut self, path: &str, spec: &ExpertsSpec) -> Result<Experts, LoadError> {
+        let shared = match spec.shared {
+            None => None,
+            Some(width) => Some(SharedExpert {
+                network: self.gated(&format!("{path}.shared_expert"), width, spec.activation, false)?,
+                gate: self.linear(&format!("{path}.shared_expert_gate"))?,
+            }),
+        };
+        Ok(Experts {
+            router: self.linear(&format!("{path}.gate"))?,
+            routing: spec.routing,
+            per_token: size(spec.per_token),
+            activation: spec.activation,
+            gate: self.matrices(&format!("{path}.switch_mlp.gate_proj"))?,
+            up: self.matrices(&format!("{path}.switch_mlp.up_proj"))?,
+            down: self.matrices(&format!("{path}.switch_mlp.down_proj"))?,
+            shared,
+        })
+    }
+
+    /// One matrix for each expert, read.
+    fn matrices(&mut self, path: &str) -> Result<Matrices, LoadError> {
+        Ok(match self.matrix(path)? {
+            Matrix::Dense(matrices) if !self.device.is_gpu() && matrices.dtype() != Dtype::F32 => {
+                let dtype = matrices.dtype().name();
+                return Err(LoadError::ExpertsOnCpu { tensor: format!("{path}.weight"), dtype });
+            }
+            Matrix::Dense(matrices) => {
+                self.eval(path, [&matrices])?;
+                let turned = self.device.transpose(&matrices, &[0, 2, 1])?;
+                turned.eval()?;
+                Matrices::Dense(turned)
+            }
+            Matrix::Quantized(matrices) => {
+                self.eval(path, arrays(&matrices))?;
+                Matrices::Quantized(matrices)
+            }
         })
     }
 

@@ -5,7 +5,9 @@
 
 mod support;
 
+use mlxnode_checkpoint::Checkpoint;
 use mlxnode_compute::{Penalty, Sampling};
+use mlxnode_engine::Model;
 use serde_json::{Value, json};
 use support::{
     ExpectedModel, Pipeline, ask_oracle, folder, oracle_logits, prompt, relative_difference, tokens,
@@ -135,6 +137,17 @@ fn cases() -> Vec<Case> {
                 "rope_scaling": {"rope_type": "llama3", "factor": 16.0, "original_max_position_embeddings": 64}}),
         )
     };
+    let mixtral = base("mixtral", json!({"num_local_experts": 5, "num_experts_per_tok": 2}));
+    let qwen2_moe = base(
+        "qwen2_moe",
+        json!({"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64}),
+    );
+    let qwen3_moe = base(
+        "qwen3_moe",
+        json!({"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
+            "decoder_sparse_step": 1, "mlp_only_layers": [1], "norm_topk_prob": true}),
+    );
     let with = |config: &Value, key: &str, value: Value| {
         let mut config = config.clone();
         config[key] = value;
@@ -192,6 +205,19 @@ fn cases() -> Vec<Case> {
         Case::single("exaone4-f32", exaone4(json!("LG"))),
         Case::half("exaone4-bf16", exaone4(Value::Null)),
         Case::packed("exaone4-q4", exaone4(json!("LLG"))),
+        Case::single("mixtral-f32", mixtral.clone()),
+        // Unpacked experts in half precision have no kernel on the CPU backend, neither here nor in mlx-lm.
+        Case { dtype: "bfloat16", ..Case::packed("mixtral-bf16-q4", mixtral.clone()) },
+        Case::packed("mixtral-q4", with(&mixtral, "tie_word_embeddings", json!(true))),
+        Case::single("qwen2_moe-f32", qwen2_moe.clone()),
+        Case { dtype: "bfloat16", ..Case::packed("qwen2_moe-bf16-q4", qwen2_moe.clone()) },
+        Case::packed("qwen2_moe-q4", qwen2_moe),
+        Case::single("qwen3_moe-f32", qwen3_moe.clone()),
+        Case {
+            dtype: "bfloat16",
+            ..Case::packed("qwen3_moe-bf16-q4", with(&qwen3_moe, "norm_topk_prob", json!(false)))
+        },
+        Case::packed("qwen3_moe-q4", qwen3_moe),
     ]
 }
 
@@ -218,6 +244,23 @@ fn greedy_tokens_and_logits_equal_on_one_and_two_stages() {
         .flat_map(|(case, expected)| differences(root.path(), case, expected))
         .collect();
     assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn experts_that_the_cpu_backend_cannot_compute_are_refused_by_name() {
+    let root = folder();
+    let config = base("mixtral", json!({"num_local_experts": 3, "num_hidden_layers": 1}));
+    let model = json!({"folder": root.path().join("half"), "config": config, "seed": 1, "dtype": "bfloat16", "runs": []});
+    ask_oracle(root.path(), &[model]);
+    let checkpoint = Checkpoint::open(&root.path().join("half")).unwrap();
+    match Model::load_whole(&checkpoint, &mut |_, _| {}) {
+        Ok(model) => assert!(model.device().is_gpu()),
+        Err(error) => assert_eq!(
+            error.to_string(),
+            "model.layers.0.block_sparse_moe.switch_mlp.gate_proj.weight has elements of type bfloat16, but the CPU backend \
+             computes unpacked experts in f32 only; take a quantized version of the model"
+        ),
+    }
 }
 
 /// Where the engine differs from what is expected of one model.

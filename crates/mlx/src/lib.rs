@@ -17,6 +17,7 @@ mod device;
 mod dtype;
 mod error;
 mod fast;
+mod gather;
 mod load;
 mod memory;
 mod nonlinear;

@@ -125,6 +125,17 @@ fn even(config: &Config, head_dim: usize) -> Result<usize, ConfigError> {
     }
 }
 
+/// How many experts there are and how many work on a token.
+pub(super) fn experts(config: &Config, count: &str) -> Result<(usize, usize), ConfigError> {
+    let experts = config.usize(count, 1..=4096)?;
+    Ok((experts, config.usize("num_experts_per_tok", 1..=experts)?))
+}
+
+/// The width of a feed-forward network under another name than `intermediate_size`.
+pub(super) fn width(config: &Config, field: &str) -> Result<usize, ConfigError> {
+    config.usize(field, WIDTH)
+}
+
 /// The only activation of most families.
 pub(super) fn silu(config: &Config) -> Result<Activation, ConfigError> {
     match config.str("hidden_act")? {

@@ -16,11 +16,14 @@ mod granite;
 mod hunyuan_v1_dense;
 mod llama;
 mod mistral;
+mod mixtral;
 mod olmo2;
 mod olmo3;
 mod phi3;
 mod qwen2;
+mod qwen2_moe;
 mod qwen3;
+mod qwen3_moe;
 mod rope;
 mod seed_oss;
 mod smollm3;
@@ -57,11 +60,14 @@ pub fn known() -> &'static [Architecture] {
         hunyuan_v1_dense::ARCHITECTURE,
         llama::ARCHITECTURE,
         mistral::ARCHITECTURE,
+        mixtral::ARCHITECTURE,
         olmo2::ARCHITECTURE,
         olmo3::ARCHITECTURE,
         phi3::ARCHITECTURE,
         qwen2::ARCHITECTURE,
+        qwen2_moe::ARCHITECTURE,
         qwen3::ARCHITECTURE,
+        qwen3_moe::ARCHITECTURE,
         seed_oss::ARCHITECTURE,
         smollm3::ARCHITECTURE,
         stablelm::ARCHITECTURE,

@@ -236,6 +236,13 @@ fn newer_families_refuse_by_field_too() {
         ("hunyuan_v1_dense", json!({ "rope_scaling": { "factor": 1.0 } }), "rope_scaling.alpha is missing"),
         ("hunyuan_v1_dense", json!({ "rope_scaling": { "alpha": 0 } }), "rope_scaling.alpha is 0"),
         ("ernie4_5", json!({}), "use_bias is missing"),
+        ("mixtral", json!({ "num_experts_per_tok": 9 }), "num_experts_per_tok is 9"),
+        (
+            "qwen2_moe",
+            json!({ "num_experts": 4, "num_experts_per_tok": 2 }),
+            "moe_intermediate_size is missing",
+        ),
+        ("qwen3_moe", json!({ "num_experts": 0 }), "num_experts is 0"),
         ("exaone4", json!({ "sliding_window_pattern": "LXG" }), "sliding_window_pattern is \"LXG\""),
         ("exaone4", json!({ "sliding_window_pattern": "LG" }), "sliding_window is missing"),
     ];
@@ -264,7 +271,7 @@ fn an_unknown_architecture_lists_the_known_ones() {
         message,
         "config.json: model_type \"gpt_neox\" is not supported; \
          supported are cohere, cohere2, ernie4_5, exaone4, gemma, gemma2, gemma3, gemma3_text, glm4, granite, \
-         hunyuan_v1_dense, iquestcoder, llama, mistral, olmo2, olmo3, phi3, qwen2, qwen3, seed_oss, smollm3, \
-         stablelm, starcoder2, xverse"
+         hunyuan_v1_dense, iquestcoder, llama, mistral, mixtral, olmo2, olmo3, phi3, qwen2, qwen2_moe, qwen3, \
+         qwen3_moe, seed_oss, smollm3, stablelm, starcoder2, xverse"
     );
 }

@@ -95,7 +95,7 @@ impl ModelSpec {
     /// for the last when it is the head.
     pub fn modules(&self, range: LayerRange) -> Vec<Module> {
         let (first, last) = (range.is_first(), range.is_last(self.layer_count()));
-        let bias = self.norm == NormKind::Layer { bias: true };
+        let bias = matches!(self.norm, NormKind::Layer { bias: true } | NormKind::LayerPlusOne);
         let norm = ModuleKind::Norm { width: self.hidden, bias };
         let mut modules = Vec::new();
         if first || (last && self.tied_embeddings) {

@@ -64,6 +64,8 @@ pub enum NormKind {
         /// There is a bias.
         bias: bool,
     },
+    /// `(x - mean(x)) / deviation(x) * (1 + weight) + bias`.
+    LayerPlusOne,
 }
 
 /// What the head's results go through to become logits.

@@ -206,6 +206,10 @@ impl<'a> Source<'a> {
                 let bias = bias.then(|| self.tensor(&format!("{path}.bias"))).transpose()?;
                 (weight, NormForm::Layer { bias })
             }
+            NormKind::LayerPlusOne => {
+                let bias = Some(self.tensor(&format!("{path}.bias"))?);
+                (self.plus_one(&weight)?, NormForm::Layer { bias })
+            }
         };
         Ok(Norm { kind, weight, eps: spec.norm_eps })
     }

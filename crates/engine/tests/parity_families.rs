@@ -148,6 +148,16 @@ fn cases() -> Vec<Case> {
         json!({"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
             "decoder_sparse_step": 1, "mlp_only_layers": [1], "norm_topk_prob": true}),
     );
+    let helium = base("helium", json!({"head_dim": 16, "attention_bias": true, "mlp_bias": false}));
+    let internlm3 =
+        base("internlm3", json!({"qkv_bias": true, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}));
+    let telechat3 = base("telechat3", json!({"head_dim": 32, "mlp_bias": true}));
+    let glm = base("glm", json!({"head_dim": 16, "attention_bias": true}));
+    let nemotron = base(
+        "nemotron",
+        json!({"norm_eps": 1e-5, "hidden_act": "relu2",
+        "rope_scaling": {"type": "linear", "factor": 2.0}}),
+    );
     let with = |config: &Value, key: &str, value: Value| {
         let mut config = config.clone();
         config[key] = value;
@@ -205,6 +215,17 @@ fn cases() -> Vec<Case> {
         Case::single("exaone4-f32", exaone4(json!("LG"))),
         Case::half("exaone4-bf16", exaone4(Value::Null)),
         Case::packed("exaone4-q4", exaone4(json!("LLG"))),
+        Case::single("helium-f32", helium.clone()),
+        Case::half("helium-bf16", helium),
+        Case::single("internlm3-f32", internlm3.clone()),
+        Case::half("internlm3-bf16", internlm3),
+        Case::single("telechat3-f32", telechat3.clone()),
+        Case::half("telechat3-bf16", telechat3),
+        Case::single("glm-f32", glm.clone()),
+        Case::half("glm-bf16", glm),
+        Case::single("nemotron-f32", nemotron.clone()),
+        Case::half("nemotron-bf16", nemotron.clone()),
+        Case::packed("nemotron-q4", nemotron),
         Case::single("mixtral-f32", mixtral.clone()),
         // Unpacked experts in half precision have no kernel on the CPU backend, neither here nor in mlx-lm.
         Case { dtype: "bfloat16", ..Case::packed("mixtral-bf16-q4", mixtral.clone()) },

@@ -11,12 +11,16 @@ mod gemma;
 mod gemma2;
 mod gemma3;
 mod gemma3_text;
+mod glm;
 mod glm4;
 mod granite;
+mod helium;
 mod hunyuan_v1_dense;
+mod internlm3;
 mod llama;
 mod mistral;
 mod mixtral;
+mod nemotron;
 mod olmo2;
 mod olmo3;
 mod phi3;
@@ -29,6 +33,7 @@ mod seed_oss;
 mod smollm3;
 mod stablelm;
 mod starcoder2;
+mod telechat3;
 
 use crate::config::{Config, ConfigError};
 use crate::spec::ModelSpec;
@@ -55,12 +60,16 @@ pub fn known() -> &'static [Architecture] {
         gemma2::ARCHITECTURE,
         gemma3::ARCHITECTURE,
         gemma3_text::ARCHITECTURE,
+        glm::ARCHITECTURE,
         glm4::ARCHITECTURE,
         granite::ARCHITECTURE,
+        helium::ARCHITECTURE,
         hunyuan_v1_dense::ARCHITECTURE,
+        internlm3::ARCHITECTURE,
         llama::ARCHITECTURE,
         mistral::ARCHITECTURE,
         mixtral::ARCHITECTURE,
+        nemotron::ARCHITECTURE,
         olmo2::ARCHITECTURE,
         olmo3::ARCHITECTURE,
         phi3::ARCHITECTURE,
@@ -72,6 +81,7 @@ pub fn known() -> &'static [Architecture] {
         smollm3::ARCHITECTURE,
         stablelm::ARCHITECTURE,
         starcoder2::ARCHITECTURE,
+        telechat3::ARCHITECTURE,
     ]
 }
 

@@ -236,6 +236,14 @@ fn newer_families_refuse_by_field_too() {
         ("hunyuan_v1_dense", json!({ "rope_scaling": { "factor": 1.0 } }), "rope_scaling.alpha is missing"),
         ("hunyuan_v1_dense", json!({ "rope_scaling": { "alpha": 0 } }), "rope_scaling.alpha is 0"),
         ("ernie4_5", json!({}), "use_bias is missing"),
+        ("nemotron", json!({ "hidden_act": "silu" }), "hidden_act is \"silu\""),
+        ("nemotron", json!({}), "norm_eps is missing"),
+        (
+            "nemotron",
+            json!({ "norm_eps": 1e-5, "rope_scaling": { "type": "yarn", "factor": 4.0 } }),
+            "rope_scaling is {\"",
+        ),
+        ("helium", json!({}), "attention_bias is missing"),
         ("mixtral", json!({ "num_experts_per_tok": 9 }), "num_experts_per_tok is 9"),
         (
             "qwen2_moe",
@@ -270,8 +278,8 @@ fn an_unknown_architecture_lists_the_known_ones() {
     assert_eq!(
         message,
         "config.json: model_type \"gpt_neox\" is not supported; \
-         supported are cohere, cohere2, ernie4_5, exaone4, gemma, gemma2, gemma3, gemma3_text, glm4, granite, \
-         hunyuan_v1_dense, iquestcoder, llama, mistral, mixtral, olmo2, olmo3, phi3, qwen2, qwen2_moe, qwen3, \
-         qwen3_moe, seed_oss, smollm3, stablelm, starcoder2, xverse"
+         supported are cohere, cohere2, ernie4_5, exaone4, gemma, gemma2, gemma3, gemma3_text, glm, glm4, granite, \
+         helium, hunyuan_v1_dense, internlm3, iquestcoder, llama, mistral, mixtral, nemotron, olmo2, olmo3, phi3, \
+         qwen2, qwen2_moe, qwen3, qwen3_moe, seed_oss, smollm3, stablelm, starcoder2, telechat3, xverse"
     );
 }

@@ -4,6 +4,7 @@ use crate::config::{Config, ConfigError, MAX_CONFIG_BYTES};
 use crate::dtype::{TensorDtype, promote};
 use crate::header::{self, HeaderError, PREFIX_BYTES, StoredTensor};
 use crate::index::{INDEX_FILE, Index};
+use crate::layout::HEAD;
 use crate::shard::TensorsError;
 use crate::spec::ModelSpec;
 use crate::{architectures, names};
@@ -199,6 +200,9 @@ impl Checkpoint {
         let tensors = read_headers(folder, spec.tied_embeddings, index.as_ref())?;
         if let Some(index) = &index {
             index.check(folder, spec.tied_embeddings, &tensors)?;
+        }
+        if spec.tied_without_head && !tensors.contains_key(&format!("{HEAD}.weight")) {
+            spec.tied_embeddings = true;
         }
         let floating = tensors.values().filter_map(|entry| entry.dtype.compute());
         if let Some(dtype) = floating.reduce(promote) {

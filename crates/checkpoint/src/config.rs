@@ -161,6 +161,44 @@ impl Config {
         }
     }
 
+    /// The config of a multimodal repository's text model, which stands under `field`, with those of the repository's own
+    /// fields that count for it laid over.
+    pub(crate) fn of_text_model(&self, field: &str, repository: &[&str]) -> Result<Self, ConfigError> {
+        let mut object = self.object(field)?.ok_or_else(|| missing(field))?.clone();
+        for key in repository {
+            if let Some(value) = self.get(key) {
+                object.insert((*key).into(), value.clone());
+            }
+        }
+        Ok(Self { object })
+    }
+
+    /// The same with values for fields that are absent or null.
+    pub(crate) fn with_defaults(&self, defaults: &[(&str, f64)]) -> Self {
+        let mut object = self.object.clone();
+        for (field, value) in defaults {
+            if self.get(field).is_none() {
+                let whole = value.fract() == 0.0;
+                let value = if whole { Value::from(*value as i64) } else { Value::from(*value) };
+                object.insert((*field).into(), value);
+            }
+        }
+        Self { object }
+    }
+
+    /// The same with another value for a field.
+    pub(crate) fn with(&self, field: &str, value: Value) -> Self {
+        let mut object = self.object.clone();
+        object.insert(field.into(), value);
+        Self { object }
+    }
+
+    /// A finite number above 0.
+    pub(crate) fn positive(&self, field: &str) -> Result<f64, ConfigError> {
+        let number = self.f64(field)?;
+        if number > 0.0 { Ok(number) } else { Err(self.refuse(field, &number.to_string(), "above 0")) }
+    }
+
     /// The family that the config names.
     pub fn model_type(&self) -> Result<&str, ConfigError> {
         self.str("model_type")?.ok_or_else(|| missing("model_type"))

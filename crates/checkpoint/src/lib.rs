@@ -26,7 +26,8 @@ pub use profile::ModelProfile;
 pub use quantization::{PerPath, QuantMode, QuantSetting, Quantization};
 pub use shard::{ShardModule, ShardTensors, TensorsError, WrongTensor};
 pub use spec::{
-    Activation, AttentionSpec, FeedForward, LayerSpec, Mixer, ModelSpec, NormPlacement, QkNorm, RopeScaling,
-    RopeSpec,
+    Activation, AttentionSpec, ExpertsSpec, FeedForward, Flow, LayerNorms, LayerSpec, Logits, Mixer,
+    ModelSpec, NormKind, ParallelSum, QkNorm, QkNormKind, Residual, RopeScaling, RopeSpec, Routing,
+    SinglePrecision,
 };
 pub use writer::{SafetensorsWriter, WriteError};

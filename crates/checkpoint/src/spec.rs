@@ -10,7 +10,7 @@ use mlxnode_compute::Dtype;
 /// A whole model. Sizes are in elements.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
-    /// The family, as the registry of architectures calls it ("llama", "mistral", "qwen2", "qwen3").
+    /// The family, as the registry of architectures calls it ("llama", "gemma3_text").
     pub architecture: &'static str,
     /// The layers, first to last.
     pub layers: Vec<LayerSpec>,
@@ -18,10 +18,18 @@ pub struct ModelSpec {
     pub hidden: usize,
     /// Rows of the embedding and of the head; token ids are below it.
     pub vocabulary: usize,
+    /// What every norm of the hidden vectors computes.
+    pub norm: NormKind,
     /// Epsilon of every norm in the model.
     pub norm_eps: f32,
+    /// Factor on the embedding's vectors, applied in their element type.
+    pub embedding_scale: Option<f32>,
+    /// What the head's results go through.
+    pub logits: Logits,
     /// The head is the embedding, transposed; there is no `lm_head`.
     pub tied_embeddings: bool,
+    /// The config does not say whether the embeddings are tied: they are when the files have no `lm_head.weight`.
+    pub tied_without_head: bool,
     /// Element type of the hidden vectors: what MLX's type promotion makes of the floating weights.
     /// Comes from the tensors; without tensors it is what config.json says.
     pub dtype: Dtype,
@@ -39,7 +47,38 @@ pub struct LayerSpec {
     /// What works on each token.
     pub feed_forward: FeedForward,
     /// Where the norms are.
-    pub norms: NormPlacement,
+    pub norms: LayerNorms,
+    /// How the two branches meet the hidden vectors.
+    pub flow: Flow,
+}
+
+/// What a norm of the hidden vectors computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// `x / rms(x) * weight`.
+    Rms,
+    /// `x / rms(x) * (1 + weight)`.
+    RmsPlusOne,
+    /// `(x - mean(x)) / deviation(x) * weight`, plus a bias.
+    Layer {
+        /// There is a bias.
+        bias: bool,
+    },
+    /// `(x - mean(x)) / deviation(x) * (1 + weight) + bias`.
+    LayerPlusOne,
+}
+
+/// What the head's results go through to become logits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Logits {
+    /// Nothing.
+    Plain,
+    /// Multiplied by a factor.
+    Multiplied(f32),
+    /// Divided by a number.
+    Divided(f32),
+    /// `cap * tanh(x / cap)`.
+    Capped(f32),
 }
 
 /// What looks across tokens.
@@ -49,7 +88,7 @@ pub enum Mixer {
     Attention(AttentionSpec),
 }
 
-/// Softmax attention: projections `q_proj`, `k_proj`, `v_proj`, `o_proj`.
+/// Softmax attention: projections `q_proj`, `k_proj`, `v_proj`, or all three in `qkv_proj`, and `o_proj`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AttentionSpec {
     /// Query heads.
@@ -58,11 +97,13 @@ pub struct AttentionSpec {
     pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
+    /// q, k and v are the rows of one matrix, `qkv_proj`, in this order.
+    pub fused: bool,
     /// The q, k and v projections have a bias.
     pub qkv_bias: bool,
     /// The output projection has a bias.
     pub out_bias: bool,
-    /// Norm on queries and keys before the rotation.
+    /// Norm on queries and keys.
     pub qk_norm: Option<QkNorm>,
     /// Key j is visible to query i only when `i - window < j`; None: all of j <= i.
     pub window: Option<usize>,
@@ -70,13 +111,51 @@ pub struct AttentionSpec {
     pub rope: Option<RopeSpec>,
     /// Factor on the scores before the softmax.
     pub scale: f32,
+    /// The scores become `cap * tanh(score / cap)` before the softmax.
+    pub score_cap: Option<f32>,
+    /// Element types in which the attention itself is computed in single precision.
+    pub single_precision: SinglePrecision,
 }
 
-/// Norm on queries and keys, weights `q_norm.weight` and `k_norm.weight`.
+/// When attention is computed in single precision whatever the model's element type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum QkNorm {
-    /// RMS over each head by itself; weights `[head_dim]`.
+pub enum SinglePrecision {
+    /// Never.
+    Never,
+    /// For F16 only.
+    ForF16,
+    /// Always.
+    Always,
+}
+
+/// Norm on queries and keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QkNorm {
+    /// What it computes.
+    pub kind: QkNormKind,
+    /// Names of the queries' and the keys' norm in the attention.
+    pub names: [&'static str; 2],
+    /// After the rotation instead of before.
+    pub after_rope: bool,
+}
+
+/// What a norm on queries and keys computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QkNormKind {
+    /// The model's RMS norm over each head by itself; weights `[head_dim]`.
     PerHead,
+    /// RMS over the whole projection; weights `[heads * head_dim]`.
+    Whole,
+    /// Layer norm over each head, no bias, weights `[heads, head_dim]`.
+    LayerPerHead,
+}
+
+impl QkNorm {
+    /// The most common one: over each head, before the rotation.
+    pub const PER_HEAD: Self =
+        Self { kind: QkNormKind::PerHead, names: ["q_norm", "k_norm"], after_rope: false };
+    /// Over the whole projection, before the rotation.
+    pub const WHOLE: Self = Self { kind: QkNormKind::Whole, ..Self::PER_HEAD };
 }
 
 /// Rotary position embedding.
@@ -145,6 +224,11 @@ pub enum RopeScaling {
         /// `sqrt(1 + ln(max / original) / ln(original))`, or 1 when nothing is stretched.
         input_scale: f64,
     },
+    /// The base becomes `base * alpha^(dims / (dims - 2))`.
+    NtkAlpha {
+        /// Stretch.
+        alpha: f64,
+    },
     /// Exponents over all dimensions, but only the first `rotated_dims` rotate; the others have infinite wavelength.
     Proportional {
         /// How many dimensions rotate. Even.
@@ -165,22 +249,149 @@ pub enum FeedForward {
         activation: Activation,
         /// The projections have biases.
         bias: bool,
+        /// gate and up are the rows of one matrix, `gate_up_proj`, in this order.
+        fused: bool,
     },
+    /// `down(activation(up(x)))`.
+    Plain {
+        /// Width between the projections.
+        intermediate: usize,
+        /// The function between them.
+        activation: Activation,
+        /// The projections have biases.
+        bias: bool,
+        /// Names of the two projections in the layer.
+        names: [&'static str; 2],
+    },
+    /// A few of many gated networks for each token, chosen by a router.
+    Experts(ExpertsSpec),
 }
 
-/// Functions on a feed-forward network's gate.
+/// Gated networks of which a router chooses a few for each token, stored as matrices stacked in `switch_mlp`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertsSpec {
+    /// Name of the block in the layer.
+    pub block: &'static str,
+    /// How many there are.
+    pub experts: usize,
+    /// How many work on a token.
+    pub per_token: usize,
+    /// Width between an expert's projections.
+    pub intermediate: usize,
+    /// The function on the experts' gates.
+    pub activation: Activation,
+    /// How the router's results become weights of the experts.
+    pub routing: Routing,
+    /// Width of the expert that works on every token, under a gate of its own (`shared_expert`).
+    pub shared: Option<usize>,
+}
+
+/// How a router's results become weights of the chosen experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Routing {
+    /// Softmax over all experts.
+    All {
+        /// The weights of the chosen are made to sum to 1.
+        normalized: bool,
+        /// The chosen are the end of a partition of the weights instead of the start of one of their negatives. Which of equal
+        /// weights are chosen, and the order in which results are added, depend on it.
+        from_end: bool,
+    },
+    /// Softmax over the chosen.
+    Chosen,
+}
+
+/// Functions in a feed-forward network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
     /// `x * sigmoid(x)`.
     Silu,
+    /// `x * (1 + erf(x / sqrt 2)) / 2`.
+    Gelu,
+    /// Gelu by way of tanh.
+    GeluTanh,
+    /// `max(x, 0)^2`.
+    SquaredRelu,
 }
 
-/// Where a layer's norms are.
+/// A layer's norms by their names in the layer; None for one that the family does not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NormPlacement {
-    /// RMS norm before the mixer (`input_layernorm`) and before the feed-forward (`post_attention_layernorm`);
-    /// both results are added to the unnormed input.
-    Before,
+pub struct LayerNorms {
+    /// On what goes into the mixer.
+    pub before_mixer: Option<&'static str>,
+    /// On what comes out of it, before it is added.
+    pub after_mixer: Option<&'static str>,
+    /// On what goes into the feed-forward network. Without it a parallel network gets what the mixer gets.
+    pub before_feed_forward: Option<&'static str>,
+    /// On what comes out of it, before it is added.
+    pub after_feed_forward: Option<&'static str>,
+}
+
+impl LayerNorms {
+    /// Llama's: before both.
+    pub const BEFORE: Self = Self {
+        before_mixer: Some("input_layernorm"),
+        after_mixer: None,
+        before_feed_forward: Some("post_attention_layernorm"),
+        after_feed_forward: None,
+    };
+    /// After both.
+    pub const AFTER: Self = Self {
+        before_mixer: None,
+        after_mixer: Some("post_attention_layernorm"),
+        before_feed_forward: None,
+        after_feed_forward: Some("post_feedforward_layernorm"),
+    };
+    /// Gemma's: before and after both.
+    pub const AROUND: Self = Self {
+        before_mixer: Some("input_layernorm"),
+        after_mixer: Some("post_attention_layernorm"),
+        before_feed_forward: Some("pre_feedforward_layernorm"),
+        after_feed_forward: Some("post_feedforward_layernorm"),
+    };
+    /// One for both branches of a parallel layer.
+    pub const SHARED: Self = Self {
+        before_mixer: Some("input_layernorm"),
+        after_mixer: None,
+        before_feed_forward: None,
+        after_feed_forward: None,
+    };
+
+    /// Those that there are.
+    pub fn names(&self) -> impl Iterator<Item = &'static str> {
+        [self.before_mixer, self.after_mixer, self.before_feed_forward, self.after_feed_forward]
+            .into_iter()
+            .flatten()
+    }
+}
+
+/// How a layer's branches meet the hidden vectors.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Flow {
+    /// The mixer's result is added, then the feed-forward network's, which sees the sum.
+    Sequential(Residual),
+    /// Both see the layer's input; rounding depends on the order of the sum.
+    Parallel(ParallelSum),
+}
+
+/// How a branch's result is added.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Residual {
+    /// As it is.
+    Add,
+    /// Times a factor.
+    Scaled(f32),
+    /// As it is; in half precision the sum is kept within that type's range.
+    Clipped,
+}
+
+/// The order in which a parallel layer adds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ParallelSum {
+    /// `(mixed + fed) + hidden`.
+    BranchesFirst,
+    /// `(hidden + mixed) + fed`.
+    HiddenFirst,
 }
 
 impl ModelSpec {

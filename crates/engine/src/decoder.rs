@@ -4,35 +4,38 @@ use crate::attention::Attention;
 use crate::feed_forward::FeedForward;
 use crate::kv_cache::KvCache;
 use crate::linear::{Embedding, Linear};
-use mlxnode_mlx::{Array, Device, Result};
+use crate::norm::{Norm, apply};
+use mlxnode_checkpoint::{Flow, Logits, ParallelSum, Residual};
+use mlxnode_mlx::{Array, Device, Dtype, Result};
 
 /// The modules of a layer range.
 pub(crate) struct Decoder {
     /// On the first stage.
     pub(crate) embedding: Option<Embedding>,
+    /// Factor on its vectors.
+    pub(crate) embedding_scale: Option<f32>,
     pub(crate) layers: Vec<Layer>,
     /// On the last stage.
     pub(crate) head: Option<Head>,
 }
 
-/// One layer with the norms before its parts.
+/// One layer. A norm that the family does not have is None.
 pub(crate) struct Layer {
-    pub(crate) input_norm: Norm,
+    pub(crate) before_mixer: Option<Norm>,
     pub(crate) attention: Attention,
-    pub(crate) post_norm: Norm,
+    pub(crate) after_mixer: Option<Norm>,
+    pub(crate) before_feed_forward: Option<Norm>,
     pub(crate) feed_forward: FeedForward,
-}
-
-/// RMS norm.
-pub(crate) struct Norm {
-    pub(crate) weight: Array,
-    pub(crate) eps: f32,
+    pub(crate) after_feed_forward: Option<Norm>,
+    pub(crate) flow: Flow,
 }
 
 /// From hidden vectors to logits.
 pub(crate) struct Head {
     pub(crate) norm: Norm,
     pub(crate) linear: Linear,
+    /// What its results go through.
+    pub(crate) logits: Logits,
 }
 
 /// The caches of one sequence, one for each layer of the decoder.
@@ -51,11 +54,55 @@ impl SequenceCache {
     }
 }
 
-impl Norm {
-    fn forward(&self, device: &Device, x: &Array) -> Result<Array> {
-        device.rms_norm(x, &self.weight, self.eps)
+impl Layer {
+    /// `[1, tokens, hidden]` to the same.
+    fn forward(&self, device: &Device, hidden: Array, cache: &mut KvCache) -> Result<Array> {
+        let input = apply(device, self.before_mixer.as_ref(), hidden.clone())?;
+        let mixed = self.attention.forward(device, &input, cache)?;
+        let mixed = apply(device, self.after_mixer.as_ref(), mixed)?;
+        match self.flow {
+            Flow::Sequential(residual) => {
+                let hidden = add(device, residual, &hidden, &mixed)?;
+                let input = apply(device, self.before_feed_forward.as_ref(), hidden.clone())?;
+                let fed = self.feed_forward.forward(device, &input)?;
+                let fed = apply(device, self.after_feed_forward.as_ref(), fed)?;
+                add(device, residual, &hidden, &fed)
+            }
+            Flow::Parallel(order) => {
+                let input = match &self.before_feed_forward {
+                    Some(norm) => norm.forward(device, &hidden)?,
+                    None => input,
+                };
+                let fed = self.feed_forward.forward(device, &input)?;
+                let fed = apply(device, self.after_feed_forward.as_ref(), fed)?;
+                match order {
+                    ParallelSum::BranchesFirst => device.add(&device.add(&mixed, &fed)?, &hidden),
+                    ParallelSum::HiddenFirst => device.add(&device.add(&hidden, &mixed)?, &fed),
+                }
+            }
+        }
     }
 }
+
+/// Adds a branch's result.
+#[inline]
+fn add(device: &Device, residual: Residual, hidden: &Array, branch: &Array) -> Result<Array> {
+    match residual {
+        Residual::Scaled(factor) => {
+            device.add(hidden, &device.multiply(branch, &Array::scalar(factor, branch.dtype())?)?)
+        }
+        Residual::Clipped if hidden.dtype() == Dtype::F16 => {
+            let bound = |value: f32| Array::scalar(value, Dtype::F32);
+            let sum = device.add(&device.cast(hidden, Dtype::F32)?, &device.cast(branch, Dtype::F32)?)?;
+            let sum = device.minimum(&device.maximum(&sum, &bound(-LARGEST_F16)?)?, &bound(LARGEST_F16)?)?;
+            device.cast(&sum, Dtype::F16)
+        }
+        Residual::Add | Residual::Clipped => device.add(hidden, branch),
+    }
+}
+
+/// The largest finite number in half precision.
+const LARGEST_F16: f32 = 65_504.0;
 
 impl Decoder {
     /// Empty caches.
@@ -65,9 +112,13 @@ impl Decoder {
 
     /// `[1, tokens]` ids to hidden vectors `[1, tokens, hidden]`. The ids are below the vocabulary size.
     pub(crate) fn embed(&self, device: &Device, ids: &Array) -> Result<Array> {
-        match &self.embedding {
-            Some(embedding) => embedding.lookup(device, ids),
-            None => Err(mlxnode_mlx::Error::Mlx("this layer range has no embedding".to_owned())),
+        let Some(embedding) = &self.embedding else {
+            return Err(mlxnode_mlx::Error::Mlx("this layer range has no embedding".to_owned()));
+        };
+        let vectors = embedding.lookup(device, ids)?;
+        match self.embedding_scale {
+            Some(scale) => device.multiply(&vectors, &Array::scalar(scale, vectors.dtype())?),
+            None => Ok(vectors),
         }
     }
 
@@ -75,11 +126,7 @@ impl Decoder {
     pub(crate) fn forward(&self, device: &Device, hidden: Array, cache: &mut SequenceCache) -> Result<Array> {
         let mut hidden = hidden;
         for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
-            let mixed =
-                layer.attention.forward(device, &layer.input_norm.forward(device, &hidden)?, cache)?;
-            hidden = device.add(&hidden, &mixed)?;
-            let fed = layer.feed_forward.forward(device, &layer.post_norm.forward(device, &hidden)?)?;
-            hidden = device.add(&hidden, &fed)?;
+            hidden = layer.forward(device, hidden, cache)?;
         }
         Ok(hidden)
     }
@@ -90,6 +137,16 @@ impl Decoder {
             return Err(mlxnode_mlx::Error::Mlx("this layer range has no head".to_owned()));
         };
         let logits = head.linear.forward(device, &head.norm.forward(device, hidden)?)?;
+        let number = |value: f32| Array::scalar(value, logits.dtype());
+        let logits = match head.logits {
+            Logits::Plain => logits,
+            Logits::Multiplied(factor) => device.multiply(&logits, &number(factor)?)?,
+            Logits::Divided(divisor) => device.divide(&logits, &number(divisor)?)?,
+            Logits::Capped(cap) => {
+                let capped = device.tanh(&device.divide(&logits, &number(cap)?)?)?;
+                device.multiply(&capped, &number(cap)?)?
+            }
+        };
         device.reshape(&logits, &[hidden.dim(1), -1])
     }
 }

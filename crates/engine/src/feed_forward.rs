@@ -1,30 +1,89 @@
-//! The gated feed-forward network: `down(silu(gate(x)) * up(x))`.
+//! Feed-forward networks: gated, `down(activation(gate(x)) * up(x))`, and plain, `down(activation(up(x)))`.
 
+use crate::experts::Experts;
 use crate::linear::{Linear, Stacked};
+use mlxnode_checkpoint::Activation;
 use mlxnode_mlx::{Array, Device, Result};
+use std::f64::consts::{PI, SQRT_2};
 
-/// The feed-forward network of one layer.
-pub(crate) struct FeedForward {
-    /// gate and up, in this order.
-    pub(crate) gate_up: Stacked,
+/// What works on each token in one layer.
+pub(crate) enum FeedForward {
+    Network(Network),
+    Experts(Box<Experts>),
+}
+
+/// One network for all tokens.
+pub(crate) struct Network {
+    pub(crate) up: Up,
+    pub(crate) activation: Activation,
     pub(crate) down: Linear,
-    /// Width between the projections.
-    pub(crate) intermediate: i32,
+}
+
+/// What widens the vectors.
+pub(crate) enum Up {
+    Gated {
+        /// gate and up, in this order.
+        gate_up: Stacked,
+        /// Width of each.
+        intermediate: i32,
+    },
+    Plain(Linear),
 }
 
 impl FeedForward {
     /// `[1, tokens, hidden]` to the same.
+    #[inline]
     pub(crate) fn forward(&self, device: &Device, x: &Array) -> Result<Array> {
-        let (gate, up) = match (&self.gate_up.whole, self.gate_up.parts.as_slice()) {
+        match self {
+            Self::Network(network) => network.forward(device, x),
+            Self::Experts(experts) => experts.forward(device, x),
+        }
+    }
+}
+
+impl Network {
+    /// `[1, tokens, hidden]` to the same.
+    pub(crate) fn forward(&self, device: &Device, x: &Array) -> Result<Array> {
+        let (gate_up, intermediate) = match &self.up {
+            Up::Gated { gate_up, intermediate } => (gate_up, *intermediate),
+            Up::Plain(up) => {
+                let activated = activate(device, self.activation, &up.forward(device, x)?)?;
+                return self.down.forward(device, &activated);
+            }
+        };
+        let (gate, up) = match (&gate_up.whole, gate_up.parts.as_slice()) {
             (Some(whole), _) if x.dim(1) == 1 => {
                 let both = whole.forward(device, x)?;
                 let cut = |from: i32, to: i32| device.slice(&both, &[0, 0, from], &[1, 1, to]);
-                (cut(0, self.intermediate)?, cut(self.intermediate, 2 * self.intermediate)?)
+                (cut(0, intermediate)?, cut(intermediate, 2 * intermediate)?)
             }
             (_, [gate, up]) => (gate.forward(device, x)?, up.forward(device, x)?),
             _ => return Err(mlxnode_mlx::Error::Mlx("a gated network needs two projections".to_owned())),
         };
-        let activated = device.multiply(&gate, &device.sigmoid(&gate)?)?;
+        let activated = activate(device, self.activation, &gate)?;
         self.down.forward(device, &device.multiply(&activated, &up)?)
+    }
+}
+
+/// In mlx-lm's order of operations, so that half precision rounds as it does there.
+pub(crate) fn activate(device: &Device, activation: Activation, x: &Array) -> Result<Array> {
+    let number = |value: f64| Array::scalar(value as f32, x.dtype());
+    match activation {
+        Activation::Silu => device.multiply(x, &device.sigmoid(x)?),
+        Activation::Gelu => {
+            let erf = device.erf(&device.divide(x, &number(SQRT_2)?)?)?;
+            let twice = device.multiply(x, &device.add(&number(1.0)?, &erf)?)?;
+            device.divide(&twice, &number(2.0)?)
+        }
+        Activation::GeluTanh => {
+            let cubed = device.multiply(&number(0.044_715)?, &device.power(x, &number(3.0)?)?)?;
+            let inner = device.multiply(&number((2.0 / PI).sqrt())?, &device.add(x, &cubed)?)?;
+            let tanh = device.add(&number(1.0)?, &device.tanh(&inner)?)?;
+            device.multiply(&device.multiply(&number(0.5)?, x)?, &tanh)
+        }
+        Activation::SquaredRelu => {
+            let positive = device.maximum(x, &number(0.0)?)?;
+            device.multiply(&positive, &positive)
+        }
     }
 }

@@ -10,12 +10,14 @@
 
 mod attention;
 mod decoder;
+mod experts;
 mod feed_forward;
 mod generator;
 mod kv_cache;
 mod linear;
 mod loader;
 mod model;
+mod norm;
 mod penalties;
 mod rope;
 mod sampler;

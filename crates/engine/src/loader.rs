@@ -3,15 +3,18 @@
 //! Tensors are opened lazily and evaluated one layer at a time, so that loading never holds much more than the weights
 //! themselves: projections of the same input are stacked into one matrix, the originals are dropped before the next layer.
 
-use crate::attention::Attention;
-use crate::decoder::{Decoder, Head, Layer, Norm};
-use crate::feed_forward::FeedForward;
+use crate::attention::{Attention, QkNorms};
+use crate::decoder::{Decoder, Head, Layer};
+use crate::experts::{Experts, Matrices, SharedExpert};
+use crate::feed_forward::{FeedForward, Network, Up};
 use crate::linear::{Embedding, Linear, Stacked, Weight};
+use crate::norm::{Kind as NormForm, Norm};
 use crate::rope::RotaryEmbedding;
 use mlxnode_checkpoint::layout::{EMBEDDING, FINAL_NORM, HEAD};
 use mlxnode_checkpoint::{
-    Activation, AttentionSpec, Checkpoint, CheckpointError, FeedForward as FeedForwardSpec, LayerSpec, Mixer,
-    NormPlacement, QuantMode, QuantSetting, ShardTensors, TensorDtype,
+    Activation, AttentionSpec, Checkpoint, CheckpointError, ExpertsSpec, FeedForward as FeedForwardSpec,
+    LayerSpec, Mixer, ModelSpec, NormKind, QkNormKind, QuantMode, QuantSetting, ShardTensors,
+    SinglePrecision, TensorDtype,
 };
 use mlxnode_compute::LayerRange;
 use mlxnode_mlx::{Array, Device, Dtype, Error, QuantizationMode, Quantized, QuantizedLayout, TensorFile};
@@ -44,6 +47,16 @@ pub enum LoadError {
         #[source]
         source: Error,
     },
+    /// MLX has no kernel for experts of this element type on the CPU backend; it would end the process.
+    #[error(
+        "{tensor} has elements of type {dtype}, but the CPU backend computes unpacked experts in f32 only; take a quantized version of the model"
+    )]
+    ExpertsOnCpu {
+        /// Our name for the tensor.
+        tensor: String,
+        /// Its element type.
+        dtype: &'static str,
+    },
     /// A file is not the one whose header was checked.
     #[error("{file} changed while it was being loaded: {tensor} is not what it was; load the model again")]
     Changed {
@@ -74,23 +87,30 @@ pub(crate) fn load(
     let mut modules = Vec::with_capacity(layers.len());
     for (index, layer) in spec.layers.iter().enumerate().take(layers.end).skip(layers.start) {
         // What a layer's stacking leaves in the device's cache, the next layer's reading takes again.
-        modules.push(source.layer(index, layer, spec.norm_eps)?);
+        modules.push(source.layer(index, layer, spec)?);
         progress(source.loaded, total);
     }
     let is_last = layers.is_last(spec.layer_count());
-    let head = match (&embedding, is_last) {
-        (_, false) => None,
-        (Some(embedding), true) if spec.tied_embeddings => {
-            Some(Head { norm: source.norm(FINAL_NORM, spec.norm_eps)?, linear: embedding.as_linear(device)? })
+    let head = match is_last {
+        false => None,
+        true => {
+            let norm = source.norm(FINAL_NORM, spec)?;
+            source.eval(FINAL_NORM, norm.arrays())?;
+            let linear = match &embedding {
+                Some(embedding) if spec.tied_embeddings => embedding.as_linear(device)?,
+                _ => source.linear(HEAD)?,
+            };
+            Some(Head { norm, linear, logits: spec.logits })
         }
-        _ => Some(Head { norm: source.norm(FINAL_NORM, spec.norm_eps)?, linear: source.linear(HEAD)? }),
     };
-    if let Some(head) = &head {
-        device.eval([&head.norm.weight])?;
-    }
     device.clear_cache()?;
     progress(total, total);
-    Ok(Decoder { embedding: embedding.filter(|_| layers.is_first()), layers: modules, head })
+    Ok(Decoder {
+        embedding: embedding.filter(|_| layers.is_first()),
+        embedding_scale: spec.embedding_scale,
+        layers: modules,
+        head,
+    })
 }
 
 /// The open files of a shard.
@@ -177,8 +197,26 @@ impl<'a> Source<'a> {
         Ok(embedding)
     }
 
-    fn norm(&mut self, path: &str, eps: f32) -> Result<Norm, LoadError> {
-        Ok(Norm { weight: self.tensor(&format!("{path}.weight"))?, eps })
+    fn norm(&mut self, path: &str, spec: &ModelSpec) -> Result<Norm, LoadError> {
+        let weight = self.tensor(&format!("{path}.weight"))?;
+        let (weight, kind) = match spec.norm {
+            NormKind::Rms => (weight, NormForm::Rms),
+            NormKind::RmsPlusOne => (self.plus_one(&weight)?, NormForm::Rms),
+            NormKind::Layer { bias } => {
+                let bias = bias.then(|| self.tensor(&format!("{path}.bias"))).transpose()?;
+                (weight, NormForm::Layer { bias })
+            }
+            NormKind::LayerPlusOne => {
+                let bias = Some(self.tensor(&format!("{path}.bias"))?);
+                (self.plus_one(&weight)?, NormForm::Layer { bias })
+            }
+        };
+        Ok(Norm { kind, weight, eps: spec.norm_eps })
+    }
+
+    /// A weight that counts from one, in its own element type.
+    fn plus_one(&self, weight: &Array) -> Result<Array, LoadError> {
+        Ok(self.device.add(&Array::scalar(1.0, weight.dtype())?, weight)?)
     }
 
     /// A linear map, read.
@@ -233,15 +271,47 @@ impl<'a> Source<'a> {
             Matrix::Quantized(matrix) => self.eval(path, arrays(matrix).chain(&bias))?,
         }
         drop((matrices, biases));
+        let views = self.views(parts, &matrix, bias.as_ref())?;
+        Ok(Stacked { whole: Some(self.linear_of(path, matrix, bias)?), parts: views })
+    }
+
+    /// Maps with these numbers of outputs that are stored as one matrix.
+    fn fused(&mut self, path: &str, outputs: &[i32]) -> Result<Stacked, LoadError> {
+        let bias = self.optional(&format!("{path}.bias"))?;
+        let matrix = self.matrix(path)?;
+        self.eval(path, bias.iter())?;
+        let pays = match &matrix {
+            Matrix::Dense(matrix) => {
+                self.eval(path, [matrix])?;
+                self.device.is_gpu() || matrix.byte_size() <= LARGEST_DENSE_STACK_ON_CPU
+            }
+            Matrix::Quantized(matrix) => {
+                self.eval(path, arrays(matrix))?;
+                true
+            }
+        };
+        let parts: Vec<_> = outputs.iter().map(|outputs| (path.to_owned(), *outputs)).collect();
+        let views = self.views(&parts, &matrix, bias.as_ref())?;
+        let whole = if pays { Some(self.linear_of(path, matrix, bias)?) } else { None };
+        Ok(Stacked { whole, parts: views })
+    }
+
+    /// The maps whose rows lie one under the other in `matrix`.
+    fn views(
+        &self,
+        parts: &[(String, i32)],
+        matrix: &Matrix,
+        bias: Option<&Array>,
+    ) -> Result<Vec<Linear>, LoadError> {
         let mut views = Vec::new();
         let mut start = 0;
         for (path, outputs) in parts {
-            let (matrix, bias) = self.rows(&matrix, bias.as_ref(), start, start + outputs)?;
+            let (matrix, bias) = self.rows(matrix, bias, start, start + outputs)?;
             self.eval(path, bias.iter())?;
             views.push(self.linear_of(path, matrix, bias)?);
             start += outputs;
         }
-        Ok(Stacked { whole: Some(self.linear_of(path, matrix, bias)?), parts: views })
+        Ok(views)
     }
 
     /// The matrices one under the other; None when they differ in kind.
@@ -291,60 +361,159 @@ impl<'a> Source<'a> {
         Ok((matrix, bias))
     }
 
-    fn layer(&mut self, index: usize, spec: &LayerSpec, eps: f32) -> Result<Layer, LoadError> {
+    fn layer(&mut self, index: usize, layer: &LayerSpec, spec: &ModelSpec) -> Result<Layer, LoadError> {
         let path = |name: &str| format!("model.layers.{index}.{name}");
-        let (input_norm, post_norm) = match spec.norms {
-            NormPlacement::Before => (
-                self.norm(&path("input_layernorm"), eps)?,
-                self.norm(&path("post_attention_layernorm"), eps)?,
-            ),
+        let mut norm = |name: Option<&str>| {
+            let Some(name) = name else { return Ok(None) };
+            let norm = self.norm(&path(name), spec)?;
+            self.eval(&path(name), norm.arrays())?;
+            Ok::<_, LoadError>(Some(norm))
         };
-        self.eval(&path(""), [&input_norm.weight, &post_norm.weight])?;
-        let attention = match &spec.mixer {
-            Mixer::Attention(attention) => self.attention(&path("self_attn"), attention, eps)?,
+        let before_mixer = norm(layer.norms.before_mixer)?;
+        let after_mixer = norm(layer.norms.after_mixer)?;
+        let before_feed_forward = norm(layer.norms.before_feed_forward)?;
+        let after_feed_forward = norm(layer.norms.after_feed_forward)?;
+        let attention = match &layer.mixer {
+            Mixer::Attention(attention) => self.attention(&path("self_attn"), attention, spec)?,
         };
-        let feed_forward = match spec.feed_forward {
-            FeedForwardSpec::Gated { intermediate, activation: Activation::Silu, .. } => {
-                let width = size(intermediate);
-                let parts = [(path("mlp.gate_proj"), width), (path("mlp.up_proj"), width)];
-                FeedForward {
-                    gate_up: self.stacked(&parts)?,
-                    down: self.linear(&path("mlp.down_proj"))?,
-                    intermediate: width,
-                }
+        let feed_forward = match layer.feed_forward {
+            FeedForwardSpec::Gated { intermediate, activation, fused, .. } => {
+                FeedForward::Network(self.gated(&path("mlp"), intermediate, activation, fused)?)
+            }
+            FeedForwardSpec::Plain { activation, names: [up, down], .. } => FeedForward::Network(Network {
+                up: Up::Plain(self.linear(&path(up))?),
+                activation,
+                down: self.linear(&path(down))?,
+            }),
+            FeedForwardSpec::Experts(experts) => {
+                FeedForward::Experts(Box::new(self.experts(&path(experts.block), &experts)?))
             }
         };
-        Ok(Layer { input_norm, attention, post_norm, feed_forward })
+        let flow = layer.flow;
+        Ok(Layer {
+            before_mixer,
+            attention,
+            after_mixer,
+            before_feed_forward,
+            feed_forward,
+            after_feed_forward,
+            flow,
+        })
     }
 
-    fn attention(&mut self, path: &str, spec: &AttentionSpec, eps: f32) -> Result<Attention, LoadError> {
-        let (heads, kv_heads, head_dim) = (size(spec.heads), size(spec.kv_heads), size(spec.head_dim));
-        let parts = [
-            (format!("{path}.q_proj"), heads * head_dim),
-            (format!("{path}.k_proj"), kv_heads * head_dim),
-            (format!("{path}.v_proj"), kv_heads * head_dim),
-        ];
-        let norms = match spec.qk_norm {
-            Some(mlxnode_checkpoint::QkNorm::PerHead) => (
-                Some(self.tensor(&format!("{path}.q_norm.weight"))?),
-                Some(self.tensor(&format!("{path}.k_norm.weight"))?),
-            ),
-            None => (None, None),
+    fn gated(
+        &mut self,
+        path: &str,
+        intermediate: usize,
+        activation: Activation,
+        fused: bool,
+    ) -> Result<Network, LoadError> {
+        let width = size(intermediate);
+        let gate_up = match fused {
+            true => self.fused(&format!("{path}.gate_up_proj"), &[width, width])?,
+            false => {
+                self.stacked(&[(format!("{path}.gate_proj"), width), (format!("{path}.up_proj"), width)])?
+            }
         };
-        self.eval(path, norms.0.iter().chain(&norms.1))?;
+        let up = Up::Gated { gate_up, intermediate: width };
+        Ok(Network { up, activation, down: self.linear(&format!("{path}.down_proj"))? })
+    }
+
+    fn experts(&mut self, path: &str, spec: &ExpertsSpec) -> Result<Experts, LoadError> {
+        let shared = match spec.shared {
+            None => None,
+            Some(width) => Some(SharedExpert {
+                network: self.gated(&format!("{path}.shared_expert"), width, spec.activation, false)?,
+                gate: self.linear(&format!("{path}.shared_expert_gate"))?,
+            }),
+        };
+        Ok(Experts {
+            router: self.linear(&format!("{path}.gate"))?,
+            routing: spec.routing,
+            per_token: size(spec.per_token),
+            activation: spec.activation,
+            gate: self.matrices(&format!("{path}.switch_mlp.gate_proj"))?,
+            up: self.matrices(&format!("{path}.switch_mlp.up_proj"))?,
+            down: self.matrices(&format!("{path}.switch_mlp.down_proj"))?,
+            shared,
+        })
+    }
+
+    /// One matrix for each expert, read.
+    fn matrices(&mut self, path: &str) -> Result<Matrices, LoadError> {
+        Ok(match self.matrix(path)? {
+            Matrix::Dense(matrices) if !self.device.is_gpu() && matrices.dtype() != Dtype::F32 => {
+                let dtype = matrices.dtype().name();
+                return Err(LoadError::ExpertsOnCpu { tensor: format!("{path}.weight"), dtype });
+            }
+            Matrix::Dense(matrices) => {
+                self.eval(path, [&matrices])?;
+                let turned = self.device.transpose(&matrices, &[0, 2, 1])?;
+                turned.eval()?;
+                Matrices::Dense(turned)
+            }
+            Matrix::Quantized(matrices) => {
+                self.eval(path, arrays(&matrices))?;
+                Matrices::Quantized(matrices)
+            }
+        })
+    }
+
+    fn attention(
+        &mut self,
+        path: &str,
+        attention: &AttentionSpec,
+        spec: &ModelSpec,
+    ) -> Result<Attention, LoadError> {
+        let (heads, kv_heads) = (size(attention.heads), size(attention.kv_heads));
+        let head_dim = size(attention.head_dim);
+        let widths = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim];
+        let projections = match attention.fused {
+            true => self.fused(&format!("{path}.qkv_proj"), &widths)?,
+            false => {
+                let names = ["q_proj", "k_proj", "v_proj"].map(|name| format!("{path}.{name}"));
+                let parts: Vec<_> = names.into_iter().zip(widths).collect();
+                self.stacked(&parts)?
+            }
+        };
+        let single_precision = match attention.single_precision {
+            SinglePrecision::Never => false,
+            SinglePrecision::ForF16 => spec.dtype == mlxnode_compute::Dtype::F16,
+            SinglePrecision::Always => spec.dtype != mlxnode_compute::Dtype::F32,
+        };
+        let rope = attention.rope.as_ref();
         Ok(Attention {
-            projections: self.stacked(&parts)?,
+            projections,
             output: self.linear(&format!("{path}.o_proj"))?,
-            query_norm: norms.0,
-            key_norm: norms.1,
-            norm_eps: eps,
-            rope: spec.rope.as_ref().map(|rope| RotaryEmbedding::new(self.device, rope)).transpose()?,
+            norms: self.qk_norms(path, attention, spec)?,
+            rope: rope.map(|rope| RotaryEmbedding::new(self.device, rope)).transpose()?,
             heads,
             kv_heads,
             head_dim,
-            scale: spec.scale,
-            window: spec.window.map(|window| i32::try_from(window).unwrap_or(i32::MAX)),
+            scale: attention.scale,
+            window: attention.window.map(|window| i32::try_from(window).unwrap_or(i32::MAX)),
+            score_cap: attention.score_cap,
+            single_precision,
         })
+    }
+
+    fn qk_norms(
+        &mut self,
+        path: &str,
+        attention: &AttentionSpec,
+        spec: &ModelSpec,
+    ) -> Result<Option<QkNorms>, LoadError> {
+        let Some(norm) = attention.qk_norm else { return Ok(None) };
+        let mut weight = |name: &str| {
+            let weight = self.tensor(&format!("{path}.{name}.weight"))?;
+            match (norm.kind, spec.norm) {
+                (QkNormKind::PerHead, NormKind::RmsPlusOne) => self.plus_one(&weight),
+                _ => Ok(weight),
+            }
+        };
+        let (query, key) = (weight(norm.names[0])?, weight(norm.names[1])?);
+        self.eval(path, [&query, &key])?;
+        Ok(Some(QkNorms { kind: norm.kind, query, key, eps: spec.norm_eps, after_rope: norm.after_rope }))
     }
 }
 

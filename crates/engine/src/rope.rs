@@ -50,6 +50,10 @@ impl RotaryEmbedding {
                 let freqs = device.multiply(&factors, &frequencies(device, spec.base, dims, dims)?)?;
                 Kind::Table { freqs, input_scale: Some(*input_scale as f32) }
             }
+            RopeScaling::NtkAlpha { alpha } => {
+                let base = spec.base * alpha.powf(dims / (dims - 2.0));
+                Kind::Table { freqs: frequencies(device, base, dims, dims)?, input_scale: None }
+            }
             RopeScaling::Proportional { rotated_dims, factor } => {
                 let freqs = frequencies(device, spec.base, *rotated_dims as f64, dims)?;
                 let still = vec![f32::INFINITY; spec.dims.saturating_sub(*rotated_dims) / 2];

@@ -22,7 +22,7 @@ pub enum QuantizationMode {
 }
 
 impl QuantizationMode {
-    fn name(self) -> &'static CStr {
+    pub(crate) fn name(self) -> &'static CStr {
         match self {
             Self::Affine => c"affine",
             Self::Mxfp4 => c"mxfp4",

@@ -2,7 +2,10 @@
 
 use crate::config::{Config, ConfigError};
 use crate::quantization::Quantization;
-use crate::spec::{Activation, AttentionSpec, FeedForward, LayerSpec, Mixer, ModelSpec, NormPlacement};
+use crate::spec::{
+    Activation, AttentionSpec, FeedForward, Flow, LayerNorms, LayerSpec, Logits, Mixer, ModelSpec, NormKind,
+    Residual, RopeSpec, SinglePrecision,
+};
 use mlxnode_compute::Dtype;
 use std::ops::RangeInclusive;
 
@@ -65,6 +68,49 @@ impl Sizes {
         even(config, hidden / heads)
     }
 
+    /// Those of a family that has no `head_dim` of its own; one in the config is ignored, as in mlx-lm.
+    pub(super) fn read_with_shared_heads(config: &Config) -> Result<Self, ConfigError> {
+        let mut sizes = Self::read(&config.with("head_dim", serde_json::Value::Null))?;
+        sizes.head_dim = Self::shared_head_dim(config, sizes.hidden, sizes.heads)?;
+        Ok(sizes)
+    }
+
+    /// How many dimensions of a head rotate when `partial_rotary_factor` is `part`.
+    pub(super) fn rotated(&self, config: &Config, part: f64) -> Result<usize, ConfigError> {
+        let dims = (self.head_dim as f64 * part) as usize;
+        match (2..=self.head_dim).contains(&dims) && dims.is_multiple_of(2) {
+            true => Ok(dims),
+            false => {
+                let allowed =
+                    format!("a part that rotates an even number of the {} dimensions", self.head_dim);
+                Err(config.refuse("partial_rotary_factor", &part.to_string(), &allowed))
+            }
+        }
+    }
+
+    /// Attention over everything, without biases and norms.
+    pub(super) fn attention(&self, rope: Option<RopeSpec>) -> AttentionSpec {
+        AttentionSpec {
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            fused: false,
+            qkv_bias: false,
+            out_bias: false,
+            qk_norm: None,
+            window: None,
+            rope,
+            scale: self.scale(),
+            score_cap: None,
+            single_precision: SinglePrecision::Never,
+        }
+    }
+
+    /// A gated feed-forward network of separate projections.
+    pub(super) fn gated(&self, activation: Activation, bias: bool) -> FeedForward {
+        FeedForward::Gated { intermediate: self.intermediate, activation, bias, fused: false }
+    }
+
     /// The factor on the scores: one over the root of the head's width.
     pub(super) fn scale(&self) -> f32 {
         (self.head_dim as f64).powf(-0.5) as f32
@@ -79,41 +125,89 @@ fn even(config: &Config, head_dim: usize) -> Result<usize, ConfigError> {
     }
 }
 
-/// A model of dense layers with the norms before, one for each of `attention`.
+/// How many experts there are and how many work on a token.
+pub(super) fn experts(config: &Config, count: &str) -> Result<(usize, usize), ConfigError> {
+    let experts = config.usize(count, 1..=4096)?;
+    Ok((experts, config.usize("num_experts_per_tok", 1..=experts)?))
+}
+
+/// The width of a feed-forward network under another name than `intermediate_size`.
+pub(super) fn width(config: &Config, field: &str) -> Result<usize, ConfigError> {
+    config.usize(field, WIDTH)
+}
+
+/// The only activation of most families.
+pub(super) fn silu(config: &Config) -> Result<Activation, ConfigError> {
+    match config.str("hidden_act")? {
+        None | Some("silu" | "swish") => Ok(Activation::Silu),
+        Some(other) => Err(config.refuse("hidden_act", &format!("\"{other}\""), "silu")),
+    }
+}
+
+/// A family that has only one variant of gelu, which mlx-lm runs whichever of them the config names.
+pub(super) fn gelu(config: &Config, variant: Activation) -> Result<Activation, ConfigError> {
+    for field in ["hidden_act", "hidden_activation"] {
+        match config.str(field)? {
+            None | Some("gelu" | "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh") => {}
+            Some(other) => {
+                return Err(config.refuse(field, &format!("\"{other}\""), "gelu or gelu_pytorch_tanh"));
+            }
+        }
+    }
+    Ok(variant)
+}
+
+/// The epsilon of norms.
+pub(super) fn epsilon(config: &Config, field: &str) -> Result<f32, ConfigError> {
+    let eps = config.f64(field)?;
+    match (0.0..1.0).contains(&eps) {
+        true => Ok(eps as f32),
+        false => Err(config.refuse(field, &eps.to_string(), "from 0 to below 1")),
+    }
+}
+
+/// Which layers have windows when every `sliding_window_pattern`-th does not.
+pub(super) fn every_nth_full(config: &Config, layers: usize) -> Result<Vec<Option<usize>>, ConfigError> {
+    let window = config.usize("sliding_window", POSITIONS)?;
+    let pattern = config.usize("sliding_window_pattern", LAYERS)?;
+    Ok((1..=layers).map(|layer| (!layer.is_multiple_of(pattern)).then_some(window)).collect())
+}
+
+/// A model of dense layers, one for each of `attention`, with Llama's RMS norms before. Families with others change the result.
 pub(super) fn model(
     config: &Config,
     architecture: &'static str,
     sizes: &Sizes,
     attention: Vec<AttentionSpec>,
-    mlp_bias: bool,
+    feed_forward: &FeedForward,
     tied_embeddings: bool,
 ) -> Result<ModelSpec, ConfigError> {
-    let norm_eps = config.f64("rms_norm_eps")?;
-    if !(0.0..1.0).contains(&norm_eps) {
-        return Err(config.refuse("rms_norm_eps", &norm_eps.to_string(), "from 0 to below 1"));
-    }
-    match config.str("hidden_act")? {
-        None | Some("silu" | "swish") => {}
-        Some(other) => return Err(config.refuse("hidden_act", &format!("\"{other}\""), "silu")),
-    }
     let layer = |attention| LayerSpec {
         mixer: Mixer::Attention(attention),
-        feed_forward: FeedForward::Gated {
-            intermediate: sizes.intermediate,
-            activation: Activation::Silu,
-            bias: mlp_bias,
-        },
-        norms: NormPlacement::Before,
+        feed_forward: feed_forward.clone(),
+        norms: LayerNorms::BEFORE,
+        flow: Flow::Sequential(Residual::Add),
     };
     Ok(ModelSpec {
         architecture,
         layers: attention.into_iter().map(layer).collect(),
         hidden: sizes.hidden,
         vocabulary: config.usize("vocab_size", VOCABULARY)?,
-        norm_eps: norm_eps as f32,
+        norm: NormKind::Rms,
+        norm_eps: epsilon(config, "rms_norm_eps")?,
+        embedding_scale: None,
+        logits: Logits::Plain,
         tied_embeddings,
+        tied_without_head: false,
         dtype: config.announced_dtype().unwrap_or(Dtype::F32),
         context: sizes.context,
         quantization: Quantization::from_config(config)?,
     })
+}
+
+/// Gives every layer these norms and this flow.
+pub(super) fn arrange(model: &mut ModelSpec, norms: LayerNorms, flow: Flow) {
+    for layer in &mut model.layers {
+        (layer.norms, layer.flow) = (norms, flow);
+    }
 }

@@ -17,23 +17,19 @@ pub(super) fn spec(config: &Config, architecture: &'static str) -> Result<ModelS
     let attention = windows(config, sizes.layers)?
         .into_iter()
         .map(|window| AttentionSpec {
-            heads: sizes.heads,
-            kv_heads: sizes.kv_heads,
-            head_dim: sizes.head_dim,
             qkv_bias: bias,
             out_bias: bias,
-            qk_norm: None,
             window,
-            rope: Some(rope.clone()),
-            scale: sizes.scale(),
+            ..sizes.attention(Some(rope.clone()))
         })
         .collect();
     let tied = config.bool_or("tie_word_embeddings", true)?;
-    dense::model(config, architecture, &sizes, attention, config.bool_or("mlp_bias", false)?, tied)
+    let feed_forward = sizes.gated(dense::silu(config)?, config.bool_or("mlp_bias", false)?);
+    dense::model(config, architecture, &sizes, attention, &feed_forward, tied)
 }
 
 /// The window of each layer. Only `layer_types` makes a layer a window layer: `sliding_window` alone means nothing, as in mlx-lm.
-fn windows(config: &Config, layers: usize) -> Result<Vec<Option<usize>>, ConfigError> {
+pub(super) fn windows(config: &Config, layers: usize) -> Result<Vec<Option<usize>>, ConfigError> {
     let Some(types) = config.array("layer_types")? else { return Ok(vec![None; layers]) };
     if types.len() != layers {
         let allowed = format!("one for each of num_hidden_layers, which is {layers}");

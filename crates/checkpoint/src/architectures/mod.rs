@@ -2,12 +2,38 @@
 //!
 //! Field names, defaults and what is ignored follow mlx-lm 0.32.2, so that a folder that runs there means the same here.
 
+mod cohere;
+mod cohere2;
 mod dense;
+mod ernie4_5;
+mod exaone4;
+mod gemma;
+mod gemma2;
+mod gemma3;
+mod gemma3_text;
+mod glm;
+mod glm4;
+mod granite;
+mod helium;
+mod hunyuan_v1_dense;
+mod internlm3;
 mod llama;
 mod mistral;
+mod mixtral;
+mod nemotron;
+mod olmo2;
+mod olmo3;
+mod phi3;
 mod qwen2;
+mod qwen2_moe;
 mod qwen3;
+mod qwen3_moe;
 mod rope;
+mod seed_oss;
+mod smollm3;
+mod stablelm;
+mod starcoder2;
+mod telechat3;
 
 use crate::config::{Config, ConfigError};
 use crate::spec::ModelSpec;
@@ -25,7 +51,38 @@ pub struct Architecture {
 
 /// All families, in alphabetical order.
 pub fn known() -> &'static [Architecture] {
-    &[llama::ARCHITECTURE, mistral::ARCHITECTURE, qwen2::ARCHITECTURE, qwen3::ARCHITECTURE]
+    &[
+        cohere::ARCHITECTURE,
+        cohere2::ARCHITECTURE,
+        ernie4_5::ARCHITECTURE,
+        exaone4::ARCHITECTURE,
+        gemma::ARCHITECTURE,
+        gemma2::ARCHITECTURE,
+        gemma3::ARCHITECTURE,
+        gemma3_text::ARCHITECTURE,
+        glm::ARCHITECTURE,
+        glm4::ARCHITECTURE,
+        granite::ARCHITECTURE,
+        helium::ARCHITECTURE,
+        hunyuan_v1_dense::ARCHITECTURE,
+        internlm3::ARCHITECTURE,
+        llama::ARCHITECTURE,
+        mistral::ARCHITECTURE,
+        mixtral::ARCHITECTURE,
+        nemotron::ARCHITECTURE,
+        olmo2::ARCHITECTURE,
+        olmo3::ARCHITECTURE,
+        phi3::ARCHITECTURE,
+        qwen2::ARCHITECTURE,
+        qwen2_moe::ARCHITECTURE,
+        qwen3::ARCHITECTURE,
+        qwen3_moe::ARCHITECTURE,
+        seed_oss::ARCHITECTURE,
+        smollm3::ARCHITECTURE,
+        stablelm::ARCHITECTURE,
+        starcoder2::ARCHITECTURE,
+        telechat3::ARCHITECTURE,
+    ]
 }
 
 /// The family that a config names.

@@ -16,17 +16,9 @@ fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     sizes.context = sizes.context.or(Some(32_768));
     let base = rope::base(config, Some(1_000_000.0))?;
     let traditional = config.bool_or("rope_traditional", false)?;
-    let attention = AttentionSpec {
-        heads: sizes.heads,
-        kv_heads: sizes.kv_heads,
-        head_dim: sizes.head_dim,
-        qkv_bias: true,
-        out_bias: false,
-        qk_norm: None,
-        window: None,
-        rope: Some(rope::spec(config, sizes.head_dim, base, traditional, sizes.context)?),
-        scale: sizes.scale(),
-    };
+    let rope = rope::spec(config, sizes.head_dim, base, traditional, sizes.context)?;
+    let attention = AttentionSpec { qkv_bias: true, ..sizes.attention(Some(rope)) };
     let tied = config.bool_or("tie_word_embeddings", true)?;
-    dense::model(config, "qwen2", &sizes, vec![attention; sizes.layers], false, tied)
+    let feed_forward = sizes.gated(dense::silu(config)?, false);
+    dense::model(config, "qwen2", &sizes, vec![attention; sizes.layers], &feed_forward, tied)
 }

@@ -14,17 +14,9 @@ fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     }
     let sizes = dense::Sizes::read(config)?;
     let base = rope::base(config, None)?;
-    let attention = AttentionSpec {
-        heads: sizes.heads,
-        kv_heads: sizes.kv_heads,
-        head_dim: sizes.head_dim,
-        qkv_bias: false,
-        out_bias: false,
-        qk_norm: Some(QkNorm::PerHead),
-        window: None,
-        rope: Some(rope::spec(config, sizes.head_dim, base, false, sizes.context)?),
-        scale: sizes.scale(),
-    };
+    let rope = rope::spec(config, sizes.head_dim, base, false, sizes.context)?;
+    let attention = AttentionSpec { qk_norm: Some(QkNorm::PER_HEAD), ..sizes.attention(Some(rope)) };
     let tied = config.bool("tie_word_embeddings")?;
-    dense::model(config, "qwen3", &sizes, vec![attention; sizes.layers], false, tied)
+    let feed_forward = sizes.gated(dense::silu(config)?, false);
+    dense::model(config, "qwen3", &sizes, vec![attention; sizes.layers], &feed_forward, tied)
 }

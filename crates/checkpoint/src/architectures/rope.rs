@@ -18,6 +18,11 @@ pub(super) fn base(config: &Config, default: Option<f64>) -> Result<f64, ConfigE
     if base > 1.0 { Ok(base) } else { Err(config.refuse("rope_theta", &base.to_string(), "above 1")) }
 }
 
+/// A rotation that no `rope_scaling` changes: that of families for which mlx-lm does not look at it.
+pub(super) fn plain(dims: usize, base: f64, traditional: bool) -> RopeSpec {
+    RopeSpec { dims, base, traditional, scaling: RopeScaling::Default }
+}
+
 /// The rotation of heads of `dims` dimensions.
 pub(super) fn spec(
     config: &Config,

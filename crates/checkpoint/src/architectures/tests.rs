@@ -37,7 +37,7 @@ fn each_family_has_its_own_shape() {
         ("xverse", "llama", 32, false, None),
         ("mistral", "mistral", 32, false, None),
         ("qwen2", "qwen2", 16, true, None), // ignores head_dim
-        ("qwen3", "qwen3", 32, false, Some(QkNorm::PerHead)),
+        ("qwen3", "qwen3", 32, false, Some(QkNorm::PER_HEAD)),
     ] {
         let spec = spec(&small(model_type, json!({ "sliding_window": 128 }))).unwrap();
         assert_eq!((spec.architecture, spec.layer_count()), (architecture, 3));
@@ -49,7 +49,9 @@ fn each_family_has_its_own_shape() {
         assert_eq!(attention.scale, (1.0 / (head_dim as f64).sqrt()) as f32);
         let rope = attention.rope.as_ref().unwrap();
         assert_eq!((rope.dims, rope.base, rope.traditional), (head_dim, 500_000.0, false));
-        let FeedForward::Gated { intermediate, bias, .. } = spec.layers[0].feed_forward;
+        let FeedForward::Gated { intermediate, bias, .. } = spec.layers[0].feed_forward else {
+            panic!("not gated")
+        };
         assert_eq!((intermediate, bias), (128, false));
     }
 }
@@ -206,11 +208,78 @@ fn absurd_configs_are_refused_by_the_field_that_is_wrong() {
 }
 
 #[test]
+fn newer_families_refuse_by_field_too() {
+    let cases = [
+        (
+            "phi3",
+            json!({ "rope_scaling": { "type": "yarn", "factor": 4.0 } }),
+            "rope_scaling.type is \"yarn\"",
+        ),
+        ("phi3", json!({ "partial_rotary_factor": 1.5 }), "partial_rotary_factor is 1.5"),
+        ("phi3", json!({ "partial_rotary_factor": 0.07 }), "partial_rotary_factor is 0.07"),
+        ("gemma", json!({ "head_dim": null }), "head_dim is missing"),
+        ("gemma", json!({ "hidden_act": "relu" }), "hidden_act is \"relu\""),
+        ("gemma2", json!({ "final_logit_softcapping": 0.0 }), "final_logit_softcapping is 0"),
+        ("gemma2", json!({ "query_pre_attn_scalar": -1 }), "query_pre_attn_scalar is -1"),
+        ("gemma3_text", json!({ "sliding_window_pattern": 0 }), "sliding_window_pattern is 0"),
+        ("gemma3", json!({}), "text_config is missing"),
+        ("olmo3", json!({ "sliding_window": null }), "sliding_window is missing"),
+        ("smollm3", json!({ "no_rope_layers": [1, 0] }), "no_rope_layers is a list of 2"),
+        ("smollm3", json!({ "no_rope_layers": [1, 0, 2] }), "no_rope_layers is 2"),
+        ("granite", json!({ "attention_bias": false, "mlp_bias": false }), "attention_multiplier is missing"),
+        ("cohere", json!({ "layer_norm_eps": -1.0 }), "layer_norm_eps is -1"),
+        ("cohere2", json!({}), "head_dim is 32"),
+        ("starcoder2", json!({ "num_key_value_heads": null }), "num_key_value_heads is missing"),
+        ("stablelm", json!({ "qk_layernorm": true }), "qk_layernorm is true"),
+        ("stablelm", json!({}), "partial_rotary_factor is missing"),
+        ("glm4", json!({ "partial_rotary_factor": 0.5 }), "attention_bias is missing"),
+        ("hunyuan_v1_dense", json!({ "rope_scaling": { "factor": 1.0 } }), "rope_scaling.alpha is missing"),
+        ("hunyuan_v1_dense", json!({ "rope_scaling": { "alpha": 0 } }), "rope_scaling.alpha is 0"),
+        ("ernie4_5", json!({}), "use_bias is missing"),
+        ("nemotron", json!({ "hidden_act": "silu" }), "hidden_act is \"silu\""),
+        ("nemotron", json!({}), "norm_eps is missing"),
+        (
+            "nemotron",
+            json!({ "norm_eps": 1e-5, "rope_scaling": { "type": "yarn", "factor": 4.0 } }),
+            "rope_scaling is {\"",
+        ),
+        ("helium", json!({}), "attention_bias is missing"),
+        ("mixtral", json!({ "num_experts_per_tok": 9 }), "num_experts_per_tok is 9"),
+        (
+            "qwen2_moe",
+            json!({ "num_experts": 4, "num_experts_per_tok": 2 }),
+            "moe_intermediate_size is missing",
+        ),
+        ("qwen3_moe", json!({ "num_experts": 0 }), "num_experts is 0"),
+        ("exaone4", json!({ "sliding_window_pattern": "LXG" }), "sliding_window_pattern is \"LXG\""),
+        ("exaone4", json!({ "sliding_window_pattern": "LG" }), "sliding_window is missing"),
+    ];
+    for (model_type, changes, part) in cases {
+        let message = spec(&small(model_type, changes)).unwrap_err().to_string();
+        assert!(message.starts_with("config.json: ") && message.contains(part), "{part}: {message}");
+    }
+}
+
+#[test]
+fn the_text_model_of_a_repository_with_vision_takes_over_what_counts_for_it() {
+    let text = json!({ "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "head_dim": 16 });
+    let value = json!({ "model_type": "gemma3", "text_config": text, "torch_dtype": "bfloat16",
+        "quantization": { "group_size": 32, "bits": 4 } });
+    let spec = spec(&config(value)).unwrap();
+    let attention = attention(&spec, 0);
+    assert_eq!((attention.heads, attention.kv_heads, attention.window), (8, 4, Some(512)));
+    assert_eq!((spec.vocabulary, spec.dtype), (262_208, Dtype::BF16));
+    assert!(spec.quantization.default.is_some() && spec.tied_without_head);
+}
+
+#[test]
 fn an_unknown_architecture_lists_the_known_ones() {
     let message = spec(&small("gpt_neox", json!({}))).unwrap_err().to_string();
     assert_eq!(
         message,
         "config.json: model_type \"gpt_neox\" is not supported; \
-         supported are iquestcoder, llama, mistral, qwen2, qwen3, xverse"
+         supported are cohere, cohere2, ernie4_5, exaone4, gemma, gemma2, gemma3, gemma3_text, glm, glm4, granite, \
+         helium, hunyuan_v1_dense, internlm3, iquestcoder, llama, mistral, mixtral, nemotron, olmo2, olmo3, phi3, \
+         qwen2, qwen2_moe, qwen3, qwen3_moe, seed_oss, smollm3, stablelm, starcoder2, telechat3, xverse"
     );
 }

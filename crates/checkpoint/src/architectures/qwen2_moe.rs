@@ -1,0 +1,27 @@
+//! Qwen 1.5 and 2 with experts, one of which works on every token.
+
+use super::{Architecture, dense, rope};
+use crate::config::{Config, ConfigError};
+use crate::spec::{AttentionSpec, ExpertsSpec, FeedForward, ModelSpec, Routing};
+
+pub(super) const ARCHITECTURE: Architecture = Architecture { name: "qwen2_moe", aliases: &[], spec };
+
+fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
+    let sizes = dense::Sizes::read_with_shared_heads(config)?;
+    let base = rope::base(config, Some(1_000_000.0))?;
+    let traditional = config.bool_or("rope_traditional", false)?;
+    let rope = rope::spec(config, sizes.head_dim, base, traditional, sizes.context)?;
+    let attention = AttentionSpec { qkv_bias: true, ..sizes.attention(Some(rope)) };
+    let (experts, per_token) = dense::experts(config, "num_experts")?;
+    let feed_forward = FeedForward::Experts(ExpertsSpec {
+        block: "mlp",
+        experts,
+        per_token,
+        intermediate: dense::width(config, "moe_intermediate_size")?,
+        activation: dense::silu(config)?,
+        routing: Routing::All { normalized: false, from_end: false },
+        shared: Some(dense::width(config, "shared_expert_intermediate_size")?),
+    });
+    // The head is never tied, as in mlx-lm.
+    dense::model(config, "qwen2_moe", &sizes, vec![attention; sizes.layers], &feed_forward, false)
+}

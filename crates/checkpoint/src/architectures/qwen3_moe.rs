@@ -1,0 +1,42 @@
+//! Qwen3 with experts in some or all layers.
+//!
+//! mlx-lm 0.32.2 ignores `rope_scaling` here, which breaks long contexts; we do not.
+
+use super::{Architecture, dense, gemma, rope};
+use crate::config::{Config, ConfigError, missing};
+use crate::spec::{AttentionSpec, ExpertsSpec, FeedForward, ModelSpec, QkNorm, Routing};
+
+pub(super) const ARCHITECTURE: Architecture = Architecture { name: "qwen3_moe", aliases: &[], spec };
+
+fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
+    let sizes = gemma::sizes(config)?;
+    if sizes.context.is_none() {
+        return Err(missing("max_position_embeddings"));
+    }
+    let base = rope::base(config, None)?;
+    let rope = rope::spec(config, sizes.head_dim, base, false, sizes.context)?;
+    let attention = AttentionSpec { qk_norm: Some(QkNorm::PER_HEAD), ..sizes.attention(Some(rope)) };
+    let activation = dense::silu(config)?;
+    let (tied, attention) = (config.bool("tie_word_embeddings")?, vec![attention; sizes.layers]);
+    let dense_network = sizes.gated(activation, false);
+    let mut model = dense::model(config, "qwen3_moe", &sizes, attention, &dense_network, tied)?;
+    let (experts, per_token) = dense::experts(config, "num_experts")?;
+    let network = FeedForward::Experts(ExpertsSpec {
+        block: "mlp",
+        experts,
+        per_token,
+        intermediate: dense::width(config, "moe_intermediate_size")?,
+        activation,
+        routing: Routing::All { normalized: config.bool("norm_topk_prob")?, from_end: true },
+        shared: None,
+    });
+    let step = config.usize("decoder_sparse_step", 1..=1024)?;
+    let without = config.array("mlp_only_layers")?.unwrap_or_default();
+    for (index, layer) in model.layers.iter_mut().enumerate() {
+        let listed = without.iter().any(|listed| listed.as_u64() == Some(index as u64));
+        if !listed && (index + 1).is_multiple_of(step) {
+            layer.feed_forward = network.clone();
+        }
+    }
+    Ok(model)
+}

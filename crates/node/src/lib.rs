@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `node` | the order in which everything starts and stops |
 //! | `options`, `data_dir`, `facts`, `addresses` | what a node knows before it starts |
-//! | `registrar`, `household`, `lookout` | membership: who signs it, who sees it, where to look for others |
+//! | `joining`, `registrar`, `household`, `lookout` | membership: becoming a member, who signs it, who sees it, where to look for others |
 //! | `coordination` | the coordinator's role here or on another node |
 //! | `workers`, `schedulers` | the worker processes and the schedulers of this node |
 //! | `node_control`, `replica` | what nodes ask of each other: service and client of each, converted in `wire` |
@@ -17,6 +17,7 @@ mod data_dir;
 mod error;
 mod facts;
 mod household;
+mod joining;
 mod lookout;
 mod node;
 mod node_control;

@@ -11,6 +11,7 @@ use crate::coordination::{self, RosterRoute};
 use crate::data_dir::{DataDir, DataDirError, DataDirLock, RunningNode};
 use crate::facts::MachineFacts;
 use crate::household::{LEAVE_TIME, Members, NodeHousehold};
+use crate::joining::become_member;
 use crate::lookout::Lookout;
 use crate::node_control::client::ClusterNodes;
 use crate::node_control::service::NodeControlService;
@@ -27,10 +28,9 @@ use mlxnode_api::front::Front;
 use mlxnode_api::models::{Busy, ModelsService};
 use mlxnode_api::{InferenceService, PublicServices, public_routes};
 use mlxnode_cluster::{
-    AccessList, ClusterAdmission, ClusterKey, Discovery, Identity, InviteError, InviteSecret, Inviter,
-    JoinError, KeyError, MeshHandle, MeshOptions, NodeFacts, NodeId, Role, Roster, RosterEntry, RosterError,
-    RosterStore, RosterStoreError, ServeError, ServeOptions, SignedRoster, SqliteControlLog, Timing,
-    announce_invites, find_inviters, peer_service, serve,
+    AccessList, ClusterAdmission, ClusterKey, Discovery, Identity, InviteError, Inviter, JoinError, KeyError,
+    MeshHandle, MeshOptions, NodeFacts, NodeId, Role, RosterError, RosterStore, RosterStoreError, ServeError,
+    ServeOptions, SignedRoster, SqliteControlLog, Timing, announce_invites, peer_service, serve,
 };
 use mlxnode_coordinator::coordinator::{self, Coordinator, CoordinatorHandle};
 use mlxnode_coordinator::scheduler::Statistics;
@@ -139,8 +139,6 @@ pub struct Node {
     _lock: DataDirLock,
 }
 
-/// How long to look for an open invite in the local network.
-const LOOK_FOR_INVITERS: Duration = Duration::from_secs(15);
 /// How often the memory that models take here is told to the other nodes.
 const FACTS_PERIOD: Duration = Duration::from_secs(2);
 /// A worker's frames are at most 1 MiB; nodes send each other prompts and tokenizer files.
@@ -410,67 +408,6 @@ impl Node {
             let _ = self.data_dir.forget_cluster();
         }
     }
-}
-
-/// Makes this node a member: as it was, by invite, or of a cluster of its own; true when it made one.
-async fn become_member(
-    options: &NodeOptions,
-    data_dir: &DataDir,
-    identity: &Identity,
-    roster: &RosterStore,
-    lookout: &Lookout,
-    facts: &NodeFacts,
-) -> Result<bool, NodeError> {
-    let invite = options.invite.as_deref().map(str::parse::<InviteSecret>).transpose()?;
-    let member = roster.current().map(|signed| {
-        let roster = signed.roster();
-        (roster.cluster_name().to_owned(), roster.get(&identity.id()).is_some())
-    });
-    match (member, invite) {
-        (Some((_, true)), None) => Ok(false),
-        (Some((cluster, true)), Some(_)) => Err(NodeError::Member(cluster)),
-        (Some((cluster, false)), None) => Err(NodeError::Removed(cluster)),
-        (Some((_, false)), Some(secret)) => {
-            roster.clear()?;
-            data_dir.forget_cluster()?;
-            join(options, identity, roster, lookout, facts, &secret).await.map(|()| false)
-        }
-        (None, Some(secret)) => {
-            join(options, identity, roster, lookout, facts, &secret).await.map(|()| false)
-        }
-        (None, None) => {
-            let key = ClusterKey::load_or_create(data_dir.root())?;
-            let cluster_name = options.cluster_name.clone().unwrap_or_else(|| facts.name.clone());
-            let founder = RosterEntry {
-                node_id: identity.id(),
-                name: facts.name.clone(),
-                addresses: facts.addresses.clone(),
-            };
-            let signed = key.sign(Roster::found(&key, &cluster_name, founder)).map_err(NodeError::Found)?;
-            roster.adopt(signed)?;
-            Ok(true)
-        }
-    }
-}
-
-async fn join(
-    options: &NodeOptions,
-    identity: &Identity,
-    roster: &RosterStore,
-    lookout: &Lookout,
-    facts: &NodeFacts,
-    secret: &InviteSecret,
-) -> Result<(), NodeError> {
-    // A token knows where to go, and so does whoever names a peer.
-    let knows_where = !options.peers.is_empty() || matches!(secret, InviteSecret::Token(_));
-    let mut targets = options.peers.clone();
-    if let (false, Some(mdns)) = (knows_where, lookout.mdns()) {
-        info!("looking for an open invite in the local network");
-        targets = find_inviters(mdns, LOOK_FOR_INVITERS).await;
-    }
-    let joined = mlxnode_cluster::join(&targets, secret, identity, facts).await?;
-    info!(inviter = %joined.inviter.short(), address = joined.address, "joined");
-    Ok(roster.adopt(joined.roster)?)
 }
 
 async fn start_coordinator(

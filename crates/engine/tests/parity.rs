@@ -291,8 +291,10 @@ fn local_generation_equals_and_reports_logprobs() {
     for (case, expected) in oracle.cases.iter().zip(&oracle.expected) {
         let checkpoint = Checkpoint::open(&oracle.root.path().join(case.name)).unwrap();
         let model = Model::load_whole(&checkpoint, &mut |_, _| {}).unwrap();
-        // A prompt in chunks gives the same as a prompt at once.
-        let mut generator = Generator::new(model, GeneratorOptions { prefill_step: 64 }).unwrap();
+        // A prompt in chunks gives the same as a prompt at once, except with the dynamic rope, whose frequencies depend on how long the
+        // sequence is when a chunk goes through (in mlx-lm too).
+        let prefill_step = if case.name == "llama-dynamic" { 2048 } else { 64 };
+        let mut generator = Generator::new(model, GeneratorOptions { prefill_step }).unwrap();
         for (prompt, expected) in case.prompts.iter().zip(&expected.runs) {
             let sampling = Sampling { logprobs: Some(LogprobRequest { top: 3 }), ..Sampling::default() };
             let mut generated = Vec::new();

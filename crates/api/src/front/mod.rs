@@ -5,13 +5,17 @@
 //! again. Dropping the answer's stream cancels the work.
 
 mod answer;
+mod defaults;
 mod model_text;
 mod output;
+mod prepared;
 mod replicas;
 
 pub use answer::{Answer, AnswerEvent, Summary};
+pub use defaults::SamplingDefaults;
 pub use model_text::ModelText;
 pub use output::{End, Output, Piece};
+pub use prepared::Prepared;
 pub use replicas::{Replicas, RunEvents};
 
 use crate::deployments::{DeploymentView, DeploymentsView, State, state_name};
@@ -125,6 +129,11 @@ impl Front {
         Self { deployments, replicas, texts: Arc::default() }
     }
 
+    /// All deployments, by name.
+    pub fn deployments(&self) -> Vec<DeploymentView> {
+        self.deployments.borrow().deployments.clone()
+    }
+
     /// The deployment that a request means.
     ///
     /// # Errors
@@ -167,37 +176,6 @@ impl Front {
         texts.retain(|name, _| loaded.deployments.iter().any(|deployment| deployment.name == *name));
         texts.insert(deployment.name.clone(), (deployment.epoch, Arc::clone(&text)));
         Ok(text)
-    }
-
-    /// Starts a generation. The answer is a stream; dropping it cancels the work within one step.
-    ///
-    /// # Errors
-    /// Everything that can be known before the first step.
-    pub async fn generate(&self, request: GenerationRequest) -> Result<Answer, FrontError> {
-        let deployment = self.ready(&request.model)?;
-        let text = self.model_text(&deployment).await?;
-        let tools = match &request.input {
-            Input::Chat(chat) if request.is_read => Some(chat.tools.clone().unwrap_or_default()),
-            _ => None,
-        };
-        let prompt = text.clone().tokenize_blocking(request.input).await?;
-        let mut parameters = request.parameters;
-        for token in &request.extra_eos {
-            parameters.extra_stop_tokens.push(text.tokenizer.parse_token(token)?);
-        }
-        let limits = text.limits(&deployment)?;
-        let valid = ValidRequest::new(prompt, parameters, &limits, fresh_seed())?;
-        let reader = tools.map(|tools| text.answers.parser(&tools, &valid.prompt)).transpose()?;
-        let output = Output::new(&text, valid.stop.clone(), reader)?;
-        let (seed, prompt_tokens) = (valid.seed(), valid.prompt.len());
-        let run = RunRequest {
-            prompt: valid.prompt,
-            spec: valid.spec,
-            deadline: request.deadline,
-            tenant: request.tenant,
-        };
-        let stream = self.replicas.run(&deployment, run).await?;
-        Ok(Answer::new(deployment, stream, output, prompt_tokens, seed))
     }
 
     /// The mean of the prompt's hidden vectors after the last norm, and the prompt's length in tokens.

@@ -1,0 +1,51 @@
+//! HTTP for clients: OpenAI's and Anthropic's dialects over a [`Front`], on a listener of its own.
+//!
+//! ```text
+//! connection ─▶ server (limits, times) ─▶ guard (Host, Origin) ─▶ routes ─▶ one file for each endpoint ─▶ Front
+//! ```
+//!
+//! | module | one line |
+//! |---|---|
+//! | `server` | accepts connections and bounds them in number, size and time |
+//! | `guard` | who may ask from where: names in `Host`, origins of web pages |
+//! | [`routes`] | every route as data, and the router made of it |
+//! | `caller` | for whom a request is |
+//! | `error` | what a client hears when something is wrong |
+//! | `openai` | `/v1/chat/completions` and its relatives |
+//!
+//! What the fields mean and what is refused stands in docs/http.md. Nothing that a client sends is ignored in silence.
+
+mod caller;
+mod error;
+mod guard;
+mod health;
+mod openai;
+pub mod routes;
+mod server;
+mod stalled;
+
+pub use caller::Caller;
+pub use error::{ApiError, Dialect, ErrorKind};
+pub use server::{BindError, HttpOptions, HttpServer};
+
+use crate::front::Front;
+use std::time::{SystemTime, UNIX_EPOCH};
+use tokio_util::sync::CancellationToken;
+
+/// What the endpoints need. Cheap to clone.
+#[derive(Clone)]
+pub struct HttpServices {
+    front: Front,
+    /// Cancelled when the node stops: `/health` says so to whoever spreads the load.
+    stopping: CancellationToken,
+    /// Unix time of the start.
+    started: u64,
+}
+
+impl HttpServices {
+    /// Serves what `front` can reach, until `stopping`.
+    pub fn new(front: Front, stopping: CancellationToken) -> Self {
+        let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        Self { front, stopping, started }
+    }
+}

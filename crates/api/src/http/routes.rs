@@ -1,12 +1,12 @@
 //! Every route as data: path, method, who may call it. The router is made of this table, so that nothing is served that is not in it.
 
-use crate::http::{ApiError, Dialect, ErrorKind, HttpServices, guard, health, openai};
+use crate::http::{ApiError, Dialect, ErrorKind, HttpServices, anthropic, guard, health, openai, openapi};
 use axum::Router;
 use axum::extract::Request;
 use axum::http::Method;
 use axum::middleware::{self, Next};
 use axum::response::Response;
-use axum::routing::{MethodRouter, get};
+use axum::routing::{MethodRouter, get, post};
 use std::sync::Arc;
 
 /// Who may call a route.
@@ -34,13 +34,22 @@ pub struct Route {
     handler: MethodRouter<HttpServices>,
 }
 
-/// All routes. Some paths exist twice, because mlx_lm.server has them without `/v1` as well.
+/// All routes. One path exists twice, because mlx_lm.server has it without `/v1` as well.
 pub fn routes() -> Vec<Route> {
     let get_ = |path, access, handler| Route { path, method: Method::GET, access, handler };
+    let post_ = |path, handler| Route { path, method: Method::POST, access: Access::User, handler };
     vec![
         get_("/health", Access::Open, get(health::health)),
         get_("/v1/models", Access::User, get(openai::models::list)),
         get_("/v1/models/{*model}", Access::User, get(openai::models::one)),
+        get_("/openapi.json", Access::Open, get(openapi::document)),
+        post_("/v1/chat/completions", post(openai::chat::chat_completions)),
+        post_("/chat/completions", post(openai::chat::chat_completions)),
+        post_("/v1/completions", post(openai::completions::completions)),
+        post_("/v1/embeddings", post(openai::embeddings::embeddings)),
+        post_("/v1/responses", post(openai::responses::responses)),
+        post_("/v1/messages", post(anthropic::messages::messages)),
+        post_("/v1/messages/count_tokens", post(anthropic::messages::count_tokens)),
     ]
 }
 

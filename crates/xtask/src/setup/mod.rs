@@ -10,8 +10,10 @@
 
 mod cargo_config;
 mod mlxc;
+pub(crate) mod clients;
 pub(crate) mod oracle;
 pub(crate) mod pins;
+mod python_environment;
 mod smoke;
 pub(crate) mod stamp;
 pub(crate) mod tools;

@@ -4,8 +4,10 @@ use crate::{progress, warnings};
 use anyhow::{Context as _, Result};
 use mlxnode_checkpoint::Checkpoint;
 use mlxnode_engine::Model;
+use mlxnode_sandbox::{SandboxOptions, SandboxProcess};
 use mlxnode_text::{ChatTemplate, TextFiles, Tokenizer};
 use std::path::Path;
+use std::sync::Arc;
 
 /// A model and what turns text into its tokens. MLX belongs to the thread that loaded it.
 pub struct Loaded {
@@ -15,14 +17,24 @@ pub struct Loaded {
     pub template: Option<ChatTemplate>,
 }
 
+/// Where a model's chat template is carried out. Its process starts while the tokenizer is read.
+fn sandbox() -> Result<SandboxProcess> {
+    let command = std::env::current_exe().context("cannot find my own executable for the sandbox")?;
+    let sandbox = SandboxProcess::new(SandboxOptions::new(command));
+    let starting = sandbox.clone();
+    std::thread::spawn(move || starting.prepare());
+    Ok(sandbox)
+}
+
 /// Loads all of it, with a bar on stderr.
 pub fn load(folder: &Path, quiet: bool) -> Result<Loaded> {
     let unusable = || format!("cannot use the model in {}", folder.display());
     // The small files first: what is wrong with them shows before gigabytes are read.
     let files = TextFiles::read(folder).with_context(unusable)?;
+    let sandbox = sandbox()?;
     let checkpoint = Checkpoint::open(folder).with_context(unusable)?;
     let tokenizer = Tokenizer::from_files(&files).with_context(unusable)?;
-    let template = ChatTemplate::from_files(&files, &tokenizer).with_context(unusable)?;
+    let template = ChatTemplate::from_files(&files, &tokenizer, Arc::new(sandbox)).with_context(unusable)?;
     let model = weights(&checkpoint, quiet).with_context(unusable)?;
     Ok(Loaded { model, files, tokenizer, template })
 }

@@ -27,7 +27,21 @@ const ALLOWED: [(&str, &[&str]); 19] = [
     ("worker", &["cluster", "compute", "proto"]),
     ("coordinator", &["cluster", "compute", "checkpoint", "hub", "proto"]),
     ("api", &["coordinator", "cluster", "text", "hub", "compute", "proto"]),
-    ("node", &["api", "coordinator", "worker", "cluster", "hub", "sandbox", "text", "checkpoint", "compute", "proto"]),
+    (
+        "node",
+        &[
+            "api",
+            "coordinator",
+            "worker",
+            "cluster",
+            "hub",
+            "sandbox",
+            "text",
+            "checkpoint",
+            "compute",
+            "proto",
+        ],
+    ),
     ("cli", &["*"]),
     // Nothing of ours is built on these: developers and tests use them.
     ("parity", &["engine", "checkpoint", "compute"]),

@@ -4,8 +4,7 @@ use crate::{progress, warnings};
 use anyhow::{Context as _, Result};
 use mlxnode_checkpoint::Checkpoint;
 use mlxnode_engine::Model;
-use mlxnode_sandbox::{SandboxOptions, SandboxProcess};
-use mlxnode_text::{ChatTemplate, TextFiles, Tokenizer};
+use mlxnode_text::{ChatTemplate, Sandbox, TextFiles, Tokenizer};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -18,12 +17,20 @@ pub struct Loaded {
 }
 
 /// Where a model's chat template is carried out. Its process starts while the tokenizer is read.
-fn sandbox() -> Result<SandboxProcess> {
+#[cfg(not(test))]
+fn sandbox() -> Result<Arc<dyn Sandbox>> {
+    use mlxnode_sandbox::{SandboxOptions, SandboxProcess};
     let command = std::env::current_exe().context("cannot find my own executable for the sandbox")?;
     let sandbox = SandboxProcess::new(SandboxOptions::new(command));
     let starting = sandbox.clone();
     std::thread::spawn(move || starting.prepare());
-    Ok(sandbox)
+    Ok(Arc::new(sandbox))
+}
+
+/// The program of the unit tests is none that could be started as a sandbox.
+#[cfg(test)]
+fn sandbox() -> Result<Arc<dyn Sandbox>> {
+    Ok(Arc::new(mlxnode_text::InProcess::default()))
 }
 
 /// Loads all of it, with a bar on stderr.
@@ -34,7 +41,7 @@ pub fn load(folder: &Path, quiet: bool) -> Result<Loaded> {
     let sandbox = sandbox()?;
     let checkpoint = Checkpoint::open(folder).with_context(unusable)?;
     let tokenizer = Tokenizer::from_files(&files).with_context(unusable)?;
-    let template = ChatTemplate::from_files(&files, &tokenizer, Arc::new(sandbox)).with_context(unusable)?;
+    let template = ChatTemplate::from_files(&files, &tokenizer, sandbox).with_context(unusable)?;
     let model = weights(&checkpoint, quiet).with_context(unusable)?;
     Ok(Loaded { model, files, tokenizer, template })
 }

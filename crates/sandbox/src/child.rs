@@ -39,7 +39,8 @@ pub(crate) enum Lost {
 impl Child {
     /// Starts a child and waits until it is ready; what went wrong in words.
     pub(crate) fn start(options: &SandboxOptions, terms: Terms) -> Result<Self, String> {
-        let cannot = |what: &dyn std::fmt::Display| format!("cannot start {}: {what}", options.command.display());
+        let cannot =
+            |what: &dyn std::fmt::Display| format!("cannot start {}: {what}", options.command.display());
         let (socket, theirs) = UnixStream::pair().map_err(|error| cannot(&error))?;
         let mut command = Command::new(&options.command);
         command.args(&options.arguments).stdin(OwnedFd::from(theirs)).stdout(Stdio::null());
@@ -60,7 +61,9 @@ impl Child {
             Err(Lost::Late) => Err(cannot(&format!("it was not ready within {} s", START_TIME.as_secs()))),
             Err(Lost::Memory) => Err(cannot(&"it took too much memory before it had anything to do")),
             // The file may have been replaced by another version while this process ran.
-            Err(Lost::Ended(reason)) => Err(cannot(&format!("{reason}; if it was updated, start this program anew"))),
+            Err(Lost::Ended(reason)) => {
+                Err(cannot(&format!("{reason}; if it was updated, start this program anew")))
+            }
         }
     }
 

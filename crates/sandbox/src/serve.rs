@@ -19,7 +19,9 @@ const MOST_FILES: u64 = 16;
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// A person started it.
-    #[error("this command is started by mlxnode itself, which speaks to it over a socket; people have no use for it")]
+    #[error(
+        "this command is started by mlxnode itself, which speaks to it over a socket; people have no use for it"
+    )]
     NoParent(#[source] io::Error),
     /// Another program of that name, or the same before or after an update.
     #[error("the process that started this one is of another version")]

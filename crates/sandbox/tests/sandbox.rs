@@ -7,9 +7,7 @@
 
 use cap::Cap;
 use mlxnode_sandbox::{SandboxOptions, SandboxProcess};
-use mlxnode_text::{
-    ChatRequest, ChatTemplate, InProcess, Message, Sandbox, TextError, TextFiles, Tokenizer,
-};
+use mlxnode_text::{ChatRequest, ChatTemplate, InProcess, Message, Sandbox, TextError, TextFiles, Tokenizer};
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -131,6 +129,7 @@ fn renders_as_in_one_process() {
         let request = ChatRequest {
             messages: serde_json::from_value(written["messages"].clone()).unwrap(),
             tools: serde_json::from_value(written["tools"].clone()).unwrap(),
+            documents: serde_json::from_value(written["documents"].clone()).unwrap(),
             add_generation_prompt: written["add_generation_prompt"] == json!(true),
             continue_final: serde_json::from_value(written["continue_final"].clone()).unwrap(),
             arguments: written["arguments"].as_object().cloned().unwrap_or_default(),
@@ -166,7 +165,8 @@ fn renders_as_in_one_process() {
 
 fn a_string_that_doubles_ends_the_child_and_not_us() {
     let sandbox = sandbox();
-    let doubling = "{% set ns = namespace(x='ab') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}";
+    let doubling =
+        "{% set ns = namespace(x='ab') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}";
     let honest = template("{{ messages[0].content }}", sandbox.clone()).unwrap();
     for _ in 0..3 {
         let error = template(doubling, sandbox.clone()).unwrap().render(&user("x")).unwrap_err();
@@ -199,6 +199,7 @@ fn hostile_templates_end_soon_and_clearly() {
         "{% for i in range(100000) %}{{ 'x' * 10000 }}{% endfor %}",
         "{{ ('x' * 10000000) ~ ('y' * 10000000) }}",
         "{{ range(100000)|list|batch(1)|list|tojson * 900 }}",
+        "{{ 'x' | indent(1000000000) }}",
         "{% include 'chat template' %}",
     ];
     for source in sources {
@@ -222,7 +223,8 @@ fn hostile_templates_end_soon_and_clearly() {
 }
 
 fn what_runs_too_long_is_ended() {
-    let sandbox = SandboxProcess::new(SandboxOptions { template_time: Duration::from_millis(300), ..options() });
+    let sandbox =
+        SandboxProcess::new(SandboxOptions { template_time: Duration::from_millis(300), ..options() });
     let endless = template(&copies(90_000), sandbox.clone()).unwrap();
     let before = sandbox.child_id().unwrap();
     let started = Instant::now();

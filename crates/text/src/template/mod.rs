@@ -319,7 +319,9 @@ fn is_deeper(value: &Value, levels: usize) -> bool {
     }
 }
 
-/// The message as templates see it. Reasoning goes by several names; templates read `reasoning_content`, some `thinking`.
+/// The message as templates see it: what is null is not there, as in transformers (clients send `"content": null` beside tool
+/// calls, and many templates would write "None"). Reasoning goes by several names; templates read `reasoning_content`, some
+/// `thinking`.
 fn message_value(message: &Message) -> Value {
     let mut fields = Map::new();
     fields.insert("role".to_owned(), Value::String(message.role.clone()));
@@ -327,9 +329,9 @@ fn message_value(message: &Message) -> Value {
         fields.insert("content".to_owned(), content.clone());
     }
     fields.extend(message.extra.clone());
-    let reasoning = ["reasoning_content", "thinking", "reasoning"]
-        .iter()
-        .find_map(|name| fields.get(*name).filter(|value| !value.is_null()).cloned());
+    fields.retain(|_, value| !value.is_null());
+    let reasoning =
+        ["reasoning_content", "thinking", "reasoning"].iter().find_map(|name| fields.get(*name).cloned());
     if let Some(reasoning) = reasoning {
         fields.entry("thinking").or_insert_with(|| reasoning.clone());
         fields.insert("reasoning_content".to_owned(), reasoning);

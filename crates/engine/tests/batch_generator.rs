@@ -173,8 +173,8 @@ fn stops_removals_and_caches_leave_the_others_alone() {
         for _ in 0..6 {
             outcome.step(&mut batch);
         }
-        let taken = batch.remove(ids[3]).unwrap();
-        assert!(batch.remove(ids[3]).is_none());
+        let taken = batch.remove(ids[3]).unwrap().unwrap();
+        assert!(batch.remove(ids[3]).unwrap().is_none());
         let seen = outcome.tokens[&ids[3]].len();
         assert_eq!(taken.tokens(), rows[3].0.len() + seen - 1);
         while outcome.step(&mut batch) {}

@@ -39,7 +39,8 @@ impl<'a> Batch<'a> {
     /// Several sequences, those with one token first.
     pub(crate) fn of(rows: Vec<Row<'a>>) -> Result<Self> {
         let singles = rows.iter().take_while(|row| row.tokens == 1);
-        let positions: Vec<u8> = singles.flat_map(|row| row.cache.lengths()).flat_map(i32::to_le_bytes).collect();
+        let positions: Vec<u8> =
+            singles.flat_map(|row| row.cache.lengths()).flat_map(i32::to_le_bytes).collect();
         let count = positions.len() / size_of::<i32>();
         let positions = match count > 1 {
             true => Some(Array::from_bytes(&positions, &[count as i32], Dtype::I32)?),

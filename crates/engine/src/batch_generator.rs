@@ -141,7 +141,16 @@ impl BatchGenerator {
         check_whole(&model)?;
         model.check_cache(&options.cache)?;
         let caches = CachePool::new(model.decoder.joins());
-        Ok(Self { model, options, rows: Vec::new(), caches, next_id: 0, queued: None, steps: 0, steps_queued: 0 })
+        Ok(Self {
+            model,
+            options,
+            rows: Vec::new(),
+            caches,
+            next_id: 0,
+            queued: None,
+            steps: 0,
+            steps_queued: 0,
+        })
     }
 
     /// The model.
@@ -248,7 +257,8 @@ impl BatchGenerator {
         let hidden = decoder.forward(device, hidden, &mut batch)?;
         drop(batch);
         let draws = plan.draw(&self.model, &hidden)?;
-        let states = chunks.iter().filter_map(|(row, _)| self.caches.alone(*row)).flat_map(|cache| cache.state());
+        let states =
+            chunks.iter().filter_map(|(row, _)| self.caches.alone(*row)).flat_map(|cache| cache.state());
         device.async_eval(draws.arrays().chain(states))?;
         plan.advance(device, &draws, step)?;
         Ok(Some(Queued {

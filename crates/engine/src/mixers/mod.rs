@@ -84,7 +84,8 @@ impl Mixer {
             Self::Attention(attention) => attention.joins(),
             Self::Latent(latent) => latent.joins(),
             Self::Shortcut(shortcut) => shortcut.halves.iter().all(|half| half.attention.joins()),
-            Self::GatedDelta(_) | Self::Mamba2(_) | Self::ShortConvolution(_) | Self::Mamba2AndAttention(_) => false,
+            Self::Mamba2AndAttention(both) => both.1.joins(),
+            Self::GatedDelta(_) | Self::Mamba2(_) | Self::ShortConvolution(_) => true,
             Self::Linear(_) | Self::Absent => true,
         }
     }

@@ -12,6 +12,7 @@ mod adapters;
 mod alternating_updates;
 mod batch;
 mod batch_generator;
+mod cache_pool;
 mod caches;
 mod decoder;
 mod dense_and_experts;

@@ -36,7 +36,7 @@ mod speculation;
 mod stage;
 mod widening;
 
-pub use adapters::{AdapterId, AdapterLoadError};
+pub use adapters::{AdapterLoadError, UnknownAdapter};
 pub use batch_generator::{BatchEvent, BatchGenerator, BatchOptions, RowId};
 pub use generator::{GenerateError, Generator, GeneratorOptions, Summary, TokenEvent};
 pub use loader::{LoadError, WeightReader};

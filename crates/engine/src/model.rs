@@ -1,6 +1,6 @@
 //! A layer range of a model, loaded.
 
-use crate::adapters::{AdapterId, AdapterLoadError, Registry};
+use crate::adapters::{AdapterLoadError, Registry};
 use crate::caches::SequenceCache;
 use crate::decoder::Decoder;
 use crate::loader::{self, LoadError};
@@ -59,24 +59,26 @@ impl Model {
         &self.spec
     }
 
-    /// Loads what an adapter changes in these layers. The weights stay as they are, and other sequences do not see it.
+    /// Loads what an adapter changes in these layers, for sequences that ask for it by `name`. The weights stay as they are, and
+    /// other sequences do not see it.
     pub fn add_adapter(
         &mut self,
         checkpoint: &Checkpoint,
+        name: &str,
         adapter: &Adapter,
-    ) -> Result<AdapterId, AdapterLoadError> {
+    ) -> Result<(), AdapterLoadError> {
         let changes = adapter.within(checkpoint, self.info.layers);
-        self.adapters.add(&self.device, adapter, &changes)
+        self.adapters.add(&self.device, name, adapter, &changes)
     }
 
     /// Frees an adapter. No sequence may use it any more. One that is not there is fine.
-    pub fn remove_adapter(&mut self, adapter: AdapterId) -> Result<(), AdapterLoadError> {
-        Ok(self.adapters.remove(&self.device, adapter)?)
+    pub fn remove_adapter(&mut self, name: &str) -> Result<(), AdapterLoadError> {
+        Ok(self.adapters.remove(&self.device, name)?)
     }
 
-    /// Everything goes with this adapter from now on, or with none.
-    pub fn use_adapter(&mut self, adapter: Option<AdapterId>) {
-        self.adapters.active.set_all(adapter);
+    /// The names of the loaded adapters.
+    pub fn adapters(&self) -> impl Iterator<Item = &str> {
+        self.adapters.names()
     }
 
     /// Do these options fit the layers?

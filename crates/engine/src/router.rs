@@ -158,7 +158,7 @@ mod tests {
             linear: Linear {
                 weight: Weight::dense(&device, &weight).unwrap(),
                 bias: None,
-                changes: Slot::new(Rc::default()),
+                changes: crate::adapters::Slot::new(std::rc::Rc::default()),
             },
             single_precision: false,
             routing,

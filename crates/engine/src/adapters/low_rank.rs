@@ -39,7 +39,6 @@ impl Change {
 }
 
 /// A map's changes, one for each adapter that has one for it.
-#[derive(Clone)]
 pub(crate) struct Slot<T> {
     active: Rc<Active>,
     changes: Rc<RefCell<Vec<(AdapterId, T)>>>,
@@ -47,6 +46,12 @@ pub(crate) struct Slot<T> {
 
 /// The slot of an embedding.
 pub(crate) type EmbeddingSlot = Slot<EmbeddingChange>;
+
+impl<T> Clone for Slot<T> {
+    fn clone(&self) -> Self {
+        Self { active: Rc::clone(&self.active), changes: Rc::clone(&self.changes) }
+    }
+}
 
 impl<T> Slot<T> {
     /// Without changes.
@@ -93,9 +98,9 @@ impl<T> Slot<T> {
         let (mut parts, mut start) = (Vec::with_capacity(segments.len()), 0);
         for segment in &*segments {
             let end = start + segment.tokens;
-            let of_y = device.slice_axis(y, y_axis as i32, start, end, 1)?;
+            let of_y = device.slice_axis(y, y_axis, start, end, 1)?;
             parts.push(match change(segment.adapter) {
-                Some(change) => apply(change, &device.slice_axis(x, x_axis as i32, start, end, 1)?, &of_y)?,
+                Some(change) => apply(change, &device.slice_axis(x, x_axis, start, end, 1)?, &of_y)?,
                 None => of_y,
             });
             start = end;

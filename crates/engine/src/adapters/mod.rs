@@ -13,9 +13,9 @@ mod registry;
 pub(crate) use active::{Active, Segment};
 pub(crate) use experts::ExpertSlot;
 pub(crate) use low_rank::{Change, EmbeddingChange, EmbeddingSlot, Slot};
-pub use registry::AdapterLoadError;
+pub use registry::{AdapterLoadError, UnknownAdapter};
 pub(crate) use registry::{Part, Registry, Target};
 
 /// Names a loaded adapter within its model. Never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct AdapterId(pub(crate) u32);
+pub(crate) struct AdapterId(pub(crate) u32);

@@ -22,9 +22,25 @@ pub enum AdapterLoadError {
         /// The module.
         path: String,
     },
+    /// One of that name is there.
+    #[error("an adapter named {name:?} is loaded already")]
+    Taken {
+        /// The name.
+        name: String,
+    },
     /// MLX refused.
     #[error(transparent)]
     Device(#[from] Error),
+}
+
+/// A sequence asks for an adapter that is not loaded.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the adapter {name:?} is not loaded; {loaded}")]
+pub struct UnknownAdapter {
+    /// What was asked for.
+    pub name: String,
+    /// A sentence on what there is.
+    pub loaded: String,
 }
 
 /// Outputs of one module in a linear map.
@@ -56,7 +72,8 @@ pub(crate) enum Target {
 pub(crate) struct Registry {
     pub(crate) active: Rc<Active>,
     targets: Vec<Target>,
-    adapters: u32,
+    loaded: BTreeMap<String, AdapterId>,
+    next: u32,
 }
 
 /// The matrices of one module's change, read; the scale is in `b`.
@@ -71,13 +88,35 @@ impl Registry {
         self.targets.push(target);
     }
 
+    /// The adapter of this name; None for no name.
+    pub(crate) fn named(&self, name: Option<&str>) -> Result<Option<AdapterId>, UnknownAdapter> {
+        let Some(name) = name else { return Ok(None) };
+        let found = self.loaded.get(name).copied();
+        found.map(Some).ok_or_else(|| UnknownAdapter {
+            name: name.to_owned(),
+            loaded: match self.loaded.is_empty() {
+                true => "none is".to_owned(),
+                false => format!("loaded: {}", self.names().collect::<Vec<_>>().join(", ")),
+            },
+        })
+    }
+
+    /// The names of the loaded adapters.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.loaded.keys().map(String::as_str)
+    }
+
     /// Reads an adapter's changes of these modules and gives every map its share.
     pub(crate) fn add(
         &mut self,
         device: &Device,
+        name: &str,
         adapter: &Adapter,
         changes: &BTreeMap<&str, &StoredChange>,
-    ) -> Result<AdapterId, AdapterLoadError> {
+    ) -> Result<(), AdapterLoadError> {
+        if self.loaded.contains_key(name) {
+            return Err(AdapterLoadError::Taken { name: name.to_owned() });
+        }
         for path in changes.keys() {
             if !self.targets.iter().any(|target| target.has(path)) {
                 return Err(AdapterLoadError::Fixed { path: (*path).to_owned() });
@@ -88,18 +127,26 @@ impl Registry {
         for (path, change) in changes {
             read.insert(*path, Matrices::read(device, &mut file, change, adapter.scale)?);
         }
-        let id = AdapterId(self.adapters);
-        self.adapters += 1;
+        let id = AdapterId(self.next);
+        self.next += 1;
         let given = self.targets.iter().try_for_each(|target| target.give(device, id, &read));
         if let Err(error) = given {
-            self.remove(device, id)?;
+            self.take_out(device, id)?;
             return Err(error.into());
         }
-        Ok(id)
+        self.loaded.insert(name.to_owned(), id);
+        Ok(())
     }
 
     /// Takes an adapter's changes out of all maps. One that is not there is fine.
-    pub(crate) fn remove(&self, device: &Device, id: AdapterId) -> Result<(), Error> {
+    pub(crate) fn remove(&mut self, device: &Device, name: &str) -> Result<(), Error> {
+        match self.loaded.remove(name) {
+            Some(id) => self.take_out(device, id),
+            None => Ok(()),
+        }
+    }
+
+    fn take_out(&self, device: &Device, id: AdapterId) -> Result<(), Error> {
         self.targets.iter().try_for_each(|target| {
             match target {
                 Target::Linear { slot, .. } | Target::TiedHead { slot, .. } => slot.remove(id),

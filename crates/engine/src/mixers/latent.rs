@@ -418,7 +418,7 @@ mod tests {
         Linear {
             weight: Weight::dense(device, &numbers(&[outputs, inputs], seed)).unwrap(),
             bias: None,
-            changes: Slot::new(Rc::default()),
+            changes: crate::adapters::Slot::new(std::rc::Rc::default()),
         }
     }
 

@@ -38,6 +38,7 @@ use mlxnode_coordinator::scheduler::Statistics;
 use mlxnode_hub::Hub;
 use mlxnode_proto::internal::v1::node_control_server::NodeControlServer;
 use mlxnode_proto::internal::v1::replica_server::ReplicaServer;
+use mlxnode_sandbox::{SandboxOptions, SandboxProcess};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -241,7 +242,8 @@ impl Node {
             WorkersOptions { command: options.worker_command.clone(), listen: bound.ip(), advertised };
         let workers =
             Workers::new(workers_options, identity.clone(), Arc::new(Hub::new(options.hub.clone())));
-        let schedulers = Schedulers::new(identity.clone(), workers.clone());
+        let sandbox = Arc::new(SandboxProcess::new(SandboxOptions::new(options.worker_command.clone())));
+        let schedulers = Schedulers::new(identity.clone(), workers.clone(), sandbox.clone());
 
         let nodes = ClusterNodes {
             own,
@@ -290,7 +292,7 @@ impl Node {
             workers: workers.clone(),
         });
         let busy = Arc::new(schedulers.clone());
-        let front = Front::new(view.clone(), replicas);
+        let front = Front::new(view.clone(), replicas, sandbox);
         let public = public_routes(PublicServices {
             inference: InferenceService::new(front.clone()),
             models: ModelsService::new(route.clone(), view.clone(), busy.clone()),

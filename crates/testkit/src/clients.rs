@@ -24,8 +24,8 @@ pub fn run(suite: &str, url: &str, model: &str, kind: &str) -> Result<()> {
         .with_context(|| format!("cannot run {}", path.display()))?;
     let stderr = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{suite} failed ({}): {stderr}", output.status);
-    let results: BTreeMap<String, Option<String>> =
-        serde_json::from_slice(&output.stdout).with_context(|| format!("{suite} did not print JSON: {stderr}"))?;
+    let results: BTreeMap<String, Option<String>> = serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("{suite} did not print JSON: {stderr}"))?;
     ensure!(!results.is_empty(), "{suite} checked nothing");
     let failed: Vec<String> =
         results.into_iter().filter_map(|(name, error)| Some(format!("{name}: {}", error?))).collect();

@@ -75,9 +75,8 @@ fn content_rule(content: &Grammar, field: &str) -> Result<(&'static str, String)
         Grammar::JsonObject => ("content", "content: %json {\"type\": \"object\"}\n".to_owned()),
         // The schema is one line, so that it cannot end where its author likes.
         Grammar::JsonSchema(schema) => {
-            let schema: Value = serde_json::from_str(schema).map_err(|error| {
-                ApiError::field(field, format!("the JSON schema is not JSON: {error}"))
-            })?;
+            let schema: Value = serde_json::from_str(schema)
+                .map_err(|error| ApiError::field(field, format!("the JSON schema is not JSON: {error}")))?;
             ("content", format!("content: %json {}\n", object(&schema)))
         }
         Grammar::Regex(_) | Grammar::Lark(_) => {

@@ -57,7 +57,8 @@ impl HttpServices {
             is_read: true,
         };
         let mut prepared = self.front.prepare(request).await?;
-        let grammar = constraint::grammar(&model.text, &format, format_field, &tools, &prepared.valid.prompt)?;
+        let grammar =
+            constraint::grammar(&model.text, &format, format_field, &tools, &prepared.valid.prompt)?;
         let field = if format == Format::Text { "tools" } else { format_field };
         check_grammar(model, grammar.as_ref(), field).await?;
         prepared.valid.spec.grammar = grammar;

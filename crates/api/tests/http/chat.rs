@@ -187,7 +187,8 @@ async fn a_conversation_with_results_of_tools_reaches_the_template() -> Result<(
             {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{\"x\": 1}"}}]},
         {"role": "tool", "tool_call_id": "c1", "content": "SAY two"}
     ]);
-    let answer = good(desk.address, PATH, json!({"model": "demo", "messages": messages, "tools": tools()})).await?;
+    let answer =
+        good(desk.address, PATH, json!({"model": "demo", "messages": messages, "tools": tools()})).await?;
     assert_eq!(answer["choices"][0]["message"]["content"], "two");
     let prompt = desk.replicas.tokenizer.decode(&desk.replicas.last().prompt, false)?;
     for words in ["<|system|>Be brief.", "<|user|>Add one.", "\"x\": 1", "Adds."] {

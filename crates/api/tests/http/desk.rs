@@ -10,7 +10,7 @@ use mlxnode_api::front::{Front, Replicas, RunEvents};
 use mlxnode_api::http::{HttpOptions, HttpServer, HttpServices};
 use mlxnode_compute::{ByteCount, Candidate, Output, Sampled, SequenceEnd};
 use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
-use mlxnode_text::{TextFiles, Tokenizer};
+use mlxnode_text::{InProcess, TextFiles, Tokenizer};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -80,7 +80,10 @@ impl Desk {
         let options = HttpOptions { listen: SocketAddr::new(options.listen.ip(), 0), ..options };
         let server = HttpServer::bind(options).await?;
         let address = server.address();
-        let services = HttpServices::new(Front::new(view, replicas.clone()), stop.clone());
+        let services = HttpServices::new(
+            Front::new(view, replicas.clone(), Arc::new(InProcess::default())),
+            stop.clone(),
+        );
         let router = server.router(services, &["studio".to_owned()]);
         let server = tokio::spawn(server.serve(router, stop.clone()));
         Ok(Self { address, replicas, stop, server, _deployments: sender })

@@ -9,8 +9,8 @@
 //! lock keeps two set-ups apart. Every command that needs MLX calls [`ensure`], which then costs milliseconds.
 
 mod cargo_config;
-mod mlxc;
 pub(crate) mod clients;
+mod mlxc;
 pub(crate) mod oracle;
 pub(crate) mod pins;
 mod python_environment;

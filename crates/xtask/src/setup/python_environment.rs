@@ -47,8 +47,11 @@ impl PythonEnvironment {
         eprintln!("{name}: installing {what_for}");
         let base = tools::pythons()
             .find(|python| command::succeeds(Command::new(python).args(["-c", PYTHON])))
-            .with_context(|| format!("{what_for}: this needs Python 3.11 or newer; install python3.11 or newer"))?;
-        let pip = tools::python().with_context(|| format!("{what_for}: pip installs them; install python3-pip"))?;
+            .with_context(|| {
+                format!("{what_for}: this needs Python 3.11 or newer; install python3.11 or newer")
+            })?;
+        let pip =
+            tools::python().with_context(|| format!("{what_for}: pip installs them; install python3-pip"))?;
         remove(folder)?;
         // Without pip inside: Debian's Python has no ensurepip unless python3-venv is there, and any pip can fill it.
         command::output(Command::new(&base).args(["-m", "venv", "--without-pip"]).arg(folder))?;
@@ -67,7 +70,9 @@ impl PythonEnvironment {
                 ])
                 .arg(&file),
         )
-        .with_context(|| format!("cannot install the packages of {name}; is the Python package index reachable?"))?;
+        .with_context(|| {
+            format!("cannot install the packages of {name}; is the Python package index reachable?")
+        })?;
         Ok(())
     }
 }

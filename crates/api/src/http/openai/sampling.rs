@@ -95,7 +95,8 @@ pub(in crate::http) fn stop_texts(texts: Vec<String>, field: &str) -> Result<Vec
     match texts.iter().find(|text| text.is_empty() || text.len() > MAX_STOP_BYTES) {
         None => Ok(texts),
         Some(text) => {
-            let message = format!("{field} has a text of {} bytes, but must have 1 to {MAX_STOP_BYTES}", text.len());
+            let message =
+                format!("{field} has a text of {} bytes, but must have 1 to {MAX_STOP_BYTES}", text.len());
             Err(ApiError::field(field, message))
         }
     }

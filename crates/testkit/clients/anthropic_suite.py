@@ -50,7 +50,7 @@ def the_demo_model_answers(client, model):
 def blocks(client, model):
     answer = client.messages.create(
         model=model, max_tokens=200, system="Be brief.", messages=[{"role": "user", "content": ALL}], tools=[TOOL],
-        temperature=0.5, top_p=0.9, top_k=20, stop_sequences=["STOP"], metadata={"user_id": "me"},
+        extra_body={"temperature": 0.5, "top_p": 0.9, "top_k": 20}, stop_sequences=["STOP"], metadata={"user_id": "me"},
         thinking={"type": "enabled", "budget_tokens": 1024},
     )
     assert [block.type for block in answer.content] == ["thinking", "text", "tool_use"], answer.content

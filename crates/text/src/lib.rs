@@ -14,6 +14,7 @@
 //! The rules are those of mlx-lm 0.32.2 with the Hugging Face tokenizers behind it: same ids, same text.
 
 mod answer;
+mod byte_pairs;
 mod chat;
 mod class;
 mod conversion;
@@ -26,6 +27,7 @@ mod sandbox;
 mod sentencepiece;
 mod special;
 mod stop;
+mod tekken;
 mod template;
 mod tiktoken;
 mod tokenizer;

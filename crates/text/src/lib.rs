@@ -11,6 +11,9 @@
 //!      └──────> AnswerFormat ──────────────────────> AnswerParser ──> content, reasoning, tool calls <───┘
 //! ```
 //!
+//! Chat templates are programs of strangers, and tokenizers can be built to cost gigabytes: [`Sandbox`] is the seam to the
+//! process that carries them out.
+//!
 //! The rules are those of mlx-lm 0.32.2 with the Hugging Face tokenizers behind it: same ids, same text.
 
 mod answer;

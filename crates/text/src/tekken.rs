@@ -184,6 +184,9 @@ fn ranks(tekken: &Tekken, special_tokens: usize) -> Result<HashMap<Vec<u8>, u32>
 mod tests {
     use super::*;
 
+    /// What is different about a file.
+    type Change = fn(&mut serde_json::Value);
+
     fn tekken(change: impl FnOnce(&mut serde_json::Value)) -> Tekken {
         let vocab: Vec<_> =
             (0..=u8::MAX).map(|byte| json!({"token_bytes": data_encoding::BASE64.encode(&[byte])})).collect();
@@ -195,13 +198,13 @@ mod tests {
 
     #[test]
     fn special_tokens_come_first_and_are_filled_up() {
-        let of = |change: fn(&mut serde_json::Value)| special_tokens(&tekken(change));
+        let of = |change: Change| special_tokens(&tekken(change));
         assert_eq!(of(|_| ()).unwrap(), ["<unk>", "<s>"]);
         let filled = of(|value| value["config"]["default_num_special_tokens"] = json!(4));
         assert_eq!(filled.unwrap(), ["<unk>", "<s>", "<SPECIAL_2>", "<SPECIAL_3>"]);
         let old = of(|value| value["special_tokens"] = json!(null));
         assert_eq!(old.unwrap()[11], "<pad>");
-        let cases: [(fn(&mut serde_json::Value), &str); 4] = [
+        let cases: [(Change, &str); 4] = [
             (
                 |value| value["special_tokens"][0]["rank"] = json!(2),
                 "special_tokens: there is no token of rank 1",
@@ -224,9 +227,9 @@ mod tests {
 
     #[test]
     fn tokens_are_counted_and_measured() {
-        let of = |change: fn(&mut serde_json::Value)| ranks(&tekken(change), 2);
+        let of = |change: Change| ranks(&tekken(change), 2);
         assert_eq!(of(|_| ()).unwrap().len(), 256);
-        let cases: [(fn(&mut serde_json::Value), &str); 5] = [
+        let cases: [(Change, &str); 5] = [
             (|value| value["config"]["default_vocab_size"] = json!(1), "config.default_vocab_size is 1"),
             (|value| value["config"]["default_vocab_size"] = json!(259), "config.default_vocab_size is 259"),
             (|value| value["config"]["default_vocab_size"] = json!(257), "no token for the byte 0xFF"),

@@ -6,6 +6,7 @@
 //! | `options`, `data_dir`, `facts`, `addresses` | what a node knows before it starts |
 //! | `joining`, `registrar`, `household`, `lookout` | membership: becoming a member, who signs it, who sees it, where to look for others |
 //! | `coordination` | the coordinator's role here or on another node |
+//! | `key_ring` | the API keys, from the coordinator's node to all others |
 //! | `workers`, `schedulers` | the worker processes and the schedulers of this node |
 //! | `node_control`, `replica` | what nodes ask of each other: service and client of each, converted in `wire` |
 //! | `client` | how local programs reach the node |
@@ -18,6 +19,7 @@ mod error;
 mod facts;
 mod household;
 mod joining;
+mod key_ring;
 mod lookout;
 mod node;
 mod node_control;

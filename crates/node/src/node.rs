@@ -12,6 +12,8 @@ use crate::data_dir::{DataDir, DataDirError, DataDirLock, RunningNode};
 use crate::facts::MachineFacts;
 use crate::household::{LEAVE_TIME, Members, NodeHousehold};
 use crate::joining::become_member;
+use crate::key_ring;
+use crate::key_ring::service::KeyRingService;
 use crate::lookout::Lookout;
 use crate::node_control::client::ClusterNodes;
 use crate::node_control::service::NodeControlService;
@@ -25,6 +27,7 @@ use mlxnode_api::access::{NODES, only};
 use mlxnode_api::cluster::{ClusterService, Household, HouseholdError};
 use mlxnode_api::deployments::DeploymentsView;
 use mlxnode_api::front::Front;
+use mlxnode_api::keys::{KeysService, KeysView};
 use mlxnode_api::models::{Busy, ModelsService};
 use mlxnode_api::{InferenceService, PublicServices, public_routes};
 use mlxnode_cluster::{
@@ -35,6 +38,7 @@ use mlxnode_cluster::{
 use mlxnode_coordinator::coordinator::{self, Coordinator, CoordinatorHandle};
 use mlxnode_coordinator::scheduler::Statistics;
 use mlxnode_hub::Hub;
+use mlxnode_proto::internal::v1::key_ring_server::KeyRingServer;
 use mlxnode_proto::internal::v1::node_control_server::NodeControlServer;
 use mlxnode_proto::internal::v1::replica_server::ReplicaServer;
 use std::collections::BTreeMap;
@@ -219,15 +223,21 @@ impl Node {
         let route =
             Arc::new(RosterRoute { own, roster: roster.clone(), mesh: mesh.clone(), here: handle.clone() });
         let (view_sender, view) = watch::channel(DeploymentsView::default());
+        let (keys_sender, keys) = watch::channel(KeysView::default());
+        let key_ring = KeyRingService { coordinator: handle.clone() };
         let mut tasks = Vec::new();
         let mut own_task = |task: tokio::task::JoinHandle<()>| tasks.push(AbortOnDropHandle::new(task));
         match handle {
             Some(handle) => {
                 own_task(tokio::spawn(coordination::mirror(handle.clone(), view_sender)));
+                own_task(tokio::spawn(key_ring::client::mirror(handle.clone(), keys_sender)));
                 own_task(tokio::spawn(coordination::bring_news(handle, nodes, workers.clone())));
                 own_task(tokio::spawn(keep_addresses(registrar.clone(), mesh.clone(), own)));
             }
-            None => own_task(tokio::spawn(coordination::follow(route.clone(), view_sender))),
+            None => {
+                own_task(tokio::spawn(coordination::follow(route.clone(), view_sender)));
+                own_task(tokio::spawn(key_ring::client::follow(route.clone(), keys_sender)));
+            }
         }
         let stop_serving = CancellationToken::new();
         own_task(tokio::spawn(announce_invites(inviter.clone(), lookout.clone(), stop_serving.clone())));
@@ -252,7 +262,8 @@ impl Node {
         let public = public_routes(PublicServices {
             inference: InferenceService::new(Front::new(view.clone(), replicas)),
             models: ModelsService::new(route.clone(), view.clone(), busy.clone()),
-            cluster: ClusterService::new(household.clone(), route, view, busy),
+            cluster: ClusterService::new(household.clone(), route.clone(), view, busy),
+            keys: KeysService::new(route, keys),
         })
         .await
         .map_err(|error| NodeError::Api(error.to_string()))?;
@@ -266,6 +277,7 @@ impl Node {
         let routes = public
             .add_service(InterceptedService::new(control, only(NODES)))
             .add_service(InterceptedService::new(replica, only(NODES)))
+            .add_service(InterceptedService::new(KeyRingServer::new(key_ring), only(NODES)))
             .add_service(peer_service(&mesh, registrar));
 
         let access = Arc::new(AccessList::default());

@@ -4,17 +4,24 @@
 //! wherever that is, and turns tokens back into text. It keeps prompt, parameters and seed, so that nothing has to be asked
 //! again. Dropping the answer's stream cancels the work.
 
+mod account;
+mod admission;
 mod answer;
 mod model_text;
 mod output;
 mod replicas;
 
+pub use admission::Admission;
 pub use answer::{Answer, AnswerEvent, Summary};
 pub use model_text::ModelText;
 pub use output::{End, Output, Piece};
 pub use replicas::{Replicas, RunEvents};
 
 use crate::deployments::{DeploymentView, DeploymentsView, State, state_name};
+use crate::gate::{Gate, retry_seconds};
+use crate::metrics::{Finished, Metrics, Rejection};
+use account::Account;
+use admission::{Door, Place};
 use futures::StreamExt as _;
 use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::requests::{Parameters, RequestError, ValidRequest};
@@ -97,6 +104,14 @@ pub enum FrontError {
         /// Why, when that is known; begins with ": ".
         detail: String,
     },
+    /// Too much waits already.
+    #[error("too many requests wait for {model:?}; try again in {} s", retry_seconds(*retry_after))]
+    Busy {
+        /// Deployment.
+        model: String,
+        /// When it is worth trying again.
+        retry_after: Duration,
+    },
     /// A parameter is out of its range.
     #[error(transparent)]
     Request(#[from] RequestError),
@@ -114,6 +129,9 @@ pub struct Front {
     deployments: watch::Receiver<DeploymentsView>,
     replicas: Arc<dyn Replicas>,
     texts: Arc<Mutex<Texts>>,
+    door: Door,
+    metrics: Arc<Metrics>,
+    gate: Option<Gate>,
 }
 
 /// By deployment, with the epoch for which they were read: a reload may bring another tokenizer.
@@ -122,7 +140,14 @@ type Texts = HashMap<String, (u64, Arc<ModelText>)>;
 impl Front {
     /// A front over this view of the deployments.
     pub fn new(deployments: watch::Receiver<DeploymentsView>, replicas: Arc<dyn Replicas>) -> Self {
-        Self { deployments, replicas, texts: Arc::default() }
+        let (texts, door, metrics) = (Arc::default(), Door::default(), Arc::default());
+        Self { deployments, replicas, texts, door, metrics, gate: None }
+    }
+
+    /// With figures that are read elsewhere too, and a gate at which tokens are counted against the keys that asked for them.
+    #[must_use]
+    pub fn counting(self, metrics: Arc<Metrics>, gate: Option<Gate>) -> Self {
+        Self { metrics, gate, ..self }
     }
 
     /// The deployment that a request means.
@@ -164,7 +189,9 @@ impl Front {
         let text = Arc::new(text);
         let mut texts = self.lock_texts();
         let loaded = self.deployments.borrow();
-        texts.retain(|name, _| loaded.deployments.iter().any(|deployment| deployment.name == *name));
+        let is_loaded = |name: &str| loaded.deployments.iter().any(|deployment| deployment.name == name);
+        texts.retain(|name, _| is_loaded(name));
+        self.door.with(|admission| admission.retain(is_loaded));
         texts.insert(deployment.name.clone(), (deployment.epoch, Arc::clone(&text)));
         Ok(text)
     }
@@ -174,7 +201,9 @@ impl Front {
     /// # Errors
     /// Everything that can be known before the first step.
     pub async fn generate(&self, request: GenerationRequest) -> Result<Answer, FrontError> {
+        let arrived = Instant::now();
         let deployment = self.ready(&request.model)?;
+        let place = self.enter(&deployment.name, arrived)?;
         let text = self.model_text(&deployment).await?;
         let tools = match &request.input {
             Input::Chat(chat) if request.is_read => Some(chat.tools.clone().unwrap_or_default()),
@@ -189,15 +218,16 @@ impl Front {
         let valid = ValidRequest::new(prompt, parameters, &limits, fresh_seed())?;
         let reader = tools.map(|tools| text.answers.parser(&tools, &valid.prompt)).transpose()?;
         let output = Output::new(&text, valid.stop.clone(), reader)?;
-        let (seed, prompt_tokens) = (valid.seed(), valid.prompt.len());
+        let seed = valid.seed();
+        let mut account = self.account(&deployment, place, &request.tenant, valid.prompt.len(), arrived);
         let run = RunRequest {
             prompt: valid.prompt,
             spec: valid.spec,
             deadline: request.deadline,
             tenant: request.tenant,
         };
-        let stream = self.replicas.run(&deployment, run).await?;
-        Ok(Answer::new(deployment, stream, output, prompt_tokens, seed))
+        let stream = self.replicas.run(&deployment, run).await.map_err(|error| account.failed(error))?;
+        Ok(Answer::new(deployment, stream, output, account, seed))
     }
 
     /// The mean of the prompt's hidden vectors after the last norm, and the prompt's length in tokens.
@@ -205,20 +235,51 @@ impl Front {
     /// # Errors
     /// As [`Front::generate`], and when the replica is lost on the way.
     pub async fn embed(&self, request: EmbeddingRequest) -> Result<(Vec<f32>, usize), FrontError> {
+        let arrived = Instant::now();
         let deployment = self.ready(&request.model)?;
+        let place = self.enter(&deployment.name, arrived)?;
         let text = self.model_text(&deployment).await?;
         let prompt = text.clone().tokenize_blocking(request.input).await?;
         let valid = ValidRequest::embedding(prompt, request.adapter, &text.limits(&deployment)?)?;
         let prompt_tokens = valid.prompt.len();
+        let mut account = self.account(&deployment, place, &request.tenant, prompt_tokens, arrived);
         let (deadline, tenant) = (request.deadline, request.tenant);
         let run = RunRequest { prompt: valid.prompt, spec: valid.spec, deadline, tenant };
-        let mut events = self.replicas.run(&deployment, run).await?;
+        let mut events = self.replicas.run(&deployment, run).await.map_err(|error| account.failed(error))?;
         while let Some(event) = events.next().await {
-            if let RunEvent::Embedding(values) = event? {
-                return Ok((values, prompt_tokens));
+            match event {
+                Ok(RunEvent::Started { cached_tokens }) => account.started(cached_tokens),
+                Ok(RunEvent::Embedding(values)) => {
+                    account.ended(Finished::Stop);
+                    return Ok((values, prompt_tokens));
+                }
+                Ok(_) => {}
+                Err(error) => return Err(account.failed(error)),
             }
         }
-        Err(RunError::Unavailable("the scheduler ended the sequence".into()).into())
+        Err(account.failed(RunError::Unavailable("the scheduler ended the sequence".into())))
+    }
+
+    /// A place among the requests that wait for this deployment.
+    fn enter(&self, model: &str, now: Instant) -> Result<Place, FrontError> {
+        self.door.enter(model, now).map_err(|retry_after| {
+            self.metrics.rejected(Rejection::Overloaded);
+            FrontError::Busy { model: model.to_owned(), retry_after }
+        })
+    }
+
+    fn account(
+        &self,
+        deployment: &DeploymentView,
+        mut place: Place,
+        tenant: &str,
+        prompt_tokens: usize,
+        arrived: Instant,
+    ) -> Account {
+        place.is_tokenized(prompt_tokens);
+        let record = self.metrics.request(&deployment.name, prompt_tokens, arrived);
+        let gate = self.gate.clone().map(|gate| (gate, tenant.to_owned()));
+        Account::new(place, record, self.metrics.clone(), gate, prompt_tokens)
     }
 
     fn ready(&self, model: &str) -> Result<DeploymentView, FrontError> {

@@ -151,6 +151,7 @@ pub(crate) fn status(error: FrontError) -> Status {
             Status::invalid_argument(text)
         }
         FrontError::NotReady { .. } => Status::unavailable(text),
+        FrontError::Busy { .. } => Status::resource_exhausted(text),
         FrontError::Run(error) => run_status(error),
     }
 }

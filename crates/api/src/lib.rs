@@ -1,4 +1,4 @@
-//! What clients speak: gRPC services, later OpenAI HTTP; limits, keys, the web page.
+//! What clients speak: gRPC services and HTTP in OpenAI's and Anthropic's dialects; limits, keys, the web page.
 //!
 //! | module | one line |
 //! |---|---|
@@ -10,12 +10,14 @@
 //! | `route` | the way to the coordinator, here or on another node |
 //! | [`access`] | who may call what |
 //! | `inference`, [`models`], [`cluster`], [`keys`] | the gRPC services of `mlxnode.v1` |
+//! | [`http`] | the HTTP listener and its endpoints |
 
 pub mod access;
 pub mod cluster;
 pub mod deployments;
 pub mod front;
 pub mod gate;
+pub mod http;
 mod inference;
 pub mod keys;
 pub mod metrics;

@@ -14,6 +14,8 @@ pub struct Status {
     pub nodes: Vec<Node>,
     pub deployments: Vec<Deployment>,
     pub roster_version: u64,
+    /// URL of the HTTP listener of the node that answered; `null` without one.
+    pub http: Option<String>,
 }
 
 /// Who decides.
@@ -153,6 +155,7 @@ pub fn status(status: v1::ClusterStatus) -> Status {
         nodes: status.nodes.into_iter().map(node).collect(),
         deployments: status.deployments.into_iter().map(deployment).collect(),
         roster_version: status.roster_version,
+        http: None,
     }
 }
 

@@ -27,6 +27,7 @@ use mlxnode_api::access::{NODES, only};
 use mlxnode_api::cluster::{ClusterService, Household, HouseholdError};
 use mlxnode_api::deployments::DeploymentsView;
 use mlxnode_api::front::Front;
+use mlxnode_api::http::{BindError, HttpServer, HttpServices};
 use mlxnode_api::keys::{KeysService, KeysView};
 use mlxnode_api::models::{Busy, ModelsService};
 use mlxnode_api::{InferenceService, PublicServices, public_routes};
@@ -77,6 +78,19 @@ pub enum NodeError {
         #[source]
         source: std::io::Error,
     },
+    /// Nothing can be bound there for HTTP.
+    #[error("{bind}{}", http_hint(&bind.source))]
+    Http {
+        /// Where, and the system's reason.
+        #[source]
+        bind: BindError,
+    },
+    /// HTTP for other machines, and nobody could be told from anybody else.
+    #[error(
+        "--http {0} would let every machine that reaches it use the models: make a key first by `mlxnode keys create NAME`, or \
+         keep HTTP to this machine by `mlxnode join --http 127.0.0.1:8080`"
+    )]
+    OpenHttp(SocketAddr),
     /// The text after `--invite` is none.
     #[error(transparent)]
     Invite(#[from] InviteError),
@@ -119,6 +133,15 @@ fn listen_hint(source: &std::io::Error) -> &'static str {
     }
 }
 
+fn http_hint(source: &std::io::Error) -> &'static str {
+    match source.kind() {
+        std::io::ErrorKind::AddrInUse => "; another program uses this port: take another one with --http",
+        std::io::ErrorKind::AddrNotAvailable => "; this machine has no such address",
+        std::io::ErrorKind::PermissionDenied => "; ports below 1024 are for the administrator",
+        _ => "",
+    }
+}
+
 /// A running node.
 pub struct Node {
     id: NodeId,
@@ -126,6 +149,7 @@ pub struct Node {
     cluster_name: String,
     bound: SocketAddr,
     reachable: Vec<String>,
+    http: Option<HttpListener>,
     drain: Duration,
     data_dir: DataDir,
     founded: bool,
@@ -143,8 +167,17 @@ pub struct Node {
     _lock: DataDirLock,
 }
 
+/// The HTTP listener of a running node.
+struct HttpListener {
+    address: SocketAddr,
+    moved: bool,
+    server: AbortOnDropHandle<()>,
+}
+
 /// How often the memory that models take here is told to the other nodes.
 const FACTS_PERIOD: Duration = Duration::from_secs(2);
+/// For the last words of HTTP answers.
+const HTTP_FAREWELL: Duration = Duration::from_secs(2);
 /// A worker's frames are at most 1 MiB; nodes send each other prompts and tokenizer files.
 const LARGEST_MESSAGE: usize = 64 << 20;
 
@@ -163,6 +196,14 @@ impl Node {
             .map_err(|source| NodeError::Listen { address: options.listen, source })?;
         let bound =
             listener.local_addr().map_err(|source| NodeError::Listen { address: options.listen, source })?;
+        let http = match &options.http {
+            // Without keys, whoever reaches the listener may use it.
+            Some(http) if !http.listen.ip().is_loopback() => return Err(NodeError::OpenHttp(http.listen)),
+            Some(http) => {
+                Some(HttpServer::bind(http.clone()).await.map_err(|bind| NodeError::Http { bind })?)
+            }
+            None => None,
+        };
         let machine = MachineFacts::read(&options);
         let reachable = addresses::reachable(bound);
         let facts = NodeFacts {
@@ -259,8 +300,9 @@ impl Node {
             workers: workers.clone(),
         });
         let busy = Arc::new(schedulers.clone());
+        let front = Front::new(view.clone(), replicas);
         let public = public_routes(PublicServices {
-            inference: InferenceService::new(Front::new(view.clone(), replicas)),
+            inference: InferenceService::new(front.clone()),
             models: ModelsService::new(route.clone(), view.clone(), busy.clone()),
             cluster: ClusterService::new(household.clone(), route.clone(), view, busy),
             keys: KeysService::new(route, keys),
@@ -288,8 +330,18 @@ impl Node {
         let serve_options = ServeOptions { pairing: Some(inviter), ..ServeOptions::default() };
         let server =
             tokio::spawn(serve(listener, identity, admission, routes, serve_options, stop_serving.clone()));
+        let http = http.map(|http| {
+            let router = http.router(
+                HttpServices::new(front, stop_serving.clone()),
+                &addresses::http_names(&name, http.address(), &reachable),
+            );
+            let (address, moved) = (http.address(), http.moved());
+            let server = tokio::spawn(http.serve(router, stop_serving.clone()));
+            HttpListener { address, moved, server: AbortOnDropHandle::new(server) }
+        });
         data_dir.write_running(&RunningNode {
             grpc: addresses::local(bound).to_string(),
+            http: http.as_ref().map(HttpListener::url),
             node_id: own.to_string(),
             pid: std::process::id(),
         })?;
@@ -300,6 +352,7 @@ impl Node {
             cluster_name: cluster.1,
             bound,
             reachable,
+            http,
             drain: options.drain,
             data_dir,
             founded,
@@ -349,6 +402,16 @@ impl Node {
     /// HOST:PORT under which other machines can reach it, best first.
     pub fn addresses(&self) -> &[String] {
         &self.reachable
+    }
+
+    /// URL of the HTTP listener for clients on this machine, such as `http://127.0.0.1:8080`; none without one.
+    pub fn http(&self) -> Option<String> {
+        self.http.as_ref().map(HttpListener::url)
+    }
+
+    /// Is the HTTP listener at another port than the usual one, because that was taken?
+    pub fn http_moved(&self) -> bool {
+        self.http.as_ref().is_some_and(|http| http.moved)
     }
 
     /// HOST:PORT where clients on this machine reach it.
@@ -415,10 +478,20 @@ impl Node {
         if !self.server.is_finished() {
             let _ = (&mut self.server).await;
         }
+        if let Some(http) = self.http.take() {
+            // What still runs has lost its workers and ends; a client that takes nothing is not waited for.
+            let _ = tokio::time::timeout(HTTP_FAREWELL, http.server).await;
+        }
         if *self.has_left.borrow() {
             // SQLite may have written its files again on the way out.
             let _ = self.data_dir.forget_cluster();
         }
+    }
+}
+
+impl HttpListener {
+    fn url(&self) -> String {
+        format!("http://{}", addresses::local(self.address))
     }
 }
 

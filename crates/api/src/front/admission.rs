@@ -28,9 +28,9 @@ pub struct Admission {
 
 #[derive(Debug, Default)]
 struct Load {
-    /// Requests before their first step.
+    /// Requests that are being prepared and sequences before their first step.
     waiting: usize,
-    /// Tokens of their prompts, as far as they are tokenized.
+    /// Tokens of their prompts, as far as they are submitted.
     waiting_tokens: usize,
     /// Tokens of prompts per second that go through, smoothed; none before the first measurement.
     speed: Option<f64>,
@@ -70,15 +70,19 @@ impl Admission {
         Ok(())
     }
 
-    /// Its prompt has so many tokens.
-    pub fn is_tokenized(&mut self, model: &str, tokens: usize) {
+    /// A sequence with so many tokens of prompt is submitted for a request that arrived; one request may have several.
+    pub fn joins(&mut self, model: &str, tokens: usize) {
+        if !self.by_model.contains_key(model) {
+            self.by_model.insert(model.to_owned(), Load::default());
+        }
         if let Some(load) = self.by_model.get_mut(model) {
+            load.waiting += 1;
             load.waiting_tokens += tokens;
             smooth(&mut load.usual_prompt, tokens as f64);
         }
     }
 
-    /// It does not wait any more: its first step begins, or it is gone.
+    /// It does not wait any more: it is prepared (no tokens), its first step begins, or it is gone.
     pub fn leaves(&mut self, model: &str, tokens: usize) {
         if let Some(load) = self.by_model.get_mut(model) {
             load.waiting = load.waiting.saturating_sub(1);
@@ -122,14 +126,24 @@ impl Door {
         work(&mut self.admission.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// A place among those that wait.
+    /// The place of a request while it is prepared.
     pub(super) fn enter(&self, model: &str, now: Instant) -> Result<Place, Duration> {
         self.with(|admission| admission.arrives(model, now))?;
-        Ok(Place { door: self.clone(), model: model.to_owned(), tokens: 0, waits: true })
+        Ok(self.place(model, 0))
+    }
+
+    /// The place of a sequence until its first step.
+    pub(super) fn join(&self, model: &str, tokens: usize) -> Place {
+        self.with(|admission| admission.joins(model, tokens));
+        self.place(model, tokens)
+    }
+
+    fn place(&self, model: &str, tokens: usize) -> Place {
+        Place { door: self.clone(), model: model.to_owned(), tokens, waits: true }
     }
 }
 
-/// One request's place. Dropping it gives it back.
+/// A place among those that wait. Dropping it gives it back.
 #[derive(Debug)]
 pub(super) struct Place {
     door: Door,
@@ -141,11 +155,6 @@ pub(super) struct Place {
 impl Place {
     pub(super) fn model(&self) -> &str {
         &self.model
-    }
-
-    pub(super) fn is_tokenized(&mut self, tokens: usize) {
-        self.tokens = tokens;
-        self.door.with(|admission| admission.is_tokenized(&self.model, tokens));
     }
 
     /// The first step begins.
@@ -187,7 +196,7 @@ mod tests {
         let now = Instant::now();
         // 1000 tokens a second, prompts of 500 tokens: 20 of them take 10 s.
         admission.arrives("m", now).unwrap();
-        admission.is_tokenized("m", 500);
+        admission.joins("m", 500);
         admission.measured("m", 500, seconds(0.5));
         assert_eq!(admission.refused("m", 20, now), seconds(10.0));
         assert_eq!(admission.refused("m", 0, now), SHORTEST_RETRY);
@@ -212,11 +221,11 @@ mod tests {
         let mut admission = Admission::default();
         let now = Instant::now();
         admission.arrives("m", now).unwrap();
-        admission.is_tokenized("m", 100);
+        admission.joins("m", 100);
         admission.measured("m", 100, seconds(1.0));
         // One enormous prompt is taken, whatever it takes; nobody waits behind it.
         admission.arrives("m", now).unwrap();
-        admission.is_tokenized("m", 100_000);
+        admission.joins("m", 100_000);
         assert_eq!(admission.arrives("m", now), Err(LONGEST_RETRY));
         admission.leaves("m", 100_000);
         assert_eq!(admission.arrives("m", now), Ok(()));
@@ -228,8 +237,10 @@ mod tests {
         let now = Instant::now();
         let mut places: Vec<Place> = (0..MAX_WAITING).map(|_| door.enter("m", now).unwrap()).collect();
         assert!(door.enter("m", now).is_err());
-        places[0].is_tokenized(9);
         places[0].started();
+        places.push(door.join("m", 9));
+        assert!(door.enter("m", now).is_err());
+        places[1].started();
         let one_more = door.enter("m", now);
         assert!(one_more.is_ok());
         assert!(door.enter("m", now).is_err());

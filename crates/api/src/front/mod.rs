@@ -7,14 +7,18 @@
 mod account;
 mod admission;
 mod answer;
+mod defaults;
 mod model_text;
 mod output;
+mod prepared;
 mod replicas;
 
 pub use admission::Admission;
 pub use answer::{Answer, AnswerEvent, Summary};
+pub use defaults::SamplingDefaults;
 pub use model_text::ModelText;
 pub use output::{End, Output, Piece};
+pub use prepared::Prepared;
 pub use replicas::{Replicas, RunEvents};
 
 use crate::deployments::{DeploymentView, DeploymentsView, State, state_name};
@@ -150,6 +154,11 @@ impl Front {
         Self { metrics, gate, ..self }
     }
 
+    /// All deployments, by name.
+    pub fn deployments(&self) -> Vec<DeploymentView> {
+        self.deployments.borrow().deployments.clone()
+    }
+
     /// The deployment that a request means.
     ///
     /// # Errors
@@ -196,40 +205,6 @@ impl Front {
         Ok(text)
     }
 
-    /// Starts a generation. The answer is a stream; dropping it cancels the work within one step.
-    ///
-    /// # Errors
-    /// Everything that can be known before the first step.
-    pub async fn generate(&self, request: GenerationRequest) -> Result<Answer, FrontError> {
-        let arrived = Instant::now();
-        let deployment = self.ready(&request.model)?;
-        let place = self.enter(&deployment.name, arrived)?;
-        let text = self.model_text(&deployment).await?;
-        let tools = match &request.input {
-            Input::Chat(chat) if request.is_read => Some(chat.tools.clone().unwrap_or_default()),
-            _ => None,
-        };
-        let prompt = text.clone().tokenize_blocking(request.input).await?;
-        let mut parameters = request.parameters;
-        for token in &request.extra_eos {
-            parameters.extra_stop_tokens.push(text.tokenizer.parse_token(token)?);
-        }
-        let limits = text.limits(&deployment)?;
-        let valid = ValidRequest::new(prompt, parameters, &limits, fresh_seed())?;
-        let reader = tools.map(|tools| text.answers.parser(&tools, &valid.prompt)).transpose()?;
-        let output = Output::new(&text, valid.stop.clone(), reader)?;
-        let seed = valid.seed();
-        let mut account = self.account(&deployment, place, &request.tenant, valid.prompt.len(), arrived);
-        let run = RunRequest {
-            prompt: valid.prompt,
-            spec: valid.spec,
-            deadline: request.deadline,
-            tenant: request.tenant,
-        };
-        let stream = self.replicas.run(&deployment, run).await.map_err(|error| account.failed(error))?;
-        Ok(Answer::new(deployment, stream, output, account, seed))
-    }
-
     /// The mean of the prompt's hidden vectors after the last norm, and the prompt's length in tokens.
     ///
     /// # Errors
@@ -237,12 +212,12 @@ impl Front {
     pub async fn embed(&self, request: EmbeddingRequest) -> Result<(Vec<f32>, usize), FrontError> {
         let arrived = Instant::now();
         let deployment = self.ready(&request.model)?;
-        let place = self.enter(&deployment.name, arrived)?;
+        let _place = self.enter(&deployment.name, arrived)?;
         let text = self.model_text(&deployment).await?;
         let prompt = text.clone().tokenize_blocking(request.input).await?;
         let valid = ValidRequest::embedding(prompt, request.adapter, &text.limits(&deployment)?)?;
         let prompt_tokens = valid.prompt.len();
-        let mut account = self.account(&deployment, place, &request.tenant, prompt_tokens, arrived);
+        let mut account = self.account(&deployment, &request.tenant, prompt_tokens, arrived);
         let (deadline, tenant) = (request.deadline, request.tenant);
         let run = RunRequest { prompt: valid.prompt, spec: valid.spec, deadline, tenant };
         let mut events = self.replicas.run(&deployment, run).await.map_err(|error| account.failed(error))?;
@@ -260,7 +235,7 @@ impl Front {
         Err(account.failed(RunError::Unavailable("the scheduler ended the sequence".into())))
     }
 
-    /// A place among the requests that wait for this deployment.
+    /// A place among the requests that are being prepared for this deployment.
     fn enter(&self, model: &str, now: Instant) -> Result<Place, FrontError> {
         self.door.enter(model, now).map_err(|retry_after| {
             self.metrics.rejected(Rejection::Overloaded);
@@ -268,15 +243,15 @@ impl Front {
         })
     }
 
+    /// The account of a sequence that is about to be submitted.
     fn account(
         &self,
         deployment: &DeploymentView,
-        mut place: Place,
         tenant: &str,
         prompt_tokens: usize,
         arrived: Instant,
     ) -> Account {
-        place.is_tokenized(prompt_tokens);
+        let place = self.door.join(&deployment.name, prompt_tokens);
         let record = self.metrics.request(&deployment.name, prompt_tokens, arrived);
         let gate = self.gate.clone().map(|gate| (gate, tenant.to_owned()));
         Account::new(place, record, self.metrics.clone(), gate, prompt_tokens)

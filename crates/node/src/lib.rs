@@ -8,6 +8,7 @@
 //! | `coordination` | the coordinator's role here or on another node |
 //! | `key_ring` | the API keys, from the coordinator's node to all others |
 //! | `workers`, `schedulers` | the worker processes and the schedulers of this node |
+//! | `observer` | what the figures for monitoring say about this node |
 //! | `node_control`, `replica` | what nodes ask of each other: service and client of each, converted in `wire` |
 //! | `client` | how local programs reach the node |
 
@@ -23,6 +24,7 @@ mod key_ring;
 mod lookout;
 mod node;
 mod node_control;
+mod observer;
 mod options;
 mod registrar;
 mod replica;

@@ -27,7 +27,7 @@ use crate::metrics::{Finished, Metrics, Rejection};
 use account::Account;
 use admission::{Door, Place};
 use futures::StreamExt as _;
-use mlxnode_compute::ByteCount;
+use mlxnode_compute::{ByteCount, TraceContext};
 use mlxnode_coordinator::requests::{Parameters, RequestError, ValidRequest};
 use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
 use mlxnode_text::{ChatRequest, TextError};
@@ -54,6 +54,8 @@ pub struct GenerationRequest {
     pub deadline: Option<Instant>,
     /// Who asks; see [`RunRequest::tenant`].
     pub tenant: String,
+    /// Names the request on all nodes; a new name when absent.
+    pub trace: Option<TraceContext>,
     /// Tell content, reasoning and tool calls apart: [`Piece::deltas`]. Only for conversations.
     pub is_read: bool,
 }
@@ -71,6 +73,8 @@ pub struct EmbeddingRequest {
     pub deadline: Option<Instant>,
     /// Who asks; see [`RunRequest::tenant`].
     pub tenant: String,
+    /// Names the request on all nodes; a new name when absent.
+    pub trace: Option<TraceContext>,
 }
 
 /// What a generation continues.
@@ -215,7 +219,8 @@ impl Front {
         let _place = self.enter(&deployment.name, arrived)?;
         let text = self.model_text(&deployment).await?;
         let prompt = text.clone().tokenize_blocking(request.input).await?;
-        let valid = ValidRequest::embedding(prompt, request.adapter, &text.limits(&deployment)?)?;
+        let mut valid = ValidRequest::embedding(prompt, request.adapter, &text.limits(&deployment)?)?;
+        valid.spec.trace = Some(named(request.trace));
         let prompt_tokens = valid.prompt.len();
         let mut account = self.account(&deployment, &request.tenant, prompt_tokens, arrived);
         let (deadline, tenant) = (request.deadline, request.tenant);
@@ -278,6 +283,11 @@ impl Front {
     fn lock_texts(&self) -> std::sync::MutexGuard<'_, Texts> {
         self.texts.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The request's name, or a new one.
+fn named(trace: Option<TraceContext>) -> TraceContext {
+    trace.unwrap_or_else(|| TraceContext::new(rand::random()))
 }
 
 /// 63 random bits: a seed that survives every JSON parser's numbers would need 53, but gRPC carries all.

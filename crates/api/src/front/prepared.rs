@@ -1,7 +1,9 @@
 //! A request that is checked and tokenized, ready to run once or several times.
 
 use crate::deployments::DeploymentView;
-use crate::front::{Answer, Front, FrontError, GenerationRequest, Input, ModelText, Output, fresh_seed};
+use crate::front::{
+    Answer, Front, FrontError, GenerationRequest, Input, ModelText, Output, fresh_seed, named,
+};
 use mlxnode_coordinator::requests::ValidRequest;
 use mlxnode_coordinator::scheduler::RunRequest;
 use serde_json::Value;
@@ -45,7 +47,8 @@ impl Front {
             parameters.extra_stop_tokens.push(text.tokenizer.parse_token(token)?);
         }
         let limits = text.limits(&deployment)?;
-        let valid = ValidRequest::new(prompt, parameters, &limits, fresh_seed())?;
+        let mut valid = ValidRequest::new(prompt, parameters, &limits, fresh_seed())?;
+        valid.spec.trace = Some(named(request.trace));
         let (deadline, tenant) = (request.deadline, request.tenant);
         Ok(Prepared { deployment, text, valid, tools, deadline, tenant, arrived })
     }

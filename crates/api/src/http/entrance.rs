@@ -90,7 +90,8 @@ fn without_names(response: Response) -> Response {
     match response.extensions().get::<ApiError>() {
         Some(error) if error.kind == ErrorKind::NoModel => {
             let message = "there is no model of this name, or this API key may not use it; /v1/models lists those it may";
-            ApiError { param: error.param.clone(), ..ApiError::new(ErrorKind::NoModel, message) }.into_response()
+            ApiError { param: error.param.clone(), ..ApiError::new(ErrorKind::NoModel, message) }
+                .into_response()
         }
         _ => response,
     }
@@ -158,7 +159,8 @@ mod tests {
 
     #[test]
     fn spans_are_written_as_openai_writes_them() {
-        let cases = [(0, "0s"), (20, "20ms"), (1000, "1s"), (1500, "1.5s"), (60_000, "1m0s"), (361_000, "6m1s")];
+        let cases =
+            [(0, "0s"), (20, "20ms"), (1000, "1s"), (1500, "1.5s"), (60_000, "1m0s"), (361_000, "6m1s")];
         for (millis, expected) in cases {
             assert_eq!(span(Duration::from_millis(millis)), expected);
         }

@@ -40,8 +40,8 @@ pub fn router(services: HttpServices, guard: Arc<guard::Guard>) -> Router {
     for route in routes() {
         let Route { path, access, handler, .. } = route;
         let entrance = Entrance { services: services.clone(), access, path };
-        router =
-            router.route(path, handler.route_layer(middleware::from_fn_with_state(entrance, entrance::check)));
+        router = router
+            .route(path, handler.route_layer(middleware::from_fn_with_state(entrance, entrance::check)));
     }
     router
         .method_not_allowed_fallback(wrong_method)

@@ -3,7 +3,7 @@
 mod service;
 mod wire;
 
-pub use mlxnode_coordinator::keys::{KeyEntry, KeyHash, KeyLimits, KeyRole, find};
+pub use mlxnode_coordinator::keys::{KeyEntry, KeyHash, KeyLimits, KeyRole, KeyText, find};
 pub use service::KeysService;
 pub use wire::{key_from_wire, key_to_wire};
 

@@ -60,10 +60,10 @@ pub struct StageSeen {
     pub steps: u64,
     /// Time in steps.
     pub compute: Duration,
-    /// Time that batches waited here before they were computed.
-    pub wait: Duration,
-    /// Time that messages took to the next stage.
-    pub send: Duration,
+    /// Time that batches waited here before they were computed; none where that is not measured.
+    pub wait: Option<Duration>,
+    /// Time that messages took to the next stage; none where that is not measured.
+    pub send: Option<Duration>,
     /// Sequences that hold memory.
     pub open_sequences: u64,
     /// Memory held now.
@@ -110,50 +110,50 @@ impl Collector for Observations {
             "Part of the reserved KV memory that is promised to sequences, 0 to 1",
             by_scheduler(|seen| seen.kv_usage),
         )?;
-        let by_stage = |value: fn(&StageSeen) -> f64| {
-            self.stages.iter().map(move |seen| (stage_labels(seen), value(seen)))
+        let by_stage = |value: fn(&StageSeen) -> Option<f64>| {
+            self.stages.iter().filter_map(move |seen| Some((stage_labels(seen), value(seen)?)))
         };
         counters(
             out,
             "mlxnode_stage_steps",
             "Steps that a stage on this node has computed",
-            by_stage(|seen| seen.steps as f64),
+            by_stage(|seen| Some(seen.steps as f64)),
         )?;
         counters(
             out,
             "mlxnode_stage_compute_seconds",
             "Time that a stage on this node has spent computing",
-            by_stage(|seen| seen.compute.as_secs_f64()),
+            by_stage(|seen| Some(seen.compute.as_secs_f64())),
         )?;
         counters(
             out,
             "mlxnode_stage_wait_seconds",
             "Time that batches have waited at a stage on this node before they were computed",
-            by_stage(|seen| seen.wait.as_secs_f64()),
+            by_stage(|seen| Some(seen.wait?.as_secs_f64())),
         )?;
         counters(
             out,
             "mlxnode_stage_send_seconds",
             "Time that messages of a stage on this node took to the next stage",
-            by_stage(|seen| seen.send.as_secs_f64()),
+            by_stage(|seen| Some(seen.send?.as_secs_f64())),
         )?;
         gauges(
             out,
             "mlxnode_stage_open_sequences",
             "Sequences that hold memory in a stage on this node",
-            by_stage(|seen| seen.open_sequences as f64),
+            by_stage(|seen| Some(seen.open_sequences as f64)),
         )?;
         gauges(
             out,
             "mlxnode_stage_memory_bytes",
             "Memory that a stage on this node holds",
-            by_stage(|seen| seen.active_bytes as f64),
+            by_stage(|seen| Some(seen.active_bytes as f64)),
         )?;
         gauges(
             out,
             "mlxnode_stage_memory_peak_bytes",
             "Memory that a stage on this node has held at most",
-            by_stage(|seen| seen.peak_bytes as f64),
+            by_stage(|seen| Some(seen.peak_bytes as f64)),
         )?;
         let round_trips = self
             .links

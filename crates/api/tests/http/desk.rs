@@ -7,6 +7,7 @@ use futures::StreamExt as _;
 use futures::stream;
 use mlxnode_api::deployments::{DeploymentView, DeploymentsView, State};
 use mlxnode_api::front::{Front, Replicas, RunEvents};
+use mlxnode_api::gate::Gate;
 use mlxnode_api::http::{HttpOptions, HttpServer, HttpServices};
 use mlxnode_compute::{ByteCount, Candidate, Output, Sampled, SequenceEnd};
 use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
@@ -41,6 +42,11 @@ impl Desk {
     }
 
     pub(crate) async fn with(options: HttpOptions) -> Result<Self> {
+        Self::behind(options, Gate::open()).await
+    }
+
+    /// With a gate.
+    pub(crate) async fn behind(options: HttpOptions, gate: Gate) -> Result<Self> {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../hub/demo-model/model");
         let mut files: BTreeMap<String, Vec<u8>> = BTreeMap::new();
         for name in TextFiles::names() {
@@ -80,7 +86,7 @@ impl Desk {
         let options = HttpOptions { listen: SocketAddr::new(options.listen.ip(), 0), ..options };
         let server = HttpServer::bind(options).await?;
         let address = server.address();
-        let services = HttpServices::new(Front::new(view, replicas.clone()), stop.clone());
+        let services = HttpServices::new(Front::new(view, replicas.clone()), stop.clone()).behind(gate);
         let router = server.router(services, &["studio".to_owned()]);
         let server = tokio::spawn(server.serve(router, stop.clone()));
         Ok(Self { address, replicas, stop, server, _deployments: sender })

@@ -4,4 +4,5 @@
 mod client;
 #[allow(dead_code, reason = "the endpoints' tests use the rest")]
 mod desk;
+mod gate;
 mod shell;

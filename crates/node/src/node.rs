@@ -45,6 +45,7 @@ use mlxnode_hub::Hub;
 use mlxnode_proto::internal::v1::key_ring_server::KeyRingServer;
 use mlxnode_proto::internal::v1::node_control_server::NodeControlServer;
 use mlxnode_proto::internal::v1::replica_server::ReplicaServer;
+use mlxnode_sandbox::{SandboxOptions, SandboxProcess};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -248,7 +249,8 @@ impl Node {
             WorkersOptions { command: options.worker_command.clone(), listen: bound.ip(), advertised };
         let workers =
             Workers::new(workers_options, identity.clone(), Arc::new(Hub::new(options.hub.clone())));
-        let schedulers = Schedulers::new(identity.clone(), workers.clone());
+        let sandbox = Arc::new(SandboxProcess::new(SandboxOptions::new(options.worker_command.clone())));
+        let schedulers = Schedulers::new(identity.clone(), workers.clone(), sandbox.clone());
 
         let nodes = ClusterNodes {
             own,
@@ -304,7 +306,7 @@ impl Node {
         });
         let busy = Arc::new(schedulers.clone());
         let metrics = Arc::new(Metrics::default());
-        let front = Front::new(view.clone(), replicas).counting(metrics.clone(), None);
+        let front = Front::new(view.clone(), replicas, sandbox).counting(metrics.clone(), None);
         let observer = Arc::new(NodeObserver {
             deployments: view.clone(),
             schedulers: schedulers.clone(),

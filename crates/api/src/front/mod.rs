@@ -30,7 +30,7 @@ use futures::StreamExt as _;
 use mlxnode_compute::{ByteCount, TraceContext};
 use mlxnode_coordinator::requests::{Parameters, RequestError, ValidRequest};
 use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
-use mlxnode_text::{ChatRequest, TextError};
+use mlxnode_text::{ChatRequest, Sandbox, TextError};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -136,6 +136,7 @@ pub enum FrontError {
 pub struct Front {
     deployments: watch::Receiver<DeploymentsView>,
     replicas: Arc<dyn Replicas>,
+    sandbox: Arc<dyn Sandbox>,
     texts: Arc<Mutex<Texts>>,
     door: Door,
     metrics: Arc<Metrics>,
@@ -146,10 +147,14 @@ pub struct Front {
 type Texts = HashMap<String, (u64, Arc<ModelText>)>;
 
 impl Front {
-    /// A front over this view of the deployments.
-    pub fn new(deployments: watch::Receiver<DeploymentsView>, replicas: Arc<dyn Replicas>) -> Self {
+    /// A front over this view of the deployments. The sandbox carries out what the models' files bring along.
+    pub fn new(
+        deployments: watch::Receiver<DeploymentsView>,
+        replicas: Arc<dyn Replicas>,
+        sandbox: Arc<dyn Sandbox>,
+    ) -> Self {
         let (texts, door, metrics) = (Arc::default(), Door::default(), Arc::default());
-        Self { deployments, replicas, texts, door, metrics, gate: None }
+        Self { deployments, replicas, sandbox, texts, door, metrics, gate: None }
     }
 
     /// With figures that are read elsewhere too, and a gate at which tokens are counted against the keys that asked for them.
@@ -196,7 +201,8 @@ impl Front {
         }
         let files = self.replicas.text_files(deployment).await?;
         // Building a tokenizer of a hundred thousand merges takes long enough to keep other requests waiting.
-        let text = tokio::task::spawn_blocking(move || ModelText::new(&files))
+        let sandbox = Arc::clone(&self.sandbox);
+        let text = tokio::task::spawn_blocking(move || ModelText::new(&files, sandbox))
             .await
             .map_err(|error| RunError::Failed(format!("reading the tokenizer failed: {error}")))??;
         let text = Arc::new(text);

@@ -219,7 +219,10 @@ fn text_error(error: &TextError) -> ApiError {
         | TextError::UnknownFile { .. }
         | TextError::Read { .. }
         | TextError::InvalidFile { .. }
-        | TextError::Tokenizer { .. } => ApiError::new(ErrorKind::Internal, text),
+        | TextError::Tokenizer { .. }
+        | TextError::TokenizerCost { .. } => ApiError::new(ErrorKind::Internal, text),
+        TextError::SandboxBusy => ApiError::new(ErrorKind::RateLimited, text).retry_after(SOON),
+        TextError::Sandbox { .. } => ApiError::new(ErrorKind::Unavailable, text).retry_after(SOON),
         TextError::NoChatTemplate => {
             ApiError::field("messages", "the model has no chat template; use /v1/completions with a prompt")
         }
@@ -231,6 +234,8 @@ fn text_error(error: &TextError) -> ApiError {
         | TextError::Refused { .. }
         | TextError::TemplateTooSlow { .. }
         | TextError::TemplateOutput { .. }
+        | TextError::TemplateMemory { .. }
+        | TextError::TooNested { .. }
         | TextError::Continuation { .. } => ApiError::field("messages", text),
     }
 }

@@ -169,7 +169,11 @@ mod tests {
             "vllm:request_prompt_tokens_count{model_name=\"demo\"} 1",
             "vllm:request_generation_tokens_count{model_name=\"demo\"} 1",
         ] {
-            assert!(text.contains(&format!("{line}\n")), "no {line} in\n{text}");
+            let (name, expected) = line.rsplit_once(' ').unwrap();
+            let found = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            let found = found.unwrap_or_else(|| panic!("no {name} in\n{text}"));
+            let (found, expected) = (found.parse::<f64>().unwrap(), expected.parse::<f64>().unwrap());
+            assert!((found - expected).abs() < 1e-9, "{name} is {found}, not {expected}");
         }
         assert!(text.ends_with("# EOF\n"));
     }

@@ -11,7 +11,7 @@ use mlxnode_api::gate::Gate;
 use mlxnode_api::http::{HttpOptions, HttpServer, HttpServices};
 use mlxnode_compute::{ByteCount, Candidate, Output, Sampled, SequenceEnd};
 use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
-use mlxnode_text::{TextFiles, Tokenizer};
+use mlxnode_text::{InProcess, TextFiles, Tokenizer};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -86,7 +86,11 @@ impl Desk {
         let options = HttpOptions { listen: SocketAddr::new(options.listen.ip(), 0), ..options };
         let server = HttpServer::bind(options).await?;
         let address = server.address();
-        let services = HttpServices::new(Front::new(view, replicas.clone()), stop.clone()).behind(gate);
+        let services = HttpServices::new(
+            Front::new(view, replicas.clone(), Arc::new(InProcess::default())),
+            stop.clone(),
+        )
+        .behind(gate);
         let router = server.router(services, &["studio".to_owned()]);
         let server = tokio::spawn(server.serve(router, stop.clone()));
         Ok(Self { address, replicas, stop, server, _deployments: sender })

@@ -24,7 +24,7 @@ pub use replicas::{Replicas, RunEvents};
 use crate::deployments::{DeploymentView, DeploymentsView, State, state_name};
 use crate::gate::{Gate, retry_seconds};
 use crate::metrics::{Finished, Metrics, Rejection};
-use account::Account;
+use account::{Account, Submitted};
 use admission::{Door, Place};
 use futures::StreamExt as _;
 use mlxnode_compute::{ByteCount, TraceContext};
@@ -228,9 +228,9 @@ impl Front {
         let mut valid = ValidRequest::embedding(prompt, request.adapter, &text.limits(&deployment)?)?;
         valid.spec.trace = Some(named(request.trace));
         let prompt_tokens = valid.prompt.len();
-        let mut account = self.account(&deployment, &request.tenant, prompt_tokens, arrived);
         let (deadline, tenant) = (request.deadline, request.tenant);
         let run = RunRequest { prompt: valid.prompt, spec: valid.spec, deadline, tenant };
+        let mut account = self.account(&deployment, &run, arrived);
         let mut events = self.replicas.run(&deployment, run).await.map_err(|error| account.failed(error))?;
         while let Some(event) = events.next().await {
             match event {
@@ -255,17 +255,11 @@ impl Front {
     }
 
     /// The account of a sequence that is about to be submitted.
-    fn account(
-        &self,
-        deployment: &DeploymentView,
-        tenant: &str,
-        prompt_tokens: usize,
-        arrived: Instant,
-    ) -> Account {
-        let place = self.door.join(&deployment.name, prompt_tokens);
-        let record = self.metrics.request(&deployment.name, prompt_tokens, arrived);
-        let gate = self.gate.clone().map(|gate| (gate, tenant.to_owned()));
-        Account::new(place, record, self.metrics.clone(), gate, prompt_tokens)
+    fn account(&self, deployment: &DeploymentView, run: &RunRequest, arrived: Instant) -> Account {
+        let place = self.door.join(&deployment.name, run.prompt.len());
+        let record = self.metrics.request(&deployment.name, run.prompt.len(), arrived);
+        let gate = self.gate.clone().map(|gate| (gate, run.tenant.clone()));
+        Account::new(place, record, self.metrics.clone(), gate, Submitted::new(run, arrived))
     }
 
     fn ready(&self, model: &str) -> Result<DeploymentView, FrontError> {

@@ -64,8 +64,8 @@ impl Front {
         let mut spec = valid.spec;
         spec.sampling.seed = spec.sampling.seed.wrapping_add(sample);
         let seed = spec.sampling.seed;
-        let mut account = self.account(&deployment, &tenant, valid.prompt.len(), arrived);
         let run = RunRequest { prompt: valid.prompt, spec, deadline, tenant };
+        let mut account = self.account(&deployment, &run, arrived);
         let stream = self.replicas.run(&deployment, run).await.map_err(|error| account.failed(error))?;
         Ok(Answer::new(deployment, stream, output, account, seed))
     }

@@ -47,5 +47,5 @@ fn random() -> [u8; 24] {
 /// Letters, digits and what ids are punctuated with: it goes into logs.
 fn is_usable(id: &HeaderValue) -> bool {
     let allowed = |byte: &u8| byte.is_ascii_alphanumeric() || b"._-:/+=".contains(byte);
-    (1..=MAX_ID_BYTES).contains(&id.len()) && id.as_bytes().iter().all(|byte| allowed(byte))
+    (1..=MAX_ID_BYTES).contains(&id.len()) && id.as_bytes().iter().all(allowed)
 }

@@ -3,11 +3,16 @@
 use crate::client::{Reply, ask, get};
 use crate::desk::Desk;
 use anyhow::{Context as _, Result};
+use mlxnode_api::front::{AnswerEvent, FrontError, GenerationRequest, Input};
 use mlxnode_api::gate::{Gate, GateOptions};
 use mlxnode_api::http::HttpOptions;
 use mlxnode_api::http::routes::{Access, routes};
 use mlxnode_api::keys::{KeyEntry, KeyLimits, KeyRole, KeyText, KeysView};
+use mlxnode_api::metrics::{Metrics, Observations};
+use mlxnode_compute::TraceContext;
+use mlxnode_coordinator::requests::Parameters;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
@@ -205,5 +210,94 @@ async fn every_answer_has_a_request_id() -> Result<()> {
         let reply = ask(desk.address, "GET", "/health", &format!("x-request-id: {bad}\r\n"), "").await?;
         assert_ne!(id(&reply)?, bad);
     }
+    desk.stop().await
+}
+
+fn says(text: &str, tenant: String) -> GenerationRequest {
+    GenerationRequest {
+        model: "demo".into(),
+        input: Input::Prompt(format!("SAY {text}")),
+        parameters: Parameters { max_tokens: 20, ..Parameters::default() },
+        extra_eos: Vec::new(),
+        deadline: None,
+        tenant,
+        trace: TraceContext::parse("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"),
+        is_read: false,
+    }
+}
+
+#[tokio::test]
+async fn tokens_are_counted_for_the_key_that_asked_and_in_the_figures() -> Result<()> {
+    let (text, mut entry) = key("user", 1, KeyRole::User);
+    entry.limits.tokens_per_minute = Some(1000);
+    let view = KeysView { keys: vec![entry.clone()], is_known: true };
+    let (_keys, receiver) = watch::channel(view);
+    let gate = Gate::new(receiver, GateOptions::default());
+    let desk = Desk::start().await?;
+    let metrics = Arc::new(Metrics::default());
+    let front = desk.front.clone().counting(metrics.clone(), Some(gate.clone()));
+    gate.admit(Access::User, Some(text.reveal()), Instant::now())?;
+
+    let mut answer = front.generate(says("hi", entry.tenant())).await?;
+    let mut summary = None;
+    while let Some(event) = answer.next().await {
+        if let AnswerEvent::Ended { summary: told, .. } = event? {
+            summary = Some(told);
+        }
+    }
+    let summary = summary.context("it ended")?;
+    let used = (summary.prompt_tokens + summary.generation_tokens) as u64;
+    assert!(used > 2, "{used}");
+    let left = gate.admit(Access::User, Some(text.reveal()), Instant::now())?.balance.tokens;
+    let left = left.context("a balance")?.remaining;
+    // The bucket fills while the test runs: 1000 a minute are 17 a second.
+    assert!((1000 - used..1000 - used + 100).contains(&left), "{left} left, {used} used");
+    // Its trace goes with it, and nothing else of the client.
+    let seen = desk.replicas.last();
+    assert_eq!(seen.spec.trace.map(|trace| trace.id()).as_deref(), Some("4bf92f3577b34da6a3ce929d0e0e4736"));
+    assert_eq!(seen.tenant, entry.tenant());
+
+    // Who hangs up is counted as well.
+    drop(front.generate(says("WAIT", String::new())).await?);
+    let figures = metrics.text(Observations::default())?;
+    for (line, value) in [
+        ("vllm:request_success_total{model_name=\"demo\",finished_reason=\"stop\"}", 1.0),
+        ("vllm:request_success_total{model_name=\"demo\",finished_reason=\"abort\"}", 1.0),
+        ("vllm:generation_tokens_total{model_name=\"demo\"}", summary.generation_tokens as f64),
+        ("vllm:prompt_tokens_total{model_name=\"demo\"}", summary.prompt_tokens as f64),
+        ("vllm:prefix_cache_hits_total{model_name=\"demo\"}", 3.0),
+    ] {
+        let found = figures.lines().find_map(|it| it.strip_prefix(line)?.trim().parse::<f64>().ok());
+        assert_eq!(found, Some(value), "{line} in {figures}");
+    }
+    assert!(!figures.contains("SAY"), "no prompt is in the figures");
+    desk.stop().await
+}
+
+#[tokio::test]
+async fn under_overload_a_refusal_says_when_to_come_back_and_costs_nothing() -> Result<()> {
+    let desk = Desk::start().await?;
+    let front = desk.front.clone();
+    let mut full = front.generate(says("QUEUE FULL", String::new())).await?;
+    let refused = full.next().await.context("an answer")?;
+    assert!(matches!(refused, Err(FrontError::Busy { .. })), "{refused:?}");
+    let asked = desk.replicas.seen.lock().map_err(|_| anyhow::anyhow!("poisoned"))?.len();
+    let mut times = Vec::new();
+    let begin = Instant::now();
+    // What a replica refused a moment ago is refused here, before it is tokenized.
+    while begin.elapsed() < Duration::from_millis(50) {
+        let started = Instant::now();
+        let refused = front.generate(says(&"long ".repeat(400), String::new())).await.err();
+        times.push(started.elapsed());
+        let Some(FrontError::Busy { retry_after, .. }) = refused else { anyhow::bail!("{refused:?}") };
+        assert!(retry_after >= Duration::from_secs(1));
+    }
+    times.sort();
+    let p99 = times[(times.len() - 1) * 99 / 100];
+    assert!(p99 < Duration::from_millis(10), "{p99:?} of {}", times.len());
+    assert_eq!(desk.replicas.seen.lock().map_err(|_| anyhow::anyhow!("poisoned"))?.len(), asked);
+    // And then somebody is let through to see.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(front.generate(says("hi", String::new())).await.is_ok());
     desk.stop().await
 }

@@ -137,7 +137,8 @@ mod tests {
 
     #[test]
     fn a_key_is_found_in_the_headers_of_either_dialect() {
-        let cases: [(&[(&str, &str)], Option<&str>); 8] = [
+        type Case = (&'static [(&'static str, &'static str)], Option<&'static str>);
+        let cases: [Case; 8] = [
             (&[], None),
             (&[("authorization", "Bearer mlx-1")], Some("mlx-1")),
             (&[("authorization", "bearer  mlx-1 ")], Some("mlx-1")),

@@ -77,12 +77,10 @@ async fn every_route_denies_every_credential_that_is_not_meant_for_it() -> Resul
         let path = filled(route.path);
         for (name, credential) in credentials {
             let reply = with_key(desk.address, route.method.as_str(), &path, credential).await?;
-            let may = match (route.access, name) {
-                (Access::Open, _) | (_, "admin") => true,
-                (Access::User, "user") => true,
-                (Access::Metrics, "metrics") => true,
-                _ => false,
-            };
+            let may = matches!(
+                (route.access, name),
+                (Access::Open, _) | (_, "admin") | (Access::User, "user") | (Access::Metrics, "metrics")
+            );
             let is_known = matches!(name, "user" | "metrics");
             let expected = if is_known { 403 } else { 401 };
             if may {

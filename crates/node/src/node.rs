@@ -12,9 +12,12 @@ use crate::data_dir::{DataDir, DataDirError, DataDirLock, RunningNode};
 use crate::facts::MachineFacts;
 use crate::household::{LEAVE_TIME, Members, NodeHousehold};
 use crate::joining::become_member;
+use crate::key_ring;
+use crate::key_ring::service::KeyRingService;
 use crate::lookout::Lookout;
 use crate::node_control::client::ClusterNodes;
 use crate::node_control::service::NodeControlService;
+use crate::observer::NodeObserver;
 use crate::options::NodeOptions;
 use crate::registrar::{Registrar, keep_addresses};
 use crate::replica::client::ClusterReplicas;
@@ -25,7 +28,10 @@ use mlxnode_api::access::{NODES, only};
 use mlxnode_api::cluster::{ClusterService, Household, HouseholdError};
 use mlxnode_api::deployments::DeploymentsView;
 use mlxnode_api::front::Front;
+use mlxnode_api::gate::{Gate, GateOptions};
 use mlxnode_api::http::{BindError, HttpServer, HttpServices};
+use mlxnode_api::keys::{KeysService, KeysView};
+use mlxnode_api::metrics::Metrics;
 use mlxnode_api::models::{Busy, ModelsService};
 use mlxnode_api::{InferenceService, PublicServices, public_routes};
 use mlxnode_cluster::{
@@ -36,6 +42,7 @@ use mlxnode_cluster::{
 use mlxnode_coordinator::coordinator::{self, Coordinator, CoordinatorHandle};
 use mlxnode_coordinator::scheduler::Statistics;
 use mlxnode_hub::Hub;
+use mlxnode_proto::internal::v1::key_ring_server::KeyRingServer;
 use mlxnode_proto::internal::v1::node_control_server::NodeControlServer;
 use mlxnode_proto::internal::v1::replica_server::ReplicaServer;
 use mlxnode_sandbox::{SandboxOptions, SandboxProcess};
@@ -84,8 +91,8 @@ pub enum NodeError {
     },
     /// HTTP for other machines, and nobody could be told from anybody else.
     #[error(
-        "--http {0} would let every machine that reaches it use the models: make a key first by `mlxnode keys create NAME`, or \
-         keep HTTP to this machine by `mlxnode join --http 127.0.0.1:8080`"
+        "--http {0} is for other machines too, but the cluster has no API key to tell who may use the models: start with \
+         `mlxnode join`, make one by `mlxnode keys create NAME`, then start with --http again"
     )]
     OpenHttp(SocketAddr),
     /// The text after `--invite` is none.
@@ -173,6 +180,8 @@ struct HttpListener {
 
 /// How often the memory that models take here is told to the other nodes.
 const FACTS_PERIOD: Duration = Duration::from_secs(2);
+/// How long a start waits to hear of the API keys.
+const KEYS_TIME: Duration = Duration::from_secs(5);
 /// For the last words of HTTP answers.
 const HTTP_FAREWELL: Duration = Duration::from_secs(2);
 /// A worker's frames are at most 1 MiB; nodes send each other prompts and tokenizer files.
@@ -194,8 +203,6 @@ impl Node {
         let bound =
             listener.local_addr().map_err(|source| NodeError::Listen { address: options.listen, source })?;
         let http = match &options.http {
-            // Without keys, whoever reaches the listener may use it.
-            Some(http) if !http.listen.ip().is_loopback() => return Err(NodeError::OpenHttp(http.listen)),
             Some(http) => {
                 Some(HttpServer::bind(http.clone()).await.map_err(|bind| NodeError::Http { bind })?)
             }
@@ -262,15 +269,21 @@ impl Node {
         let route =
             Arc::new(RosterRoute { own, roster: roster.clone(), mesh: mesh.clone(), here: handle.clone() });
         let (view_sender, view) = watch::channel(DeploymentsView::default());
+        let (keys_sender, keys) = watch::channel(KeysView::default());
+        let key_ring = KeyRingService { coordinator: handle.clone() };
         let mut tasks = Vec::new();
         let mut own_task = |task: tokio::task::JoinHandle<()>| tasks.push(AbortOnDropHandle::new(task));
         match handle {
             Some(handle) => {
                 own_task(tokio::spawn(coordination::mirror(handle.clone(), view_sender)));
+                own_task(tokio::spawn(key_ring::client::mirror(handle.clone(), keys_sender)));
                 own_task(tokio::spawn(coordination::bring_news(handle, nodes, workers.clone())));
                 own_task(tokio::spawn(keep_addresses(registrar.clone(), mesh.clone(), own)));
             }
-            None => own_task(tokio::spawn(coordination::follow(route.clone(), view_sender))),
+            None => {
+                own_task(tokio::spawn(coordination::follow(route.clone(), view_sender)));
+                own_task(tokio::spawn(key_ring::client::follow(route.clone(), keys_sender)));
+            }
         }
         let stop_serving = CancellationToken::new();
         own_task(tokio::spawn(announce_invites(inviter.clone(), lookout.clone(), stop_serving.clone())));
@@ -292,11 +305,19 @@ impl Node {
             workers: workers.clone(),
         });
         let busy = Arc::new(schedulers.clone());
-        let front = Front::new(view.clone(), replicas, sandbox);
+        let metrics = Arc::new(Metrics::default());
+        let front = Front::new(view.clone(), replicas, sandbox).counting(metrics.clone(), None);
+        let observer = Arc::new(NodeObserver {
+            deployments: view.clone(),
+            schedulers: schedulers.clone(),
+            workers: workers.clone(),
+            household: household.clone(),
+        });
         let public = public_routes(PublicServices {
             inference: InferenceService::new(front.clone()),
             models: ModelsService::new(route.clone(), view.clone(), busy.clone()),
-            cluster: ClusterService::new(household.clone(), route, view, busy),
+            cluster: ClusterService::new(household.clone(), route.clone(), view, busy),
+            keys: KeysService::new(route, keys.clone()),
         })
         .await
         .map_err(|error| NodeError::Api(error.to_string()))?;
@@ -310,6 +331,7 @@ impl Node {
         let routes = public
             .add_service(InterceptedService::new(control, only(NODES)))
             .add_service(InterceptedService::new(replica, only(NODES)))
+            .add_service(InterceptedService::new(KeyRingServer::new(key_ring), only(NODES)))
             .add_service(peer_service(&mesh, registrar));
 
         let access = Arc::new(AccessList::default());
@@ -320,11 +342,24 @@ impl Node {
         let serve_options = ServeOptions { pairing: Some(inviter), ..ServeOptions::default() };
         let server =
             tokio::spawn(serve(listener, identity, admission, routes, serve_options, stop_serving.clone()));
+        let server = AbortOnDropHandle::new(server);
+        if let Some(http) = &http
+            && !http.address().ip().is_loopback()
+        {
+            refuse_without_keys(http.address(), keys.clone()).await?;
+        }
         let http = http.map(|http| {
-            let router = http.router(
-                HttpServices::new(front, stop_serving.clone()),
-                &addresses::http_names(&name, http.address(), &reachable),
+            let gate = Gate::new(
+                keys,
+                GateOptions {
+                    is_public: !http.address().ip().is_loopback(),
+                    requires_key: options.http.as_ref().is_some_and(|http| http.requires_key),
+                },
             );
+            let services =
+                HttpServices::new(front, stop_serving.clone()).behind(gate).showing(metrics, observer);
+            let names = addresses::http_names(&name, http.address(), &reachable);
+            let router = http.router(services, &names);
             let (address, moved) = (http.address(), http.moved());
             let server = tokio::spawn(http.serve(router, stop_serving.clone()));
             HttpListener { address, moved, server: AbortOnDropHandle::new(server) }
@@ -349,7 +384,7 @@ impl Node {
             has_left: household.left(),
             roster,
             household,
-            server: AbortOnDropHandle::new(server),
+            server,
             stop_serving,
             coordinator,
             schedulers,
@@ -482,6 +517,18 @@ impl Node {
 impl HttpListener {
     fn url(&self) -> String {
         format!("http://{}", addresses::local(self.address))
+    }
+}
+
+/// A listener for other machines without any key is a mistake. While the coordinator cannot be reached nobody knows: then the node starts,
+/// and its gate lets nobody in until the keys are known.
+async fn refuse_without_keys(
+    address: SocketAddr,
+    mut keys: watch::Receiver<KeysView>,
+) -> Result<(), NodeError> {
+    match tokio::time::timeout(KEYS_TIME, keys.wait_for(|keys| keys.is_known)).await {
+        Ok(Ok(known)) if known.keys.is_empty() => Err(NodeError::OpenHttp(address)),
+        _ => Ok(()),
     }
 }
 

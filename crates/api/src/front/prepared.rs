@@ -1,7 +1,9 @@
 //! A request that is checked and tokenized, ready to run once or several times.
 
 use crate::deployments::DeploymentView;
-use crate::front::{Answer, Front, FrontError, GenerationRequest, Input, ModelText, Output, fresh_seed};
+use crate::front::{
+    Answer, Front, FrontError, GenerationRequest, Input, ModelText, Output, fresh_seed, named,
+};
 use mlxnode_coordinator::requests::ValidRequest;
 use mlxnode_coordinator::scheduler::RunRequest;
 use serde_json::Value;
@@ -21,6 +23,7 @@ pub struct Prepared {
     tools: Option<Vec<Value>>,
     deadline: Option<Instant>,
     tenant: String,
+    arrived: Instant,
 }
 
 impl Front {
@@ -29,7 +32,10 @@ impl Front {
     /// # Errors
     /// An unknown model, a prompt that cannot be made, a parameter out of its range.
     pub async fn prepare(&self, request: GenerationRequest) -> Result<Prepared, FrontError> {
+        let arrived = Instant::now();
         let deployment = self.ready(&request.model)?;
+        // Tokenizing is the first that costs something: who has no chance is refused before it.
+        let _place = self.enter(&deployment.name, arrived)?;
         let text = self.model_text(&deployment).await?;
         let tools = match &request.input {
             Input::Chat(chat) if request.is_read => Some(chat.tools.clone().unwrap_or_default()),
@@ -41,9 +47,10 @@ impl Front {
             parameters.extra_stop_tokens.push(text.tokenizer.parse_token(token)?);
         }
         let limits = text.limits(&deployment)?;
-        let valid = ValidRequest::new(prompt, parameters, &limits, fresh_seed())?;
+        let mut valid = ValidRequest::new(prompt, parameters, &limits, fresh_seed())?;
+        valid.spec.trace = Some(named(request.trace));
         let (deadline, tenant) = (request.deadline, request.tenant);
-        Ok(Prepared { deployment, text, valid, tools, deadline, tenant })
+        Ok(Prepared { deployment, text, valid, tools, deadline, tenant, arrived })
     }
 
     /// Runs the sample of this number: its seed is the request's plus the number. Dropping the answer cancels it within one step.
@@ -51,17 +58,16 @@ impl Front {
     /// # Errors
     /// When the replica does not take it.
     pub async fn start(&self, prepared: &Prepared, sample: u64) -> Result<Answer, FrontError> {
-        let Prepared { deployment, text, valid, tools, deadline, tenant } = prepared.clone();
+        let Prepared { deployment, text, valid, tools, deadline, tenant, arrived } = prepared.clone();
         let reader = tools.map(|tools| text.answers.parser(&tools, &valid.prompt)).transpose()?;
         let output = Output::new(&text, valid.stop, reader)?;
         let mut spec = valid.spec;
         spec.sampling.seed = spec.sampling.seed.wrapping_add(sample);
-        let (seed, prompt_tokens) = (spec.sampling.seed, valid.prompt.len());
-        let stream = self
-            .replicas
-            .run(&deployment, RunRequest { prompt: valid.prompt, spec, deadline, tenant })
-            .await?;
-        Ok(Answer::new(deployment, stream, output, prompt_tokens, seed))
+        let seed = spec.sampling.seed;
+        let run = RunRequest { prompt: valid.prompt, spec, deadline, tenant };
+        let mut account = self.account(&deployment, &run, arrived);
+        let stream = self.replicas.run(&deployment, run).await.map_err(|error| account.failed(error))?;
+        Ok(Answer::new(deployment, stream, output, account, seed))
     }
 
     /// [`Front::prepare`] and [`Front::start`]. The answer is a stream; dropping it cancels the work within one step.

@@ -54,6 +54,7 @@ impl HttpServices {
             extra_eos: Vec::new(),
             deadline: None,
             tenant: caller.tenant.clone(),
+            trace: caller.trace,
             is_read: true,
         };
         let mut prepared = self.front.prepare(request).await?;

@@ -186,6 +186,9 @@ impl From<FrontError> for ApiError {
                 Self { param: Some("model".to_owned()), ..Self::new(ErrorKind::NoModel, text) }
             }
             FrontError::AmbiguousModel(_) => Self::field("model", text),
+            FrontError::Busy { retry_after, .. } => {
+                Self::new(ErrorKind::RateLimited, text).retry_after(retry_after)
+            }
             FrontError::NotReady { .. } => Self::new(ErrorKind::Unavailable, text).retry_after(SOON),
             FrontError::Request(error) => {
                 Self { param: request_param(&error), ..Self::new(ErrorKind::Invalid, text) }
@@ -217,7 +220,6 @@ fn text_error(error: &TextError) -> ApiError {
         | TextError::Read { .. }
         | TextError::InvalidFile { .. }
         | TextError::Tokenizer { .. }
-        | TextError::TemplateMemory { .. }
         | TextError::TokenizerCost { .. } => ApiError::new(ErrorKind::Internal, text),
         TextError::SandboxBusy => ApiError::new(ErrorKind::RateLimited, text).retry_after(SOON),
         TextError::Sandbox { .. } => ApiError::new(ErrorKind::Unavailable, text).retry_after(SOON),
@@ -232,6 +234,7 @@ fn text_error(error: &TextError) -> ApiError {
         | TextError::Refused { .. }
         | TextError::TemplateTooSlow { .. }
         | TextError::TemplateOutput { .. }
+        | TextError::TemplateMemory { .. }
         | TextError::TooNested { .. }
         | TextError::Continuation { .. } => ApiError::field("messages", text),
     }

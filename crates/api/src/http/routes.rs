@@ -1,6 +1,10 @@
 //! Every route as data: path, method, who may call it. The router is made of this table, so that nothing is served that is not in it.
 
-use crate::http::{ApiError, Dialect, ErrorKind, HttpServices, anthropic, guard, health, openai, openapi};
+pub use crate::gate::Access;
+use crate::http::entrance::{self, Entrance};
+use crate::http::{
+    ApiError, Dialect, ErrorKind, HttpServices, anthropic, guard, health, metrics, openai, openapi, requests,
+};
 use axum::Router;
 use axum::extract::Request;
 use axum::http::Method;
@@ -8,19 +12,6 @@ use axum::middleware::{self, Next};
 use axum::response::Response;
 use axum::routing::{MethodRouter, get, post};
 use std::sync::Arc;
-
-/// Who may call a route.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// Everybody who reaches the listener.
-    Open,
-    /// Whoever may use models.
-    User,
-    /// Whoever may change what is loaded and who has keys.
-    Admin,
-    /// Whoever may read figures.
-    Metrics,
-}
 
 /// One route.
 #[derive(Clone)]
@@ -40,6 +31,7 @@ pub fn routes() -> Vec<Route> {
     let post_ = |path, handler| Route { path, method: Method::POST, access: Access::User, handler };
     vec![
         get_("/health", Access::Open, get(health::health)),
+        get_("/metrics", Access::Metrics, get(metrics::metrics)),
         get_("/v1/models", Access::User, get(openai::models::list)),
         get_("/v1/models/{*model}", Access::User, get(openai::models::one)),
         get_("/openapi.json", Access::Open, get(openapi::document)),
@@ -57,7 +49,10 @@ pub fn routes() -> Vec<Route> {
 pub fn router(services: HttpServices, guard: Arc<guard::Guard>) -> Router {
     let mut router = Router::new();
     for route in routes() {
-        router = router.route(route.path, route.handler);
+        let Route { path, access, handler, .. } = route;
+        let entrance = Entrance { services: services.clone(), access, path };
+        router = router
+            .route(path, handler.route_layer(middleware::from_fn_with_state(entrance, entrance::check)));
     }
     router
         .method_not_allowed_fallback(wrong_method)
@@ -65,6 +60,7 @@ pub fn router(services: HttpServices, guard: Arc<guard::Guard>) -> Router {
         .with_state(services)
         .layer(middleware::from_fn(speak))
         .layer(middleware::from_fn_with_state(guard, guard::check))
+        .layer(middleware::from_fn(requests::name))
 }
 
 async fn no_route(request: Request) -> ApiError {
@@ -87,7 +83,15 @@ async fn speak(request: Request, next: Next) -> Response {
     let dialect = Dialect::of_path(request.uri().path());
     let response = next.run(request).await;
     match response.extensions().get::<ApiError>() {
-        Some(error) if dialect == Dialect::Anthropic => error.clone().respond(dialect),
+        Some(error) if dialect == Dialect::Anthropic => {
+            let mut told = error.clone().respond(dialect);
+            for (name, value) in response.headers() {
+                if !told.headers().contains_key(name) {
+                    told.headers_mut().insert(name, value.clone());
+                }
+            }
+            told
+        }
         _ => response,
     }
 }

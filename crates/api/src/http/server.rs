@@ -27,6 +27,8 @@ pub struct HttpOptions {
     pub hosts: Vec<String>,
     /// Origins of web pages that may ask.
     pub origins: Vec<String>,
+    /// Ask for an API key on this machine too, and even while there is none.
+    pub requires_key: bool,
 }
 
 impl HttpOptions {
@@ -40,6 +42,7 @@ impl HttpOptions {
             any_port_will_do: true,
             hosts: Vec::new(),
             origins: Vec::new(),
+            requires_key: false,
         }
     }
 }

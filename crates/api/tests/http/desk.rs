@@ -7,6 +7,7 @@ use futures::StreamExt as _;
 use futures::stream;
 use mlxnode_api::deployments::{DeploymentView, DeploymentsView, State};
 use mlxnode_api::front::{Front, Replicas, RunEvents};
+use mlxnode_api::gate::Gate;
 use mlxnode_api::http::{HttpOptions, HttpServer, HttpServices};
 use mlxnode_compute::{ByteCount, Candidate, Output, Sampled, SequenceEnd};
 use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
@@ -24,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 pub(crate) struct Desk {
     pub(crate) address: SocketAddr,
     pub(crate) replicas: Arc<Scripted>,
+    pub(crate) front: Front,
     stop: CancellationToken,
     server: JoinHandle<()>,
     _deployments: watch::Sender<DeploymentsView>,
@@ -41,6 +43,11 @@ impl Desk {
     }
 
     pub(crate) async fn with(options: HttpOptions) -> Result<Self> {
+        Self::behind(options, Gate::open()).await
+    }
+
+    /// With a gate.
+    pub(crate) async fn behind(options: HttpOptions, gate: Gate) -> Result<Self> {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../hub/demo-model/model");
         let mut files: BTreeMap<String, Vec<u8>> = BTreeMap::new();
         for name in TextFiles::names() {
@@ -80,13 +87,11 @@ impl Desk {
         let options = HttpOptions { listen: SocketAddr::new(options.listen.ip(), 0), ..options };
         let server = HttpServer::bind(options).await?;
         let address = server.address();
-        let services = HttpServices::new(
-            Front::new(view, replicas.clone(), Arc::new(InProcess::default())),
-            stop.clone(),
-        );
+        let front = Front::new(view, replicas.clone(), Arc::new(InProcess::default()));
+        let services = HttpServices::new(front.clone(), stop.clone()).behind(gate);
         let router = server.router(services, &["studio".to_owned()]);
         let server = tokio::spawn(server.serve(router, stop.clone()));
-        Ok(Self { address, replicas, stop, server, _deployments: sender })
+        Ok(Self { address, replicas, front, stop, server, _deployments: sender })
     }
 
     /// Stops the listener and waits until it has.

@@ -7,6 +7,7 @@ mod clients;
 mod completions;
 mod constraints;
 mod desk;
+mod gate;
 mod malformed;
 mod responses;
 mod shell;

@@ -49,6 +49,9 @@ pub struct Join {
     /// Origin of a web page that may ask this node, such as https://chat.example; repeat for several.
     #[arg(long = "http-origin", value_name = "ORIGIN", conflicts_with = "no_http")]
     http_origins: Vec<String>,
+    /// Ask HTTP clients on this Mac for an API key too, even while the cluster has none (`mlxnode keys`).
+    #[arg(long, conflicts_with = "no_http")]
+    require_key: bool,
     /// Address of another node, for networks without mDNS; repeat for several.
     #[arg(long = "peer", value_name = "HOST:PORT")]
     peers: Vec<String>,
@@ -97,8 +100,12 @@ impl Join {
         let worker_command =
             std::env::current_exe().context("cannot find my own executable for the workers")?;
         let mut options = NodeOptions::new(data_dir.root(), listen, worker_command, crate::hub::options());
-        options.http =
-            http.map(|http| HttpOptions { hosts: self.http_hosts, origins: self.http_origins, ..http });
+        options.http = http.map(|http| HttpOptions {
+            hosts: self.http_hosts,
+            origins: self.http_origins,
+            requires_key: self.require_key,
+            ..http
+        });
         options.name = self.name;
         options.cluster_name = self.cluster_name;
         options.invite = self.invite;

@@ -101,6 +101,7 @@ pub(in crate::http) async fn completions(
             extra_eos: Vec::new(),
             deadline: None,
             tenant: caller.tenant.clone(),
+            trace: caller.trace,
             is_read: false,
         };
         prepared.push(services.front.prepare(request).await?);

@@ -62,6 +62,7 @@ pub(in crate::http) async fn embeddings(
             adapter: adapter.clone(),
             deadline: None,
             tenant: caller.tenant.clone(),
+            trace: caller.trace,
         };
         services.front.embed(request)
     };

@@ -18,6 +18,6 @@ pub use grammar::Grammar;
 pub use quantity::{ByteCount, LayerRange};
 pub use sampling::{Candidate, LogprobRequest, Penalty, Sampled, Sampling, SamplingError, Xtc};
 pub use stage::{
-    Output, SequenceEnd, SequenceId, SequenceSpec, Stage, StageError, StageInfo, StageMemory, Step,
-    StepInput, StepOutput,
+    BatchOutput, MicroBatch, Output, Row, RowOutput, SequenceEnd, SequenceId, SequenceSpec, Stage, StageError,
+    StageInfo, StageMemory, Step, StepInput, StepOutput,
 };

@@ -63,7 +63,7 @@ impl Stage for SimulatedStage {
     }
 
     fn open(&mut self, sequence: SequenceId, spec: SequenceSpec) -> Result<(), StageError> {
-        spec.sampling.check(self.info.vocabulary)?;
+        spec.check(self.info.vocabulary)?;
         let state = Sequence {
             position: 0,
             digest: 0,
@@ -77,7 +77,7 @@ impl Stage for SimulatedStage {
         Ok(())
     }
 
-    fn run(&mut self, batch: MicroBatch) -> Result<BatchOutput, StageError> {
+    fn run(&mut self, batch: &MicroBatch) -> Result<BatchOutput, StageError> {
         let values = match &batch.input {
             StepInput::Tokens => {
                 let tokens = batch.rows.iter().flat_map(|row| &row.tokens);
@@ -241,16 +241,17 @@ mod tests {
             sample: true,
         };
         let rows = vec![row(1, 0, &[4]), row(9, 0, &[5, 6]), row(2, 0, &[7, 8, 9])];
-        let output = first.run(MicroBatch { rows: rows.clone(), input: StepInput::Tokens }).unwrap();
+        let output = first.run(&MicroBatch { rows: rows.clone(), input: StepInput::Tokens }).unwrap();
         assert!(matches!(output.rows[1], Err(StageError::UnknownSequence(SequenceId(9)))));
         let activation = output.activation.unwrap();
         assert_eq!(activation.tokens(), 4);
         let mut batch = MicroBatch { rows, input: StepInput::Tokens };
         batch.retain(|row| row.sequence.0 != 9).unwrap();
-        let output = last.run(MicroBatch { input: StepInput::Activation(activation), ..batch }).unwrap();
+        let output = last.run(&MicroBatch { input: StepInput::Activation(activation), ..batch }).unwrap();
         let tokens: Vec<u32> =
             output.rows.into_iter().map(|row| row.unwrap().sampled.unwrap().token).collect();
-        let expected = [&[4][..], &[7, 8, 9]].map(|prompt| SimulatedStage::expected_tokens(prompt, 1, 100)[0]);
+        let expected =
+            [&[4][..], &[7, 8, 9]].map(|prompt| SimulatedStage::expected_tokens(prompt, 1, 100)[0]);
         assert_eq!(tokens, expected);
     }
 }

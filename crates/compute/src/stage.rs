@@ -1,8 +1,8 @@
 //! A stage: a contiguous layer range of one model, ready to run.
 
 use crate::{
-    Activation, ActivationError, ByteCount, Dtype, Grammar, LayerRange, LogprobRequest, Sampled, Sampling,
-    SamplingError,
+    Activation, ActivationError, ByteCount, Dtype, Grammar, GrammarError, LayerRange, LogprobRequest,
+    Sampled, Sampling, SamplingError,
 };
 
 /// Names a sequence within one replica. Chosen by the scheduler, never used twice.
@@ -52,6 +52,18 @@ impl SequenceSpec {
             output: Output::Tokens,
             grammar: None,
             adapter: None,
+        }
+    }
+
+    /// Checks what is asked against a vocabulary of `vocabulary` tokens.
+    ///
+    /// # Errors
+    /// Names the parameter that is out of its range.
+    pub fn check(&self, vocabulary: usize) -> Result<(), SamplingError> {
+        self.sampling.check(vocabulary)?;
+        match self.prompt_logprobs {
+            Some(request) => request.check("prompt_logprobs", vocabulary),
+            None => Ok(()),
         }
     }
 }
@@ -184,6 +196,8 @@ pub struct RowOutput {
     pub scores: Vec<Sampled>,
     /// With `sample`: the next token.
     pub sampled: Option<Sampled>,
+    /// The grammar's sentence is complete with that token: the sequence ends.
+    pub is_complete: bool,
     /// With `sample`, for a sequence that is embedded: its vector.
     pub embedding: Option<Vec<f32>>,
 }
@@ -233,7 +247,7 @@ pub trait Stage {
     ///
     /// # Errors
     /// [`StageError::Device`]: no sequence can go on. What the input is wrong about as a whole.
-    fn run(&mut self, batch: MicroBatch) -> Result<BatchOutput, StageError>;
+    fn run(&mut self, batch: &MicroBatch) -> Result<BatchOutput, StageError>;
 
     /// Frees a sequence's caches. Unknown sequences are fine: closing twice is not an error.
     fn close(&mut self, sequence: SequenceId);
@@ -246,7 +260,7 @@ pub trait Stage {
     /// # Errors
     /// As [`Stage::run`], and the row's own.
     fn step(&mut self, step: Step) -> Result<StepOutput, StageError> {
-        let output = self.run(step.into())?;
+        let output = self.run(&step.into())?;
         let row = output.rows.into_iter().next().unwrap_or_else(|| Ok(RowOutput::default()))?;
         Ok(match (output.activation, row.sampled) {
             (Some(activation), _) => StepOutput::Activation(activation),
@@ -299,6 +313,9 @@ pub enum StageError {
     /// A sampling parameter is out of range.
     #[error(transparent)]
     Sampling(#[from] SamplingError),
+    /// The answer's grammar cannot be followed.
+    #[error("grammar: {0}")]
+    Grammar(#[from] GrammarError),
     /// The sequence is longer than the memory reserved for it.
     #[error("the sequence is full: {tokens} tokens of {limit}")]
     Full {

@@ -303,7 +303,7 @@ impl TokenConstraint for Threes {
         Ok(&self.mask)
     }
     fn accept(&mut self, token: u32) -> Result<bool, GrammarError> {
-        if token % 3 != 0 {
+        if !token.is_multiple_of(3) {
             return Err(GrammarError(format!("{token} is no multiple of three")));
         }
         self.accepted += 1;

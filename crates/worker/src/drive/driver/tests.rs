@@ -360,9 +360,9 @@ fn timed(
                 let before = heard.get(sequence).copied().unwrap_or(0);
                 tokens.entry(*sequence).or_default().extend(vec![now; now_heard.tokens.len() - before]);
             }
-            for part in 0..stage_count {
-                if busy[part].as_ref().is_some_and(|(free, _)| *free <= now)
-                    && let Some((_, messages)) = busy[part].take()
+            for (part, busy) in busy.iter_mut().enumerate() {
+                if busy.as_ref().is_some_and(|(free, _)| *free <= now)
+                    && let Some((_, messages)) = busy.take()
                 {
                     moved = true;
                     for message in messages {
@@ -372,18 +372,18 @@ fn timed(
                         }
                     }
                 }
-                if busy[part].is_none() {
-                    let (queue, shard) = &mut pipeline.stages[part];
-                    if let Some((message, ())) = queue.pop() {
-                        moved = true;
-                        let times = match &message {
-                            Message::Batch(batch) => times(pipeline.costs[part], &batch.micro.rows),
-                            _ => StageTimes::default(),
-                        };
-                        let mut messages = shard.handle(message).unwrap();
-                        messages.iter_mut().for_each(|message| message.took(times));
-                        busy[part] = Some((now + times.compute.as_micros() as u64, messages));
-                    }
+                let (queue, shard) = &mut pipeline.stages[part];
+                if busy.is_none()
+                    && let Some((message, ())) = queue.pop()
+                {
+                    moved = true;
+                    let times = match &message {
+                        Message::Batch(batch) => times(pipeline.costs[part], &batch.micro.rows),
+                        _ => StageTimes::default(),
+                    };
+                    let mut messages = shard.handle(message).unwrap();
+                    messages.iter_mut().for_each(|message| message.took(times));
+                    *busy = Some((now + times.compute.as_micros() as u64, messages));
                 }
             }
         }

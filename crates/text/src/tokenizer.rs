@@ -50,7 +50,8 @@ impl std::fmt::Debug for Tokenizer {
 
 impl Tokenizer {
     /// Builds the tokenizer from tokenizer.json and what the files beside it say about special tokens; without a
-    /// tokenizer.json from tokenizer.model (sentencepiece or tiktoken), tiktoken.model or qwen.tiktoken.
+    /// tokenizer.json from tekken.json, tokenizer.model (sentencepiece or tiktoken), tiktoken.model, qwen.tiktoken, or vocab.json
+    /// with merges.txt.
     pub fn from_files(files: &TextFiles) -> Result<Self, TextError> {
         let mut special = SpecialTokens::from_files(files)?;
         let (backend, file) = guarded(|| match files.get("tokenizer.json") {

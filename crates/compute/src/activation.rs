@@ -140,9 +140,11 @@ mod tests {
         ));
         let rows = Activation::new(3, 1, Dtype::F16, Bytes::from(vec![1, 1, 2, 2, 3, 3])).unwrap();
         assert_eq!(rows.rows(&[0..1, 2..3]).unwrap().bytes(), &[1, 1, 3, 3][..]);
-        assert_eq!(rows.rows(&[1..3]).unwrap().bytes(), &[2, 2, 3, 3][..]);
+        assert_eq!(rows.rows(&[1..2, 2..3]).unwrap().bytes(), &[2, 2, 3, 3][..]);
+        let alone = rows.rows(std::slice::from_ref(&(1..3))).unwrap();
+        assert_eq!(alone.bytes().as_ptr(), rows.bytes()[2..].as_ptr(), "no copy");
         assert_eq!(rows.rows(&[]).unwrap().tokens(), 0);
-        assert_eq!(rows.rows(&[2..4]), Err(ActivationError::Rows { end: 4, tokens: 3 }));
+        assert_eq!(rows.rows(&[0..1, 2..4]), Err(ActivationError::Rows { end: 4, tokens: 3 }));
         assert!(matches!(
             Activation::new(usize::MAX, 2, Dtype::F32, Bytes::new()),
             Err(ActivationError::TooLarge { .. })

@@ -139,7 +139,7 @@ impl ShardState {
         let factory = contents.factory.take();
         let factory =
             factory.ok_or_else(|| Status::failed_precondition("this worker has been given its shard"))?;
-        // Whatever the driver can have under way fits, see `Driver`: per sequence an open, a close, a decode step or a chunk.
+        // Whatever the driver can have under way fits, see `Driver`: an open and a close for each sequence, and few batches.
         let inbox_messages = WINDOW_FRAMES as usize + 4 * shard.max_sequences;
         let thread = compute_thread::spawn(
             factory,

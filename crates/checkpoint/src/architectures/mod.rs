@@ -47,6 +47,7 @@ mod hunyuan;
 mod hunyuan_v1_dense;
 mod internlm2;
 mod internlm3;
+mod jamba;
 mod kimi_k25;
 mod kimi_linear;
 mod kimi_vl;
@@ -60,6 +61,7 @@ mod llama;
 mod llama4;
 mod llama4_text;
 mod longcat_flash;
+mod mamba;
 mod mamba2;
 mod mellum;
 mod mimo;
@@ -234,6 +236,7 @@ pub fn known() -> &'static [Architecture] {
         hunyuan_v1_dense::ARCHITECTURE,
         internlm2::ARCHITECTURE,
         internlm3::ARCHITECTURE,
+        jamba::ARCHITECTURE,
         kimi_k25::ARCHITECTURE,
         kimi_linear::ARCHITECTURE,
         kimi_vl::ARCHITECTURE,
@@ -246,6 +249,7 @@ pub fn known() -> &'static [Architecture] {
         llama4::ARCHITECTURE,
         llama4_text::ARCHITECTURE,
         longcat_flash::ARCHITECTURE,
+        mamba::ARCHITECTURE,
         mamba2::ARCHITECTURE,
         mellum::ARCHITECTURE,
         mimo::ARCHITECTURE,

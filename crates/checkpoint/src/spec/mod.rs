@@ -11,6 +11,7 @@ mod feed_forward;
 mod flow;
 mod gated_delta;
 mod latent;
+mod mamba;
 mod mamba2;
 mod rope;
 mod short_convolution;
@@ -30,6 +31,7 @@ pub use feed_forward::{Activation, FeedForward, GatedNames, XIELU};
 pub use flow::{AlternatingUpdates, Flow, ParallelSum, Residual};
 pub use gated_delta::{DeltaForm, GatedDeltaSpec};
 pub use latent::{INDEXER_NORM_EPS, IndexerSpec, LatentForm, LatentSpec, QueryGrowth};
+pub use mamba::{MambaNorms, MambaSpec};
 pub use mamba2::{Mamba2Spec, MambaGate};
 pub use rope::{RopeScaling, RopeSpec};
 pub use short_convolution::ShortConvolutionSpec;
@@ -133,6 +135,8 @@ pub enum Mixer {
     Attention(AttentionSpec),
     /// A gated delta network.
     GatedDelta(GatedDeltaSpec),
+    /// A Mamba mixer.
+    Mamba(MambaSpec),
     /// A Mamba 2 mixer.
     Mamba2(Mamba2Spec),
     /// A short convolution.
@@ -158,6 +162,7 @@ impl Mixer {
         match self {
             Self::Attention(attention) => attention.modules(hidden, push),
             Self::GatedDelta(delta) => delta.modules(hidden, push),
+            Self::Mamba(mamba) => mamba.modules(hidden, push),
             Self::Mamba2(mamba) => mamba.modules(hidden, push),
             Self::ShortConvolution(convolution) => convolution.modules(hidden, push),
             Self::Latent(latent) => latent.modules("self_attn", hidden, push),
@@ -187,6 +192,7 @@ impl Mixer {
     pub(crate) fn state_bytes(&self, hidden: usize, element: usize) -> usize {
         match self {
             Self::GatedDelta(delta) => delta.state_bytes(element),
+            Self::Mamba(mamba) => mamba.state_bytes(element),
             Self::Mamba2(mamba) => mamba.state_bytes(element),
             Self::ShortConvolution(convolution) => convolution.state_bytes(hidden, element),
             Self::Mamba2AndAttention(both) => both.0.state_bytes(element),

@@ -8,6 +8,7 @@ mod feed_forward;
 mod gated_delta;
 mod latent;
 mod layer;
+mod mamba;
 mod mamba2;
 mod matrices;
 mod short_convolution;

@@ -8,6 +8,7 @@ mod delta_rule;
 mod gated_delta;
 mod indexer;
 mod latent;
+mod mamba;
 mod mamba2;
 mod short_convolution;
 mod shortcut;
@@ -20,6 +21,7 @@ pub(crate) use delta_rule::DeltaRule;
 pub(crate) use gated_delta::{Decay, GatedDeltaNet};
 pub(crate) use indexer::Indexer;
 pub(crate) use latent::{Absorbed, Expansion, LatentAttention, LatentNorm};
+pub(crate) use mamba::{Mamba, StateNorms};
 pub(crate) use mamba2::Mamba2;
 pub(crate) use short_convolution::ShortConvolution;
 pub(crate) use shortcut::{Half, Shortcut};
@@ -35,6 +37,7 @@ pub(crate) enum Mixer {
     Attention(Box<Attention>),
     Latent(Box<LatentAttention>),
     GatedDelta(Box<GatedDeltaNet>),
+    Mamba(Box<Mamba>),
     Mamba2(Box<Mamba2>),
     ShortConvolution(ShortConvolution),
     /// Both with the same input.
@@ -67,7 +70,7 @@ impl Mixer {
     pub(crate) fn keeps(&self) -> Keeps {
         match self {
             Self::Attention(attention) => attention.keeps(),
-            Self::GatedDelta(_) | Self::Mamba2(_) | Self::ShortConvolution(_) => {
+            Self::GatedDelta(_) | Self::Mamba(_) | Self::Mamba2(_) | Self::ShortConvolution(_) => {
                 Keeps { states: true, ..Keeps::default() }
             }
             Self::Mamba2AndAttention(both) => Keeps { states: true, ..both.1.keeps() },
@@ -93,6 +96,7 @@ impl Mixer {
             Self::Latent(latent) => Mixed::one(latent.forward(device, x, layer, batch)?),
             Self::Shortcut(shortcut) => Mixed::one(shortcut.forward(device, x, layer, batch)?),
             Self::GatedDelta(delta) => Mixed::one(delta.forward(device, x, layer, batch)?),
+            Self::Mamba(mamba) => Mixed::one(mamba.forward(device, x, layer, batch)?),
             Self::Mamba2(mamba) => Mixed::one(mamba.forward(device, x, layer, batch)?),
             Self::ShortConvolution(convolution) => Mixed::one(convolution.forward(device, x, layer, batch)?),
             Self::Mamba2AndAttention(both) => Mixed {

@@ -43,10 +43,10 @@ pub use spec::{
     Activation, AlternatingUpdates, AttentionGate, AttentionNames, AttentionSpec, Correction, DeltaForm,
     DenseAndExpertsSpec, ExpertForm, ExpertNetworks, ExpertsSpec, FeedForward, Flow, GateFunction,
     GatedDeltaSpec, GatedNames, GroupScore, Groups, INDEXER_NORM_EPS, IndexerSpec, LatentForm, LatentSpec,
-    LayerInputs, LayerNorms, LayerSpec, Logits, Mamba2Spec, MambaGate, MambaNorms, MambaSpec, Mixer, ModelSpec, NormKind,
-    Normalization, ParallelSum, QkNorm, QkNormKind, QueryGrowth, Residual, RopeScaling, RopeSpec, RouterSpec,
-    Routing, Scores, SharedExpertSpec, ShortConvolutionSpec, ShortcutSpec, SinglePrecision, Temperature,
-    Values, WeightPrecision, Widening, XIELU,
+    LayerInputs, LayerNorms, LayerSpec, Logits, Mamba2Spec, MambaGate, MambaNorms, MambaSpec, Mixer,
+    ModelSpec, NormKind, Normalization, ParallelSum, PlamoMambaSpec, QkNorm, QkNormKind, QueryGrowth,
+    Residual, RopeScaling, RopeSpec, RouterSpec, Routing, Scores, SharedExpertSpec, ShortConvolutionSpec,
+    ShortcutSpec, SinglePrecision, Temperature, Values, WeightPrecision, Widening, XIELU,
 };
 pub use tensor::{Tensor, UnfitTensor};
 pub use tensor_file::TensorFileHeader;

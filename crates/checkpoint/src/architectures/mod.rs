@@ -89,6 +89,7 @@ mod phimoe;
 mod phixtral;
 mod pixtral;
 mod plamo;
+mod plamo2;
 mod plamo3;
 mod qwen;
 mod qwen2;
@@ -276,6 +277,7 @@ pub fn known() -> &'static [Architecture] {
         phixtral::ARCHITECTURE,
         pixtral::ARCHITECTURE,
         plamo::ARCHITECTURE,
+        plamo2::ARCHITECTURE,
         plamo3::ARCHITECTURE,
         qwen::ARCHITECTURE,
         qwen2::ARCHITECTURE,

@@ -153,6 +153,11 @@ pub enum QkNormKind {
     Whole,
     /// Layer norm over each head, no bias, weights `[heads, head_dim]`.
     LayerPerHead,
+    /// RMS over each head by itself, weights `[heads, head_dim]`.
+    RmsPerHead {
+        /// Added to the mean of squares.
+        eps: f32,
+    },
     /// RMS over each head by itself, without weights.
     PerHeadUnweighted {
         /// Added to the mean of squares.
@@ -209,7 +214,9 @@ impl AttentionSpec {
                 QkNormKind::PerHeadUnweighted { .. } => return,
                 QkNormKind::PerHead => ModuleKind::Norm { width: head_dim, bias: false },
                 QkNormKind::Whole => ModuleKind::Norm { width: heads * head_dim, bias: false },
-                QkNormKind::LayerPerHead => ModuleKind::HeadNorms { heads, width: head_dim },
+                QkNormKind::LayerPerHead | QkNormKind::RmsPerHead { .. } => {
+                    ModuleKind::HeadNorms { heads, width: head_dim }
+                }
             };
             push(&format!("{block}.{name}"), kind);
         }

@@ -13,6 +13,7 @@ mod gated_delta;
 mod latent;
 mod mamba;
 mod mamba2;
+mod plamo_mamba;
 mod rope;
 mod short_convolution;
 mod shortcut;
@@ -33,6 +34,7 @@ pub use gated_delta::{DeltaForm, GatedDeltaSpec};
 pub use latent::{INDEXER_NORM_EPS, IndexerSpec, LatentForm, LatentSpec, QueryGrowth};
 pub use mamba::{MambaNorms, MambaSpec};
 pub use mamba2::{Mamba2Spec, MambaGate};
+pub use plamo_mamba::PlamoMambaSpec;
 pub use rope::{RopeScaling, RopeSpec};
 pub use short_convolution::ShortConvolutionSpec;
 pub use shortcut::ShortcutSpec;
@@ -139,6 +141,8 @@ pub enum Mixer {
     Mamba(MambaSpec),
     /// A Mamba 2 mixer.
     Mamba2(Mamba2Spec),
+    /// PLaMo 2's Mamba.
+    PlamoMamba(PlamoMambaSpec),
     /// A short convolution.
     ShortConvolution(ShortConvolutionSpec),
     /// A Mamba 2 mixer and an attention with the same input; the results are added to the hidden vectors in this order.
@@ -164,6 +168,7 @@ impl Mixer {
             Self::GatedDelta(delta) => delta.modules(hidden, push),
             Self::Mamba(mamba) => mamba.modules(hidden, push),
             Self::Mamba2(mamba) => mamba.modules(hidden, push),
+            Self::PlamoMamba(mamba) => mamba.modules(hidden, push),
             Self::ShortConvolution(convolution) => convolution.modules(hidden, push),
             Self::Latent(latent) => latent.modules("self_attn", hidden, push),
             Self::Mamba2AndAttention(both) => {
@@ -194,6 +199,7 @@ impl Mixer {
             Self::GatedDelta(delta) => delta.state_bytes(element),
             Self::Mamba(mamba) => mamba.state_bytes(element),
             Self::Mamba2(mamba) => mamba.state_bytes(element),
+            Self::PlamoMamba(mamba) => mamba.state_bytes(element),
             Self::ShortConvolution(convolution) => convolution.state_bytes(hidden, element),
             Self::Mamba2AndAttention(both) => both.0.state_bytes(element),
             Self::Attention(_) | Self::Latent(_) | Self::Linear { .. } | Self::Shortcut(_) | Self::Absent => {

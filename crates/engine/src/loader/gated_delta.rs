@@ -7,15 +7,15 @@ use mlxnode_checkpoint::{DeltaForm, GatedDeltaSpec, ModelSpec};
 use mlxnode_mlx::{Array, Dtype};
 
 /// Outputs of a projection that are taken in another order: for each head of keys so many of one thing and so many of another.
-struct ByHead<'a> {
-    heads: i32,
+pub(super) struct ByHead<'a> {
+    pub(super) heads: i32,
     /// How many neighbouring outputs of a head belong to each thing.
-    widths: &'a [i32],
+    pub(super) widths: &'a [i32],
 }
 
 impl ByHead<'_> {
     /// All of the first thing, then all of the second, and so on; `things` names them.
-    fn order(&self, things: &[usize]) -> Vec<i32> {
+    pub(super) fn order(&self, things: &[usize]) -> Vec<i32> {
         let all: i32 = self.widths.iter().sum();
         let mut order = Vec::new();
         for thing in things {

@@ -31,11 +31,12 @@ impl Source<'_> {
             MixerSpec::GatedDelta(delta) => {
                 Mixer::GatedDelta(Box::new(self.gated_delta(&path(delta.block), delta, spec)?))
             }
-            MixerSpec::Mamba(mamba) => {
-                Mixer::Mamba(Box::new(self.mamba(&path(mamba.block), mamba, spec)?))
-            }
+            MixerSpec::Mamba(mamba) => Mixer::Mamba(Box::new(self.mamba(&path(mamba.block), mamba, spec)?)),
             MixerSpec::Mamba2(mamba) => {
                 Mixer::Mamba2(Box::new(self.mamba2(&path(mamba.block), mamba, spec)?))
+            }
+            MixerSpec::PlamoMamba(mamba) => {
+                Mixer::PlamoMamba(Box::new(self.plamo_mamba(&path(mamba.block), mamba)?))
             }
             MixerSpec::ShortConvolution(_) => Mixer::ShortConvolution(self.short_convolution(&path("conv"))?),
             MixerSpec::Mamba2AndAttention(both) => {

@@ -11,6 +11,7 @@ mod layer;
 mod mamba;
 mod mamba2;
 mod matrices;
+mod plamo_mamba;
 mod short_convolution;
 mod shortcut;
 mod weights;

@@ -83,6 +83,9 @@ impl QkNorms {
             (QkNormKind::LayerPerHead, Some(weight)) => {
                 device.multiply(weight, &device.layer_norm(x, None, None, self.eps)?)
             }
+            (QkNormKind::RmsPerHead { eps }, Some(weight)) => {
+                device.multiply(&device.rms_normalize(x, eps)?, weight)
+            }
             (_, Some(weight)) => device.rms_norm(x, weight, self.eps),
             (_, None) => device.rms_normalize(x, self.eps),
         }

@@ -10,6 +10,7 @@ mod indexer;
 mod latent;
 mod mamba;
 mod mamba2;
+mod plamo_mamba;
 mod short_convolution;
 mod shortcut;
 mod softmax;
@@ -23,6 +24,7 @@ pub(crate) use indexer::Indexer;
 pub(crate) use latent::{Absorbed, Expansion, LatentAttention, LatentNorm};
 pub(crate) use mamba::{Mamba, StateNorms};
 pub(crate) use mamba2::Mamba2;
+pub(crate) use plamo_mamba::PlamoMamba;
 pub(crate) use short_convolution::ShortConvolution;
 pub(crate) use shortcut::{Half, Shortcut};
 pub(crate) use softmax::SoftmaxAttention;
@@ -39,6 +41,7 @@ pub(crate) enum Mixer {
     GatedDelta(Box<GatedDeltaNet>),
     Mamba(Box<Mamba>),
     Mamba2(Box<Mamba2>),
+    PlamoMamba(Box<PlamoMamba>),
     ShortConvolution(ShortConvolution),
     /// Both with the same input.
     Mamba2AndAttention(Box<(Mamba2, Attention)>),
@@ -70,9 +73,11 @@ impl Mixer {
     pub(crate) fn keeps(&self) -> Keeps {
         match self {
             Self::Attention(attention) => attention.keeps(),
-            Self::GatedDelta(_) | Self::Mamba(_) | Self::Mamba2(_) | Self::ShortConvolution(_) => {
-                Keeps { states: true, ..Keeps::default() }
-            }
+            Self::GatedDelta(_)
+            | Self::Mamba(_)
+            | Self::Mamba2(_)
+            | Self::PlamoMamba(_)
+            | Self::ShortConvolution(_) => Keeps { states: true, ..Keeps::default() },
             Self::Mamba2AndAttention(both) => Keeps { states: true, ..both.1.keeps() },
             Self::Linear(_) | Self::Absent => Keeps::default(),
             Self::Latent(latent) => Keeps { kv: true, indexer: latent.indexer.is_some(), ..Keeps::default() },
@@ -98,6 +103,7 @@ impl Mixer {
             Self::GatedDelta(delta) => Mixed::one(delta.forward(device, x, layer, batch)?),
             Self::Mamba(mamba) => Mixed::one(mamba.forward(device, x, layer, batch)?),
             Self::Mamba2(mamba) => Mixed::one(mamba.forward(device, x, layer, batch)?),
+            Self::PlamoMamba(mamba) => Mixed::one(mamba.forward(device, x, layer, batch)?),
             Self::ShortConvolution(convolution) => Mixed::one(convolution.forward(device, x, layer, batch)?),
             Self::Mamba2AndAttention(both) => Mixed {
                 first: both.0.forward(device, x, layer, batch)?,

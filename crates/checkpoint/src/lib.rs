@@ -42,7 +42,7 @@ pub use shard::{ShardModule, ShardTensors, TensorsError, WrongTensor};
 pub use spec::{
     Activation, AlternatingUpdates, AttentionGate, AttentionNames, AttentionSpec, Correction, DeltaForm,
     DenseAndExpertsSpec, ExpertForm, ExpertNetworks, ExpertsSpec, FeedForward, Flow, GateFunction,
-    GatedDeltaSpec, GatedNames, GroupScore, Groups, INDEXER_NORM_EPS, IndexerSpec, LatentForm, LatentSpec,
+    GatedDeltaSpec, GatedRecurrenceSpec, GatedNames, GroupScore, Groups, INDEXER_NORM_EPS, IndexerSpec, LatentForm, LatentSpec,
     LayerInputs, LayerNorms, LayerSpec, Logits, Mamba2Spec, MambaGate, MambaNorms, MambaSpec, Mixer,
     ModelSpec, NormKind, Normalization, ParallelSum, PlamoMambaSpec, QkNorm, QkNormKind, QueryGrowth,
     Residual, RopeScaling, RopeSpec, RouterSpec, Routing, Scores, SharedExpertSpec, ShortConvolutionSpec,

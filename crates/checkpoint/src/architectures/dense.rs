@@ -237,6 +237,7 @@ pub(super) fn of_layers(
         vocabulary: config.usize("vocab_size", VOCABULARY)?,
         norm: NormKind::Rms,
         norm_eps: epsilon(config, "rms_norm_eps")?,
+        final_norm_eps: None,
         embedding_scale: None,
         embedding_norm: false,
         positions: None,

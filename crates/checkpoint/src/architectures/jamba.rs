@@ -1,73 +1,80 @@
-//! Jamba: Mamba layers, now and then an attention without positions, and experts in some layers.
+//! Jamba: Mamba with norms on what selects, an attention without positions now and then, and experts in some layers.
 
-use super::mamba::rank;
-use super::{Architecture, dense, mixture, recurrent};
+use super::{Architecture, dense, mamba, mixture, recurrent};
 use crate::config::{Config, ConfigError};
 use crate::spec::{
-    Activation, ExpertNetworks, ExpertsSpec, FeedForward, Flow, GatedNames, LayerNorms, LayerSpec,
-    MambaNorms, MambaSpec, Mixer, ModelSpec, Residual, RouterSpec, Routing,
+    Activation, ExpertNetworks, ExpertsSpec, FeedForward, GatedNames, LayerNorms, MambaNorms, MambaSpec,
+    Mixer, ModelSpec, RouterSpec, Routing,
 };
 use crate::weights::{Weights, WeightsError};
+use serde_json::Value;
 
 pub(super) const ARCHITECTURE: Architecture = Architecture::new("jamba", spec).weights(weights);
 
-const NORMS: LayerNorms = LayerNorms { before_feed_forward: Some("pre_ff_layernorm"), ..LayerNorms::BEFORE };
-
-const NETWORK: GatedNames =
-    GatedNames { gate: "feed_forward.gate_proj", up: "feed_forward.up_proj", down: "feed_forward.down_proj" };
-
 fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     let sizes = dense::Sizes::read_with_shared_heads(config)?;
+    let attends = attends(config, sizes.layers)?;
+    let mamba = mamba(config, sizes.hidden)?;
+    let attention = sizes.attention(None);
+    let mixers = attends.into_iter().map(|attends| match attends {
+        true => Mixer::Attention(attention.clone()),
+        false => Mixer::Mamba(mamba.clone()),
+    });
     let network = FeedForward::Gated {
         intermediate: sizes.intermediate,
         activation: Activation::Silu,
         bias: false,
         fused: false,
-        names: NETWORK,
-    };
-    let mamba = mamba(config, sizes.hidden)?;
-    let experts = experts(config, sizes.intermediate)?;
-    let (offset, period) = place(config, "expert_layer_offset", "expert_layer_period")?;
-    let layer = |(index, attends): (usize, bool)| LayerSpec {
-        mixer: match attends {
-            true => Mixer::Attention(sizes.attention(None)),
-            false => Mixer::Mamba(mamba.clone()),
+        names: GatedNames {
+            gate: "feed_forward.gate_proj",
+            up: "feed_forward.up_proj",
+            down: "feed_forward.down_proj",
         },
-        // As the family means it. mlx-lm asks for `(index + offset) % period == 0`, which is the same for the published models.
-        feed_forward: match &experts {
-            Some(experts) if index % period == offset % period => FeedForward::Experts(*experts),
-            _ => network.clone(),
-        },
-        norms: NORMS,
-        flow: Flow::Sequential(Residual::Add),
     };
-    let layers = attending(config, sizes.layers)?.into_iter().enumerate().map(layer).collect();
     let tied = config.bool_or("tie_word_embeddings", true)?;
-    dense::of_layers(config, "jamba", sizes.hidden, sizes.context, layers, tied)
-}
-
-/// Which layers attend: those that `layers_block_type` says, or else every so many.
-fn attending(config: &Config, layers: usize) -> Result<Vec<bool>, ConfigError> {
-    let field = "layers_block_type";
-    if config.get(field).is_some() {
-        return recurrent::all_layer_kinds(config, field, &[("attention", true), ("mamba", false)], layers);
+    let mut model = dense::of_mixers(config, "jamba", &sizes, mixers.collect(), &network, tied)?;
+    let (experts, per_token) = dense::experts(config, "num_experts")?;
+    let experts = ExpertsSpec {
+        block: "feed_forward",
+        experts,
+        per_token,
+        router: RouterSpec { name: "router", ..RouterSpec::GATE },
+        routing: Routing::CHOSEN,
+        networks: ExpertNetworks::gated(sizes.intermediate, Activation::Silu),
+        shared: None,
+    };
+    let offset = config.usize("expert_layer_offset", 0..=1024)?;
+    let period = config.usize("expert_layer_period", dense::LAYERS)?;
+    for (index, layer) in model.layers.iter_mut().enumerate() {
+        layer.norms = LayerNorms { before_feed_forward: Some("pre_ff_layernorm"), ..LayerNorms::BEFORE };
+        if experts.experts > 1 && (index + offset).is_multiple_of(period) {
+            layer.feed_forward = FeedForward::Experts(experts);
+        }
     }
-    let (offset, period) = place(config, "attn_layer_offset", "attn_layer_period")?;
-    Ok((0..layers).map(|layer| layer % period == offset).collect())
+    Ok(model)
 }
 
-fn place(config: &Config, offset: &str, period: &str) -> Result<(usize, usize), ConfigError> {
-    Ok((config.usize(offset, 0..=*dense::LAYERS.end())?, config.usize(period, dense::LAYERS)?))
+/// Which layers attend: by name in `layers_block_type`, or else one in each period.
+fn attends(config: &Config, layers: usize) -> Result<Vec<bool>, ConfigError> {
+    let period = config.usize("attn_layer_period", dense::LAYERS)?;
+    let offset = config.usize("attn_layer_offset", 0..=1024)?;
+    match config.get("layers_block_type") {
+        None | Some(Value::Null) => Ok((0..layers).map(|layer| layer % period == offset).collect()),
+        Some(_) => {
+            let known = [("attention", true), ("mamba", false)];
+            recurrent::all_layer_kinds(config, "layers_block_type", &known, layers)
+        }
+    }
 }
 
 fn mamba(config: &Config, hidden: usize) -> Result<MambaSpec, ConfigError> {
-    let expand = config.usize("mamba_expand", 1..=64)?;
+    let times = config.usize("mamba_expand", 1..=64)?;
     Ok(MambaSpec {
         block: "mamba",
-        width: expand * hidden,
+        width: times * hidden,
         state: config.usize("mamba_d_state", recurrent::STATE)?,
+        rank: mamba::rank(config, "mamba_dt_rank", hidden)?.unwrap_or(hidden.div_ceil(16)),
         kernel: config.usize("mamba_d_conv", recurrent::KERNEL)?,
-        rank: rank(config, "mamba_dt_rank", hidden)?.unwrap_or_else(|| hidden.div_ceil(16)),
         conv_bias: config.bool_or("mamba_conv_bias", true)?,
         bias: config.bool_or("mamba_proj_bias", false)?,
         norms: MambaNorms::Weighted,
@@ -75,21 +82,7 @@ fn mamba(config: &Config, hidden: usize) -> Result<MambaSpec, ConfigError> {
     })
 }
 
-/// None in a model with one expert, which is a dense network.
-fn experts(config: &Config, intermediate: usize) -> Result<Option<ExpertsSpec>, ConfigError> {
-    let (experts, per_token) = dense::experts(config, "num_experts")?;
-    Ok((experts > 1).then(|| ExpertsSpec {
-        block: "feed_forward",
-        experts,
-        per_token,
-        router: RouterSpec { name: "router", ..RouterSpec::GATE },
-        routing: Routing::CHOSEN,
-        networks: ExpertNetworks::gated(intermediate, Activation::Silu),
-        shared: None,
-    }))
-}
-
-/// Hugging Face stores convolutions transposed and experts one by one.
+/// Hugging Face stores convolutions transposed and every expert alone.
 fn weights(_: &Config, spec: &ModelSpec, weights: &mut Weights) -> Result<(), WeightsError> {
     recurrent::convolutions(weights)?;
     mixture::stack(spec, weights, "feed_forward.experts", mixture::MATRICES, "feed_forward.switch_mlp")

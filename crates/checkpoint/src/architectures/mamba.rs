@@ -1,26 +1,18 @@
-//! Mamba: a selective state space in every layer, and nothing else. Falcon Mamba norms what is selected.
+//! Mamba and Falcon Mamba: a selective state space in every layer, and nothing else.
 
 use super::{Architecture, dense, recurrent};
 use crate::config::{Config, ConfigError, missing};
-use crate::spec::{
-    FeedForward, Flow, LayerNorms, LayerSpec, MambaNorms, MambaSpec, Mixer, ModelSpec, Residual,
-};
+use crate::spec::{FeedForward, Flow, LayerNorms, LayerSpec, MambaNorms, MambaSpec, Mixer, ModelSpec, Residual};
 use crate::weights::{Weights, WeightsError};
 
 pub(super) const ARCHITECTURE: Architecture =
     Architecture::new("mamba", spec).aliases(&["falcon_mamba"]).weights(weights).without_keys();
 
-/// The epsilon of every norm of hidden vectors in the published models, and the only one in mlx-lm.
+/// Epsilon of the norms before the mixers and of the last one: MLX's default, whatever the config says.
 const EPSILON: f64 = 1e-5;
 
 fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     let hidden = dense::width(config, "hidden_size")?;
-    // A config may say otherwise than mlx-lm assumes; then the family means it.
-    let config = &match config.get("layer_norm_epsilon") {
-        Some(eps) => config.with("rms_norm_eps", eps.clone()),
-        None => config.with("rms_norm_eps", EPSILON.into()),
-    };
-    dense::epsilon(config, "rms_norm_eps")?;
     let normed = config.model_type()? == "falcon_mamba" || config.bool_or("use_bcdt_rms", false)?;
     let norms = match normed {
         true => {
@@ -33,8 +25,8 @@ fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
         block: "mixer",
         width: dense::width(config, "intermediate_size")?,
         state: config.usize("state_size", recurrent::STATE)?,
-        kernel: config.usize("conv_kernel", recurrent::KERNEL)?,
         rank: rank(config, "time_step_rank", hidden)?.ok_or_else(|| missing("time_step_rank"))?,
+        kernel: config.usize("conv_kernel", recurrent::KERNEL)?,
         conv_bias: config.bool("use_conv_bias")?,
         bias: config.bool("use_bias")?,
         norms,
@@ -48,13 +40,16 @@ fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     };
     let layers = vec![layer; config.usize("num_hidden_layers", dense::LAYERS)?];
     let tied = config.bool_or("tie_word_embeddings", true)?;
-    dense::of_layers(config, "mamba", hidden, None, layers, tied)
+    dense::of_layers(&config.with("rms_norm_eps", EPSILON.into()), "mamba", hidden, None, layers, tied)
 }
 
-/// From how many numbers steps are made: "auto" is a sixteenth of the hidden vectors' width, rounded up.
+/// How many numbers the steps are made from: a number, or "auto" for a sixteenth of the hidden vectors' width.
 pub(super) fn rank(config: &Config, field: &str, hidden: usize) -> Result<Option<usize>, ConfigError> {
-    match config.get(field).and_then(serde_json::Value::as_str) {
-        Some("auto") => Ok(Some(hidden.div_ceil(16))),
+    match config.get(field) {
+        Some(value) if value.as_str() == Some("auto") => Ok(Some(hidden.div_ceil(16))),
+        Some(value) if value.is_string() => {
+            Err(config.refuse(field, &crate::config::shown(value), "a number or \"auto\""))
+        }
         _ => config.optional_usize(field, dense::WIDTH),
     }
 }

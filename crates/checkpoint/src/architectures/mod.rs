@@ -103,6 +103,7 @@ mod qwen3_next;
 mod qwen3_vl;
 mod qwen3_vl_moe;
 mod recurrent;
+mod recurrent_gemma;
 mod rope;
 mod seed_oss;
 mod smollm3;
@@ -290,6 +291,7 @@ pub fn known() -> &'static [Architecture] {
         qwen3_next::ARCHITECTURE,
         qwen3_vl::ARCHITECTURE,
         qwen3_vl_moe::ARCHITECTURE,
+        recurrent_gemma::ARCHITECTURE,
         seed_oss::ARCHITECTURE,
         smollm3::ARCHITECTURE,
         solar_open::ARCHITECTURE,

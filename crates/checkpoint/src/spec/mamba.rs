@@ -3,8 +3,8 @@
 
 use crate::layout::{ModuleKind, Push};
 
-/// A Mamba mixer: `in_proj` to convolved inputs and gate; `x_proj` of the convolved inputs to steps, B and C, of which `dt_proj`
-/// widens the steps; a state `[width, state]`; `out_proj`.
+/// A Mamba mixer: `in_proj` to channels and gate, a convolution, `x_proj` to what makes the steps and to B and C, `dt_proj` to the
+/// steps; a state of `state` numbers for each channel; `out_proj`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MambaSpec {
     /// Name of the block in the layer.
@@ -13,43 +13,41 @@ pub struct MambaSpec {
     pub width: usize,
     /// Numbers that a channel keeps.
     pub state: usize,
+    /// Numbers that the steps of all channels are made from.
+    pub rank: usize,
     /// Tokens that the convolution sees, the newest included. At least 2.
     pub kernel: usize,
-    /// Numbers from which the steps of all channels are made.
-    pub rank: usize,
     /// The convolution has a bias.
     pub conv_bias: bool,
     /// `in_proj` and `out_proj` have biases.
     pub bias: bool,
-    /// What steps, B and C go through before they are used.
+    /// The norms on what `x_proj` gives.
     pub norms: MambaNorms,
-    /// States are rounded to the element type of the inputs, whatever that of the decay is.
+    /// States are rounded to the model's element type after each token; otherwise they take on the type of `A_log`.
     pub rounded_states: bool,
 }
 
-/// Norms on steps, B and C.
+/// RMS norms on what the steps are made from, on B and on C.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum MambaNorms {
     /// None.
     Absent,
-    /// RMS norms without weights (Falcon Mamba).
+    /// Without weights (Falcon Mamba).
     Unweighted {
         /// Added to the mean of squares.
         eps: f32,
     },
-    /// RMS norms `dt_layernorm`, `b_layernorm` and `c_layernorm` with the model's epsilon (Jamba).
+    /// The model's RMS norm, `dt_layernorm`, `b_layernorm` and `c_layernorm` (Jamba).
     Weighted,
 }
 
 impl MambaSpec {
-    /// Names of the norms on steps, B and C.
+    /// The names of the weighted norms.
     pub const NORMS: [&'static str; 3] = ["dt_layernorm", "b_layernorm", "c_layernorm"];
 
-    /// Bytes of the states and of the convolution's inputs that one sequence keeps, `element` bytes each. States in single precision
-    /// are counted: some checkpoints store the decay so.
+    /// Bytes of the states and of the convolution's inputs that one sequence keeps, `element` bytes each.
     pub(crate) fn state_bytes(&self, element: usize) -> usize {
-        let state = if self.rounded_states { element } else { size_of::<f32>() };
-        self.width * self.state * state + (self.kernel - 1) * self.width * element
+        self.width * (self.state + self.kernel - 1) * element
     }
 
     /// Its modules in a layer of hidden vectors of width `hidden`.
@@ -62,6 +60,11 @@ impl MambaSpec {
             push("conv1d.bias", ModuleKind::Parameter { shape: vec![width] });
         }
         push("x_proj", ModuleKind::Linear { inputs: width, outputs: rank + 2 * state, bias: false });
+        if self.norms == MambaNorms::Weighted {
+            for (name, width) in Self::NORMS.into_iter().zip([rank, state, state]) {
+                push(name, ModuleKind::Norm { width, bias: false });
+            }
+        }
         push("dt_proj", ModuleKind::Linear { inputs: rank, outputs: width, bias: true });
         let shape = vec![width, state];
         push(
@@ -72,11 +75,6 @@ impl MambaSpec {
             },
         );
         push("D", ModuleKind::Parameter { shape: vec![width] });
-        if self.norms == MambaNorms::Weighted {
-            for (name, width) in Self::NORMS.into_iter().zip([rank, state, state]) {
-                push(name, ModuleKind::Norm { width, bias: false });
-            }
-        }
         push("out_proj", ModuleKind::Linear { inputs: width, outputs: hidden, bias });
     }
 }

@@ -10,6 +10,7 @@ mod experts;
 mod feed_forward;
 mod flow;
 mod gated_delta;
+mod gated_recurrence;
 mod latent;
 mod mamba;
 mod mamba2;
@@ -31,6 +32,7 @@ pub use experts::{
 pub use feed_forward::{Activation, FeedForward, GatedNames, XIELU};
 pub use flow::{AlternatingUpdates, Flow, ParallelSum, Residual};
 pub use gated_delta::{DeltaForm, GatedDeltaSpec};
+pub use gated_recurrence::GatedRecurrenceSpec;
 pub use latent::{INDEXER_NORM_EPS, IndexerSpec, LatentForm, LatentSpec, QueryGrowth};
 pub use mamba::{MambaNorms, MambaSpec};
 pub use mamba2::{Mamba2Spec, MambaGate};
@@ -59,6 +61,8 @@ pub struct ModelSpec {
     pub norm: NormKind,
     /// Epsilon of every norm in the model.
     pub norm_eps: f32,
+    /// Epsilon of the norm after the last layer, where it has one of its own.
+    pub final_norm_eps: Option<f32>,
     /// Factor on the embedding's vectors, applied in their element type.
     pub embedding_scale: Option<f32>,
     /// The embedding's vectors are divided by their root mean square, without a weight.
@@ -137,6 +141,8 @@ pub enum Mixer {
     Attention(AttentionSpec),
     /// A gated delta network.
     GatedDelta(GatedDeltaSpec),
+    /// Griffin's recurrent block.
+    GatedRecurrence(GatedRecurrenceSpec),
     /// A Mamba mixer.
     Mamba(MambaSpec),
     /// A Mamba 2 mixer.
@@ -166,6 +172,7 @@ impl Mixer {
         match self {
             Self::Attention(attention) => attention.modules(hidden, push),
             Self::GatedDelta(delta) => delta.modules(hidden, push),
+            Self::GatedRecurrence(recurrence) => recurrence.modules(hidden, push),
             Self::Mamba(mamba) => mamba.modules(hidden, push),
             Self::Mamba2(mamba) => mamba.modules(hidden, push),
             Self::PlamoMamba(mamba) => mamba.modules(hidden, push),
@@ -197,6 +204,7 @@ impl Mixer {
     pub(crate) fn state_bytes(&self, hidden: usize, element: usize) -> usize {
         match self {
             Self::GatedDelta(delta) => delta.state_bytes(element),
+            Self::GatedRecurrence(recurrence) => recurrence.state_bytes(element),
             Self::Mamba(mamba) => mamba.state_bytes(element),
             Self::Mamba2(mamba) => mamba.state_bytes(element),
             Self::PlamoMamba(mamba) => mamba.state_bytes(element),

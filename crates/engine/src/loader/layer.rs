@@ -31,6 +31,10 @@ impl Source<'_> {
             MixerSpec::GatedDelta(delta) => {
                 Mixer::GatedDelta(Box::new(self.gated_delta(&path(delta.block), delta, spec)?))
             }
+            MixerSpec::GatedRecurrence(recurrence) => {
+                let path = path(recurrence.block);
+                Mixer::GatedRecurrence(Box::new(self.gated_recurrence(&path, recurrence)?))
+            }
             MixerSpec::Mamba(mamba) => Mixer::Mamba(Box::new(self.mamba(&path(mamba.block), mamba, spec)?)),
             MixerSpec::Mamba2(mamba) => {
                 Mixer::Mamba2(Box::new(self.mamba2(&path(mamba.block), mamba, spec)?))

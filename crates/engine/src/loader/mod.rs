@@ -6,6 +6,7 @@
 mod attention;
 mod feed_forward;
 mod gated_delta;
+mod gated_recurrence;
 mod latent;
 mod layer;
 mod mamba;
@@ -125,7 +126,8 @@ pub(crate) fn load(
     let head = match is_last {
         false => None,
         true => {
-            let norm = source.norm(FINAL_NORM, spec)?;
+            let mut norm = source.norm(FINAL_NORM, spec)?;
+            norm.eps = spec.final_norm_eps.unwrap_or(norm.eps);
             source.queue(norm.arrays());
             let linear = match &embedding {
                 Some(embedding) if spec.tied_embeddings => embedding.as_linear(device)?,

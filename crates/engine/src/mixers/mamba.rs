@@ -1,8 +1,9 @@
-//! Mamba, as mamba, falcon_mamba and jamba have it: see [`mlxnode_checkpoint::MambaSpec`].
+//! Mamba, as mamba, falcon_mamba and jamba have it (Gu and Dao 2023).
 //!
-//! A channel's state `s` fades and takes the token up: `s = exp(a d) s + d x B; y = s C + D x`, with the step `d` of the token and the
-//! channel. What does not depend on the state is computed for all tokens at once; then it goes token by token, in the element types
-//! of mlx-lm, which rounds states as they come.
+//! A channel's state `s` fades and takes the token up: `s = exp(d A) s + d x B; y = s C + D x`, with the step `d` of the token and
+//! the channel, and `A < 0`. The decays differ from number to number of a state, so that there is no way around going token by token;
+//! all that does not depend on the state before is computed for a stretch of tokens at once. Order of operations and element
+//! types are those of mlx-lm.
 
 use super::CausalConvolution;
 use super::by_row::{by_row, channels, tokens};
@@ -10,58 +11,44 @@ use crate::batch::Batch;
 use crate::feed_forward::activate;
 use crate::linear::Linear;
 use mlxnode_checkpoint::Activation;
-use mlxnode_mlx::{Array, Device, Error, Result};
+use mlxnode_mlx::{Array, Device, Result};
 
-/// Tokens whose decays are in memory at once: `[tokens, width, state]` twice.
-const CHUNK: i32 = 64;
+/// Tokens whose states are held at once: 64 of 8192 channels and 16 numbers are 32 MiB in single precision.
+const STRETCH: i32 = 64;
 
-/// The Mamba mixer of one layer. States: the convolution's last inputs, then those of the channels, `[1, width, state]`.
+/// The Mamba mixer of one layer. States: the convolution's last inputs, then those of the channels `[1, width, state]`.
 pub(crate) struct Mamba {
-    /// To convolved inputs and gate, in this order.
+    /// To channels and gate, in this order.
     pub(crate) input: Linear,
     pub(crate) convolution: CausalConvolution,
-    /// To steps, B and C, in this order.
+    /// To what the steps are made from, B and C.
     pub(crate) selection: Linear,
-    pub(crate) norms: SelectionNorms,
-    /// Steps for all channels.
+    pub(crate) norms: StateNorms,
+    /// To the steps.
     pub(crate) steps: Linear,
-    /// `a = -exp(A_log)`, `[width, state]`.
+    /// A, `[width, state]`.
     pub(crate) rate: Array,
-    /// `D`, `[width]`.
+    /// D, `[width]`.
     pub(crate) skip: Array,
     pub(crate) output: Linear,
+    /// States have the element type of what they take up.
+    pub(crate) rounded: bool,
     pub(crate) width: i32,
-    pub(crate) state: i32,
     pub(crate) rank: i32,
-    /// States have the element type of the inputs.
-    pub(crate) rounded_states: bool,
+    pub(crate) state: i32,
 }
 
-/// Norms on steps, B and C.
-pub(crate) enum SelectionNorms {
+/// The norms on what the steps are made from, on B and on C.
+pub(crate) enum StateNorms {
     Absent,
     Unweighted {
         eps: f32,
     },
-    /// Weights of the three.
     Weighted {
+        /// `[rank]`, `[state]`, `[state]`.
         weights: [Array; 3],
         eps: f32,
     },
-}
-
-impl SelectionNorms {
-    /// Of part `index`: steps, B or C.
-    pub(crate) fn apply(&self, device: &Device, x: Array, index: usize) -> Result<Array> {
-        match self {
-            Self::Absent => Ok(x),
-            Self::Unweighted { eps } => device.rms_normalize(&x, *eps),
-            Self::Weighted { weights, eps } => match weights.get(index) {
-                Some(weight) => device.rms_norm(&x, weight, *eps),
-                None => Err(Error::Mlx("there are three norms on what is selected".to_owned())),
-            },
-        }
-    }
 }
 
 impl Mamba {
@@ -76,125 +63,125 @@ impl Mamba {
         let projected = self.input.forward(device, x)?;
         let inputs = channels(device, &projected, 0, self.width)?;
         let gate = channels(device, &projected, self.width, 2 * self.width)?;
-        let mut seen = Vec::with_capacity(batch.rows.len());
+        let mut kept = Vec::with_capacity(batch.rows.len());
         let convolved = by_row(device, [inputs], layer, batch, |[inputs], cache| {
             let (convolved, last) =
                 self.convolution.forward(device, &inputs, cache.states.arrays().first())?;
-            seen.push(last);
+            kept.push(last);
             Ok(convolved)
         })?;
         let x = activate(device, Activation::Silu, &convolved)?;
         let [steps, b, c] = self.select(device, &x)?;
-        let steps = device.softplus(&self.steps.forward(device, &steps)?)?;
         let taken = device.multiply(&steps, &x)?;
-        let mut seen = seen.into_iter();
+        let mut kept = kept.into_iter();
         let read = by_row(device, [taken, steps, b, c], layer, batch, |parts, cache| {
             let count = parts[0].dim(1);
-            let (read, state) = self.recur(device, parts, cache.states.arrays().get(1))?;
-            let last = seen.next().ok_or_else(|| Error::Mlx("a row was not convolved".to_owned()))?;
-            cache.states.replace(vec![last, state], count);
+            let (read, state) = self.remember(device, parts, cache.states.arrays().get(1))?;
+            cache.states.replace(kept.next().into_iter().chain([state]).collect(), count);
             Ok(read)
         })?;
-        let mixed = device.add(&read, &device.multiply(&self.skip, &x)?)?;
-        let gated = device.multiply(&activate(device, Activation::Silu, &gate)?, &mixed)?;
+        let read = device.add(&read, &device.multiply(&self.skip, &x)?)?;
+        let gated = device.multiply(&activate(device, Activation::Silu, &gate)?, &read)?;
         self.output.forward(device, &gated)
     }
 
-    /// Steps `[1, tokens, rank]`, B and C `[1, tokens, state]`, normed.
+    /// Steps `[1, tokens, width]`, B and C `[1, tokens, state]`.
     fn select(&self, device: &Device, x: &Array) -> Result<[Array; 3]> {
-        let selected = self.selection.forward(device, x)?;
+        let all = self.selection.forward(device, x)?;
         let (rank, state) = (self.rank, self.state);
-        let part = |index: usize, from: i32, to: i32| {
-            self.norms.apply(device, channels(device, &selected, from, to)?, index)
+        let parts = [
+            channels(device, &all, 0, rank)?,
+            channels(device, &all, rank, rank + state)?,
+            channels(device, &all, rank + state, rank + 2 * state)?,
+        ];
+        let [steps, b, c] = match &self.norms {
+            StateNorms::Absent => parts,
+            StateNorms::Unweighted { eps } => {
+                let [steps, b, c] = parts.map(|part| device.rms_normalize(&part, *eps));
+                [steps?, b?, c?]
+            }
+            StateNorms::Weighted { weights: [of_steps, of_b, of_c], eps } => {
+                let [steps, b, c] = parts;
+                [
+                    device.rms_norm(&steps, of_steps, *eps)?,
+                    device.rms_norm(&b, of_b, *eps)?,
+                    device.rms_norm(&c, of_c, *eps)?,
+                ]
+            }
         };
-        Ok([part(0, 0, rank)?, part(1, rank, rank + state)?, part(2, rank + state, rank + 2 * state)?])
+        Ok([device.softplus(&self.steps.forward(device, &steps)?)?, b, c])
     }
 
-    /// One row's tokens into its states: what they read, `[1, tokens, width]`, and the states after them.
-    fn recur(&self, device: &Device, parts: [Array; 4], before: Option<&Array>) -> Result<(Array, Array)> {
-        let count = parts[0].dim(1);
-        let mut state = before.cloned();
-        let mut read = Vec::new();
+    /// One row's tokens into its states: what they read, `[1, tokens, width]` without the skip, and the states after them.
+    fn remember(
+        &self,
+        device: &Device,
+        [taken, steps, b, c]: [Array; 4],
+        state: Option<&Array>,
+    ) -> Result<(Array, Array)> {
+        let count = taken.dim(1);
+        let shape = [1, self.width, self.state];
+        let (mut state, mut read) = (state.cloned(), Vec::new());
         let mut start = 0;
         while start < count {
-            let stop = count.min(start + CHUNK);
+            let stop = count.min(start + STRETCH);
             let cut = |array: &Array| match stop - start == count {
                 true => Ok(array.clone()),
                 false => tokens(device, array, start, stop),
             };
-            let [taken, steps, b, c] = &parts;
-            let chunk = [cut(taken)?, cut(steps)?, cut(b)?, cut(c)?];
-            let (read_here, next) = self.chunk(device, &chunk, state.as_ref())?;
-            read.push(read_here);
-            state = Some(next);
+            // `[1, tokens, width, state]`.
+            let new = device.multiply(&device.expand(&cut(&taken)?, -1)?, &device.expand(&cut(&b)?, -2)?)?;
+            let states = self.states(device, &new, &device.expand(&cut(&steps)?, -1)?, state.as_ref())?;
+            let length = stop - start;
+            let last = if length > 1 { tokens(device, &states, length - 1, length)? } else { states.clone() };
+            let last = device.reshape(&last, &shape)?;
+            // A view of a prompt would keep all of it in memory.
+            let last = if length > 1 { device.contiguous(&last)? } else { last };
+            let stretch = device.matmul(&states, &device.expand(&cut(&c)?, -1)?)?;
+            read.push(device.reshape(&stretch, &[1, length, self.width])?);
+            state = Some(last);
             start = stop;
         }
         let read = if read.len() == 1 { read.swap_remove(0) } else { device.concatenate(&read, 1)? };
-        let state = state.ok_or_else(|| Error::Mlx("there are no tokens".to_owned()))?;
-        Ok((read, state))
-    }
-
-    fn chunk(
-        &self,
-        device: &Device,
-        [taken, steps, b, c]: &[Array; 4],
-        before: Option<&Array>,
-    ) -> Result<(Array, Array)> {
-        let (count, width, size) = (taken.dim(1), self.width, self.state);
-        let column = [1, count, width, 1];
-        let taken = device.reshape(taken, &column)?;
-        let taken = device.multiply(&taken, &device.reshape(b, &[1, count, 1, size])?)?;
-        // Of the very first token nothing fades.
-        let left = match before.is_some() || count > 1 {
-            true => {
-                let exponents = device.multiply(&device.reshape(steps, &column)?, &self.rate)?;
-                Some(device.exp(&exponents)?)
-            }
-            false => None,
-        };
-        let at = |array: &Array, index: i32| match count {
-            1 => Ok(array.clone()),
-            _ => tokens(device, array, index, index + 1),
-        };
-        let mut state = match before {
-            Some(before) => Some(device.reshape(before, &[1, 1, width, size])?),
-            None => None,
-        };
-        let mut states = Vec::new();
-        for index in 0..count {
-            let taken = at(&taken, index)?;
-            let next = match (&state, &left) {
-                (Some(state), Some(left)) => {
-                    let next = faded_and_taken(device, state, &at(left, index)?, &taken)?;
-                    if self.rounded_states { device.cast(&next, taken.dtype())? } else { next }
-                }
-                _ => taken,
-            };
-            states.push(next.clone());
-            state = Some(next);
+        match state {
+            Some(state) => Ok((read, state)),
+            None => Err(mlxnode_mlx::Error::Mlx("there are no tokens".to_owned())),
         }
-        let last = state.ok_or_else(|| Error::Mlx("there are no tokens".to_owned()))?;
-        let last = device.reshape(&last, &[1, width, size])?;
-        let states =
-            if states.len() == 1 { states.swap_remove(0) } else { device.concatenate(&states, 1)? };
-        let read = device.matmul(&states, &device.reshape(c, &[1, count, size, 1])?)?;
-        Ok((device.reshape(&read, &[1, count, width])?, last))
+    }
+
+    /// The states after each of the tokens, `[1, tokens, width, state]`. `new` is what each token brings, `steps` are
+    /// `[1, tokens, width, 1]`.
+    fn states(&self, device: &Device, new: &Array, steps: &Array, state: Option<&Array>) -> Result<Array> {
+        let count = new.dim(1);
+        if count == 1 && state.is_none() {
+            return Ok(new.clone());
+        }
+        let left = device.exp(&device.multiply(steps, &self.rate)?)?;
+        let next = |state: &Array, left: &Array, new: &Array| {
+            let sum = device.fused(faded_and_taken, &[state, left, new])?;
+            if self.rounded { device.cast(&sum, new.dtype()) } else { Ok(sum) }
+        };
+        if let (1, Some(state)) = (count, state) {
+            return next(state, &left, new);
+        }
+        let mut states: Vec<Array> = Vec::with_capacity(count as usize);
+        for token in 0..count {
+            let new = tokens(device, new, token, token + 1)?;
+            let before = states.last().or(state);
+            let after = match before {
+                Some(before) => next(before, &tokens(device, &left, token, token + 1)?, &new)?,
+                None => new,
+            };
+            states.push(after);
+        }
+        device.concatenate(&states, 1)
     }
 }
 
-/// `state * left + taken`: one kernel on a GPU.
-fn faded_and_taken(device: &Device, state: &Array, left: &Array, taken: &Array) -> Result<Array> {
-    let inputs = [state, left, taken];
-    if device.fuses() {
-        device.fused(by_single_operations, &inputs)
-    } else {
-        by_single_operations(device, &inputs)
+/// `state * left + new`: one kernel on a GPU.
+fn faded_and_taken(device: &Device, inputs: &[&Array]) -> Result<Array> {
+    match inputs {
+        [state, left, new] => device.add(&device.multiply(state, left)?, new),
+        _ => Err(mlxnode_mlx::Error::Mlx("a state takes a token up with three inputs".to_owned())),
     }
-}
-
-fn by_single_operations(device: &Device, inputs: &[&Array]) -> Result<Array> {
-    let [state, left, taken] = inputs else {
-        return Err(Error::Mlx("a state takes a token up with three inputs".to_owned()));
-    };
-    device.add(&device.multiply(state, left)?, taken)
 }

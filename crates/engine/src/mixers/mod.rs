@@ -6,6 +6,7 @@ mod convolution;
 mod delta_chunks;
 mod delta_rule;
 mod gated_delta;
+mod gated_recurrence;
 mod indexer;
 mod latent;
 mod mamba;
@@ -20,6 +21,7 @@ pub(crate) use attention::{Attention, Gate as AttentionGate, QkNorms, Source as 
 pub(crate) use convolution::CausalConvolution;
 pub(crate) use delta_rule::DeltaRule;
 pub(crate) use gated_delta::{Decay, GatedDeltaNet};
+pub(crate) use gated_recurrence::GatedRecurrence;
 pub(crate) use indexer::Indexer;
 pub(crate) use latent::{Absorbed, Expansion, LatentAttention, LatentNorm};
 pub(crate) use mamba::{Mamba, StateNorms};
@@ -39,6 +41,7 @@ pub(crate) enum Mixer {
     Attention(Box<Attention>),
     Latent(Box<LatentAttention>),
     GatedDelta(Box<GatedDeltaNet>),
+    GatedRecurrence(Box<GatedRecurrence>),
     Mamba(Box<Mamba>),
     Mamba2(Box<Mamba2>),
     PlamoMamba(Box<PlamoMamba>),
@@ -73,7 +76,7 @@ impl Mixer {
     pub(crate) fn keeps(&self) -> Keeps {
         match self {
             Self::Attention(attention) => attention.keeps(),
-            Self::GatedDelta(_)
+            Self::GatedDelta(_) | Self::GatedRecurrence(_)
             | Self::Mamba(_)
             | Self::Mamba2(_)
             | Self::PlamoMamba(_)
@@ -101,6 +104,9 @@ impl Mixer {
             Self::Latent(latent) => Mixed::one(latent.forward(device, x, layer, batch)?),
             Self::Shortcut(shortcut) => Mixed::one(shortcut.forward(device, x, layer, batch)?),
             Self::GatedDelta(delta) => Mixed::one(delta.forward(device, x, layer, batch)?),
+            Self::GatedRecurrence(recurrence) => {
+                Mixed::one(recurrence.forward(device, x, layer, batch)?)
+            }
             Self::Mamba(mamba) => Mixed::one(mamba.forward(device, x, layer, batch)?),
             Self::Mamba2(mamba) => Mixed::one(mamba.forward(device, x, layer, batch)?),
             Self::PlamoMamba(mamba) => Mixed::one(mamba.forward(device, x, layer, batch)?),

@@ -1,32 +1,30 @@
-//! PLaMo 2's Mamba 2: see [`mlxnode_checkpoint::PlamoMambaSpec`].
+//! PLaMo 2's Mamba: see [`mlxnode_checkpoint::PlamoMambaSpec`].
 
 use super::by_row::{by_row, channels};
-use super::mamba::SelectionNorms;
-use super::state_space::Inputs;
 use super::{CausalConvolution, StateSpace};
 use crate::batch::Batch;
 use crate::feed_forward::activate;
-use crate::linear::{Linear, Stacked};
+use crate::linear::Linear;
 use mlxnode_checkpoint::Activation;
-use mlxnode_mlx::{Array, Device, Error, Result};
+use mlxnode_mlx::{Array, Device, Result};
 
-/// The Mamba mixer of one layer of PLaMo 2. States: the convolution's last inputs, then those of the heads
-/// `[1, heads, head_dim, state]`.
+/// The mixer of one layer. States: the convolution's last inputs, then those of the heads `[1, heads, head_dim, state]`.
 pub(crate) struct PlamoMamba {
-    /// To gate and convolved inputs, in this order; stored by heads.
-    pub(crate) input: Stacked,
+    /// To all heads' gates, then all heads' channels.
+    pub(crate) input: Linear,
     pub(crate) convolution: CausalConvolution,
-    /// To B, C and steps, in this order.
+    /// To B, C and what the steps are made from.
     pub(crate) selection: Linear,
-    pub(crate) norms: SelectionNorms,
-    /// One step for each head.
+    /// Weights of the norms on these, in this order: `[state]`, `[state]`, `[rank]`.
+    pub(crate) norms: [Array; 3],
+    pub(crate) eps: f32,
+    /// To the steps.
     pub(crate) steps: Linear,
     pub(crate) core: StateSpace,
     pub(crate) output: Linear,
     pub(crate) heads: i32,
     pub(crate) head_dim: i32,
     pub(crate) state: i32,
-    pub(crate) rank: i32,
 }
 
 impl PlamoMamba {
@@ -39,37 +37,48 @@ impl PlamoMamba {
         batch: &mut Batch<'_>,
     ) -> Result<Array> {
         let width = self.heads * self.head_dim;
-        let [gate, inputs] = self.input.forward(device, x, [width, width])?;
-        let mut seen = Vec::with_capacity(batch.rows.len());
+        let projected = self.input.forward(device, x)?;
+        let gate = channels(device, &projected, 0, width)?;
+        let inputs = channels(device, &projected, width, 2 * width)?;
+        let mut kept = Vec::with_capacity(batch.rows.len());
         let convolved = by_row(device, [inputs], layer, batch, |[inputs], cache| {
             let (convolved, last) =
                 self.convolution.forward(device, &inputs, cache.states.arrays().first())?;
-            seen.push(last);
+            kept.push(last);
             Ok(convolved)
         })?;
         let x = activate(device, Activation::Silu, &convolved)?;
-        let selected = self.selection.forward(device, &x)?;
-        let (rank, size) = (self.rank, self.state);
-        let part = |index: usize, from: i32, to: i32| {
-            self.norms.apply(device, channels(device, &selected, from, to)?, index)
-        };
-        let (b, c) = (part(1, 0, size)?, part(2, size, 2 * size)?);
-        let steps = self.steps.forward(device, &part(0, 2 * size, 2 * size + rank)?)?;
-        let mut seen = seen.into_iter();
-        let mixed = by_row(device, [x, b, c, steps], layer, batch, |[x, b, c, steps], cache| {
+        let [b, c, steps] = self.select(device, &x)?;
+        let mut kept = kept.into_iter();
+        let read = by_row(device, [x, b, c, steps], layer, batch, |[x, b, c, steps], cache| {
             let count = x.dim(1);
-            let inputs = Inputs {
-                x: device.reshape(&x, &[1, count, self.heads, self.head_dim])?,
-                b: device.reshape(&b, &[1, count, 1, size])?,
-                c: device.reshape(&c, &[1, count, 1, size])?,
+            let by_head = |array: &Array, heads: i32| device.reshape(array, &[1, count, heads, -1]);
+            let inputs = super::state_space::Inputs {
+                x: by_head(&x, self.heads)?,
+                b: by_head(&b, 1)?,
+                c: by_head(&c, 1)?,
                 steps,
             };
             let (read, state) = self.core.forward(device, &inputs, cache.states.arrays().get(1))?;
-            let last = seen.next().ok_or_else(|| Error::Mlx("a row was not convolved".to_owned()))?;
-            cache.states.replace(vec![last, state], count);
+            cache.states.replace(kept.next().into_iter().chain([state]).collect(), count);
             device.reshape(&read, &[1, count, width])
         })?;
-        let gated = device.multiply(&activate(device, Activation::Silu, &gate)?, &mixed)?;
+        let gated = device.multiply(&activate(device, Activation::Silu, &gate)?, &read)?;
         self.output.forward(device, &gated)
+    }
+
+    /// B and C `[1, tokens, state]`, steps `[1, tokens, heads]` before bias and softplus.
+    fn select(&self, device: &Device, x: &Array) -> Result<[Array; 3]> {
+        let all = self.selection.forward(device, x)?;
+        let [of_b, of_c, of_steps] = &self.norms;
+        let part = |from: i32, to: i32, norm: &Array| {
+            device.rms_norm(&channels(device, &all, from, to)?, norm, self.eps)
+        };
+        let steps = part(2 * self.state, all.dim(2), of_steps)?;
+        Ok([
+            part(0, self.state, of_b)?,
+            part(self.state, 2 * self.state, of_c)?,
+            self.steps.forward(device, &steps)?,
+        ])
     }
 }

@@ -45,7 +45,7 @@ pub use spec::{
     GatedDeltaSpec, GatedRecurrenceSpec, GatedNames, GroupScore, Groups, INDEXER_NORM_EPS, IndexerSpec, LatentForm, LatentSpec,
     LayerInputs, LayerNorms, LayerSpec, Logits, Mamba2Spec, MambaGate, MambaNorms, MambaSpec, Mixer,
     ModelSpec, NormKind, Normalization, ParallelSum, PlamoMambaSpec, QkNorm, QkNormKind, QueryGrowth,
-    Residual, RopeScaling, RopeSpec, RouterSpec, Routing, Scores, SharedExpertSpec, ShortConvolutionSpec,
+    Residual, RopeScaling, RopeSpec, RouterSpec, Routing, Rwkv7Ranks, Rwkv7Spec, Scores, SharedExpertSpec, ShortConvolutionSpec,
     ShortcutSpec, SinglePrecision, Temperature, Values, WeightPrecision, Widening, XIELU,
 };
 pub use tensor::{Tensor, UnfitTensor};

@@ -262,12 +262,16 @@ impl Decoder {
             true => vectors.clone(),
             false => widened.hidden(device, &vectors)?,
         };
+        if let Some(handed) = widened.handed(device, &vectors)? {
+            batch.projected = vec![handed];
+        }
         let arrived = Arrived { vectors: &vectors, widened };
         for (index, layer) in self.layers.iter().enumerate() {
             hidden = layer.forward(device, hidden, index, arrived, batch)?;
         }
         if !widened.is_plain() {
-            hidden = widened.leave(device, hidden, &vectors, self.head.is_some())?;
+            let handed = batch.projected.first();
+            hidden = widened.leave(device, hidden, &vectors, handed, self.head.is_some())?;
         }
         for row in &mut batch.rows {
             row.cache.advance(row.tokens);

@@ -105,6 +105,7 @@ mod qwen3_vl_moe;
 mod recurrent;
 mod recurrent_gemma;
 mod rope;
+mod rwkv7;
 mod seed_oss;
 mod smollm3;
 mod solar_open;
@@ -292,6 +293,7 @@ pub fn known() -> &'static [Architecture] {
         qwen3_vl::ARCHITECTURE,
         qwen3_vl_moe::ARCHITECTURE,
         recurrent_gemma::ARCHITECTURE,
+        rwkv7::ARCHITECTURE,
         seed_oss::ARCHITECTURE,
         smollm3::ARCHITECTURE,
         solar_open::ARCHITECTURE,

@@ -16,6 +16,7 @@ mod mamba;
 mod mamba2;
 mod plamo_mamba;
 mod rope;
+mod rwkv7;
 mod short_convolution;
 mod shortcut;
 mod widening;
@@ -38,6 +39,7 @@ pub use mamba::{MambaNorms, MambaSpec};
 pub use mamba2::{Mamba2Spec, MambaGate};
 pub use plamo_mamba::PlamoMambaSpec;
 pub use rope::{RopeScaling, RopeSpec};
+pub use rwkv7::{Rwkv7Ranks, Rwkv7Spec};
 pub use short_convolution::ShortConvolutionSpec;
 pub use shortcut::ShortcutSpec;
 pub use widening::{LayerInputs, Widening};
@@ -162,6 +164,8 @@ pub enum Mixer {
     Absent,
     /// Latent attention.
     Latent(LatentSpec),
+    /// A whole layer of RWKV-7; the flow is [`Flow::Whole`].
+    Rwkv7(Rwkv7Spec),
     /// A whole layer of LongCat's; the flow is [`Flow::Whole`].
     Shortcut(Box<ShortcutSpec>),
 }
@@ -186,6 +190,7 @@ impl Mixer {
                 push("self_attn.linear", ModuleKind::Linear { inputs: hidden, outputs: hidden, bias: *bias });
             }
             Self::Absent => {}
+            Self::Rwkv7(layer) => layer.modules(hidden, push),
             Self::Shortcut(shortcut) => shortcut.modules(hidden, push),
         }
     }
@@ -208,6 +213,7 @@ impl Mixer {
             Self::Mamba(mamba) => mamba.state_bytes(element),
             Self::Mamba2(mamba) => mamba.state_bytes(element),
             Self::PlamoMamba(mamba) => mamba.state_bytes(element),
+            Self::Rwkv7(layer) => layer.state_bytes(hidden, element),
             Self::ShortConvolution(convolution) => convolution.state_bytes(hidden, element),
             Self::Mamba2AndAttention(both) => both.0.state_bytes(element),
             Self::Attention(_) | Self::Latent(_) | Self::Linear { .. } | Self::Shortcut(_) | Self::Absent => {

@@ -52,6 +52,7 @@ impl Source<'_> {
             }
             MixerSpec::Linear { .. } => Mixer::Linear(self.linear(&path("self_attn.linear"))?),
             MixerSpec::Absent => Mixer::Absent,
+            MixerSpec::Rwkv7(layer) => Mixer::Rwkv7(Box::new(self.rwkv7(&path, layer, spec)?)),
             MixerSpec::Shortcut(shortcut) => Mixer::Shortcut(Box::new(self.shortcut(&path, shortcut, spec)?)),
         };
         let feed_forward = self.feed_forward(&path, &layer.feed_forward, spec)?;

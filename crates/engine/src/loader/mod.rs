@@ -13,6 +13,7 @@ mod mamba;
 mod mamba2;
 mod matrices;
 mod plamo_mamba;
+mod rwkv7;
 mod short_convolution;
 mod shortcut;
 mod weights;
@@ -151,6 +152,7 @@ pub(crate) fn load(
             streams: size(spec.widening.streams),
             hidden: size(spec.hidden),
             input: spec.widening.layer_inputs.map_or(0, |inputs| size(inputs.width)),
+            handed: size(spec.widening.handed),
             first: size(layers.start),
         },
         layers: modules,

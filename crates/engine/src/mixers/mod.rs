@@ -12,10 +12,12 @@ mod latent;
 mod mamba;
 mod mamba2;
 mod plamo_mamba;
+mod rwkv7;
 mod short_convolution;
 mod shortcut;
 mod softmax;
 mod state_space;
+mod wkv;
 
 pub(crate) use attention::{Attention, Gate as AttentionGate, QkNorms, Source as KeySource};
 pub(crate) use convolution::CausalConvolution;
@@ -27,10 +29,12 @@ pub(crate) use latent::{Absorbed, Expansion, LatentAttention, LatentNorm};
 pub(crate) use mamba::{Mamba, StateNorms};
 pub(crate) use mamba2::Mamba2;
 pub(crate) use plamo_mamba::PlamoMamba;
+pub(crate) use rwkv7::{ChannelMix, LowRank, Rwkv7, TimeMix};
 pub(crate) use short_convolution::ShortConvolution;
 pub(crate) use shortcut::{Half, Shortcut};
 pub(crate) use softmax::SoftmaxAttention;
 pub(crate) use state_space::StateSpace;
+pub(crate) use wkv::Wkv;
 
 use crate::batch::Batch;
 use crate::linear::Linear;
@@ -51,6 +55,7 @@ pub(crate) enum Mixer {
     /// Looks at each token by itself.
     Linear(Linear),
     Absent,
+    Rwkv7(Box<Rwkv7>),
     Shortcut(Box<Shortcut>),
 }
 
@@ -80,6 +85,7 @@ impl Mixer {
             | Self::Mamba(_)
             | Self::Mamba2(_)
             | Self::PlamoMamba(_)
+            | Self::Rwkv7(_)
             | Self::ShortConvolution(_) => Keeps { states: true, ..Keeps::default() },
             Self::Mamba2AndAttention(both) => Keeps { states: true, ..both.1.keeps() },
             Self::Linear(_) | Self::Absent => Keeps::default(),
@@ -102,6 +108,7 @@ impl Mixer {
         Ok(match self {
             Self::Attention(attention) => Mixed::one(attention.forward(device, x, layer, batch)?),
             Self::Latent(latent) => Mixed::one(latent.forward(device, x, layer, batch)?),
+            Self::Rwkv7(rwkv) => Mixed::one(rwkv.forward(device, x, layer, batch)?),
             Self::Shortcut(shortcut) => Mixed::one(shortcut.forward(device, x, layer, batch)?),
             Self::GatedDelta(delta) => Mixed::one(delta.forward(device, x, layer, batch)?),
             Self::GatedRecurrence(recurrence) => {

@@ -43,8 +43,8 @@ pub use spec::{
     Activation, AlternatingUpdates, AttentionGate, AttentionNames, AttentionSpec, Correction, DeltaForm,
     DenseAndExpertsSpec, ExpertForm, ExpertNetworks, ExpertsSpec, FeedForward, Flow, GateFunction,
     GatedDeltaSpec, GatedRecurrenceSpec, GatedNames, GroupScore, Groups, INDEXER_NORM_EPS, IndexerSpec, LatentForm, LatentSpec,
-    LayerInputs, LayerNorms, LayerSpec, Logits, Mamba2Spec, MambaGate, MambaNorms, MambaSpec, Mixer,
-    ModelSpec, NormKind, Normalization, ParallelSum, PlamoMambaSpec, QkNorm, QkNormKind, QueryGrowth,
+    LayerInputs, LightningSpec, LayerNorms, LayerSpec, Logits, Mamba2Spec, MambaGate, MambaNorms, MambaSpec, Mixer,
+    ModelSpec, NormKind, Normalization, Outside, ParallelSum, PlamoMambaSpec, QkNorm, QkNormKind, QueryGrowth,
     Residual, RopeScaling, RopeSpec, RouterSpec, Routing, Rwkv7Ranks, Rwkv7Spec, Scores, SharedExpertSpec, ShortConvolutionSpec,
     ShortcutSpec, SinglePrecision, Temperature, Values, WeightPrecision, Widening, XIELU,
 };

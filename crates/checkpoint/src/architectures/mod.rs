@@ -4,7 +4,10 @@
 
 mod afmoe;
 mod apertus;
+mod bailing_hybrid;
 mod bailing_moe;
+mod bailing_moe_linear;
+mod bailing_moe_v3;
 mod bitnet;
 mod capabilities;
 mod cohere;
@@ -121,6 +124,7 @@ pub use capabilities::Capabilities;
 use crate::config::{Config, ConfigError};
 use crate::spec::ModelSpec;
 use crate::weights::{Weights, WeightsError};
+use serde_json::Value;
 
 /// A family of models.
 #[derive(Clone, Copy, Debug)]
@@ -198,7 +202,10 @@ pub fn known() -> &'static [Architecture] {
     &[
         afmoe::ARCHITECTURE,
         apertus::ARCHITECTURE,
+        bailing_hybrid::ARCHITECTURE,
         bailing_moe::ARCHITECTURE,
+        bailing_moe_linear::ARCHITECTURE,
+        bailing_moe_v3::ARCHITECTURE,
         bitnet::ARCHITECTURE,
         cohere::ARCHITECTURE,
         cohere2::ARCHITECTURE,
@@ -307,13 +314,28 @@ pub fn known() -> &'static [Architecture] {
 
 /// The family that a config names.
 pub fn find(config: &Config) -> Result<&'static Architecture, ConfigError> {
-    let model_type = config.model_type()?;
+    let model_type = match remapped(config) {
+        Some(model_type) => model_type,
+        None => config.model_type()?,
+    };
     known().iter().find(|known| known.name == model_type || known.aliases.contains(&model_type)).ok_or_else(
         || ConfigError::UnknownArchitecture {
             model_type: model_type.chars().take(60).collect(),
             known: names().join(", "),
         },
     )
+}
+
+/// The family of a config whose `model_type` is another family's, told by the names in `architectures`.
+fn remapped(config: &Config) -> Option<&'static str> {
+    let (model_type, architecture) = bailing_moe_v3::REMAPPED;
+    let is_named = match config.get("architectures")? {
+        Value::String(name) => name == architecture,
+        Value::Array(names) => names.iter().any(|name| name.as_str() == Some(architecture)),
+        _ => false,
+    };
+    let is_remapped = is_named && config.model_type().is_ok_and(|named| named == model_type);
+    is_remapped.then_some(bailing_moe_v3::ARCHITECTURE.name)
 }
 
 /// Describes the model of a config.

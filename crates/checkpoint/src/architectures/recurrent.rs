@@ -31,6 +31,7 @@ pub(super) fn gated_delta(
         value_dim: config.usize("linear_value_head_dim", dense::HEAD_DIM)?,
         kernel: config.usize("linear_conv_kernel_dim", KERNEL)?,
         form,
+        decay_bound: None,
         negative_eigenvalues: false,
         norm_eps,
     })

@@ -12,6 +12,7 @@ mod flow;
 mod gated_delta;
 mod gated_recurrence;
 mod latent;
+mod lightning;
 mod mamba;
 mod mamba2;
 mod plamo_mamba;
@@ -27,7 +28,7 @@ pub use attention::{
 };
 pub use dense_and_experts::DenseAndExpertsSpec;
 pub use experts::{
-    Correction, ExpertForm, ExpertNetworks, ExpertsSpec, GroupScore, Groups, Normalization, RouterSpec,
+    Correction, ExpertForm, ExpertNetworks, ExpertsSpec, GroupScore, Groups, Normalization, Outside, RouterSpec,
     Routing, Scores, SharedExpertSpec, WeightPrecision,
 };
 pub use feed_forward::{Activation, FeedForward, GatedNames, XIELU};
@@ -35,6 +36,7 @@ pub use flow::{AlternatingUpdates, Flow, ParallelSum, Residual};
 pub use gated_delta::{DeltaForm, GatedDeltaSpec};
 pub use gated_recurrence::GatedRecurrenceSpec;
 pub use latent::{INDEXER_NORM_EPS, IndexerSpec, LatentForm, LatentSpec, QueryGrowth};
+pub use lightning::LightningSpec;
 pub use mamba::{MambaNorms, MambaSpec};
 pub use mamba2::{Mamba2Spec, MambaGate};
 pub use plamo_mamba::PlamoMambaSpec;
@@ -145,6 +147,8 @@ pub enum Mixer {
     GatedDelta(GatedDeltaSpec),
     /// Griffin's recurrent block.
     GatedRecurrence(GatedRecurrenceSpec),
+    /// Lightning attention.
+    Lightning(LightningSpec),
     /// A Mamba mixer.
     Mamba(MambaSpec),
     /// A Mamba 2 mixer.
@@ -177,6 +181,7 @@ impl Mixer {
             Self::Attention(attention) => attention.modules(hidden, push),
             Self::GatedDelta(delta) => delta.modules(hidden, push),
             Self::GatedRecurrence(recurrence) => recurrence.modules(hidden, push),
+            Self::Lightning(lightning) => lightning.modules(hidden, push),
             Self::Mamba(mamba) => mamba.modules(hidden, push),
             Self::Mamba2(mamba) => mamba.modules(hidden, push),
             Self::PlamoMamba(mamba) => mamba.modules(hidden, push),
@@ -210,6 +215,7 @@ impl Mixer {
         match self {
             Self::GatedDelta(delta) => delta.state_bytes(element),
             Self::GatedRecurrence(recurrence) => recurrence.state_bytes(element),
+            Self::Lightning(lightning) => lightning.state_bytes(element),
             Self::Mamba(mamba) => mamba.state_bytes(element),
             Self::Mamba2(mamba) => mamba.state_bytes(element),
             Self::PlamoMamba(mamba) => mamba.state_bytes(element),

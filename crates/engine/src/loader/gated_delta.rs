@@ -41,19 +41,26 @@ impl Source<'_> {
         let (key_heads, value_heads) = (size(spec.key_heads), size(spec.value_heads));
         let (key_dim, value_dim) = (size(spec.key_dim), size(spec.value_dim));
         let (inputs, widths) = self.delta_inputs(path, spec)?;
-        let apart = matches!(spec.form, DeltaForm::Apart | DeltaForm::Channels);
+        let apart = matches!(spec.form, DeltaForm::Apart | DeltaForm::Channels | DeltaForm::BoundedChannels);
         let (norm, output) = if apart { ("o_norm", "o_proj") } else { ("norm", "out_proj") };
-        let by_channel = spec.form == DeltaForm::Channels;
-        let widened = match by_channel {
-            true => Some([self.linear(&within("g_b_proj"))?, self.linear(&within("f_b_proj"))?]),
-            false => None,
+        let by_channel = matches!(spec.form, DeltaForm::Channels | DeltaForm::BoundedChannels);
+        let widened = match spec.form {
+            DeltaForm::Channels => Some([self.linear(&within("g_b_proj"))?, self.linear(&within("f_b_proj"))?]),
+            _ => None,
         };
         let norm = self.tensor(&within(&format!("{norm}.weight")))?;
         let device = self.device;
         let scales = GatedDeltaNet::scales(key_heads, key_dim, dtype_of_model(model), device)?;
         let mut decay =
-            Decay { rate: self.tensor(&within("A_log"))?, bias: self.tensor(&within("dt_bias"))? };
-        decay.rate = device.negative(&device.exp(&device.cast(&decay.rate, Dtype::F32)?)?)?;
+            Decay {
+            rate: self.tensor(&within("A_log"))?,
+            bias: self.tensor(&within("dt_bias"))?,
+            bound: spec.decay_bound,
+        };
+        decay.rate = device.exp(&device.cast(&decay.rate, Dtype::F32)?)?;
+        if decay.bound.is_none() {
+            decay.rate = device.negative(&decay.rate)?;
+        }
         if by_channel {
             decay.rate = device.reshape(&decay.rate, &[value_heads, 1])?;
             decay.bias = device.reshape(&decay.bias, &[value_heads, key_dim])?;
@@ -113,6 +120,14 @@ impl Source<'_> {
                 ("b_proj", heads),
                 ("a_proj", heads),
             ],
+            DeltaForm::BoundedChannels => &[
+                ("q_proj", keys),
+                ("k_proj", keys),
+                ("v_proj", values),
+                ("g_proj", values),
+                ("b_proj", heads),
+                ("f_proj", keys),
+            ],
             DeltaForm::Channels => &[
                 ("q_proj", keys),
                 ("k_proj", keys),
@@ -130,7 +145,7 @@ impl Source<'_> {
     fn delta_convolution(&mut self, path: &str, spec: &GatedDeltaSpec) -> Result<Array, LoadError> {
         let names = match spec.form {
             DeltaForm::Grouped | DeltaForm::Flat => return self.tensor(&format!("{path}.conv1d.weight")),
-            DeltaForm::Apart => ["q_conv1d", "k_conv1d", "v_conv1d"],
+            DeltaForm::Apart | DeltaForm::BoundedChannels => ["q_conv1d", "k_conv1d", "v_conv1d"],
             DeltaForm::Channels => ["q_conv.conv", "k_conv.conv", "v_conv.conv"],
         };
         let mut parts = Vec::new();

@@ -35,6 +35,9 @@ impl Source<'_> {
                 let path = path(recurrence.block);
                 Mixer::GatedRecurrence(Box::new(self.gated_recurrence(&path, recurrence)?))
             }
+            MixerSpec::Lightning(lightning) => {
+                Mixer::Lightning(Box::new(self.lightning(&path("self_attn"), lightning, spec)?))
+            }
             MixerSpec::Mamba(mamba) => Mixer::Mamba(Box::new(self.mamba(&path(mamba.block), mamba, spec)?)),
             MixerSpec::Mamba2(mamba) => {
                 Mixer::Mamba2(Box::new(self.mamba2(&path(mamba.block), mamba, spec)?))

@@ -9,6 +9,7 @@ mod gated_delta;
 mod gated_recurrence;
 mod latent;
 mod layer;
+mod lightning;
 mod mamba;
 mod mamba2;
 mod matrices;

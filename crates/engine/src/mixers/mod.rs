@@ -5,10 +5,12 @@ mod by_row;
 mod convolution;
 mod delta_chunks;
 mod delta_rule;
+mod fading;
 mod gated_delta;
 mod gated_recurrence;
 mod indexer;
 mod latent;
+mod lightning;
 mod mamba;
 mod mamba2;
 mod plamo_mamba;
@@ -22,10 +24,12 @@ mod wkv;
 pub(crate) use attention::{Attention, Gate as AttentionGate, QkNorms, Source as KeySource};
 pub(crate) use convolution::CausalConvolution;
 pub(crate) use delta_rule::DeltaRule;
+pub(crate) use fading::Fading;
 pub(crate) use gated_delta::{Decay, GatedDeltaNet};
 pub(crate) use gated_recurrence::GatedRecurrence;
 pub(crate) use indexer::Indexer;
 pub(crate) use latent::{Absorbed, Expansion, LatentAttention, LatentNorm};
+pub(crate) use lightning::Lightning;
 pub(crate) use mamba::{Mamba, StateNorms};
 pub(crate) use mamba2::Mamba2;
 pub(crate) use plamo_mamba::PlamoMamba;
@@ -46,6 +50,7 @@ pub(crate) enum Mixer {
     Latent(Box<LatentAttention>),
     GatedDelta(Box<GatedDeltaNet>),
     GatedRecurrence(Box<GatedRecurrence>),
+    Lightning(Box<Lightning>),
     Mamba(Box<Mamba>),
     Mamba2(Box<Mamba2>),
     PlamoMamba(Box<PlamoMamba>),
@@ -82,6 +87,7 @@ impl Mixer {
         match self {
             Self::Attention(attention) => attention.keeps(),
             Self::GatedDelta(_) | Self::GatedRecurrence(_)
+            | Self::Lightning(_)
             | Self::Mamba(_)
             | Self::Mamba2(_)
             | Self::PlamoMamba(_)
@@ -114,6 +120,7 @@ impl Mixer {
             Self::GatedRecurrence(recurrence) => {
                 Mixed::one(recurrence.forward(device, x, layer, batch)?)
             }
+            Self::Lightning(lightning) => Mixed::one(lightning.forward(device, x, layer, batch)?),
             Self::Mamba(mamba) => Mixed::one(mamba.forward(device, x, layer, batch)?),
             Self::Mamba2(mamba) => Mixed::one(mamba.forward(device, x, layer, batch)?),
             Self::PlamoMamba(mamba) => Mixed::one(mamba.forward(device, x, layer, batch)?),

@@ -250,10 +250,10 @@ impl BatchGenerator {
         let running: Vec<RowId> = plan.running.iter().map(|sequence| sequence.id).collect();
         plan.put_in_order(&self.caches.arrange(device, &running)?);
         let ids = plan.ids(device)?;
-        let hidden = decoder.embed(device, &ids)?;
         let chunks: Vec<(RowId, i32)> =
             plan.chunks.iter().map(|(sequence, tokens)| (sequence.id, *tokens as i32)).collect();
         let mut batch = Batch::of(self.caches.rows(&chunks))?;
+        let hidden = decoder.embed(device, &ids, &mut batch)?;
         let hidden = decoder.forward(device, hidden, &mut batch)?;
         drop(batch);
         let draws = plan.draw(&self.model, &hidden)?;

@@ -23,6 +23,7 @@ mod linear;
 mod loader;
 mod mixers;
 mod model;
+mod ngrams;
 mod norm;
 mod penalties;
 mod prompt_cache;

@@ -120,19 +120,18 @@ impl EngineStage {
         }
         let (device, decoder) = (&self.model.device, &self.model.decoder);
         let count = step.tokens.len() as i32;
+        let mut batch = Batch::single(&mut sequence.cache, count);
         let hidden = match &step.input {
             StepInput::Tokens => {
                 let ids = Array::from_u32(&step.tokens, &[1, count]).map_err(device_error)?;
-                decoder.embed(device, &ids)
+                decoder.embed(device, &ids, &mut batch)
             }
             StepInput::Activation(activation) => {
                 let shape = [1, count, activation.hidden() as i32];
                 Array::from_bytes(activation.bytes(), &shape, activation.dtype().into())
             }
         };
-        let hidden = hidden.and_then(|hidden| {
-            decoder.forward(device, hidden, &mut Batch::single(&mut sequence.cache, count))
-        });
+        let hidden = hidden.and_then(|hidden| decoder.forward(device, hidden, &mut batch));
         let hidden = hidden.map_err(device_error)?;
         sequence.position += step.tokens.len();
         if let Some(sampling) = &mut sequence.sampling {
@@ -187,8 +186,9 @@ impl EngineStage {
         };
         let (device, decoder) = (&model.device, &model.decoder);
         let mut queue = || -> Result<Draw, Error> {
-            let hidden = decoder.embed(device, &device.reshape(&draw.token, &[1, 1])?)?;
-            let hidden = decoder.forward(device, hidden, &mut Batch::single(&mut sequence.cache, 1))?;
+            let mut batch = Batch::single(&mut sequence.cache, 1);
+            let hidden = decoder.embed(device, &device.reshape(&draw.token, &[1, 1])?, &mut batch)?;
+            let hidden = decoder.forward(device, hidden, &mut batch)?;
             let logits = decoder.logits(device, &hidden)?;
             let history = sampling.history_and(device, &draw.token)?;
             let next = sampling.sampler.draw(device, logits, history.as_ref(), index + 1)?;

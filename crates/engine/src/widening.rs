@@ -122,7 +122,9 @@ impl Widened {
     /// What the model's first layer handed on, `[1, tokens, width]`, out of what arrived; None on the first stage.
     pub(crate) fn handed(self, device: &Device, arrived: &Array) -> Result<Option<Array>> {
         match self.handed > 0 && arrived.dim(2) > self.hidden {
-            true => device.slice(arrived, &[0, 0, self.hidden], &[1, arrived.dim(1), arrived.dim(2)]).map(Some),
+            true => {
+                device.slice(arrived, &[0, 0, self.hidden], &[1, arrived.dim(1), arrived.dim(2)]).map(Some)
+            }
             false => Ok(None),
         }
     }

@@ -21,7 +21,8 @@ pub(super) const NAMES: [(&str, &str); 4] = [
 ];
 
 /// Fields without defaults that are not read elsewhere, or have a default there.
-const NEEDED: [&str; 4] = ["max_position_embeddings", "num_key_value_heads", "num_shared_experts", "norm_topk_prob"];
+const NEEDED: [&str; 4] =
+    ["max_position_embeddings", "num_key_value_heads", "num_shared_experts", "norm_topk_prob"];
 
 fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     for field in NEEDED {
@@ -48,16 +49,16 @@ fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     // The heads of lightning attention share the hidden vectors' width whatever `head_dim` says.
     let shared = dense::Sizes::read_with_shared_heads(config)?;
     let lightning = lightning(config, &shared, rotation(config, &shared, 1.0, traditional)?, qk_norm, true)?;
-    let mixers = attends(config, sizes.layers)?.into_iter().enumerate().map(|(index, attends)| match attends {
-        true => Mixer::Attention(attention.clone()),
-        false => Mixer::Lightning(LightningSpec {
-            log_decay: log_decay(sizes.heads, sizes.layers, index.saturating_sub(1)),
-            ..lightning.clone()
-        }),
-    });
+    let mixers =
+        attends(config, sizes.layers)?.into_iter().enumerate().map(|(index, attends)| match attends {
+            true => Mixer::Attention(attention.clone()),
+            false => Mixer::Lightning(LightningSpec {
+                log_decay: log_decay(sizes.heads, sizes.layers, index.saturating_sub(1)),
+                ..lightning.clone()
+            }),
+        });
     let network = sizes.gated(Activation::Silu, bias);
-    let mut model =
-        dense::of_mixers(config, "bailing_moe_linear", &sizes, mixers.collect(), &network, tied)?;
+    let mut model = dense::of_mixers(config, "bailing_moe_linear", &sizes, mixers.collect(), &network, tied)?;
     let experts = bailing_moe::experts(config, bias)?;
     let normalization = match experts.routing.normalization {
         Normalization::None => Normalization::None,
@@ -169,7 +170,10 @@ mod tests {
             }
         };
         let whole = 1.0 + 1e-5;
-        close(log_decay(4, 3, 0), &[-0.25 * whole, -0.0625 * whole, -0.015_625 * whole, -0.003_906_25 * whole]);
+        close(
+            log_decay(4, 3, 0),
+            &[-0.25 * whole, -0.0625 * whole, -0.015_625 * whole, -0.003_906_25 * whole],
+        );
         close(log_decay(3, 3, 1), &[-0.0625 * 0.50001, -0.003_906_25 * 0.50001, -0.25 * 0.50001]);
         close(log_decay(1, 1, 0), &[-0.003_906_25 * whole]);
     }

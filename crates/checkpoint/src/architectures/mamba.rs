@@ -2,7 +2,9 @@
 
 use super::{Architecture, dense, recurrent};
 use crate::config::{Config, ConfigError, missing};
-use crate::spec::{FeedForward, Flow, LayerNorms, LayerSpec, MambaNorms, MambaSpec, Mixer, ModelSpec, Residual};
+use crate::spec::{
+    FeedForward, Flow, LayerNorms, LayerSpec, MambaNorms, MambaSpec, Mixer, ModelSpec, Residual,
+};
 use crate::weights::{Weights, WeightsError};
 
 pub(super) const ARCHITECTURE: Architecture =

@@ -5,8 +5,8 @@ use crate::config::{Config, ConfigError};
 use crate::names::layer_of;
 use crate::notes::Note;
 use crate::spec::{
-    Activation, ExpertNetworks, ExpertsSpec, FeedForward, GroupScore, Groups, ModelSpec, Normalization, Outside,
-    RouterSpec, Routing, SharedExpertSpec,
+    Activation, ExpertNetworks, ExpertsSpec, FeedForward, GroupScore, Groups, ModelSpec, Normalization,
+    Outside, RouterSpec, Routing, SharedExpertSpec,
 };
 use crate::weights::{Weights, WeightsError};
 

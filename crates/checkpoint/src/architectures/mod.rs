@@ -2,8 +2,10 @@
 //!
 //! Field names, defaults and what is ignored follow mlx-lm 0.32.2, so that a folder that runs there means the same here.
 
+mod afm7;
 mod afmoe;
 mod apertus;
+mod baichuan_m1;
 mod bailing_hybrid;
 mod bailing_moe;
 mod bailing_moe_linear;
@@ -64,6 +66,7 @@ mod llama;
 mod llama4;
 mod llama4_text;
 mod longcat_flash;
+mod longcat_flash_ngram;
 mod mamba;
 mod mamba2;
 mod mellum;
@@ -200,8 +203,10 @@ impl Architecture {
 /// All families, in alphabetical order.
 pub fn known() -> &'static [Architecture] {
     &[
+        afm7::ARCHITECTURE,
         afmoe::ARCHITECTURE,
         apertus::ARCHITECTURE,
+        baichuan_m1::ARCHITECTURE,
         bailing_hybrid::ARCHITECTURE,
         bailing_moe::ARCHITECTURE,
         bailing_moe_linear::ARCHITECTURE,
@@ -259,6 +264,7 @@ pub fn known() -> &'static [Architecture] {
         llama4::ARCHITECTURE,
         llama4_text::ARCHITECTURE,
         longcat_flash::ARCHITECTURE,
+        longcat_flash_ngram::ARCHITECTURE,
         mamba::ARCHITECTURE,
         mamba2::ARCHITECTURE,
         mellum::ARCHITECTURE,

@@ -8,9 +8,8 @@ use crate::spec::{
 };
 use crate::weights::{Weights, WeightsError};
 
-pub(super) const ARCHITECTURE: Architecture = Architecture::new("recurrent_gemma", spec)
-    .weights(weights)
-    .names(&[("model.final_norm", "model.norm")]);
+pub(super) const ARCHITECTURE: Architecture =
+    Architecture::new("recurrent_gemma", spec).weights(weights).names(&[("model.final_norm", "model.norm")]);
 
 /// Epsilon of the norms in the layers, whatever the config says of the last one.
 const EPSILON: f32 = 1e-5;
@@ -32,7 +31,8 @@ fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     let sizes = dense::Sizes::read_with_shared_heads(config)?;
     if !sizes.head_dim.is_multiple_of(4) {
         let (heads, hidden) = (sizes.heads, sizes.hidden);
-        let allowed = format!("a divisor of hidden_size, which is {hidden}, with a multiple of 4 left for each head");
+        let allowed =
+            format!("a divisor of hidden_size, which is {hidden}, with a multiple of 4 left for each head");
         return Err(config.refuse("num_attention_heads", &heads.to_string(), &allowed));
     }
     let attention = AttentionSpec {
@@ -63,8 +63,7 @@ fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
             down: "mlp_block.down_proj",
         },
     };
-    let mut model =
-        dense::of_mixers(config, "recurrent_gemma", &sizes, mixers.collect(), &network, false)?;
+    let mut model = dense::of_mixers(config, "recurrent_gemma", &sizes, mixers.collect(), &network, false)?;
     for layer in &mut model.layers {
         layer.norms = LayerNorms {
             before_mixer: Some("temporal_pre_norm"),
@@ -88,9 +87,11 @@ fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
 /// What the layers are, again and again: does each attend? The two published sizes call the list differently.
 fn kinds(config: &Config) -> Result<Vec<bool>, ConfigError> {
     let field = if config.get("block_types").is_some() { "block_types" } else { "_block_types" };
-    recurrent::layer_kinds(config, field, &[("recurrent", false), ("attention", true)]).map_err(|error| match error {
-        ConfigError::Missing { .. } => missing("block_types"),
-        other => other,
+    recurrent::layer_kinds(config, field, &[("recurrent", false), ("attention", true)]).map_err(|error| {
+        match error {
+            ConfigError::Missing { .. } => missing("block_types"),
+            other => other,
+        }
     })
 }
 

@@ -2,7 +2,9 @@
 
 use super::{Architecture, dense};
 use crate::config::{Config, ConfigError};
-use crate::spec::{FeedForward, Flow, LayerNorms, LayerSpec, Mixer, ModelSpec, NormKind, Rwkv7Ranks, Rwkv7Spec};
+use crate::spec::{
+    FeedForward, Flow, LayerNorms, LayerSpec, Mixer, ModelSpec, NormKind, Rwkv7Ranks, Rwkv7Spec,
+};
 use crate::weights::{Weights, WeightsError};
 
 pub(super) const ARCHITECTURE: Architecture = Architecture::new("rwkv7", spec)
@@ -44,11 +46,9 @@ fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
 fn weights(config: &Config, spec: &ModelSpec, weights: &mut Weights) -> Result<(), WeightsError> {
     let head_dim = config.usize("head_dim", dense::HEAD_DIM).unwrap_or(spec.hidden);
     for name in ["k_k", "k_a", "g_norm"] {
-        weights.map(&format!("model.layers.{{layer}}.attn.{name}"), |tensor| {
-            match tensor.shape() {
-                [width] if *width == spec.hidden => tensor.reshape(&[spec.hidden / head_dim, head_dim]),
-                _ => Ok(tensor.clone()),
-            }
+        weights.map(&format!("model.layers.{{layer}}.attn.{name}"), |tensor| match tensor.shape() {
+            [width] if *width == spec.hidden => tensor.reshape(&[spec.hidden / head_dim, head_dim]),
+            _ => Ok(tensor.clone()),
         })?;
     }
     Ok(())

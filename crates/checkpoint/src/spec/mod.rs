@@ -15,6 +15,7 @@ mod latent;
 mod lightning;
 mod mamba;
 mod mamba2;
+mod ngrams;
 mod plamo_mamba;
 mod rope;
 mod rwkv7;
@@ -28,8 +29,8 @@ pub use attention::{
 };
 pub use dense_and_experts::DenseAndExpertsSpec;
 pub use experts::{
-    Correction, ExpertForm, ExpertNetworks, ExpertsSpec, GroupScore, Groups, Normalization, Outside, RouterSpec,
-    Routing, Scores, SharedExpertSpec, WeightPrecision,
+    Correction, ExpertForm, ExpertNetworks, ExpertsSpec, GroupScore, Groups, Normalization, Outside,
+    RouterSpec, Routing, Scores, SharedExpertSpec, WeightPrecision,
 };
 pub use feed_forward::{Activation, FeedForward, GatedNames, XIELU};
 pub use flow::{AlternatingUpdates, Flow, ParallelSum, Residual};
@@ -39,6 +40,7 @@ pub use latent::{INDEXER_NORM_EPS, IndexerSpec, LatentForm, LatentSpec, QueryGro
 pub use lightning::LightningSpec;
 pub use mamba::{MambaNorms, MambaSpec};
 pub use mamba2::{Mamba2Spec, MambaGate};
+pub use ngrams::NgramsSpec;
 pub use plamo_mamba::PlamoMambaSpec;
 pub use rope::{RopeScaling, RopeSpec};
 pub use rwkv7::{Rwkv7Ranks, Rwkv7Spec};
@@ -71,6 +73,8 @@ pub struct ModelSpec {
     pub embedding_scale: Option<f32>,
     /// The embedding's vectors are divided by their root mean square, without a weight.
     pub embedding_norm: bool,
+    /// Groups of tokens are looked up in tables too, before the embedding's factor and norm.
+    pub ngrams: Option<NgramsSpec>,
     /// Positions are looked up in a table of this many rows, whose vectors are added to the embedding's. No token can be beyond it.
     pub positions: Option<usize>,
     /// The head has a bias. Not with tied embeddings.
@@ -222,6 +226,9 @@ impl Mixer {
             Self::Rwkv7(layer) => layer.state_bytes(hidden, element),
             Self::ShortConvolution(convolution) => convolution.state_bytes(hidden, element),
             Self::Mamba2AndAttention(both) => both.0.state_bytes(element),
+            Self::Attention(attention) if attention.convolved => {
+                (AttentionSpec::TAPS - 1) * 2 * attention.kv_heads * attention.head_dim * element
+            }
             Self::Attention(_) | Self::Latent(_) | Self::Linear { .. } | Self::Shortcut(_) | Self::Absent => {
                 0
             }

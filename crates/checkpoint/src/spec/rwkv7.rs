@@ -42,7 +42,11 @@ impl Rwkv7Spec {
     /// Its modules in a layer of hidden vectors of width `hidden`.
     pub(crate) fn modules(&self, hidden: usize, push: &mut Push<'_>) {
         let linear = |inputs, outputs, bias| ModuleKind::Linear { inputs, outputs, bias };
-        let norms = if self.is_first { &["pre_norm", "attn_norm", "ffn_norm"][..] } else { &["attn_norm", "ffn_norm"] };
+        let norms = if self.is_first {
+            &["pre_norm", "attn_norm", "ffn_norm"][..]
+        } else {
+            &["attn_norm", "ffn_norm"]
+        };
         for norm in norms {
             push(norm, ModuleKind::Norm { width: hidden, bias: true });
         }

@@ -45,14 +45,15 @@ impl Source<'_> {
         let (norm, output) = if apart { ("o_norm", "o_proj") } else { ("norm", "out_proj") };
         let by_channel = matches!(spec.form, DeltaForm::Channels | DeltaForm::BoundedChannels);
         let widened = match spec.form {
-            DeltaForm::Channels => Some([self.linear(&within("g_b_proj"))?, self.linear(&within("f_b_proj"))?]),
+            DeltaForm::Channels => {
+                Some([self.linear(&within("g_b_proj"))?, self.linear(&within("f_b_proj"))?])
+            }
             _ => None,
         };
         let norm = self.tensor(&within(&format!("{norm}.weight")))?;
         let device = self.device;
         let scales = GatedDeltaNet::scales(key_heads, key_dim, dtype_of_model(model), device)?;
-        let mut decay =
-            Decay {
+        let mut decay = Decay {
             rate: self.tensor(&within("A_log"))?,
             bias: self.tensor(&within("dt_bias"))?,
             bound: spec.decay_bound,

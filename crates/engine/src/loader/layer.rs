@@ -21,6 +21,10 @@ impl Source<'_> {
         let before_feed_forward = norm(layer.norms.before_feed_forward)?;
         let after_feed_forward = norm(layer.norms.after_feed_forward)?;
         let mixer = match &layer.mixer {
+            MixerSpec::Attention(attention) if attention.convolved => {
+                let path = path(attention.names.block);
+                Mixer::ConvolvedAttention(Box::new(self.convolved_attention(&path, attention, spec)?))
+            }
             MixerSpec::Attention(attention) => {
                 let path = path(attention.names.block);
                 Mixer::Attention(Box::new(self.attention(&path, index, attention, spec)?))

@@ -16,8 +16,8 @@ impl Source<'_> {
         let width = size(spec.width());
         let norms = match spec.qk_norm {
             true => {
-                let norms =
-                    ["query_layernorm", "key_layernorm"].map(|name| self.tensor(&within(&format!("{name}.weight"))));
+                let norms = ["query_layernorm", "key_layernorm"]
+                    .map(|name| self.tensor(&within(&format!("{name}.weight"))));
                 let [queries, keys] = norms;
                 Some([queries?, keys?])
             }

@@ -112,6 +112,7 @@ pub(crate) fn load(
         true => Some(source.embedding(EMBEDDING)?),
         false => None,
     };
+    let ngrams = if layers.is_first() { source.ngrams(spec)? } else { None };
     let positions = match spec.positions.filter(|_| layers.is_first()) {
         Some(rows) => Some(Positions { table: source.embedding(POSITIONS)?, rows: size(rows) }),
         None => None,
@@ -145,6 +146,7 @@ pub(crate) fn load(
     progress(total, total);
     Ok(Decoder {
         embedding: embedding.filter(|_| layers.is_first()),
+        ngrams,
         embedding_scale: spec.embedding_scale,
         embedding_norm: spec.embedding_norm.then_some(spec.norm_eps),
         positions,

@@ -132,12 +132,7 @@ impl Fading {
 }
 
 /// The memory after one token.
-fn step(
-    device: &Device,
-    left: &Array,
-    [key, value]: [&Array; 2],
-    memory: Option<&Array>,
-) -> Result<Array> {
+fn step(device: &Device, left: &Array, [key, value]: [&Array; 2], memory: Option<&Array>) -> Result<Array> {
     let new = device.multiply(&device.transpose(key, &[0, 1, 3, 2])?, value)?;
     match memory {
         Some(memory) => device.add(&device.multiply(memory, left)?, &new),
@@ -154,12 +149,7 @@ fn finish(device: &Device, mut read: Vec<Array>, memory: Option<Array>) -> Resul
 }
 
 impl Tables {
-    fn chunks(
-        &self,
-        device: &Device,
-        parts: [&Array; 3],
-        memory: Option<&Array>,
-    ) -> Result<(Array, Array)> {
+    fn chunks(&self, device: &Device, parts: [&Array; 3], memory: Option<&Array>) -> Result<(Array, Array)> {
         let count = parts[0].dim(2);
         let (mut memory, mut read) = (memory.cloned(), Vec::new());
         let mut start = 0;
@@ -223,7 +213,8 @@ mod tests {
         let device = Device::open().unwrap();
         let (heads, width, count) = (3, 4, 300);
         let wave = |pace: f32| {
-            let values: Vec<f32> = (0..heads * count * width).map(|index| (index as f32 * pace).sin()).collect();
+            let values: Vec<f32> =
+                (0..heads * count * width).map(|index| (index as f32 * pace).sin()).collect();
             Array::from_f32(&values, &[1, heads, count, width]).unwrap()
         };
         let core = Fading::new(&device, &[-0.9, -0.1, -0.003], 0.5, None).unwrap();
@@ -232,9 +223,8 @@ mod tests {
         let (read, after) = core.forward(&device, [&parts[0], &parts[1], &parts[2]], None).unwrap();
         let (mut expected, mut memory) = (Vec::new(), None);
         for index in 0..count {
-            let [q, k, v] = [0, 1, 2].map(|part: usize| {
-                device.slice_axis(&parts[part], 2, index, index + 1, 1).unwrap()
-            });
+            let [q, k, v] =
+                [0, 1, 2].map(|part: usize| device.slice_axis(&parts[part], 2, index, index + 1, 1).unwrap());
             let (read, next) = core.forward(&device, [&q, &k, &v], memory.as_ref()).unwrap();
             expected.push(read);
             memory = Some(next);

@@ -100,9 +100,14 @@ impl GatedRecurrence {
     }
 }
 
-/// The states after each of the tokens `[1, tokens, width]`, of which a part `left` stays, and the last one `[1, width]`.
+/// The states after each of the tokens `[1, tokens, width]`, of which a part `left` stays, and the last one `[1, width]`. Of sequences
+/// side by side a token of each, `[lanes, 1, width]`.
 fn recur(device: &Device, x: &Array, left: &Array, state: Option<&Array>) -> Result<(Array, Array)> {
-    let count = x.dim(1);
+    let (lanes, count, width) = (x.dim(0), x.dim(1), x.dim(2));
+    let state = match state {
+        Some(state) => Some(device.reshape(state, &[lanes, 1, width])?),
+        None => None,
+    };
     let mut states: Vec<Array> = Vec::with_capacity(count as usize);
     for token in 0..count {
         let cut = |array: &Array| match count {
@@ -110,7 +115,7 @@ fn recur(device: &Device, x: &Array, left: &Array, state: Option<&Array>) -> Res
             _ => tokens(device, array, token, token + 1),
         };
         let new = cut(x)?;
-        let next = match states.last().or(state) {
+        let next = match states.last().or(state.as_ref()) {
             Some(before) => device.add(&device.multiply(&cut(left)?, before)?, &new)?,
             None => new,
         };
@@ -119,7 +124,7 @@ fn recur(device: &Device, x: &Array, left: &Array, state: Option<&Array>) -> Res
     let Some(last) = states.last() else {
         return Err(mlxnode_mlx::Error::Mlx("there are no tokens".to_owned()));
     };
-    let last = device.reshape(last, &[1, x.dim(2)])?;
+    let last = device.reshape(last, &[lanes, width])?;
     let all = if states.len() == 1 { states.swap_remove(0) } else { device.concatenate(&states, 1)? };
     Ok((all, last))
 }

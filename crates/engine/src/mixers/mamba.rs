@@ -120,7 +120,9 @@ impl Mamba {
         state: Option<&Array>,
     ) -> Result<(Array, Array)> {
         let count = taken.dim(1);
-        let shape = [1, self.width, self.state];
+        // Of sequences side by side there is a token of each.
+        let lanes = taken.dim(0);
+        let shape = [lanes, self.width, self.state];
         let (mut state, mut read) = (state.cloned(), Vec::new());
         let mut start = 0;
         while start < count {
@@ -138,7 +140,7 @@ impl Mamba {
             // A view of a prompt would keep all of it in memory.
             let last = if length > 1 { device.contiguous(&last)? } else { last };
             let stretch = device.matmul(&states, &device.expand(&cut(&c)?, -1)?)?;
-            read.push(device.reshape(&stretch, &[1, length, self.width])?);
+            read.push(device.reshape(&stretch, &[lanes, length, self.width])?);
             state = Some(last);
             start = stop;
         }
@@ -162,7 +164,7 @@ impl Mamba {
             if self.rounded { device.cast(&sum, new.dtype()) } else { Ok(sum) }
         };
         if let (1, Some(state)) = (count, state) {
-            return next(state, &left, new);
+            return next(&device.expand(state, 1)?, &left, new);
         }
         let mut states: Vec<Array> = Vec::with_capacity(count as usize);
         for token in 0..count {

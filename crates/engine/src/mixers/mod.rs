@@ -3,6 +3,7 @@
 mod attention;
 mod by_row;
 mod convolution;
+mod convolved_attention;
 mod delta_chunks;
 mod delta_rule;
 mod fading;
@@ -23,6 +24,7 @@ mod wkv;
 
 pub(crate) use attention::{Attention, Gate as AttentionGate, QkNorms, Source as KeySource};
 pub(crate) use convolution::CausalConvolution;
+pub(crate) use convolved_attention::{ConvolvedAttention, Taps};
 pub(crate) use delta_rule::DeltaRule;
 pub(crate) use fading::Fading;
 pub(crate) use gated_delta::{Decay, GatedDeltaNet};
@@ -47,6 +49,7 @@ use mlxnode_mlx::{Array, Device, Result};
 /// The mixer of one layer.
 pub(crate) enum Mixer {
     Attention(Box<Attention>),
+    ConvolvedAttention(Box<ConvolvedAttention>),
     Latent(Box<LatentAttention>),
     GatedDelta(Box<GatedDeltaNet>),
     GatedRecurrence(Box<GatedRecurrence>),
@@ -86,7 +89,9 @@ impl Mixer {
     pub(crate) fn keeps(&self) -> Keeps {
         match self {
             Self::Attention(attention) => attention.keeps(),
-            Self::GatedDelta(_) | Self::GatedRecurrence(_)
+            Self::ConvolvedAttention(attention) => attention.keeps(),
+            Self::GatedDelta(_)
+            | Self::GatedRecurrence(_)
             | Self::Lightning(_)
             | Self::Mamba(_)
             | Self::Mamba2(_)
@@ -108,7 +113,15 @@ impl Mixer {
             Self::Latent(latent) => latent.joins(),
             Self::Shortcut(shortcut) => shortcut.halves.iter().all(|half| half.attention.joins()),
             Self::Mamba2AndAttention(both) => both.1.joins(),
-            Self::GatedDelta(_) | Self::Mamba2(_) | Self::ShortConvolution(_) => true,
+            Self::GatedDelta(_)
+            | Self::GatedRecurrence(_)
+            | Self::Mamba(_)
+            | Self::Mamba2(_)
+            | Self::PlamoMamba(_)
+            | Self::Rwkv7(_)
+            | Self::ShortConvolution(_) => true,
+            // Its rotation is of one sequence at a time.
+            Self::ConvolvedAttention(_) | Self::Lightning(_) => false,
             Self::Linear(_) | Self::Absent => true,
         }
     }
@@ -125,13 +138,12 @@ impl Mixer {
     ) -> Result<Mixed> {
         Ok(match self {
             Self::Attention(attention) => Mixed::one(attention.forward(device, x, layer, batch)?),
+            Self::ConvolvedAttention(attention) => Mixed::one(attention.forward(device, x, layer, batch)?),
             Self::Latent(latent) => Mixed::one(latent.forward(device, x, layer, batch)?),
             Self::Rwkv7(rwkv) => Mixed::one(rwkv.forward(device, x, layer, batch)?),
             Self::Shortcut(shortcut) => Mixed::one(shortcut.forward(device, x, layer, batch)?),
             Self::GatedDelta(delta) => Mixed::one(delta.forward(device, x, layer, batch)?),
-            Self::GatedRecurrence(recurrence) => {
-                Mixed::one(recurrence.forward(device, x, layer, batch)?)
-            }
+            Self::GatedRecurrence(recurrence) => Mixed::one(recurrence.forward(device, x, layer, batch)?),
             Self::Lightning(lightning) => Mixed::one(lightning.forward(device, x, layer, batch)?),
             Self::Mamba(mamba) => Mixed::one(mamba.forward(device, x, layer, batch)?),
             Self::Mamba2(mamba) => Mixed::one(mamba.forward(device, x, layer, batch)?),

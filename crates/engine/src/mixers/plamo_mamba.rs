@@ -51,8 +51,8 @@ impl PlamoMamba {
         let [b, c, steps] = self.select(device, &x)?;
         let mut kept = kept.into_iter();
         let read = by_row(device, [x, b, c, steps], layer, batch, |[x, b, c, steps], cache| {
-            let count = x.dim(1);
-            let by_head = |array: &Array, heads: i32| device.reshape(array, &[1, count, heads, -1]);
+            let (lanes, count) = (x.dim(0), x.dim(1));
+            let by_head = |array: &Array, heads: i32| device.reshape(array, &[lanes, count, heads, -1]);
             let inputs = super::state_space::Inputs {
                 x: by_head(&x, self.heads)?,
                 b: by_head(&b, 1)?,
@@ -61,7 +61,7 @@ impl PlamoMamba {
             };
             let (read, state) = self.core.forward(device, &inputs, cache.states.arrays().get(1))?;
             cache.states.replace(kept.next().into_iter().chain([state]).collect(), count);
-            device.reshape(&read, &[1, count, width])
+            device.reshape(&read, &[lanes, count, width])
         })?;
         let gated = device.multiply(&activate(device, Activation::Silu, &gate)?, &read)?;
         self.output.forward(device, &gated)

@@ -208,12 +208,12 @@ impl ChannelMix {
 }
 
 /// For each of one row's tokens `[1, tokens, hidden]` the one before it, and the last one. `before` is the one before the first; without
-/// it there are zeros.
+/// it there are zeros. Of sequences side by side there is a token of each, `[lanes, 1, hidden]`.
 fn shifted(device: &Device, x: &Array, before: Option<&Array>) -> Result<(Array, Array)> {
-    let (count, hidden) = (x.dim(1), x.dim(2));
+    let (lanes, count, hidden) = (x.dim(0), x.dim(1), x.dim(2));
     let before = match before {
         Some(before) => before.clone(),
-        None => device.zeros(&[1, 1, hidden], x.dtype())?,
+        None => device.zeros(&[lanes, 1, hidden], x.dtype())?,
     };
     if count == 1 {
         return Ok((before, x.clone()));

@@ -12,7 +12,7 @@ pub(crate) struct Wkv {
     kernel: Option<MetalKernel>,
 }
 
-/// What a row's tokens bring, `[1, tokens, heads, head_dim]` each.
+/// What a row's tokens bring, `[1, tokens, heads, head_dim]` each; with several lanes in place of the first 1 one token of each.
 pub(crate) struct Inputs {
     pub(crate) receptance: Array,
     pub(crate) decay: Array,
@@ -25,8 +25,7 @@ pub(crate) struct Inputs {
 impl Wkv {
     /// Takes the kernel where there is Metal.
     pub(crate) fn new(device: &Device) -> Result<Self> {
-        let inputs =
-            [c"receptance", c"decay", c"key", c"value", c"away", c"back", c"before", c"tokens"];
+        let inputs = [c"receptance", c"decay", c"key", c"value", c"away", c"back", c"before", c"tokens"];
         let kernel = MetalKernel::new(device, c"mlxnode_wkv", &inputs, &[c"read", c"after"], KERNEL)?;
         Ok(Self { kernel })
     }
@@ -39,11 +38,12 @@ impl Wkv {
         inputs: &Inputs,
         memory: Option<&Array>,
     ) -> Result<(Array, Array)> {
-        let (count, heads, head_dim) =
-            (inputs.receptance.dim(1), inputs.receptance.dim(2), inputs.receptance.dim(3));
+        let &[lanes, count, heads, head_dim] = inputs.receptance.shape() else {
+            return Err(mlxnode_mlx::Error::Mlx("what memories take up has four dimensions".to_owned()));
+        };
         let mut memory = match memory {
             Some(memory) => memory.clone(),
-            None => device.zeros(&[1, heads, head_dim, head_dim], inputs.receptance.dtype())?,
+            None => device.zeros(&[lanes, heads, head_dim, head_dim], inputs.receptance.dtype())?,
         };
         if let Some(kernel) = self.kernel.as_ref().filter(|_| head_dim % LANES == 0) {
             return on_metal(device, kernel, inputs, &memory);
@@ -54,16 +54,17 @@ impl Wkv {
                 let array = if count == 1 { array.clone() } else { tokens(device, array, token, token + 1)? };
                 device.reshape(&array, shape)
             };
-            let (row, column) = ([1, heads, 1, head_dim], [1, heads, head_dim, 1]);
+            let (row, column) = ([lanes, heads, 1, head_dim], [lanes, heads, head_dim, 1]);
             let known = device.matmul(&memory, &of(&inputs.away, &column)?)?;
             let taken_back = device.multiply(&known, &of(&inputs.back, &row)?)?;
             let faded = device.multiply(&memory, &of(&inputs.decay, &row)?)?;
             let written = device.multiply(&of(&inputs.value, &column)?, &of(&inputs.key, &row)?)?;
             memory = device.add(&device.add(&faded, &written)?, &taken_back)?;
-            read.push(device.matmul(&memory, &of(&inputs.receptance, &column)?)?);
+            let seen = device.matmul(&memory, &of(&inputs.receptance, &column)?)?;
+            read.push(device.reshape(&seen, &[lanes, 1, heads, head_dim])?);
         }
-        let read = if read.len() == 1 { read.swap_remove(0) } else { device.concatenate(&read, 0)? };
-        Ok((device.reshape(&read, &[1, count, heads, head_dim])?, memory))
+        let read = if read.len() == 1 { read.swap_remove(0) } else { device.concatenate(&read, 1)? };
+        Ok((read, memory))
     }
 }
 
@@ -75,15 +76,15 @@ fn on_metal(
 ) -> Result<(Array, Array)> {
     let shape = inputs.receptance.shape();
     let dtype = inputs.receptance.dtype();
-    let (count, heads, head_dim) =
-        (inputs.receptance.dim(1), inputs.receptance.dim(2), inputs.receptance.dim(3));
+    let (lanes, count, heads, head_dim) =
+        (memory.dim(0), inputs.receptance.dim(1), memory.dim(1), memory.dim(2));
     let launch = Launch {
         constants: &[
             (c"ELEMENT", Constant::Type(dtype)),
             (c"HEADS", Constant::Int(heads)),
             (c"HEAD_DIM", Constant::Int(head_dim)),
         ],
-        grid: [LANES, head_dim, heads],
+        grid: [LANES, head_dim, lanes * heads],
         group: [LANES, 4, 1],
         outputs: &[(shape, dtype), (memory.shape(), dtype)],
     };
@@ -106,16 +107,17 @@ const KERNEL: &str = r"
     constexpr uint WIDTH = HEAD_DIM / 32;
     const uint lane = thread_position_in_threadgroup.x;
     const uint row = thread_position_in_grid.y;
-    const uint head = thread_position_in_grid.z;
+    const uint each = thread_position_in_grid.z; // head by head, sequence by sequence
+    const uint begin = (each / HEADS) * tokens * HEADS + each % HEADS;
     const uint first = lane * WIDTH;
-    const uint place = (head * HEAD_DIM + row) * HEAD_DIM + first;
+    const uint place = (each * HEAD_DIM + row) * HEAD_DIM + first;
 
     float memory[WIDTH];
     for (uint i = 0; i < WIDTH; ++i) {
         memory[i] = static_cast<float>(before[place + i]);
     }
     for (int token = 0; token < tokens; ++token) {
-        const uint of_head = (token * HEADS + head) * HEAD_DIM;
+        const uint of_head = (begin + token * HEADS) * HEAD_DIM;
         float known = 0.0f;
         for (uint i = 0; i < WIDTH; ++i) {
             known += memory[i] * static_cast<float>(away[of_head + first + i]);

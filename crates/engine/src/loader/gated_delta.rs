@@ -73,6 +73,7 @@ impl Source<'_> {
             widths,
             widened,
             convolution,
+            convolutions: apart.then(|| [size(spec.keys()), size(spec.keys()), size(spec.values())]),
             scales,
             decay,
             doubled: spec.negative_eigenvalues,

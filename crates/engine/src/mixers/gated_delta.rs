@@ -22,6 +22,8 @@ pub(crate) struct GatedDeltaNet {
     pub(crate) widened: Option<[Linear; 2]>,
     /// Over queries, keys and values.
     pub(crate) convolution: CausalConvolution,
+    /// Channels of queries, keys and values where the family has a convolution for each.
+    pub(crate) convolutions: Option<[i32; 3]>,
     /// Factors on the normed queries and keys, `[2 key_heads, 1]`.
     pub(crate) scales: Array,
     pub(crate) decay: Decay,

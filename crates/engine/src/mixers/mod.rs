@@ -82,6 +82,8 @@ pub(crate) struct Keeps {
     pub(crate) indexer: bool,
     /// States of a fixed size.
     pub(crate) states: bool,
+    /// The first of them are the last inputs of three convolutions side by side, with so many channels each. Files have one array for each.
+    pub(crate) convolutions: Option<[i32; 3]>,
 }
 
 impl Mixer {
@@ -90,8 +92,10 @@ impl Mixer {
         match self {
             Self::Attention(attention) => attention.keeps(),
             Self::ConvolvedAttention(attention) => attention.keeps(),
-            Self::GatedDelta(_)
-            | Self::GatedRecurrence(_)
+            Self::GatedDelta(delta) => {
+                Keeps { states: true, convolutions: delta.convolutions, ..Keeps::default() }
+            }
+            Self::GatedRecurrence(_)
             | Self::Lightning(_)
             | Self::Mamba(_)
             | Self::Mamba2(_)

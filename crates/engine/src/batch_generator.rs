@@ -9,6 +9,7 @@
 //!                     └───────── remove: its cache goes out ─────────┘
 //! ```
 
+use crate::adapters::{AdapterId, Segment};
 use crate::batch::Batch;
 use crate::cache_pool::CachePool;
 use crate::draws::Draws;
@@ -99,6 +100,7 @@ pub struct BatchGenerator {
 struct Sequence {
     id: RowId,
     options: CacheOptions,
+    adapter: Option<AdapterId>,
     sampler: Sampler,
     history: History,
     prompt: Vec<u32>,
@@ -183,6 +185,7 @@ impl BatchGenerator {
         if spec.max_tokens == 0 {
             return Err(GenerateError::NoTokens);
         }
+        let adapter = self.model.adapters.named(spec.adapter.as_deref())?;
         let most = most_tokens(&self.model, cache.sequence.tokens(), prompt.len())?;
         let sampler = Sampler::new(spec.sampling.clone(), vocabulary)?;
         let id = RowId(self.next_id);
@@ -194,6 +197,7 @@ impl BatchGenerator {
             prompt: prompt.to_vec(),
             done: 0,
             known: cache.sequence.tokens(),
+            adapter,
             options: cache.options(),
             first_index: prompt.len().saturating_sub(spec.prompt_tokens) as u64,
             max_tokens: spec.max_tokens.min(most),
@@ -249,6 +253,9 @@ impl BatchGenerator {
         let (device, decoder) = (&self.model.device, &self.model.decoder);
         let running: Vec<RowId> = plan.running.iter().map(|sequence| sequence.id).collect();
         plan.put_in_order(&self.caches.arrange(device, &running)?);
+        let active = &self.model.adapters.active;
+        let running_segments = plan.running_segments();
+        active.set(running_segments.iter().copied().chain(plan.chunk_segments()));
         let ids = plan.ids(device)?;
         let chunks: Vec<(RowId, i32)> =
             plan.chunks.iter().map(|(sequence, tokens)| (sequence.id, *tokens as i32)).collect();
@@ -256,6 +263,7 @@ impl BatchGenerator {
         let hidden = decoder.embed(device, &ids, &mut batch)?;
         let hidden = decoder.forward(device, hidden, &mut batch)?;
         drop(batch);
+        active.set(running_segments);
         let draws = plan.draw(&self.model, &hidden)?;
         let states =
             chunks.iter().filter_map(|(row, _)| self.caches.alone(*row)).flat_map(|cache| cache.state());
@@ -358,6 +366,20 @@ impl<'a> Plan<'a> {
     /// The order in which the running ones go through.
     fn put_in_order(&mut self, order: &[RowId]) {
         self.running.sort_by_key(|sequence| order.iter().position(|row| *row == sequence.id));
+    }
+
+    /// Whose tokens the first ones of the step are.
+    fn running_segments(&self) -> Vec<Segment> {
+        self.running.iter().map(|sequence| Segment { adapter: sequence.adapter, tokens: 1 }).collect()
+    }
+
+    /// And those behind them.
+    fn chunk_segments(&self) -> impl Iterator<Item = Segment> {
+        let segment = |(sequence, tokens): &(&mut Sequence, usize)| Segment {
+            adapter: sequence.adapter,
+            tokens: *tokens as i32,
+        };
+        self.chunks.iter().map(segment)
     }
 
     /// The ids of all rows, `[1, tokens]`.

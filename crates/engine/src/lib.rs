@@ -8,6 +8,7 @@
 //!
 //! [`ModelSpec`]: mlxnode_checkpoint::ModelSpec
 
+mod adapters;
 mod alternating_updates;
 mod batch;
 mod batch_generator;
@@ -36,6 +37,7 @@ mod speculation;
 mod stage;
 mod widening;
 
+pub use adapters::{AdapterLoadError, UnknownAdapter};
 pub use batch_generator::{BatchEvent, BatchGenerator, BatchOptions, RowId};
 pub use generator::{GenerateError, Generator, GeneratorOptions, Summary, TokenEvent};
 pub use loader::{LoadError, WeightReader};

@@ -11,9 +11,13 @@
 //!      └──────> AnswerFormat ──────────────────────> AnswerParser ──> content, reasoning, tool calls <───┘
 //! ```
 //!
+//! Chat templates are programs of strangers, and tokenizers can be built to cost gigabytes: [`Sandbox`] is the seam to the
+//! process that carries them out.
+//!
 //! The rules are those of mlx-lm 0.32.2 with the Hugging Face tokenizers behind it: same ids, same text.
 
 mod answer;
+mod byte_pairs;
 mod chat;
 mod class;
 mod conversion;
@@ -22,9 +26,11 @@ mod error;
 mod files;
 mod limits;
 mod reasoning;
+mod sandbox;
 mod sentencepiece;
 mod special;
 mod stop;
+mod tekken;
 mod template;
 mod tiktoken;
 mod tokenizer;
@@ -36,6 +42,7 @@ pub use detokenizer::StreamingDetokenizer;
 pub use error::TextError;
 pub use files::TextFiles;
 pub use reasoning::ReasoningMarkers;
+pub use sandbox::{InProcess, Sandbox, SandboxError};
 pub use stop::{StopStep, StopStrings};
 pub use template::ChatTemplate;
 pub use tokenizer::Tokenizer;

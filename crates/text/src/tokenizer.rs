@@ -14,7 +14,7 @@ use tokenizers::{
 };
 
 use crate::{
-    StreamingDetokenizer, TextError, TextFiles, conversion,
+    Sandbox, SandboxError, StreamingDetokenizer, TextError, TextFiles, conversion,
     detokenizer::{self, DecoderKind, decoder_kind},
     limits::{self, MAX_VOCABULARY},
     special::{LlamaSpaces, SpecialTokens},
@@ -50,7 +50,8 @@ impl std::fmt::Debug for Tokenizer {
 
 impl Tokenizer {
     /// Builds the tokenizer from tokenizer.json and what the files beside it say about special tokens; without a
-    /// tokenizer.json from tokenizer.model (sentencepiece or tiktoken), tiktoken.model or qwen.tiktoken.
+    /// tokenizer.json from tekken.json, tokenizer.model (sentencepiece or tiktoken), tiktoken.model, qwen.tiktoken, or vocab.json
+    /// with merges.txt.
     pub fn from_files(files: &TextFiles) -> Result<Self, TextError> {
         let mut special = SpecialTokens::from_files(files)?;
         let (backend, file) = guarded(|| match files.get("tokenizer.json") {
@@ -88,6 +89,21 @@ impl Tokenizer {
             words: OnceLock::new(),
         };
         Ok(Self { shared: Arc::new(shared), eos: Arc::new(eos) })
+    }
+
+    /// The same from files that may be hostile: they are tried in the sandbox first, which costs as much time again.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::from_files`], and [`TextError::TokenizerCost`] when the files ask for more than honest ones.
+    pub fn from_untrusted_files(files: &TextFiles, sandbox: &dyn Sandbox) -> Result<Self, TextError> {
+        let too_much = |limit: String| Err(TextError::TokenizerCost { limit });
+        match sandbox.try_tokenizer(files) {
+            Ok(()) => Self::from_files(files),
+            Err(SandboxError::Memory { mebibytes }) => too_much(format!("{mebibytes} MiB of memory")),
+            Err(SandboxError::Work) => too_much("the time that it may take".to_owned()),
+            Err(SandboxError::Busy) => Err(TextError::SandboxBusy),
+            Err(error) => Err(TextError::Sandbox { reason: error.to_string() }),
+        }
     }
 
     /// Number of tokens, added ones included. The model's own vocabulary may be padded beyond it.

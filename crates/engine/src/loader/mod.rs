@@ -22,6 +22,7 @@ mod widening;
 
 pub use weights::WeightReader;
 
+use crate::adapters::{Registry, Slot, Target};
 use crate::decoder::{Decoder, Head, Positions};
 use crate::widening::Widened;
 use mlxnode_checkpoint::layout::{EMBEDDING, FINAL_NORM, HEAD, POSITIONS};
@@ -97,7 +98,7 @@ pub(crate) fn load(
     checkpoint: &Checkpoint,
     layers: LayerRange,
     progress: &mut dyn FnMut(u64, u64),
-) -> Result<Decoder, LoadError> {
+) -> Result<(Decoder, Registry), LoadError> {
     let spec = checkpoint.spec();
     for cut in [layers.start, layers.end] {
         if cut < spec.layer_count() && !spec.can_split_before(cut) {
@@ -133,7 +134,12 @@ pub(crate) fn load(
             norm.eps = spec.final_norm_eps.unwrap_or(norm.eps);
             source.queue(norm.arrays());
             let linear = match &embedding {
-                Some(embedding) if spec.tied_embeddings => embedding.as_linear(device)?,
+                Some(embedding) if spec.tied_embeddings => {
+                    let changes = Slot::new(source.active());
+                    let target = Target::TiedHead { slot: changes.clone(), path: EMBEDDING.to_owned() };
+                    source.registry.borrow_mut().push(target);
+                    embedding.as_linear(device, changes)?
+                }
                 _ => source.linear(HEAD)?,
             };
             let exit = source.exit(spec)?;
@@ -144,7 +150,7 @@ pub(crate) fn load(
     source.advance()?;
     device.clear_cache()?;
     progress(total, total);
-    Ok(Decoder {
+    let decoder = Decoder {
         embedding: embedding.filter(|_| layers.is_first()),
         ngrams,
         embedding_scale: spec.embedding_scale,
@@ -160,7 +166,8 @@ pub(crate) fn load(
         },
         layers: modules,
         head,
-    })
+    };
+    Ok((decoder, source.registry.take()))
 }
 
 /// What modules are made from.
@@ -170,6 +177,8 @@ struct Source<'a> {
     weights: WeightReader<'a>,
     /// Element type of the hidden vectors.
     dtype: Dtype,
+    /// Where the modules lie in the maps.
+    registry: RefCell<Registry>,
     /// What is to be computed next.
     queued: RefCell<Vec<Array>>,
     /// What is being computed.
@@ -181,8 +190,8 @@ struct Source<'a> {
 impl<'a> Source<'a> {
     fn open(device: &'a Device, shard: &'a ShardTensors, dtype: Dtype) -> Result<Self, LoadError> {
         let weights = WeightReader::open(device, shard.tensors.values())?;
-        let (queued, started) = (RefCell::default(), Vec::new());
-        Ok(Self { device, shard, weights, dtype, queued, started, loaded: 0 })
+        let (registry, queued, started) = (RefCell::default(), RefCell::default(), Vec::new());
+        Ok(Self { device, shard, weights, dtype, registry, queued, started, loaded: 0 })
     }
 
     /// A tensor that is there by the checkpoint's checks; it is read and computed when it is evaluated.

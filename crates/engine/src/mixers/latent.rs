@@ -429,7 +429,11 @@ mod tests {
     }
 
     fn linear(device: &Device, inputs: i32, outputs: i32, seed: f32) -> Linear {
-        Linear { weight: Weight::dense(device, &numbers(&[outputs, inputs], seed)).unwrap(), bias: None }
+        Linear {
+            weight: Weight::dense(device, &numbers(&[outputs, inputs], seed)).unwrap(),
+            bias: None,
+            changes: crate::adapters::Slot::new(std::rc::Rc::default()),
+        }
     }
 
     fn of_heads(device: &Device, inputs: i32, outputs: i32, seed: f32) -> OfHeads {

@@ -30,7 +30,7 @@ impl Source<'_> {
         let order = ByHead { heads, widths: &[head_dim, head_dim] }.order(&[0, 1]);
         let input = self.stored(&within("in_proj"))?.reordered(device, &order)?;
         Ok(PlamoMamba {
-            input: self.linear_of(input.matrix, input.bias)?,
+            input: self.reordered_linear(input)?,
             convolution,
             selection: self.linear(&within("bcdt_proj"))?,
             norms,

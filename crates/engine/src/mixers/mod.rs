@@ -80,6 +80,8 @@ pub(crate) struct Keeps {
     pub(crate) chunk: Option<i32>,
     /// Keys of an indexer.
     pub(crate) indexer: bool,
+    /// Where an indexer would keep its keys are the keys and values of a second attention.
+    pub(crate) second: bool,
     /// States of a fixed size.
     pub(crate) states: bool,
     /// The first of them are the last inputs of three convolutions side by side, with so many channels each. Files have one array for each.
@@ -105,8 +107,7 @@ impl Mixer {
             Self::Mamba2AndAttention(both) => Keeps { states: true, ..both.1.keeps() },
             Self::Linear(_) | Self::Absent => Keeps::default(),
             Self::Latent(latent) => Keeps { kv: true, indexer: latent.indexer.is_some(), ..Keeps::default() },
-            // The second attention keeps its own where an indexer would.
-            Self::Shortcut(_) => Keeps { kv: true, indexer: true, ..Keeps::default() },
+            Self::Shortcut(_) => Keeps { kv: true, indexer: true, second: true, ..Keeps::default() },
         }
     }
 

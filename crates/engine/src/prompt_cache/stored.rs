@@ -283,7 +283,7 @@ pub(super) fn layer_cache(
                 let Some((_, fresh)) = kvs.next() else {
                     return Err(Failure::Foreign(format!("layer {place} keeps no keys and values")));
                 };
-                let is_indexer = keeps.indexer && !filled.is_empty();
+                let is_indexer = keeps.indexer && !keeps.second && !filled.is_empty();
                 let (kv, count) = stored.into_cache(device, fresh, keeps, is_indexer, place)?;
                 tokens = Some(count);
                 filled.push(kv);
@@ -488,7 +488,7 @@ pub(super) fn described(
         parts.push(described_kv(device, &cache.kv, keeps, false)?);
     }
     if keeps.indexer {
-        parts.push(described_kv(device, &cache.indexer, &Keeps::default(), true)?);
+        parts.push(described_kv(device, &cache.indexer, &Keeps::default(), !keeps.second)?);
     }
     Ok(match (parts.pop(), parts.is_empty()) {
         (Some(only), true) => only,

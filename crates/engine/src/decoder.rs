@@ -6,6 +6,7 @@ use crate::caches::SequenceCache;
 use crate::feed_forward::FeedForward;
 use crate::linear::{Embedding, Linear};
 use crate::mixers::{Mixed, Mixer};
+use crate::ngrams::Ngrams;
 use crate::norm::{Norm, apply};
 use crate::widening::{Entrance, Exit, GatedInput, Widened};
 use mlxnode_checkpoint::{Logits, ParallelSum, Residual};
@@ -16,6 +17,8 @@ use mlxnode_mlx::{Array, Device, Dtype, Result};
 pub(crate) struct Decoder {
     /// On the first stage.
     pub(crate) embedding: Option<Embedding>,
+    /// Tables of groups of tokens, on the first stage.
+    pub(crate) ngrams: Option<Ngrams>,
     /// Factor on its vectors.
     pub(crate) embedding_scale: Option<f32>,
     /// Epsilon of the norm on them.
@@ -243,12 +246,16 @@ impl Decoder {
     }
 
     /// `[1, tokens]` ids to what travels, `[1, tokens, width]`: the hidden vectors, and what a family has besides. The ids are below
-    /// the vocabulary size.
-    pub(crate) fn embed(&self, device: &Device, ids: &Array) -> Result<Array> {
+    /// the vocabulary size, and those of `batch`, which goes through [`Self::forward`] next.
+    pub(crate) fn embed(&self, device: &Device, ids: &Array, batch: &mut Batch<'_>) -> Result<Array> {
         let Some(embedding) = &self.embedding else {
             return Err(mlxnode_mlx::Error::Mlx("this layer range has no embedding".to_owned()));
         };
         let vectors = embedding.lookup(device, ids)?;
+        let vectors = match &self.ngrams {
+            Some(ngrams) => ngrams.join(device, ids, vectors, batch)?,
+            None => vectors,
+        };
         let vectors = match self.embedding_norm {
             Some(eps) => device.rms_normalize(&vectors, eps)?,
             None => vectors,
@@ -277,12 +284,16 @@ impl Decoder {
             true => vectors.clone(),
             false => widened.hidden(device, &vectors)?,
         };
+        if let Some(handed) = widened.handed(device, &vectors)? {
+            batch.projected = vec![handed];
+        }
         let arrived = Arrived { vectors: &vectors, widened };
         for (index, layer) in self.layers.iter().enumerate() {
             hidden = layer.forward(device, hidden, index, arrived, batch)?;
         }
         if !widened.is_plain() {
-            hidden = widened.leave(device, hidden, &vectors, self.head.is_some())?;
+            let handed = batch.projected.first();
+            hidden = widened.leave(device, hidden, &vectors, handed, self.head.is_some())?;
         }
         for row in &mut batch.rows {
             row.cache.advance(row.tokens);

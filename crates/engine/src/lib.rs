@@ -24,6 +24,7 @@ mod linear;
 mod loader;
 mod mixers;
 mod model;
+mod ngrams;
 mod norm;
 mod penalties;
 mod products;

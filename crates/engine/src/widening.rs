@@ -93,6 +93,8 @@ pub(crate) struct Widened {
     pub(crate) hidden: i32,
     /// Width of a layer's input, 0 when there are none.
     pub(crate) input: i32,
+    /// Width of what the model's first layer hands on to later ones, 0 when there is no such thing.
+    pub(crate) handed: i32,
     /// The stage's first layer.
     pub(crate) first: i32,
 }
@@ -100,7 +102,7 @@ pub(crate) struct Widened {
 impl Widened {
     /// One hidden vector and nothing else.
     pub(crate) fn is_plain(self) -> bool {
-        self.streams == 1 && self.input == 0
+        self.streams == 1 && self.input == 0 && self.handed == 0
     }
 
     /// The hidden vectors out of what arrived, `[1, tokens, all]`: `[1, tokens, hidden]`, or `[streams, 1, tokens, hidden]`.
@@ -117,14 +119,35 @@ impl Widened {
         device.transpose(&apart, &[2, 0, 1, 3])
     }
 
+    /// What the model's first layer handed on, `[1, tokens, width]`, out of what arrived; None on the first stage.
+    pub(crate) fn handed(self, device: &Device, arrived: &Array) -> Result<Option<Array>> {
+        match self.handed > 0 && arrived.dim(2) > self.hidden {
+            true => {
+                device.slice(arrived, &[0, 0, self.hidden], &[1, arrived.dim(1), arrived.dim(2)]).map(Some)
+            }
+            false => Ok(None),
+        }
+    }
+
     /// The input of the stage's layer `index`, `[1, tokens, width]`, out of what arrived.
     pub(crate) fn input(self, device: &Device, arrived: &Array, index: usize) -> Result<Array> {
         let start = self.streams * self.hidden + (self.first + index as i32) * self.input;
         device.slice(arrived, &[0, 0, start], &[1, arrived.dim(1), start + self.input])
     }
 
-    /// What leaves the stage: the hidden vectors in the place of those that arrived; the last stage lets go of the inputs.
-    pub(crate) fn leave(self, device: &Device, hidden: Array, arrived: &Array, last: bool) -> Result<Array> {
+    /// What leaves the stage: the hidden vectors in the place of those that arrived, and what is handed on; the last stage lets go of
+    /// the inputs.
+    pub(crate) fn leave(
+        self,
+        device: &Device,
+        hidden: Array,
+        arrived: &Array,
+        handed: Option<&Array>,
+        last: bool,
+    ) -> Result<Array> {
+        if let Some(handed) = handed.filter(|_| self.handed > 0 && !last) {
+            return device.concatenate([&hidden, handed], 2);
+        }
         let (tokens, width) = (arrived.dim(1), self.streams * self.hidden);
         let hidden = match self.streams {
             1 => hidden,

@@ -33,6 +33,9 @@ pub struct LatentSpec {
     pub unrotated: bool,
     /// Queries grow with their position.
     pub growth: Option<QueryGrowth>,
+    /// A linear map `g_proj` of the layer's input to a number for each head, whose logistic function, made in single precision, is a
+    /// factor on the head's result.
+    pub head_gate: bool,
     /// Factor on the scores before the softmax.
     pub scale: f32,
     /// Where keys and values are made from latent vectors.
@@ -130,6 +133,9 @@ impl LatentSpec {
             }
         }
         push("o_proj", linear(heads * value_dims, hidden, bias));
+        if self.head_gate {
+            push("g_proj", linear(hidden, heads, false));
+        }
         let (Some(indexer), Some(narrow)) = (&self.indexer, self.query_latent) else { return };
         push("indexer.wq_b", linear(narrow, indexer.heads * indexer.head_dim, false));
         push("indexer.wk", linear(hidden, indexer.head_dim, false));

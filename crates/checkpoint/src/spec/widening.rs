@@ -2,7 +2,7 @@
 
 use crate::layout::{ModuleKind, Push};
 
-/// What the first stage makes of a token's embedding before the layers. All of it goes from stage to stage, one part after the
+/// What the first stage makes of a token's embedding before the layers, or its first layer does. All of it goes from stage to stage, one part after the
 /// other, so that later stages need neither token ids nor the tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Widening {
@@ -12,6 +12,9 @@ pub struct Widening {
     pub streams: usize,
     /// A further input of every layer.
     pub layer_inputs: Option<LayerInputs>,
+    /// Elements that the first layer hands on to all later ones (RWKV-7's values); 0 for none. Not with other inputs, nor with several
+    /// hidden vectors.
+    pub handed: usize,
 }
 
 /// An input that every layer gets for each token: from a table by token id (`embed_tokens_per_layer`), added to a projection of the
@@ -26,11 +29,11 @@ pub struct LayerInputs {
 
 impl Widening {
     /// One hidden vector and nothing else.
-    pub const NONE: Self = Self { streams: 1, layer_inputs: None };
+    pub const NONE: Self = Self { streams: 1, layer_inputs: None, handed: 0 };
 
     /// Elements that travel for each token of a model of `layers` layers with hidden vectors of width `hidden`.
     pub(crate) fn width(&self, hidden: usize, layers: usize) -> usize {
-        self.streams * hidden + self.layer_inputs.map_or(0, |inputs| inputs.width * layers)
+        self.streams * hidden + self.layer_inputs.map_or(0, |inputs| inputs.width * layers) + self.handed
     }
 
     /// The modules that make it, on the first stage.

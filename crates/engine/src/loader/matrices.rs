@@ -224,6 +224,14 @@ impl Source<'_> {
         alike && (is_packed || self.device.is_gpu() || bytes <= LARGEST_DENSE_STACK_ON_CPU)
     }
 
+    /// A map at hand, whose outputs were put into another order.
+    pub(super) fn reordered_linear(&self, stored: Stored) -> Result<Linear, LoadError> {
+        let Stored { matrix, bias, path, order } = stored;
+        self.queue(bias.iter());
+        let part = Part { path, start: 0, count: matrix.outputs(), rows: order };
+        self.linear_of(matrix, bias, vec![part])
+    }
+
     /// The same of maps at hand, whose outputs were put into another order: stacked by a copy.
     pub(super) fn stacked_of(&self, stored: Vec<(Stored, i32)>) -> Result<Stacked, LoadError> {
         let part = |(stored, outputs): &(Stored, i32)| Part {

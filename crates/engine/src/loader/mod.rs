@@ -6,10 +6,15 @@
 mod attention;
 mod feed_forward;
 mod gated_delta;
+mod gated_recurrence;
 mod latent;
 mod layer;
+mod lightning;
+mod mamba;
 mod mamba2;
 mod matrices;
+mod plamo_mamba;
+mod rwkv7;
 mod short_convolution;
 mod shortcut;
 mod weights;
@@ -108,6 +113,7 @@ pub(crate) fn load(
         true => Some(source.embedding(EMBEDDING)?),
         false => None,
     };
+    let ngrams = if layers.is_first() { source.ngrams(spec)? } else { None };
     let positions = match spec.positions.filter(|_| layers.is_first()) {
         Some(rows) => Some(Positions { table: source.embedding(POSITIONS)?, rows: size(rows) }),
         None => None,
@@ -124,7 +130,8 @@ pub(crate) fn load(
     let head = match is_last {
         false => None,
         true => {
-            let norm = source.norm(FINAL_NORM, spec)?;
+            let mut norm = source.norm(FINAL_NORM, spec)?;
+            norm.eps = spec.final_norm_eps.unwrap_or(norm.eps);
             source.queue(norm.arrays());
             let linear = match &embedding {
                 Some(embedding) if spec.tied_embeddings => {
@@ -145,6 +152,7 @@ pub(crate) fn load(
     progress(total, total);
     let decoder = Decoder {
         embedding: embedding.filter(|_| layers.is_first()),
+        ngrams,
         embedding_scale: spec.embedding_scale,
         embedding_norm: spec.embedding_norm.then_some(spec.norm_eps),
         positions,
@@ -153,6 +161,7 @@ pub(crate) fn load(
             streams: size(spec.widening.streams),
             hidden: size(spec.hidden),
             input: spec.widening.layer_inputs.map_or(0, |inputs| size(inputs.width)),
+            handed: size(spec.widening.handed),
             first: size(layers.start),
         },
         layers: modules,

@@ -14,6 +14,7 @@ use super::sequence::{Part, Purpose, Sequence, Tokens, ids};
 use super::{EngineStage, device_error};
 use crate::batch::Batch;
 use crate::draws::Draws;
+use crate::model::Model;
 use bytes::Bytes;
 use mlxnode_compute::{
     Activation, BatchOutput, MicroBatch, Row, RowOutput, Sampled, SequenceId, StageError, StepInput,
@@ -319,7 +320,10 @@ impl EngineStage {
             let row = &rows[*place];
             parts.push(Part { sequence: row.sequence, tokens: Tokens::Known(row.tokens.clone()) });
         }
-        let passed = self.pass(&parts, |stage, order| stage.embed(&parts, order))?;
+        let passed = self.pass(&parts, |model, order, batch| {
+            let device = &model.device;
+            model.decoder.embed(device, &ids(device, &parts, order)?, batch)
+        })?;
         let (mut wanted, mut late) = (Vec::new(), Vec::new());
         let mut tokens = HashMap::new();
         for place in passed.order.iter().filter(|place| **place < running) {
@@ -477,7 +481,10 @@ impl EngineStage {
         };
         let parts: Vec<Part> = chosen.iter().map(part).collect();
         match input {
-            StepInput::Tokens => self.pass(&parts, |stage, order| stage.embed(&parts, order)),
+            StepInput::Tokens => self.pass(&parts, |model, order, batch| {
+                let device = &model.device;
+                model.decoder.embed(device, &ids(device, &parts, order)?, batch)
+            }),
             StepInput::Activation(activation) => {
                 let mut starts = Vec::with_capacity(rows.len());
                 let mut start = 0;
@@ -485,29 +492,24 @@ impl EngineStage {
                     starts.push(start);
                     start += row.tokens.len() as i32;
                 }
-                self.pass(&parts, |stage, order| {
+                self.pass(&parts, |model, order, _| {
                     let shape = [1, activation.tokens() as i32, activation.hidden() as i32];
                     let all = Array::from_bytes(activation.bytes(), &shape, activation.dtype().into())?;
                     let places = order.iter().map(|place| chosen[*place]);
                     let columns: Vec<i32> = places
                         .flat_map(|place| starts[place]..starts[place] + rows[place].tokens.len() as i32)
                         .collect();
-                    gathered(&stage.model.device, &all, &columns)
+                    gathered(&model.device, &all, &columns)
                 })
             }
         }
-    }
-
-    fn embed(&self, parts: &[Part], order: &[usize]) -> Result<Array, Error> {
-        let device = &self.model.device;
-        self.model.decoder.embed(device, &ids(device, parts, order)?)
     }
 
     /// Parts through the layers; `enter` makes what goes in, in the order that it gets.
     fn pass(
         &mut self,
         parts: &[Part],
-        enter: impl FnOnce(&Self, &[usize]) -> Result<Array, Error>,
+        enter: impl FnOnce(&Model, &[usize], &mut Batch<'_>) -> Result<Array, Error>,
     ) -> Result<Passed, StageError> {
         let places: HashMap<SequenceId, usize> =
             parts.iter().enumerate().map(|(place, part)| (part.sequence, place)).collect();
@@ -529,7 +531,6 @@ impl EngineStage {
         let arranged = arrange().map_err(device_error)?;
         let in_order = arranged.iter().chain(chunks.iter().map(|(sequence, _)| sequence));
         let order: Vec<usize> = in_order.filter_map(|sequence| places.get(sequence).copied()).collect();
-        let vectors = enter(self, &order).map_err(device_error)?;
         let mut spans = vec![(0, 0); parts.len()];
         let mut start = 0;
         for place in &order {
@@ -537,9 +538,12 @@ impl EngineStage {
             spans[*place] = (start, end);
             start = end;
         }
-        let (device, decoder) = (&self.model.device, &self.model.decoder);
-        let caches = &mut self.caches;
-        let forward = || decoder.forward(device, vectors, &mut Batch::of(caches.rows(&chunks))?);
+        let (model, caches) = (&self.model, &mut self.caches);
+        let forward = || -> Result<Array, Error> {
+            let mut batch = Batch::of(caches.rows(&chunks))?;
+            let vectors = enter(model, &order, &mut batch)?;
+            model.decoder.forward(&model.device, vectors, &mut batch)
+        };
         let hidden = forward().map_err(device_error)?;
         Ok(Passed { hidden, spans, order })
     }

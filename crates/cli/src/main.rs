@@ -15,6 +15,7 @@ mod corpus;
 mod error;
 mod familiar;
 mod generation;
+mod grammars;
 mod guessing;
 mod hub;
 mod interrupts;

@@ -1,5 +1,6 @@
 //! `mlxnode worker` (hidden): one shard in a process of its own. Nodes start it; people do not.
 
+use crate::grammars::ModelGrammars;
 use anyhow::Result;
 use clap::Args;
 use mlxnode_checkpoint::Checkpoint;
@@ -35,5 +36,7 @@ fn load(
         max_sequences: shard.max_sequences,
         ..StageOptions::default()
     };
-    Ok(Box::new(EngineStage::load(&checkpoint, shard.layers, options, progress)?))
+    let grammars = ModelGrammars::new(shard.folder.clone(), checkpoint.spec().vocabulary);
+    let stage = EngineStage::load(&checkpoint, shard.layers, options, progress)?;
+    Ok(Box::new(stage.with_grammars(Box::new(grammars))))
 }

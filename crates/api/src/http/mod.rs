@@ -1,0 +1,110 @@
+//! HTTP for clients: OpenAI's and Anthropic's dialects over a [`Front`], on a listener of its own.
+//!
+//! ```text
+//! connection ─▶ server (limits, times) ─▶ requests (id, trace) ─▶ guard (Host, Origin) ─▶ routes ─▶ entrance (keys, limits)
+//!            ─▶ one file for each endpoint ─▶ Front
+//! ```
+//!
+//! | module | one line |
+//! |---|---|
+//! | `server` | accepts connections and bounds them in number, size and time |
+//! | `guard` | who may ask from where: names in `Host`, origins of web pages |
+//! | [`routes`] | every route as data, and the router made of it |
+//! | `requests` | every request has an id and a trace |
+//! | `entrance` | the gate at every route: keys, roles, limits |
+//! | `caller` | for whom a request is |
+//! | `error`, `body`, `fields` | what a client can get wrong, and how it hears of it |
+//! | `conversation`, `tools`, `constraint` | a request for an answer, whatever its dialect, and what the answer has to look like |
+//! | `generation`, `events` | the samples of a request, and an answer in pieces (server-sent events) |
+//! | `openai`, `anthropic` | the endpoints |
+//! | `openapi` | the description of all of them for programs |
+//!
+//! What the fields mean and what is refused stands in docs/http.md. Nothing that a client sends is ignored in silence.
+
+mod anthropic;
+mod body;
+mod caller;
+mod constraint;
+mod conversation;
+mod entrance;
+mod error;
+mod events;
+mod fields;
+mod generation;
+mod guard;
+mod health;
+mod metrics;
+mod openai;
+mod openapi;
+mod requests;
+pub mod routes;
+mod server;
+mod stalled;
+mod tools;
+
+pub use caller::Caller;
+pub use error::{ApiError, Dialect, ErrorKind};
+pub use server::{BindError, HttpOptions, HttpServer};
+
+use crate::front::Front;
+use crate::gate::Gate;
+use crate::metrics::{Metrics, Observer};
+use std::hash::{BuildHasher as _, RandomState};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+/// What the endpoints need. Cheap to clone.
+#[derive(Clone)]
+pub struct HttpServices {
+    front: Front,
+    /// Bodies that are read and understood now, in KiB: what a body becomes in memory is several times its size.
+    bodies: Arc<Semaphore>,
+    /// Cancelled when the node stops: `/health` says so to whoever spreads the load.
+    stopping: CancellationToken,
+    gate: Gate,
+    metrics: Arc<Metrics>,
+    observer: Option<Arc<dyn Observer>>,
+    /// Unix time of the start.
+    started: u64,
+}
+
+/// All bodies together; a request that finds no room is asked to come back.
+const BODIES_KIB: usize = 64 << 10;
+
+impl HttpServices {
+    /// Serves what `front` can reach, until `stopping`.
+    pub fn new(front: Front, stopping: CancellationToken) -> Self {
+        let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let (gate, metrics) = (Gate::open(), Arc::new(Metrics::default()));
+        let front = front.counting(metrics.clone(), Some(gate.clone()));
+        let bodies = Arc::new(Semaphore::new(BODIES_KIB));
+        Self { front, bodies, stopping, gate, metrics, observer: None, started }
+    }
+
+    /// Lets in only whom the gate lets in.
+    #[must_use]
+    pub fn behind(self, gate: Gate) -> Self {
+        let front = self.front.counting(self.metrics.clone(), Some(gate.clone()));
+        Self { front, gate, ..self }
+    }
+
+    /// Counts into `metrics`, and shows with them what the observer sees.
+    #[must_use]
+    pub fn showing(self, metrics: Arc<Metrics>, observer: Arc<dyn Observer>) -> Self {
+        let front = self.front.counting(metrics.clone(), Some(self.gate.clone()));
+        Self { front, metrics, observer: Some(observer), ..self }
+    }
+}
+
+/// Now, as OpenAI's `created` wants it: seconds since 1970.
+fn unix_time() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// A name for an answer, a message or a call that nobody else has.
+fn id(prefix: &str) -> String {
+    let draw = || RandomState::new().hash_one(SystemTime::now());
+    format!("{prefix}{:016x}{:08x}", draw(), draw() >> 32)
+}

@@ -1,0 +1,13 @@
+//! The HTTP listener with a model that says what it is told: every layer but the network between nodes and the arithmetic.
+
+mod anthropic;
+mod chat;
+mod client;
+mod clients;
+mod completions;
+mod constraints;
+mod desk;
+mod gate;
+mod malformed;
+mod responses;
+mod shell;

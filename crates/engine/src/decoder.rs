@@ -60,6 +60,10 @@ pub(crate) enum Flow {
         factor: Array,
     },
     AlternatingUpdates(Box<AlternatingUpdates>),
+    /// Sequential, then a norm.
+    ThenNorm(Norm),
+    /// Sequential, with factors `[1]` on both results and on the embedding, which is added last.
+    WithEmbedding(Box<[Array; 3]>),
     /// The mixer is the whole layer.
     Whole,
 }
@@ -69,6 +73,18 @@ pub(crate) enum Flow {
 struct Arrived<'a> {
     vectors: &'a Array,
     widened: Widened,
+    /// The one input of all layers, where there is one.
+    shared: Option<&'a Array>,
+}
+
+impl Arrived<'_> {
+    /// The own input of the stage's layer `index`.
+    fn input(&self, device: &Device, index: usize) -> Result<Array> {
+        match self.shared {
+            Some(input) => Ok(input.clone()),
+            None => self.widened.input(device, self.vectors, index),
+        }
+    }
 }
 
 /// From hidden vectors to logits.
@@ -79,6 +95,8 @@ pub(crate) struct Head {
     pub(crate) linear: Linear,
     /// What its results go through.
     pub(crate) logits: Logits,
+    /// The factor of [`Logits::Gained`], `[1]`.
+    pub(crate) gain: Option<Array>,
 }
 
 impl Layer {
@@ -103,7 +121,10 @@ impl Layer {
         let residual = match self.flow {
             Flow::Sequential(residual) => residual,
             Flow::Whole => return Ok(mixed),
-            Flow::WithInput { .. } | Flow::AlternatingUpdates(_) => Residual::Add,
+            Flow::WithInput { .. } | Flow::AlternatingUpdates(_) | Flow::ThenNorm(_) => Residual::Add,
+            Flow::WithEmbedding(ref gains) => {
+                return self.finish_with_embedding(device, gains, &hidden, &mixed, index, arrived);
+            }
             Flow::Parallel(order) => {
                 let input = match &self.before_feed_forward {
                     Some(norm) => norm.forward(device, &hidden)?,
@@ -136,15 +157,34 @@ impl Layer {
             FeedForward::Absent => hidden,
             _ => add(device, residual, &hidden, &self.feed(device, &hidden)?)?,
         };
+        if let Flow::ThenNorm(norm) = &self.flow {
+            return norm.forward(device, &hidden);
+        }
         let Flow::WithInput { input, factor } = &self.flow else { return Ok(hidden) };
         let hidden = match input {
             Some(input) => {
-                let own = arrived.widened.input(device, arrived.vectors, index)?;
+                let own = arrived.input(device, index)?;
                 device.add(&hidden, &input.forward(device, &hidden, &own)?)?
             }
             None => hidden,
         };
         device.multiply(&hidden, factor)
+    }
+
+    /// What comes after the mixer in a layer to which the embedding is added.
+    fn finish_with_embedding(
+        &self,
+        device: &Device,
+        [mixer, feed_forward, embedding]: &[Array; 3],
+        hidden: &Array,
+        mixed: &Array,
+        index: usize,
+        arrived: Arrived<'_>,
+    ) -> Result<Array> {
+        let hidden = device.add(hidden, &device.multiply(mixed, mixer)?)?;
+        let fed = self.feed(device, &hidden)?;
+        let hidden = device.add(&hidden, &device.multiply(&fed, feed_forward)?)?;
+        device.add(&hidden, &device.multiply(&arrived.input(device, index)?, embedding)?)
     }
 
     /// What the feed-forward network makes of `[1, tokens, hidden]`, with its norms.
@@ -175,7 +215,7 @@ impl Layer {
         let half = Array::scalar(0.5_f64.sqrt() as f32, both.dtype())?;
         let hidden = device.multiply(&both, &half)?;
         let made = device.add(&hidden, &self.feed(device, &hidden)?)?;
-        let own = arrived.widened.input(device, arrived.vectors, index)?;
+        let own = arrived.input(device, index)?;
         updates.correct(device, &predictions, &made, &own)
     }
 }
@@ -262,7 +302,8 @@ impl Decoder {
             true => vectors.clone(),
             false => widened.hidden(device, &vectors)?,
         };
-        let arrived = Arrived { vectors: &vectors, widened };
+        let shared = if widened.embedding { Some(widened.embedding(device, &vectors)?) } else { None };
+        let arrived = Arrived { vectors: &vectors, widened, shared: shared.as_ref() };
         for (index, layer) in self.layers.iter().enumerate() {
             hidden = layer.forward(device, hidden, index, arrived, batch)?;
         }
@@ -294,6 +335,15 @@ impl Decoder {
             Logits::Plain | Logits::OfDivided(_) => logits,
             Logits::Multiplied(factor) => device.multiply(&logits, &number(factor)?)?,
             Logits::Divided(divisor) => device.divide(&logits, &number(divisor)?)?,
+            Logits::MultipliedThenCapped { factor, cap } => {
+                let multiplied = device.multiply(&logits, &number(factor)?)?;
+                let capped = device.tanh(&device.divide(&multiplied, &number(cap)?)?)?;
+                device.multiply(&capped, &number(cap)?)?
+            }
+            Logits::Gained => match &head.gain {
+                Some(gain) => device.multiply(&logits, gain)?,
+                None => logits,
+            },
             Logits::Capped(cap) => {
                 let capped = device.tanh(&device.divide(&logits, &number(cap)?)?)?;
                 device.multiply(&capped, &number(cap)?)?

@@ -89,6 +89,10 @@ impl Experts {
             }
             WeightPrecision::SumAsIs | WeightPrecision::WeightsRounded => mixed,
         };
+        let mixed = match self.router.routing.result_scale {
+            Some(scale) => device.multiply(&mixed, &Array::scalar(scale, mixed.dtype())?)?,
+            None => mixed,
+        };
         let mixed = match &self.latent {
             Some([_, widen]) => widen.forward(device, &mixed)?,
             None => mixed,

@@ -95,12 +95,15 @@ pub(crate) struct Widened {
     pub(crate) input: i32,
     /// The stage's first layer.
     pub(crate) first: i32,
+    /// The embedding travels along, behind the hidden vector, as the input of all layers. The first stage needs no second copy of it:
+    /// there the hidden vectors that arrive are the embedding.
+    pub(crate) embedding: bool,
 }
 
 impl Widened {
     /// One hidden vector and nothing else.
     pub(crate) fn is_plain(self) -> bool {
-        self.streams == 1 && self.input == 0
+        self.streams == 1 && self.input == 0 && !self.embedding
     }
 
     /// The hidden vectors out of what arrived, `[1, tokens, all]`: `[1, tokens, hidden]`, or `[streams, 1, tokens, hidden]`.
@@ -123,6 +126,14 @@ impl Widened {
         device.slice(arrived, &[0, 0, start], &[1, arrived.dim(1), start + self.input])
     }
 
+    /// The embedding out of what arrived, `[1, tokens, hidden]`.
+    pub(crate) fn embedding(self, device: &Device, arrived: &Array) -> Result<Array> {
+        match arrived.dim(2) == self.hidden {
+            true => Ok(arrived.clone()),
+            false => device.slice(arrived, &[0, 0, self.hidden], &[1, arrived.dim(1), 2 * self.hidden]),
+        }
+    }
+
     /// What leaves the stage: the hidden vectors in the place of those that arrived; the last stage lets go of the inputs.
     pub(crate) fn leave(self, device: &Device, hidden: Array, arrived: &Array, last: bool) -> Result<Array> {
         let (tokens, width) = (arrived.dim(1), self.streams * self.hidden);
@@ -130,6 +141,9 @@ impl Widened {
             1 => hidden,
             _ => device.reshape(&device.transpose(&hidden, &[1, 2, 0, 3])?, &[1, tokens, width])?,
         };
+        if self.embedding && !last {
+            return device.concatenate([&hidden, &self.embedding(device, arrived)?], 2);
+        }
         if last || arrived.dim(2) == width {
             return Ok(hidden);
         }

@@ -22,6 +22,7 @@ mod exaone;
 mod exaone4;
 mod exaone_moe;
 mod falcon_h1;
+mod gear;
 mod gemma;
 mod gemma2;
 mod gemma3;
@@ -47,10 +48,12 @@ mod hunyuan;
 mod hunyuan_v1_dense;
 mod internlm2;
 mod internlm3;
+mod iquestloopcoder;
 mod kimi_k25;
 mod kimi_linear;
 mod kimi_vl;
 mod klear;
+mod laguna;
 mod latent;
 mod lfm2;
 mod lfm2_moe;
@@ -63,6 +66,7 @@ mod longcat_flash;
 mod mamba2;
 mod mellum;
 mod mimo;
+mod mimo_v2_flash;
 mod minicpm;
 mod minicpm3;
 mod minimax;
@@ -72,6 +76,8 @@ mod mistral3;
 mod mistral4;
 mod mixtral;
 mod mixture;
+mod muse_glimmer;
+mod nanbeige;
 mod nanochat;
 mod nemotron;
 mod nemotron_h;
@@ -104,10 +110,12 @@ mod rope;
 mod seed_oss;
 mod smollm3;
 mod solar_open;
+mod spark2_5;
 mod spelling;
 mod stablelm;
 mod starcoder2;
 mod step3p5;
+mod talkie;
 mod telechat3;
 mod youtu_llm;
 
@@ -209,6 +217,7 @@ pub fn known() -> &'static [Architecture] {
         exaone4::ARCHITECTURE,
         exaone_moe::ARCHITECTURE,
         falcon_h1::ARCHITECTURE,
+        gear::ARCHITECTURE,
         gemma::ARCHITECTURE,
         gemma2::ARCHITECTURE,
         gemma3::ARCHITECTURE,
@@ -234,10 +243,12 @@ pub fn known() -> &'static [Architecture] {
         hunyuan_v1_dense::ARCHITECTURE,
         internlm2::ARCHITECTURE,
         internlm3::ARCHITECTURE,
+        iquestloopcoder::ARCHITECTURE,
         kimi_k25::ARCHITECTURE,
         kimi_linear::ARCHITECTURE,
         kimi_vl::ARCHITECTURE,
         klear::ARCHITECTURE,
+        laguna::ARCHITECTURE,
         lfm2::ARCHITECTURE,
         lfm2_moe::ARCHITECTURE,
         lfm2_vl::ARCHITECTURE,
@@ -249,6 +260,7 @@ pub fn known() -> &'static [Architecture] {
         mamba2::ARCHITECTURE,
         mellum::ARCHITECTURE,
         mimo::ARCHITECTURE,
+        mimo_v2_flash::ARCHITECTURE,
         minicpm::ARCHITECTURE,
         minicpm3::ARCHITECTURE,
         minimax::ARCHITECTURE,
@@ -257,6 +269,8 @@ pub fn known() -> &'static [Architecture] {
         mistral3::ARCHITECTURE,
         mistral4::ARCHITECTURE,
         mixtral::ARCHITECTURE,
+        muse_glimmer::ARCHITECTURE,
+        nanbeige::ARCHITECTURE,
         nanochat::ARCHITECTURE,
         nemotron::ARCHITECTURE,
         nemotron_h::ARCHITECTURE,
@@ -287,9 +301,11 @@ pub fn known() -> &'static [Architecture] {
         seed_oss::ARCHITECTURE,
         smollm3::ARCHITECTURE,
         solar_open::ARCHITECTURE,
+        spark2_5::ARCHITECTURE,
         stablelm::ARCHITECTURE,
         starcoder2::ARCHITECTURE,
         step3p5::ARCHITECTURE,
+        talkie::ARCHITECTURE,
         telechat3::ARCHITECTURE,
         youtu_llm::ARCHITECTURE,
     ]

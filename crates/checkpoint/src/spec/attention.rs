@@ -15,8 +15,13 @@ pub struct AttentionSpec {
     pub heads: usize,
     /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
-    /// Width of a head.
+    /// Width of a head's query and key.
     pub head_dim: usize,
+    /// Width of a head's value; other than `head_dim` only with projections of its own for each of q, k and v, and with keys and
+    /// values of its own.
+    pub value_dim: usize,
+    /// Factor on the values.
+    pub value_factor: Option<f32>,
     /// q, k and v are the rows of one matrix, `qkv_proj`, in this order.
     pub fused: bool,
     /// The q, k and v projections have a bias.
@@ -38,6 +43,10 @@ pub struct AttentionSpec {
     /// norms, rotation and cache are the layer's own (Hunyuan's form of Brandon et al. 2024, "Reducing Transformer Key-Value Cache
     /// Size with Cross-Layer Attention").
     pub projected_by: Option<usize>,
+    /// The layer has keys and values of its own, but its queries also see those of this earlier layer of the model, which must be on
+    /// the same stage and runs in the same step: all of them, whatever the window. A gate for each query and head (`loop_gate`)
+    /// decides between the two (IQuest-Coder's loops).
+    pub beside: Option<usize>,
     /// What the projections give is kept within `-limit..=limit`. Not with a gate on the result.
     pub projection_limit: Option<f32>,
     /// Key j is visible to query i only when `i - window < j`; None: all of j <= i.
@@ -101,6 +110,8 @@ pub struct AttentionGate {
     pub per_head: bool,
     /// What is made of the projection's results.
     pub function: GateFunction,
+    /// The projection has a bias.
+    pub bias: bool,
 }
 
 /// A function of a gate.
@@ -108,6 +119,8 @@ pub struct AttentionGate {
 pub enum GateFunction {
     /// Logistic function.
     Sigmoid,
+    /// The same, in single precision.
+    SigmoidInSingle,
     /// `ln(1 + e^x)`, in single precision.
     Softplus,
 }
@@ -142,6 +155,17 @@ pub struct QkNorm {
     pub names: [&'static str; 2],
     /// After the rotation instead of before.
     pub after_rope: bool,
+    /// Factor on the queries after their norm.
+    pub query_factor: Option<QueryFactor>,
+}
+
+/// A factor on normed queries.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum QueryFactor {
+    /// A number.
+    Number(f32),
+    /// A learned number for each head: a tensor of this name in the attention. Only after the rotation.
+    OfHeads(&'static str),
 }
 
 /// What a norm on queries and keys computes.
@@ -162,8 +186,12 @@ pub enum QkNormKind {
 
 impl QkNorm {
     /// The most common one: over each head, before the rotation.
-    pub const PER_HEAD: Self =
-        Self { kind: QkNormKind::PerHead, names: ["q_norm", "k_norm"], after_rope: false };
+    pub const PER_HEAD: Self = Self {
+        kind: QkNormKind::PerHead,
+        names: ["q_norm", "k_norm"],
+        after_rope: false,
+        query_factor: None,
+    };
     /// Over the whole projection, before the rotation.
     pub const WHOLE: Self = Self { kind: QkNormKind::Whole, ..Self::PER_HEAD };
 }
@@ -171,7 +199,7 @@ impl QkNorm {
 impl AttentionSpec {
     /// Its modules in a layer of hidden vectors of width `hidden`.
     pub(crate) fn modules(&self, hidden: usize, push: &mut Push<'_>) {
-        let Self { heads, kv_heads, head_dim, qkv_bias, out_bias, .. } = *self;
+        let Self { heads, kv_heads, head_dim, value_dim, qkv_bias, out_bias, .. } = *self;
         let AttentionNames { block, output } = self.names;
         let projection =
             |heads: usize| ModuleKind::Linear { inputs: hidden, outputs: heads * head_dim, bias: qkv_bias };
@@ -184,25 +212,34 @@ impl AttentionSpec {
                 push(&format!("{block}.k_proj"), projection(kv_heads));
             }
             if own && self.values == Values::Projected {
-                push(&format!("{block}.v_proj"), projection(kv_heads));
+                let (outputs, bias) = (kv_heads * value_dim, qkv_bias);
+                push(&format!("{block}.v_proj"), ModuleKind::Linear { inputs: hidden, outputs, bias });
             }
         }
         push(
             &format!("{block}.{output}"),
-            ModuleKind::Linear { inputs: heads * head_dim, outputs: hidden, bias: out_bias },
+            ModuleKind::Linear { inputs: heads * value_dim, outputs: hidden, bias: out_bias },
         );
         if let Some(gate) = self.gate {
-            let outputs = if gate.per_head { heads } else { heads * head_dim };
-            let kind = ModuleKind::Linear { inputs: hidden, outputs, bias: false };
+            let outputs = if gate.per_head { heads } else { heads * value_dim };
+            let kind = ModuleKind::Linear { inputs: hidden, outputs, bias: gate.bias };
             push(&format!("{block}.{}", gate.name), kind);
         }
         if let Some(norm) = self.result_norm {
-            push(&format!("{block}.{norm}"), ModuleKind::Norm { width: heads * head_dim, bias: false });
+            push(&format!("{block}.{norm}"), ModuleKind::Norm { width: heads * value_dim, bias: false });
+        }
+        if self.beside.is_some() {
+            let parameter = |shape| ModuleKind::Parameter { shape };
+            push(&format!("{block}.loop_gate.weight"), parameter(vec![heads, head_dim]));
+            push(&format!("{block}.loop_gate.bias"), parameter(vec![heads]));
         }
         if self.sinks {
             push(&format!("{block}.sinks"), ModuleKind::Parameter { shape: vec![heads] });
         }
         let Some(norm) = self.qk_norm else { return };
+        if let Some(QueryFactor::OfHeads(name)) = norm.query_factor {
+            push(&format!("{block}.{name}"), ModuleKind::SideParameter { shape: vec![heads] });
+        }
         let normed = if self.shares.is_none() { 2 } else { 1 };
         for (name, heads) in norm.names.into_iter().zip([heads, kv_heads]).take(normed) {
             let kind = match norm.kind {

@@ -99,6 +99,8 @@ pub struct Routing {
     pub scores: Scores,
     /// The router's results are made single precision before.
     pub single_precision: bool,
+    /// They become `cap * tanh(result / cap)` after that.
+    pub cap: Option<f32>,
     /// Added to the scores before the choice, and not part of the weights (DeepSeek-V3, "auxiliary-loss-free balancing").
     pub correction: Option<Correction>,
     /// Only the experts of a few groups may be chosen.
@@ -110,6 +112,8 @@ pub struct Routing {
     pub normalization: Normalization,
     /// Factor on the weights.
     pub scale: Option<f32>,
+    /// Factor on the weighted sum of the chosen experts' results, after it was made the networks' type.
+    pub result_scale: Option<f32>,
     /// The element types of weights and sum.
     pub precision: WeightPrecision,
     /// Further choices after the experts, which have no network: they pass their input on. Not with shared experts.
@@ -130,6 +134,8 @@ pub enum Scores {
     RoundedSoftmax,
     /// Logistic function of each.
     Sigmoid,
+    /// Square root of `ln(1 + e^x)` of each.
+    RootOfSoftplus,
     /// They stay as they are until some are chosen; then softmax over those, accumulated in single precision.
     SoftmaxOfChosen,
     /// They stay as they are until some are chosen; then the logistic function of each, in single precision.
@@ -212,11 +218,13 @@ impl Routing {
     pub const ALL: Self = Self {
         scores: Scores::Softmax,
         single_precision: false,
+        cap: None,
         correction: None,
         groups: None,
         from_end: false,
         normalization: Normalization::None,
         scale: None,
+        result_scale: None,
         precision: WeightPrecision::SumRounded,
         identities: 0,
         on_inputs: false,

@@ -12,6 +12,8 @@ pub struct Widening {
     pub streams: usize,
     /// A further input of every layer.
     pub layer_inputs: Option<LayerInputs>,
+    /// The embedding travels along as it was, behind the hidden vector. Not with several of them or inputs of layers.
+    pub embedding: bool,
 }
 
 /// An input that every layer gets for each token: from a table by token id (`embed_tokens_per_layer`), added to a projection of the
@@ -26,11 +28,12 @@ pub struct LayerInputs {
 
 impl Widening {
     /// One hidden vector and nothing else.
-    pub const NONE: Self = Self { streams: 1, layer_inputs: None };
+    pub const NONE: Self = Self { streams: 1, layer_inputs: None, embedding: false };
 
     /// Elements that travel for each token of a model of `layers` layers with hidden vectors of width `hidden`.
     pub(crate) fn width(&self, hidden: usize, layers: usize) -> usize {
-        self.streams * hidden + self.layer_inputs.map_or(0, |inputs| inputs.width * layers)
+        let embedding = if self.embedding { hidden } else { 0 };
+        self.streams * hidden + embedding + self.layer_inputs.map_or(0, |inputs| inputs.width * layers)
     }
 
     /// The modules that make it, on the first stage.

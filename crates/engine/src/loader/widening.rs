@@ -5,7 +5,8 @@ use crate::alternating_updates::AlternatingUpdates;
 use crate::decoder::Flow;
 use crate::linear::Linear;
 use crate::widening::{Entrance, Exit, GatedInput, InputTable};
-use mlxnode_checkpoint::{Flow as FlowSpec, ModelSpec};
+use mlxnode_checkpoint::layout::FINAL_NORM;
+use mlxnode_checkpoint::{Flow as FlowSpec, GAINS, ModelSpec};
 use mlxnode_mlx::{Array, Dtype};
 
 impl Source<'_> {
@@ -51,6 +52,19 @@ impl Source<'_> {
             FlowSpec::Sequential(residual) => Flow::Sequential(residual),
             FlowSpec::Parallel(order) => Flow::Parallel(order),
             FlowSpec::Whole => Flow::Whole,
+            FlowSpec::ThenLastNorm => {
+                let norm = self.norm_of(spec.last_norm(), FINAL_NORM, spec.norm_eps)?;
+                self.queue(norm.arrays());
+                Flow::ThenNorm(norm)
+            }
+            FlowSpec::WithEmbedding => {
+                let [mixer, feed_forward, embedding] = GAINS.map(path);
+                Flow::WithEmbedding(Box::new([
+                    self.number(&mixer)?,
+                    self.number(&feed_forward)?,
+                    self.number(&embedding)?,
+                ]))
+            }
             FlowSpec::WithInput(input) => {
                 let input = input.map(|_| self.gated_input(path, spec)).transpose()?;
                 let factor = self.read(&path("layer_scalar"))?;

@@ -3,6 +3,7 @@
 mod attention;
 mod by_row;
 mod convolution;
+mod convolved_keys;
 mod delta_chunks;
 mod delta_rule;
 mod gated_delta;
@@ -14,8 +15,9 @@ mod shortcut;
 mod softmax;
 mod state_space;
 
-pub(crate) use attention::{Attention, Gate as AttentionGate, QkNorms, Source as KeySource};
+pub(crate) use attention::{Attention, Beside, Gate as AttentionGate, QkNorms, Source as KeySource};
 pub(crate) use convolution::CausalConvolution;
+pub(crate) use convolved_keys::ConvolvedKeys;
 pub(crate) use delta_rule::DeltaRule;
 pub(crate) use gated_delta::{Decay, GatedDeltaNet};
 pub(crate) use indexer::Indexer;
@@ -37,6 +39,7 @@ pub(crate) enum Mixer {
     GatedDelta(Box<GatedDeltaNet>),
     Mamba2(Box<Mamba2>),
     ShortConvolution(ShortConvolution),
+    ConvolvedKeys(Box<ConvolvedKeys>),
     /// Both with the same input.
     Mamba2AndAttention(Box<(Mamba2, Attention)>),
     /// Looks at each token by itself.
@@ -67,7 +70,7 @@ impl Mixer {
     pub(crate) fn keeps(&self) -> Keeps {
         match self {
             Self::Attention(attention) => attention.keeps(),
-            Self::GatedDelta(_) | Self::Mamba2(_) | Self::ShortConvolution(_) => {
+            Self::GatedDelta(_) | Self::Mamba2(_) | Self::ShortConvolution(_) | Self::ConvolvedKeys(_) => {
                 Keeps { states: true, ..Keeps::default() }
             }
             Self::Mamba2AndAttention(both) => Keeps { states: true, ..both.1.keeps() },
@@ -95,6 +98,7 @@ impl Mixer {
             Self::GatedDelta(delta) => Mixed::one(delta.forward(device, x, layer, batch)?),
             Self::Mamba2(mamba) => Mixed::one(mamba.forward(device, x, layer, batch)?),
             Self::ShortConvolution(convolution) => Mixed::one(convolution.forward(device, x, layer, batch)?),
+            Self::ConvolvedKeys(mixer) => Mixed::one(mixer.forward(device, x, layer, batch)?),
             Self::Mamba2AndAttention(both) => Mixed {
                 first: both.0.forward(device, x, layer, batch)?,
                 second: Some(both.1.forward(device, x, layer, batch)?),

@@ -6,6 +6,7 @@
 
 mod activation;
 mod cache_options;
+mod grammar;
 mod quantity;
 mod sampling;
 pub mod simulated;
@@ -13,9 +14,10 @@ mod stage;
 
 pub use activation::{Activation, ActivationError, Dtype};
 pub use cache_options::{CacheOptions, CacheOptionsError};
+pub use grammar::Grammar;
 pub use quantity::{ByteCount, LayerRange};
 pub use sampling::{Candidate, LogprobRequest, Penalty, Sampled, Sampling, SamplingError, Xtc};
 pub use stage::{
-    SequenceEnd, SequenceId, SequenceSpec, Stage, StageError, StageInfo, StageMemory, Step, StepInput,
-    StepOutput,
+    Output, SequenceEnd, SequenceId, SequenceSpec, Stage, StageError, StageInfo, StageMemory, Step,
+    StepInput, StepOutput,
 };

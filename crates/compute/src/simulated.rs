@@ -146,12 +146,7 @@ mod tests {
     fn two_stages_generate_what_the_oracle_says() {
         let (mut first, mut last) = (stage(0, 2), stage(2, 4));
         let id = SequenceId(1);
-        let spec = SequenceSpec {
-            prompt_tokens: 2,
-            max_tokens: 5,
-            stop_tokens: vec![],
-            sampling: Default::default(),
-        };
+        let spec = SequenceSpec::new(2, 5, Default::default());
         first.open(id, spec.clone()).unwrap();
         last.open(id, spec).unwrap();
         let (mut tokens, mut position, mut generated) = (vec![7, 9], 0, Vec::new());

@@ -1,6 +1,9 @@
 //! A stage: a contiguous layer range of one model, ready to run.
 
-use crate::{Activation, ActivationError, ByteCount, Dtype, LayerRange, Sampled, Sampling, SamplingError};
+use crate::{
+    Activation, ActivationError, ByteCount, Dtype, Grammar, LayerRange, LogprobRequest, Sampled, Sampling,
+    SamplingError,
+};
 
 /// Names a sequence within one replica. Chosen by the scheduler, never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -17,6 +20,40 @@ pub struct SequenceSpec {
     pub stop_tokens: Vec<u32>,
     /// How tokens are chosen.
     pub sampling: Sampling,
+    /// Score the prompt as well: the log-probability of each of its tokens but the first, and the likeliest ones in its place.
+    pub prompt_logprobs: Option<LogprobRequest>,
+    /// What comes out.
+    pub output: Output,
+    /// What the answer has to look like.
+    pub grammar: Option<Grammar>,
+    /// The adapter that changes the weights for this sequence, by its name in the deployment. None: the weights as they are.
+    pub adapter: Option<String>,
+}
+
+/// What a sequence is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Output {
+    /// Generated tokens.
+    #[default]
+    Tokens,
+    /// One vector for the prompt: the mean of its tokens' hidden vectors after the last norm. Nothing is sampled.
+    Embedding,
+}
+
+impl SequenceSpec {
+    /// A sequence that generates up to `max_tokens` tokens, without anything that is asked for rarely.
+    pub fn new(prompt_tokens: usize, max_tokens: usize, sampling: Sampling) -> Self {
+        Self {
+            prompt_tokens,
+            max_tokens,
+            stop_tokens: Vec::new(),
+            sampling,
+            prompt_logprobs: None,
+            output: Output::Tokens,
+            grammar: None,
+            adapter: None,
+        }
+    }
 }
 
 /// Why a sequence has no further token.

@@ -4,7 +4,7 @@
 //! [`SequenceSpec`] whose numbers are in range, fit the model's context and carry a seed. Text (tokenizing, chat templates,
 //! stop tokens given as text) is settled before: only ids arrive here.
 
-use mlxnode_compute::{LogprobRequest, Penalty, Sampling, SamplingError, SequenceSpec, Xtc};
+use mlxnode_compute::{Grammar, LogprobRequest, Output, Penalty, Sampling, SamplingError, SequenceSpec, Xtc};
 use std::collections::BTreeMap;
 
 /// Tokens to generate when the request does not say.
@@ -67,6 +67,12 @@ pub struct Parameters {
     pub ignore_eos: bool,
     /// Absent: no log-probabilities.
     pub top_logprobs: Option<u32>,
+    /// Likewise for the prompt's tokens.
+    pub prompt_logprobs: Option<u32>,
+    /// What the answer has to look like.
+    pub grammar: Option<Grammar>,
+    /// Name of an adapter of the deployment.
+    pub adapter: Option<String>,
 }
 
 /// What the deployment allows.
@@ -198,19 +204,47 @@ impl ValidRequest {
         let stop_tokens = stop_tokens(&parameters, model);
         check_count("extra_eos", stop_tokens.len(), MAX_STOP_TOKENS)?;
         let stop = parameters.stop.clone();
+        if let Some(grammar) = &parameters.grammar
+            && grammar.text().len() > Grammar::MAX_BYTES
+        {
+            return Err(RequestError::Range {
+                parameter: "grammar",
+                value: format!("{} bytes", grammar.text().len()),
+                allowed: format!("at most {} bytes", Grammar::MAX_BYTES),
+            });
+        }
+        let prompt_logprobs = parameters.prompt_logprobs.map(|top| LogprobRequest { top: top as usize });
+        Sampling { logprobs: prompt_logprobs, ..Sampling::default() }.check(model.vocabulary)?;
+        let (grammar, adapter) = (parameters.grammar.clone(), parameters.adapter.clone());
         let sampling = sampling(parameters, model, fresh_seed);
         sampling.check(model.vocabulary)?;
         Ok(Self {
             spec: SequenceSpec {
-                prompt_tokens: prompt.len(),
-                max_tokens: wanted.min(room),
                 stop_tokens,
-                sampling,
+                prompt_logprobs,
+                grammar,
+                adapter,
+                ..SequenceSpec::new(prompt.len(), wanted.min(room), sampling)
             },
             prompt,
             stop,
             is_clipped,
         })
+    }
+
+    /// A prompt whose hidden vectors are asked for; nothing is generated.
+    ///
+    /// # Errors
+    /// [`RequestError`] when the prompt is empty, too long, or not of this vocabulary.
+    pub fn embedding(
+        prompt: Vec<u32>,
+        adapter: Option<String>,
+        model: &ModelLimits,
+    ) -> Result<Self, RequestError> {
+        let parameters = Parameters { max_tokens: 1, adapter, ..Parameters::default() };
+        let mut valid = Self::new(prompt, parameters, model, 0)?;
+        valid.spec.output = Output::Embedding;
+        Ok(valid)
     }
 
     /// The seed that is used.

@@ -60,7 +60,7 @@ async fn workers(
                         stage.open(sequence, spec.clone()).unwrap();
                     }
                     rows.insert(sequence, (prompt, 0, spec.max_tokens));
-                    events.send(DriveEvent::Started { sequence }).await.unwrap();
+                    events.send(DriveEvent::Started { sequence, cached_tokens: 0 }).await.unwrap();
                 }
                 DriveCommand::Cancel { sequence } => {
                     if rows.remove(&sequence).is_some() {
@@ -131,13 +131,8 @@ fn replica(
 }
 
 fn request(prompt: Vec<u32>, max_tokens: usize) -> RunRequest {
-    let spec = SequenceSpec {
-        prompt_tokens: prompt.len(),
-        max_tokens,
-        stop_tokens: vec![],
-        sampling: Sampling::default(),
-    };
-    RunRequest { prompt, spec, deadline: None }
+    let spec = SequenceSpec::new(prompt.len(), max_tokens, Sampling::default());
+    RunRequest { prompt, spec, deadline: None, tenant: String::new() }
 }
 
 async fn tokens(mut stream: RunStream) -> Result<Vec<u32>, RunError> {
@@ -145,8 +140,9 @@ async fn tokens(mut stream: RunStream) -> Result<Vec<u32>, RunError> {
     let mut started = false;
     while let Some(event) = stream.next().await {
         match event? {
-            RunEvent::Started => assert!(!std::mem::replace(&mut started, true)),
+            RunEvent::Started { .. } => assert!(!std::mem::replace(&mut started, true)),
             RunEvent::Token { sampled, .. } => tokens.push(sampled.token),
+            other => panic!("nobody asked: {other:?}"),
         }
     }
     assert!(started);
@@ -186,7 +182,7 @@ async fn a_dropped_stream_frees_its_place() {
     let mut endless = handle.run(request(vec![1], 90_000));
     let waiting = handle.run(request(vec![2, 3], 3));
     let dropped_while_waiting = handle.run(request(vec![4], 90_000));
-    assert_eq!(within(endless.next()).await, Some(Ok(RunEvent::Started)));
+    assert_eq!(within(endless.next()).await, Some(Ok(RunEvent::Started { cached_tokens: 0 })));
     drop(dropped_while_waiting);
     drop(endless);
     assert_eq!(within(tokens(waiting)).await, Ok(SimulatedStage::expected_tokens(&[2, 3], 3, VOCABULARY)));

@@ -18,7 +18,7 @@ fn limits() -> Limits {
 }
 
 fn spec(prompt_tokens: usize, max_tokens: usize) -> SequenceSpec {
-    SequenceSpec { prompt_tokens, max_tokens, stop_tokens: vec![], sampling: Sampling::default() }
+    SequenceSpec::new(prompt_tokens, max_tokens, Sampling::default())
 }
 
 fn sampled(token: u32) -> Sampled {
@@ -48,8 +48,11 @@ fn a_request_runs_from_open_to_closed() {
     let effects = scheduler.submit(RequestId(1), vec![7, 8], spec(2, 2), None, now);
     let sequence = SequenceId(1);
     assert_eq!(effects, [Effect::Open { sequence, prompt: vec![7, 8], spec: spec(2, 2) }]);
-    let started = scheduler.on_drive(DriveEvent::Started { sequence }, now);
-    assert_eq!(started, [Effect::Emit { request: RequestId(1), event: RunEvent::Started }]);
+    let started = scheduler.on_drive(DriveEvent::Started { sequence, cached_tokens: 0 }, now);
+    assert_eq!(
+        started,
+        [Effect::Emit { request: RequestId(1), event: RunEvent::Started { cached_tokens: 0 } }]
+    );
     let token = |position, end| DriveEvent::Token { sequence, position, sampled: sampled(5), end };
     assert_eq!(scheduler.on_drive(token(2, None), now).len(), 1);
     let last = scheduler.on_drive(token(3, Some(SequenceEnd::Length)), now);
@@ -246,7 +249,7 @@ impl Pipeline {
             return Some(DriveEvent::Closed { sequence });
         }
         if !std::mem::replace(&mut row.started, true) {
-            return Some(DriveEvent::Started { sequence });
+            return Some(DriveEvent::Started { sequence, cached_tokens: 0 });
         }
         let position = row.prompt + row.produced;
         row.produced += 1;

@@ -30,12 +30,7 @@ fn main() -> Result<()> {
     let prompt = |row: u64| -> Vec<u32> {
         (0..prompt_tokens + 7 * row).map(|i| ((i * 7919 + 13 + row) % vocabulary) as u32).collect()
     };
-    let spec = |prompt: &[u32], max_tokens| SequenceSpec {
-        prompt_tokens: prompt.len(),
-        max_tokens,
-        stop_tokens: vec![],
-        sampling: Sampling::default(),
-    };
+    let spec = |prompt: &[u32], max_tokens| SequenceSpec::new(prompt.len(), max_tokens, Sampling::default());
     for row in 0..rows {
         let prompt = prompt(row);
         batch.insert(&prompt[..8.min(prompt.len())], &spec(&prompt, 4))?;

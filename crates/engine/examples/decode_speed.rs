@@ -30,12 +30,7 @@ fn main() -> Result<()> {
     let vocabulary = model.info().vocabulary as u64;
     let mut generator = Generator::new(model, GeneratorOptions::default())?;
     let prompt: Vec<u32> = (0..prompt_tokens).map(|i| ((i * 7919 + 13) % vocabulary) as u32).collect();
-    let spec = |max_tokens| SequenceSpec {
-        prompt_tokens: prompt.len(),
-        max_tokens,
-        stop_tokens: vec![],
-        sampling: Sampling::default(),
-    };
+    let spec = |max_tokens| SequenceSpec::new(prompt.len(), max_tokens, Sampling::default());
     generator.generate(&prompt[..prompt.len().min(8)], &spec(8), &mut |_| ControlFlow::Continue(()))?;
     let mut digest = 0_u64;
     let mut first = (0.0, Instant::now());

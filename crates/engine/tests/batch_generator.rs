@@ -24,7 +24,7 @@ fn drawn(seed: u64) -> Sampling {
 }
 
 fn spec(prompt: &[u32], max_tokens: usize, sampling: Sampling) -> SequenceSpec {
-    SequenceSpec { prompt_tokens: prompt.len(), max_tokens, stop_tokens: vec![], sampling }
+    SequenceSpec::new(prompt.len(), max_tokens, sampling)
 }
 
 /// Rows of several lengths and kinds: prompt, and what to generate.

@@ -26,7 +26,7 @@ fn model(root: &std::path::Path) -> Model {
 
 fn spec(prompt: &[u32]) -> SequenceSpec {
     let sampling = Sampling::default();
-    SequenceSpec { prompt_tokens: prompt.len(), max_tokens: 100, stop_tokens: vec![], sampling }
+    SequenceSpec::new(prompt.len(), 100, sampling)
 }
 
 fn of_length(length: usize) -> Vec<u32> {

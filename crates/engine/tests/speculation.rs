@@ -28,10 +28,8 @@ fn run(
         generator = generator.with_speculation(speculation).unwrap();
     }
     let spec = SequenceSpec {
-        prompt_tokens: prompt.len(),
-        max_tokens: NEW_TOKENS,
         stop_tokens: stop_tokens.to_vec(),
-        sampling: sampling.clone(),
+        ..SequenceSpec::new(prompt.len(), NEW_TOKENS, sampling.clone())
     };
     let (mut tokens, mut accepted) = (Vec::new(), 0);
     let mut cache = generator.new_cache().unwrap();

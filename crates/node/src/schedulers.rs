@@ -219,7 +219,15 @@ async fn send_commands(mut commands: mpsc::Receiver<DriveCommand>, client: Drive
 async fn receive_events(mut events: DriveEvents, sender: mpsc::Sender<DriveEvent>) {
     loop {
         let event = match events.next().await {
-            Ok(mlxnode_worker::DriveEvent::Started { sequence }) => DriveEvent::Started { sequence },
+            Ok(mlxnode_worker::DriveEvent::Started { sequence, cached_tokens }) => {
+                DriveEvent::Started { sequence, cached_tokens }
+            }
+            Ok(mlxnode_worker::DriveEvent::Scores { sequence, position, scores }) => {
+                DriveEvent::Scores { sequence, position, scores }
+            }
+            Ok(mlxnode_worker::DriveEvent::Embedding { sequence, values }) => {
+                DriveEvent::Embedding { sequence, values }
+            }
             Ok(mlxnode_worker::DriveEvent::Token(token)) => DriveEvent::Token {
                 sequence: token.sequence,
                 position: token.position,

@@ -7,8 +7,8 @@ use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
 use mlxnode_proto::internal::v1 as proto;
 use mlxnode_worker::SampledToken;
 use mlxnode_worker::wire::{
-    WireError, sampled_token_from_proto, sampled_token_to_proto, sequence_spec_from_proto,
-    sequence_spec_to_proto,
+    WireError, sampled_token_from_proto, sampled_token_to_proto, scores_from_proto, scores_to_proto,
+    sequence_spec_from_proto, sequence_spec_to_proto,
 };
 use tonic::Status;
 
@@ -102,6 +102,7 @@ pub(crate) fn run_to_proto(deployment: &str, run: &RunRequest) -> Result<proto::
         deployment: deployment.to_owned(),
         prompt: run.prompt.clone(),
         spec: Some(sequence_spec_to_proto(&run.spec)?),
+        tenant: run.tenant.clone(),
     })
 }
 
@@ -112,13 +113,22 @@ pub(crate) fn run(
     let spec = run.spec.ok_or_else(|| Status::invalid_argument("spec is missing"))?;
     let spec = sequence_spec_from_proto(spec, run.prompt.len())
         .map_err(|error| Status::invalid_argument(error.to_string()))?;
-    Ok(RunRequest { prompt: run.prompt, spec, deadline })
+    Ok(RunRequest { prompt: run.prompt, spec, deadline, tenant: run.tenant })
 }
 
 pub(crate) fn run_event_to_proto(event: Result<RunEvent, RunError>) -> Result<proto::RunEvent, Status> {
     use proto::run_event::Event;
     let event = match event {
-        Ok(RunEvent::Started) => Event::Started(proto::RunStarted {}),
+        Ok(RunEvent::Started { cached_tokens }) => Event::Started(proto::RunStarted {
+            cached_tokens: u32::try_from(cached_tokens).unwrap_or(u32::MAX),
+        }),
+        Ok(RunEvent::Scores { position, scores }) => Event::Scores(
+            scores_to_proto(NAMELESS, position, &scores)
+                .map_err(|error| Status::internal(error.to_string()))?,
+        ),
+        Ok(RunEvent::Embedding(values)) => {
+            Event::Embedding(proto::Embedding { sequence: NAMELESS.0, values })
+        }
         Ok(RunEvent::Token { position, sampled, end }) => {
             let token = SampledToken { sequence: NAMELESS, position, sampled, end };
             Event::Token(sampled_token_to_proto(&token).map_err(|error| Status::internal(error.to_string()))?)
@@ -131,7 +141,15 @@ pub(crate) fn run_event_to_proto(event: Result<RunEvent, RunError>) -> Result<pr
 pub(crate) fn run_event(event: proto::RunEvent) -> Result<RunEvent, RunError> {
     use proto::run_event::Event;
     match event.event {
-        Some(Event::Started(_)) => Ok(RunEvent::Started),
+        Some(Event::Started(started)) => {
+            Ok(RunEvent::Started { cached_tokens: started.cached_tokens as usize })
+        }
+        Some(Event::Scores(scores)) => {
+            let (position, scores) =
+                scores_from_proto(scores).map_err(|error| RunError::Failed(error.to_string()))?;
+            Ok(RunEvent::Scores { position, scores })
+        }
+        Some(Event::Embedding(embedding)) => Ok(RunEvent::Embedding(embedding.values)),
         Some(Event::Token(token)) => {
             let token =
                 sampled_token_from_proto(token).map_err(|error| RunError::Failed(error.to_string()))?;

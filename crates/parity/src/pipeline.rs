@@ -147,5 +147,5 @@ impl Sequence {
 
 /// A sequence that nothing but its length ends.
 pub(crate) fn spec(prompt_tokens: usize, max_tokens: usize, sampling: Sampling) -> SequenceSpec {
-    SequenceSpec { prompt_tokens, max_tokens, stop_tokens: vec![], sampling }
+    SequenceSpec::new(prompt_tokens, max_tokens, sampling)
 }

@@ -199,7 +199,7 @@ async fn decode(client: &DriveClient, events: &mut DriveEvents, sequence: u64) -
                 }
             }
             DriveEvent::Closed { .. } => return times,
-            DriveEvent::Started { .. } => {}
+            DriveEvent::Started { .. } | DriveEvent::Scores { .. } | DriveEvent::Embedding { .. } => {}
             DriveEvent::Failed { reason, .. } => panic!("{reason}"),
         }
     }

@@ -8,6 +8,7 @@ use mlxnode_compute::{Sampled, SequenceEnd, SequenceId, SequenceSpec, Step};
 
 /// One message between neighbouring stages.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "steps are the many, and they are no small messages either")]
 pub(crate) enum Message {
     /// A new sequence; `stages` have opened it so far.
     Open { sequence: SequenceId, spec: SequenceSpec, stages: u32 },
@@ -65,9 +66,27 @@ pub enum DriveEvent {
     Started {
         /// Which one.
         sequence: SequenceId,
+        /// Tokens at the front of the prompt whose keys and values were there already.
+        cached_tokens: usize,
+    },
+    /// Tokens of the prompt with their log-probabilities, in order, when asked for.
+    Scores {
+        /// Which one.
+        sequence: SequenceId,
+        /// Position of the first one; at least 1.
+        position: usize,
+        /// The prompt's own tokens.
+        scores: Vec<Sampled>,
     },
     /// The next token, in order and without gaps.
     Token(SampledToken),
+    /// The vector of a sequence that is embedded: its last event before `Closed`.
+    Embedding {
+        /// Which one.
+        sequence: SequenceId,
+        /// As wide as the hidden vectors.
+        values: Vec<f32>,
+    },
     /// The sequence was refused or given up. `Closed` follows.
     Failed {
         /// Which one.

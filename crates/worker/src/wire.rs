@@ -5,7 +5,8 @@
 
 use crate::message::{DriveCommand, DriveEvent, SampledToken};
 use mlxnode_compute::{
-    Candidate, Dtype, LogprobRequest, Penalty, Sampled, Sampling, SequenceEnd, SequenceId, SequenceSpec, Xtc,
+    Candidate, Dtype, Grammar, LogprobRequest, Output, Penalty, Sampled, Sampling, SequenceEnd, SequenceId,
+    SequenceSpec, Xtc,
 };
 use mlxnode_proto::internal::v1 as proto;
 
@@ -72,6 +73,13 @@ pub fn sequence_spec_to_proto(spec: &SequenceSpec) -> Result<proto::SequenceSpec
         frequency_penalty: strength(&sampling.frequency),
         frequency_context_size: context("frequency_context_size", &sampling.frequency)?,
         top_logprobs,
+        prompt_top_logprobs: spec
+            .prompt_logprobs
+            .map(|request| number("prompt_top_logprobs", request.top))
+            .transpose()?,
+        embedding: spec.output == Output::Embedding,
+        grammar: spec.grammar.as_ref().map(grammar_to_proto),
+        adapter: spec.adapter.clone().unwrap_or_default(),
     })
 }
 
@@ -109,7 +117,67 @@ pub fn sequence_spec_from_proto(
             frequency: penalty(spec.frequency_penalty, spec.frequency_context_size),
             logprobs: spec.top_logprobs.map(|top| LogprobRequest { top: top as usize }),
         },
+        prompt_logprobs: spec.prompt_top_logprobs.map(|top| LogprobRequest { top: top as usize }),
+        output: if spec.embedding { Output::Embedding } else { Output::Tokens },
+        grammar: spec.grammar.map(grammar_from_proto).transpose()?,
+        adapter: Some(spec.adapter).filter(|adapter| !adapter.is_empty()),
     })
+}
+
+fn grammar_to_proto(grammar: &Grammar) -> proto::Grammar {
+    use proto::grammar::Kind;
+    let kind = match grammar {
+        Grammar::JsonObject => Kind::JsonObject(true),
+        Grammar::JsonSchema(text) => Kind::JsonSchema(text.clone()),
+        Grammar::Regex(text) => Kind::Regex(text.clone()),
+        Grammar::Lark(text) => Kind::Lark(text.clone()),
+    };
+    proto::Grammar { kind: Some(kind) }
+}
+
+fn grammar_from_proto(grammar: proto::Grammar) -> Result<Grammar, WireError> {
+    use proto::grammar::Kind;
+    let grammar = match grammar.kind {
+        Some(Kind::JsonObject(true)) => Grammar::JsonObject,
+        Some(Kind::JsonSchema(text)) => Grammar::JsonSchema(text),
+        Some(Kind::Regex(text)) => Grammar::Regex(text),
+        Some(Kind::Lark(text)) => Grammar::Lark(text),
+        Some(Kind::JsonObject(false)) | None => return Err(WireError::Missing("the kind of grammar")),
+    };
+    match grammar.text().len() {
+        length if length > Grammar::MAX_BYTES => Err(WireError::TooLong { name: "grammar", length }),
+        _ => Ok(grammar),
+    }
+}
+
+/// Scored tokens of a prompt for the wire.
+pub fn scores_to_proto(
+    sequence: SequenceId,
+    position: usize,
+    scores: &[Sampled],
+) -> Result<proto::PromptScores, WireError> {
+    let candidate = |it: &Candidate| proto::Candidate { token: it.token, logprob: it.logprob };
+    let tokens = scores.iter().map(|score| proto::TokenScore {
+        token: score.token,
+        logprob: score.logprob.unwrap_or(f32::NEG_INFINITY),
+        top: score.top.iter().map(candidate).collect(),
+    });
+    Ok(proto::PromptScores {
+        sequence: sequence.0,
+        position: number("position", position)?,
+        tokens: tokens.collect(),
+    })
+}
+
+/// Scored tokens of a prompt from the wire: the position of the first one, and the tokens.
+pub fn scores_from_proto(scores: proto::PromptScores) -> Result<(usize, Vec<Sampled>), WireError> {
+    let score = |score: proto::TokenScore| {
+        short("top", score.top.len())?;
+        let top = score.top.into_iter().map(|it| Candidate { token: it.token, logprob: it.logprob });
+        Ok(Sampled { token: score.token, logprob: Some(score.logprob), top: top.collect() })
+    };
+    let tokens = scores.tokens.into_iter().map(score).collect::<Result<_, _>>()?;
+    Ok((scores.position as usize, tokens))
 }
 
 /// A sampled token for the wire.
@@ -194,7 +262,16 @@ pub fn drive_command_from_proto(command: proto::DriveCommand) -> Result<DriveCom
 pub fn drive_event_to_proto(event: &DriveEvent) -> Result<proto::DriveEvent, WireError> {
     use proto::drive_event::Event;
     let event = match event {
-        DriveEvent::Started { sequence } => Event::Started(proto::DriveStarted { sequence: sequence.0 }),
+        DriveEvent::Started { sequence, cached_tokens } => Event::Started(proto::DriveStarted {
+            sequence: sequence.0,
+            cached_tokens: number("cached_tokens", *cached_tokens)?,
+        }),
+        DriveEvent::Scores { sequence, position, scores } => {
+            Event::Scores(scores_to_proto(*sequence, *position, scores)?)
+        }
+        DriveEvent::Embedding { sequence, values } => {
+            Event::Embedding(proto::Embedding { sequence: sequence.0, values: values.clone() })
+        }
         DriveEvent::Token(token) => Event::Token(sampled_token_to_proto(token)?),
         DriveEvent::Closed { sequence } => Event::Closed(proto::CloseSequence { sequence: sequence.0 }),
         DriveEvent::Failed { sequence, reason } => {
@@ -208,7 +285,18 @@ pub fn drive_event_to_proto(event: &DriveEvent) -> Result<proto::DriveEvent, Wir
 pub fn drive_event_from_proto(event: proto::DriveEvent) -> Result<DriveEvent, WireError> {
     use proto::drive_event::Event;
     Ok(match event.event.ok_or(WireError::Missing("an event"))? {
-        Event::Started(started) => DriveEvent::Started { sequence: SequenceId(started.sequence) },
+        Event::Started(started) => DriveEvent::Started {
+            sequence: SequenceId(started.sequence),
+            cached_tokens: started.cached_tokens as usize,
+        },
+        Event::Scores(scores) => {
+            let sequence = SequenceId(scores.sequence);
+            let (position, scores) = scores_from_proto(scores)?;
+            DriveEvent::Scores { sequence, position, scores }
+        }
+        Event::Embedding(embedding) => {
+            DriveEvent::Embedding { sequence: SequenceId(embedding.sequence), values: embedding.values }
+        }
         Event::Token(token) => DriveEvent::Token(sampled_token_from_proto(token)?),
         Event::Closed(closed) => DriveEvent::Closed { sequence: SequenceId(closed.sequence) },
         Event::Failed(failed) => {
@@ -249,12 +337,19 @@ mod tests {
                 frequency: Some(Penalty { strength: -0.3, context: 40 }),
                 logprobs: Some(LogprobRequest { top: 3 }),
             },
+            prompt_logprobs: Some(LogprobRequest { top: 0 }),
+            output: Output::Embedding,
+            grammar: Some(Grammar::Regex("a|b".into())),
+            adapter: Some("poet".into()),
         }
     }
 
     #[test]
     fn commands_survive_the_wire() {
-        let greedy = SequenceSpec { sampling: Sampling::default(), ..rich_spec() };
+        let greedy = SequenceSpec {
+            grammar: Some(Grammar::JsonObject),
+            ..SequenceSpec::new(3, 17, Sampling::default())
+        };
         let commands = [
             DriveCommand::Open { sequence: SequenceId(4), prompt: vec![1, 2, 3], spec: rich_spec() },
             DriveCommand::Open { sequence: SequenceId(5), prompt: vec![0, 0, 0], spec: greedy },
@@ -275,7 +370,9 @@ mod tests {
             top: vec![Candidate { token: 3, logprob: -0.5 }, Candidate { token: 1, logprob: -2.0 }],
         };
         let mut events = vec![
-            DriveEvent::Started { sequence },
+            DriveEvent::Started { sequence, cached_tokens: 256 },
+            DriveEvent::Scores { sequence, position: 1, scores: vec![sampled.clone()] },
+            DriveEvent::Embedding { sequence, values: vec![0.5, -1.0] },
             DriveEvent::Closed { sequence },
             DriveEvent::Failed { sequence, reason: "why".into() },
         ];

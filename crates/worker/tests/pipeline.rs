@@ -146,7 +146,7 @@ async fn a_new_scheduler_takes_over() {
     let (old, mut old_events) = replica.drive().await;
     old.open(SequenceId(1), vec![1], spec(&[1], 4000)).await.unwrap();
     let started = old_events.next().await.unwrap();
-    assert_eq!(started, DriveEvent::Started { sequence: SequenceId(1) });
+    assert_eq!(started, DriveEvent::Started { sequence: SequenceId(1), cached_tokens: 0 });
     let (client, mut events) = replica.drive().await;
     let lost = async {
         loop {

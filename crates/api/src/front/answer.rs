@@ -3,6 +3,7 @@
 use crate::deployments::DeploymentView;
 use crate::front::{End, FrontError, Output, Piece, RunEvents};
 use futures::StreamExt as _;
+use mlxnode_compute::Sampled;
 use mlxnode_coordinator::scheduler::{RunError, RunEvent};
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,7 @@ pub struct Answer {
     pub prompt_tokens: usize,
     /// The seed in use.
     pub seed: u64,
+    cached_tokens: usize,
     generated: usize,
     arrived: Instant,
     started: Option<Instant>,
@@ -26,6 +28,8 @@ pub struct Answer {
 /// What happens in an answer.
 #[derive(Clone, Debug)]
 pub enum AnswerEvent {
+    /// Tokens of the prompt with their log-probabilities, in order, when asked for; several of these, before the first piece.
+    Prompt(Vec<Sampled>),
     /// New text; several of these.
     Piece(Piece),
     /// The last event.
@@ -44,6 +48,8 @@ pub struct Summary {
     pub end: End,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
+    /// Those of them that needed no work, because another request had the same beginning.
+    pub cached_tokens: usize,
     /// Tokens generated, a stop token included.
     pub generation_tokens: usize,
     /// From arrival to the first step.
@@ -70,6 +76,7 @@ impl Answer {
             output,
             prompt_tokens,
             seed,
+            cached_tokens: 0,
             generated: 0,
             arrived: Instant::now(),
             started: None,
@@ -95,7 +102,13 @@ impl Answer {
                 }
             };
             match event {
-                RunEvent::Started => self.started = Some(Instant::now()),
+                RunEvent::Started { cached_tokens } => {
+                    self.started = Some(Instant::now());
+                    self.cached_tokens = cached_tokens;
+                }
+                RunEvent::Scores { scores, .. } => return Some(Ok(AnswerEvent::Prompt(scores))),
+                // Only a request for a vector gets one.
+                RunEvent::Embedding(_) => {}
                 RunEvent::Token { sampled, end, .. } => {
                     self.first.get_or_insert_with(Instant::now);
                     self.generated += 1;
@@ -120,6 +133,7 @@ impl Answer {
         Summary {
             end,
             prompt_tokens: self.prompt_tokens,
+            cached_tokens: self.cached_tokens,
             generation_tokens: self.generated,
             queue: started.saturating_duration_since(self.arrived),
             prompt: first.saturating_duration_since(started),

@@ -15,9 +15,10 @@ pub use output::{End, Output, Piece};
 pub use replicas::{Replicas, RunEvents};
 
 use crate::deployments::{DeploymentView, DeploymentsView, State, state_name};
+use futures::StreamExt as _;
 use mlxnode_compute::ByteCount;
-use mlxnode_coordinator::requests::{ModelLimits, Parameters, RequestError, ValidRequest};
-use mlxnode_coordinator::scheduler::{RunError, RunRequest};
+use mlxnode_coordinator::requests::{Parameters, RequestError, ValidRequest};
+use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
 use mlxnode_text::{ChatRequest, TextError};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -40,6 +41,25 @@ pub struct GenerationRequest {
     pub extra_eos: Vec<String>,
     /// When the client stops waiting.
     pub deadline: Option<Instant>,
+    /// Who asks; see [`RunRequest::tenant`].
+    pub tenant: String,
+    /// Tell content, reasoning and tool calls apart: [`Piece::deltas`]. Only for conversations.
+    pub is_read: bool,
+}
+
+/// A text whose vector is asked for.
+#[derive(Clone, Debug)]
+pub struct EmbeddingRequest {
+    /// A deployment's name; empty for the only one.
+    pub model: String,
+    /// The text or its tokens.
+    pub input: Input,
+    /// Name of an adapter of the deployment.
+    pub adapter: Option<String>,
+    /// When the client stops waiting.
+    pub deadline: Option<Instant>,
+    /// Who asks; see [`RunRequest::tenant`].
+    pub tenant: String,
 }
 
 /// What a generation continues.
@@ -154,36 +174,63 @@ impl Front {
     /// # Errors
     /// Everything that can be known before the first step.
     pub async fn generate(&self, request: GenerationRequest) -> Result<Answer, FrontError> {
-        let deployment = self.deployment(&request.model)?;
-        if deployment.state != State::Ready {
-            return Err(FrontError::NotReady {
-                model: deployment.name,
-                state: state_name(deployment.state),
-                detail: if deployment.detail.is_empty() {
-                    String::new()
-                } else {
-                    format!(": {}", deployment.detail)
-                },
-            });
-        }
+        let deployment = self.ready(&request.model)?;
         let text = self.model_text(&deployment).await?;
+        let tools = match &request.input {
+            Input::Chat(chat) if request.is_read => Some(chat.tools.clone().unwrap_or_default()),
+            _ => None,
+        };
         let prompt = text.clone().tokenize_blocking(request.input).await?;
         let mut parameters = request.parameters;
         for token in &request.extra_eos {
             parameters.extra_stop_tokens.push(text.tokenizer.parse_token(token)?);
         }
-        let limits = ModelLimits {
-            vocabulary: text.vocabulary,
-            context_tokens: deployment.context_tokens,
-            eos_tokens: text.tokenizer.eos_tokens().iter().copied().collect(),
-            xtc_special_tokens: text.tokenizer.xtc_special_tokens()?,
-        };
+        let limits = text.limits(&deployment)?;
         let valid = ValidRequest::new(prompt, parameters, &limits, fresh_seed())?;
-        let output = Output::new(&text, valid.stop.clone())?;
+        let reader = tools.map(|tools| text.answers.parser(&tools, &valid.prompt)).transpose()?;
+        let output = Output::new(&text, valid.stop.clone(), reader)?;
         let (seed, prompt_tokens) = (valid.seed(), valid.prompt.len());
-        let run = RunRequest { prompt: valid.prompt, spec: valid.spec, deadline: request.deadline };
+        let run = RunRequest {
+            prompt: valid.prompt,
+            spec: valid.spec,
+            deadline: request.deadline,
+            tenant: request.tenant,
+        };
         let stream = self.replicas.run(&deployment, run).await?;
         Ok(Answer::new(deployment, stream, output, prompt_tokens, seed))
+    }
+
+    /// The mean of the prompt's hidden vectors after the last norm, and the prompt's length in tokens.
+    ///
+    /// # Errors
+    /// As [`Front::generate`], and when the replica is lost on the way.
+    pub async fn embed(&self, request: EmbeddingRequest) -> Result<(Vec<f32>, usize), FrontError> {
+        let deployment = self.ready(&request.model)?;
+        let text = self.model_text(&deployment).await?;
+        let prompt = text.clone().tokenize_blocking(request.input).await?;
+        let valid = ValidRequest::embedding(prompt, request.adapter, &text.limits(&deployment)?)?;
+        let prompt_tokens = valid.prompt.len();
+        let (deadline, tenant) = (request.deadline, request.tenant);
+        let run = RunRequest { prompt: valid.prompt, spec: valid.spec, deadline, tenant };
+        let mut events = self.replicas.run(&deployment, run).await?;
+        while let Some(event) = events.next().await {
+            if let RunEvent::Embedding(values) = event? {
+                return Ok((values, prompt_tokens));
+            }
+        }
+        Err(RunError::Unavailable("the scheduler ended the sequence".into()).into())
+    }
+
+    fn ready(&self, model: &str) -> Result<DeploymentView, FrontError> {
+        let deployment = self.deployment(model)?;
+        if deployment.state == State::Ready {
+            return Ok(deployment);
+        }
+        let detail = match deployment.detail.as_str() {
+            "" => String::new(),
+            detail => format!(": {detail}"),
+        };
+        Err(FrontError::NotReady { model: deployment.name, state: state_name(deployment.state), detail })
     }
 
     /// The largest memory that any stage's MLX held since it was loaded; 0 when no stage says so in time.

@@ -1,8 +1,10 @@
 //! Tokenizer and chat template of one model, ready for use.
 
+use crate::deployments::DeploymentView;
 use crate::front::{FrontError, Input};
+use mlxnode_coordinator::requests::ModelLimits;
 use mlxnode_coordinator::scheduler::RunError;
-use mlxnode_text::{ChatRequest, ChatTemplate, TextError, TextFiles, Tokenizer};
+use mlxnode_text::{AnswerFormat, ChatRequest, ChatTemplate, TextError, TextFiles, Tokenizer};
 use std::sync::Arc;
 
 /// What turns text into a model's tokens and back.
@@ -11,6 +13,8 @@ pub struct ModelText {
     pub tokenizer: Tokenizer,
     /// Number of token ids that the model knows: `vocab_size` of its configuration.
     pub vocabulary: usize,
+    /// How its answers mark reasoning and tool calls.
+    pub answers: AnswerFormat,
     template: Option<ChatTemplate>,
 }
 
@@ -32,7 +36,21 @@ impl ModelText {
             .and_then(|size| usize::try_from(size).ok());
         let vocabulary = declared.unwrap_or_else(|| tokenizer.vocabulary_size());
         let template = ChatTemplate::from_files(files, &tokenizer)?;
-        Ok(Self { tokenizer, vocabulary, template })
+        let answers = AnswerFormat::from_files(files, &tokenizer, template.as_ref())?;
+        Ok(Self { tokenizer, vocabulary, answers, template })
+    }
+
+    /// What the model and its deployment allow.
+    ///
+    /// # Errors
+    /// When the tokenizer cannot say how it writes a new line.
+    pub fn limits(&self, deployment: &DeploymentView) -> Result<ModelLimits, TextError> {
+        Ok(ModelLimits {
+            vocabulary: self.vocabulary,
+            context_tokens: deployment.context_tokens,
+            eos_tokens: self.tokenizer.eos_tokens().iter().copied().collect(),
+            xtc_special_tokens: self.tokenizer.xtc_special_tokens()?,
+        })
     }
 
     /// Renders a conversation.

@@ -2,7 +2,7 @@
 
 use crate::front::ModelText;
 use mlxnode_compute::{Sampled, SequenceEnd};
-use mlxnode_text::{StopStrings, StreamingDetokenizer, TextError};
+use mlxnode_text::{AnswerParser, Delta, StopStrings, StreamingDetokenizer, TextError};
 
 /// A piece of an answer.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -11,6 +11,8 @@ pub struct Piece {
     pub text: String,
     /// The tokens behind it.
     pub tokens: Vec<Sampled>,
+    /// What the text means, when the request asked to tell that; otherwise empty.
+    pub deltas: Vec<Delta>,
     /// Set in the last piece.
     pub end: Option<End>,
 }
@@ -28,15 +30,16 @@ pub enum End {
 pub struct Output {
     detokenizer: StreamingDetokenizer,
     stops: StopStrings,
+    reader: Option<AnswerParser>,
 }
 
 impl Output {
-    /// The text of an answer by this model's tokenizer that ends at any of `stop`.
+    /// The text of an answer by this model's tokenizer that ends at any of `stop`. `reader` tells what it means.
     ///
     /// # Errors
     /// When there are too many stop strings, or one is too long.
-    pub fn new(text: &ModelText, stop: Vec<String>) -> Result<Self, TextError> {
-        Ok(Self { detokenizer: text.tokenizer.detokenizer(), stops: StopStrings::new(stop)? })
+    pub fn new(text: &ModelText, stop: Vec<String>, reader: Option<AnswerParser>) -> Result<Self, TextError> {
+        Ok(Self { detokenizer: text.tokenizer.detokenizer(), stops: StopStrings::new(stop)?, reader })
     }
 
     /// Takes one token. `end` is what the model's last stage said about it; a stop token has no text of its own.
@@ -62,6 +65,12 @@ impl Output {
                 Some(if by_length { End::Length } else { End::Stop })
             }
         };
-        Piece { text, tokens: vec![sampled], end }
+        let mut deltas = self.reader.as_mut().map_or_else(Vec::new, |reader| reader.push(&text));
+        if end.is_some()
+            && let Some(reader) = self.reader.take()
+        {
+            deltas.extend(reader.finish());
+        }
+        Piece { text, tokens: vec![sampled], deltas, end }
     }
 }

@@ -39,6 +39,8 @@ impl Inference for InferenceService {
             let mut prompt_tokens = answer.prompt_tokens as u32;
             while let Some(event) = answer.next().await {
                 let message = match event {
+                    // Not asked for by this service yet.
+                    Ok(AnswerEvent::Prompt(_)) => continue,
                     Ok(AnswerEvent::Piece(piece)) => Ok(wire::response(piece, prompt_tokens)),
                     Ok(AnswerEvent::Ended { piece, summary }) => {
                         let peak = front.peak_memory(&answer.deployment).await;

@@ -52,8 +52,17 @@ pub(super) fn generation_request(
         extra_stop_tokens: Vec::new(),
         ignore_eos: request.ignore_eos,
         top_logprobs: request.top_logprobs,
+        ..Parameters::default()
     };
-    Ok(GenerationRequest { model: request.model, input, parameters, extra_eos: request.extra_eos, deadline })
+    Ok(GenerationRequest {
+        model: request.model,
+        input,
+        parameters,
+        extra_eos: request.extra_eos,
+        deadline,
+        tenant: String::new(),
+        is_read: false,
+    })
 }
 
 pub(super) fn chat_request(chat: v1::Chat) -> Result<ChatRequest, Status> {

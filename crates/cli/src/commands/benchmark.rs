@@ -180,12 +180,11 @@ impl Benchmark {
     }
 
     fn trial(&self, runner: &mut Runner, prompts: &[Vec<u32>]) -> Result<Trial> {
-        let spec = SequenceSpec {
-            prompt_tokens: self.prompt_tokens as usize,
-            max_tokens: self.generation_tokens as usize,
-            stop_tokens: Vec::new(),
-            sampling: Sampling::default(),
-        };
+        let spec = SequenceSpec::new(
+            self.prompt_tokens as usize,
+            self.generation_tokens as usize,
+            Sampling::default(),
+        );
         let started = Instant::now();
         let (prompt_tps, generation_tps, peak) = match runner {
             Runner::One(generator) => {

@@ -253,10 +253,8 @@ impl Model for LocalModel {
         let prepared = started.elapsed();
 
         let spec = SequenceSpec {
-            prompt_tokens: rest.len(),
-            max_tokens: request.max_tokens.unwrap_or(usize::MAX),
             stop_tokens: tokenizer.eos_tokens().iter().copied().collect(),
-            sampling,
+            ..SequenceSpec::new(rest.len(), request.max_tokens.unwrap_or(usize::MAX), sampling)
         };
         let mut generated = Vec::new();
         let mut stopped_by_text = false;

@@ -58,6 +58,7 @@ const FAILURE_SETTLES: Duration = Duration::from_millis(100);
 
 /// What the task has to do.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "few exist at a time, and each is moved once")]
 pub enum Effect {
     /// Tell the workers to run a sequence.
     Open {
@@ -119,6 +120,8 @@ struct Open {
     prompt_tokens: usize,
     max_tokens: usize,
     emitted: usize,
+    /// Tokens of the prompt whose scores went to the front.
+    scored: usize,
     started: bool,
     deadline: Option<Instant>,
     reserved: usize,
@@ -201,7 +204,9 @@ impl Scheduler {
         }
         self.last_heard = now;
         match event {
-            DriveEvent::Started { sequence } => self.started(sequence),
+            DriveEvent::Started { sequence, cached_tokens } => self.started(sequence, cached_tokens),
+            DriveEvent::Scores { sequence, position, scores } => self.scores(sequence, position, scores),
+            DriveEvent::Embedding { sequence, values } => self.embedding(sequence, values),
             DriveEvent::Token { sequence, position, sampled, end } => {
                 self.token(sequence, position, sampled, end);
             }
@@ -335,6 +340,7 @@ impl Scheduler {
                     prompt_tokens: prompt.len(),
                     max_tokens: spec.max_tokens,
                     emitted: 0,
+                    scored: 0,
                     started: false,
                     deadline,
                     reserved,
@@ -345,12 +351,36 @@ impl Scheduler {
         }
     }
 
-    fn started(&mut self, sequence: SequenceId) {
+    fn started(&mut self, sequence: SequenceId, cached_tokens: usize) {
         let Some(open) = self.open.get_mut(&sequence) else { return };
         let Some(request) = open.request else { return };
         if !std::mem::replace(&mut open.started, true) {
-            self.effects.push(Effect::Emit { request, event: RunEvent::Started });
+            self.effects.push(Effect::Emit { request, event: RunEvent::Started { cached_tokens } });
         }
+    }
+
+    fn scores(&mut self, sequence: SequenceId, position: usize, scores: Vec<mlxnode_compute::Sampled>) {
+        self.started(sequence, 0);
+        let Some(open) = self.open.get_mut(&sequence) else { return };
+        let Some(request) = open.request else { return };
+        // The token at 0 has no score. The front's channel has room for one event per token, so more than that are not passed on.
+        if scores.is_empty()
+            || position != open.scored + 1
+            || open.scored + scores.len() >= open.prompt_tokens
+        {
+            let reason = format!("scores of the prompt came at {position}, after {} were there", open.scored);
+            self.stop(request, RunError::Failed(reason));
+            return;
+        }
+        open.scored += scores.len();
+        self.effects.push(Effect::Emit { request, event: RunEvent::Scores { position, scores } });
+    }
+
+    fn embedding(&mut self, sequence: SequenceId, values: Vec<f32>) {
+        self.started(sequence, 0);
+        let Some(request) = self.open.get_mut(&sequence).and_then(|open| open.request.take()) else { return };
+        self.effects.push(Effect::Emit { request, event: RunEvent::Embedding(values) });
+        self.end(request, Ok(SequenceEnd::Length));
     }
 
     fn token(
@@ -360,7 +390,7 @@ impl Scheduler {
         sampled: mlxnode_compute::Sampled,
         end: Option<SequenceEnd>,
     ) {
-        self.started(sequence);
+        self.started(sequence, 0);
         let Some(open) = self.open.get_mut(&sequence) else { return };
         let Some(request) = open.request else { return };
         let expected = open.prompt_tokens + open.emitted;

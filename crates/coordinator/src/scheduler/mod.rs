@@ -49,6 +49,24 @@ pub enum DriveEvent {
     Started {
         /// Whose.
         sequence: SequenceId,
+        /// Tokens of the prompt that need no work, because their keys and values are there already.
+        cached_tokens: usize,
+    },
+    /// Tokens of the prompt with their log-probabilities, in order.
+    Scores {
+        /// Whose.
+        sequence: SequenceId,
+        /// Position of the first one.
+        position: usize,
+        /// The prompt's own tokens.
+        scores: Vec<Sampled>,
+    },
+    /// The vector of a sequence that is embedded. `Closed` follows.
+    Embedding {
+        /// Whose.
+        sequence: SequenceId,
+        /// As wide as the hidden vectors.
+        values: Vec<f32>,
     },
     /// A token was sampled.
     Token {
@@ -84,7 +102,19 @@ pub enum DriveEvent {
 #[derive(Clone, Debug, PartialEq)]
 pub enum RunEvent {
     /// The first step starts now.
-    Started,
+    Started {
+        /// Tokens of the prompt that need no work.
+        cached_tokens: usize,
+    },
+    /// Tokens of the prompt with their log-probabilities, in order and without gaps, when asked for.
+    Scores {
+        /// Position of the first one; 1 in the first event.
+        position: usize,
+        /// The prompt's own tokens.
+        scores: Vec<Sampled>,
+    },
+    /// The vector of a sequence that is embedded; the last event.
+    Embedding(Vec<f32>),
     /// The next token. The one with `end` is the last event.
     Token {
         /// Where it stands in the sequence; the first one at the prompt's length.

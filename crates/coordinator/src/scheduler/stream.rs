@@ -19,6 +19,8 @@ pub struct RunRequest {
     pub spec: SequenceSpec,
     /// When to give up.
     pub deadline: Option<Instant>,
+    /// Who asks, for fairness between clients and so that none learns from another one's prompts. Empty: the cluster's own people.
+    pub tenant: String,
 }
 
 /// The events of one request: [`RunEvent::Started`], tokens, the last of them with its end; or an error, also the last item.
@@ -62,7 +64,7 @@ impl Stream for RunStream {
             // The task ended with the request still in its hands.
             Poll::Ready(None) => Err(RunError::Unavailable("its scheduler ended".into())),
         };
-        if matches!(item, Err(_) | Ok(RunEvent::Token { end: Some(_), .. })) {
+        if matches!(item, Err(_) | Ok(RunEvent::Token { end: Some(_), .. } | RunEvent::Embedding(_))) {
             self.is_over = true;
             self.cancel = None;
         }

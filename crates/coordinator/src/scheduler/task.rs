@@ -91,10 +91,11 @@ impl SchedulerHandle {
     /// Runs one sequence. Everything that can go wrong comes as the stream's last item; dropping the stream cancels.
     pub fn run(&self, run: RunRequest) -> RunStream {
         let request = RequestId(self.next_request.fetch_add(1, Ordering::Relaxed));
-        // Room for every event there can be (started, the tokens, an error), so that a slow front never holds up the others.
+        // Room for every event there can be (started, the prompt's scores, the tokens, an error), so that a slow front never holds up the others.
         // Prompt and answer fit the context or are refused, so this is bounded by it: about 100 bytes for a token whose
         // keys and values take kilobytes.
-        let room = run.spec.max_tokens.min(self.context_tokens) + 2;
+        let scores = if run.spec.prompt_logprobs.is_some() { run.prompt.len() } else { 0 };
+        let room = (run.spec.max_tokens + scores).min(self.context_tokens) + 3;
         let (sender, events) = mpsc::channel(room);
         match self.inbox.try_send(Submission { request, run, events: sender }) {
             Ok(()) => RunStream::new(events, request, self.cancelled.clone()),

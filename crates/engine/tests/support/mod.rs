@@ -156,7 +156,7 @@ impl Pipeline {
 }
 
 pub fn spec(prompt_tokens: usize, max_tokens: usize, sampling: Sampling) -> SequenceSpec {
-    SequenceSpec { prompt_tokens, max_tokens, stop_tokens: vec![], sampling }
+    SequenceSpec::new(prompt_tokens, max_tokens, sampling)
 }
 
 pub fn tokens(sampled: &[Sampled]) -> Vec<u32> {

@@ -10,7 +10,7 @@
 //! take turns with their chunks. The order in which a stage works on what it was given is `queue`'s matter.
 
 use crate::message::{DriveCommand, DriveEvent, Message, SampledToken};
-use mlxnode_compute::{SequenceId, SequenceSpec, Step, StepInput};
+use mlxnode_compute::{Output, SequenceId, SequenceSpec, Step, StepInput};
 use std::collections::{BTreeMap, VecDeque};
 
 /// What the replica has room for.
@@ -213,6 +213,15 @@ impl Driver {
         if spec.max_tokens == 0 {
             return Err("max_tokens is 0, but must be 1 or more".into());
         }
+        let unserved = [
+            ("prompt_logprobs", spec.prompt_logprobs.is_some()),
+            ("embedding", spec.output == Output::Embedding),
+            ("grammar", spec.grammar.is_some()),
+            ("adapter", spec.adapter.is_some()),
+        ];
+        if let Some((field, _)) = unserved.iter().find(|(_, is_asked)| *is_asked) {
+            return Err(format!("{field} is not served by this release's workers"));
+        }
         if prompt.len() >= limits.context_tokens {
             return Err(format!(
                 "the prompt has {} tokens, but the model is loaded with a context of {}: \
@@ -248,7 +257,7 @@ impl Driver {
             sample: is_last,
         };
         if state.entered == 0 {
-            self.events.push_back(DriveEvent::Started { sequence });
+            self.events.push_back(DriveEvent::Started { sequence, cached_tokens: 0 });
         }
         state.entered = chunk_end;
         state.chunks_on_their_way += 1;

@@ -254,12 +254,7 @@ mod tests {
     #[test]
     fn messages_survive_the_link() {
         let sequence = SequenceId(9);
-        let spec = SequenceSpec {
-            prompt_tokens: 5,
-            max_tokens: 6,
-            stop_tokens: vec![1],
-            sampling: Default::default(),
-        };
+        let spec = SequenceSpec { stop_tokens: vec![1], ..SequenceSpec::new(5, 6, Default::default()) };
         let sampled = Sampled { token: 4, logprob: None, top: vec![] };
         let token = SampledToken { sequence, position: 5, sampled, end: None };
         let both = [Message::Close { sequence }, Message::Failed { sequence, reason: "full".into() }];

@@ -181,12 +181,7 @@ impl Replica {
 }
 
 pub(crate) fn spec(prompt: &[u32], max_tokens: usize) -> SequenceSpec {
-    SequenceSpec {
-        prompt_tokens: prompt.len(),
-        max_tokens,
-        stop_tokens: vec![],
-        sampling: Default::default(),
-    }
+    SequenceSpec::new(prompt.len(), max_tokens, Default::default())
 }
 
 /// What the scheduler heard of each sequence.
@@ -201,7 +196,7 @@ pub(crate) struct Heard {
 impl Heard {
     pub(crate) fn hear(&mut self, event: DriveEvent) {
         match event {
-            DriveEvent::Started { sequence } => {
+            DriveEvent::Started { sequence, .. } => {
                 assert!(self.tokens.insert(sequence, vec![]).is_none(), "started once");
             }
             DriveEvent::Token(token) => {
@@ -214,6 +209,7 @@ impl Heard {
                 self.failures.insert(sequence, reason);
             }
             DriveEvent::Closed { sequence } => self.closed.push(sequence),
+            DriveEvent::Scores { .. } | DriveEvent::Embedding { .. } => panic!("nobody asked: {event:?}"),
         }
     }
 

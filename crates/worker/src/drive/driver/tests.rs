@@ -16,7 +16,7 @@ fn limits(prefill_chunk: usize) -> Limits {
 }
 
 fn spec(max_tokens: usize, stop_tokens: Vec<u32>) -> SequenceSpec {
-    SequenceSpec { prompt_tokens: 0, max_tokens, stop_tokens, sampling: Sampling::default() }
+    SequenceSpec { stop_tokens, ..SequenceSpec::new(0, max_tokens, Sampling::default()) }
 }
 
 /// What a sequence should generate: to its stop token, its `max_tokens` or the end of the context.
@@ -107,13 +107,14 @@ impl Pipeline {
 
     fn hear(&mut self, event: DriveEvent) {
         match event {
-            DriveEvent::Started { sequence } => self.heard.entry(sequence.0).or_default().started += 1,
+            DriveEvent::Started { sequence, .. } => self.heard.entry(sequence.0).or_default().started += 1,
             DriveEvent::Token(token) => {
                 let heard = self.heard.entry(token.sequence.0).or_default();
                 assert_eq!((heard.started, heard.closed, heard.end), (1, 0, None), "{token:?}");
                 heard.tokens.push(token.sampled.token);
                 heard.end = token.end;
             }
+            DriveEvent::Scores { .. } | DriveEvent::Embedding { .. } => panic!("nobody asked: {event:?}"),
             DriveEvent::Failed { sequence, reason } => {
                 self.heard.entry(sequence.0).or_default().failures.push(reason);
             }

@@ -177,7 +177,9 @@ fn kv_bytes(layer: &LayerSpec, dtype: Dtype) -> ByteCount {
         return ByteCount(0);
     };
     let width = attention.head_dim + attention.value_dim;
-    ByteCount((attention.kv_heads * width * dtype.size()) as u64)
+    // An indexer's keys have one column of no use beside them.
+    let indexer = attention.blocks.as_ref().map_or(0, |blocks| blocks.head_dim + 1);
+    ByteCount(((attention.kv_heads * width + indexer) * dtype.size()) as u64)
 }
 
 fn kv_window(layer: &LayerSpec) -> Option<usize> {

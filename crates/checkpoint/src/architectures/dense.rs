@@ -108,6 +108,7 @@ impl Sizes {
             shares: None,
             projected_by: None,
             beside: None,
+            blocks: None,
             projection_limit: None,
             window: None,
             wider_in_prompts: false,

@@ -6,7 +6,8 @@ use crate::config::{Config, ConfigError, missing};
 use crate::spec::{Activation, AttentionSpec, ModelSpec};
 
 pub(super) const ARCHITECTURE: Architecture = Architecture::new("iquestloopcoder", spec)
-    .names(&[("model.gate_projections.{layer}", "model.layers.{layer}.self_attn.loop_gate")]);
+    .names(&[("model.gate_projections.{layer}", "model.layers.{layer}.self_attn.loop_gate")])
+    .in_one_piece();
 
 /// The family knows no other number.
 const PASSES: usize = 2;

@@ -70,6 +70,7 @@ mod mimo_v2_flash;
 mod minicpm;
 mod minicpm3;
 mod minimax;
+mod minimax_m3_vl;
 mod ministral3;
 mod mistral;
 mod mistral3;
@@ -183,6 +184,12 @@ impl Architecture {
         self.names.iter().try_for_each(|(theirs, ours)| weights.rename(theirs, ours))
     }
 
+    /// Its layers need each other's keys and values, so that none can be on another node.
+    const fn in_one_piece(mut self) -> Self {
+        self.capabilities.pipeline = false;
+        self
+    }
+
     /// Without keys and values: there is nothing to pack.
     const fn without_keys(mut self) -> Self {
         self.capabilities.quantized_kv = false;
@@ -264,6 +271,7 @@ pub fn known() -> &'static [Architecture] {
         minicpm::ARCHITECTURE,
         minicpm3::ARCHITECTURE,
         minimax::ARCHITECTURE,
+        minimax_m3_vl::ARCHITECTURE,
         ministral3::ARCHITECTURE,
         mistral::ARCHITECTURE,
         mistral3::ARCHITECTURE,

@@ -474,7 +474,9 @@ fn capabilities_are_true() {
         let spec = spec(&config).unwrap_or_else(|error| panic!("{}: {error}", known.name));
         let keeps_keys = spec.layers.iter().any(|layer| !layer.mixer.kept_widths().is_empty());
         assert_eq!(can.quantized_kv, keeps_keys, "{}", known.name);
-        assert!(can.pipeline && can.speculative, "{}", known.name);
+        assert!(can.speculative, "{}", known.name);
+        let can_be_cut = (1..spec.layer_count()).any(|layer| spec.can_split_before(layer));
+        assert_eq!(can.pipeline, can_be_cut, "{}", known.name);
         assert!(!can.tensor && !can.lora, "{}: neither exists yet", known.name);
         // The text model's part of a config is a part of its own beside one for images.
         assert_eq!(can.vision_unused, config.get("text_config").is_some(), "{}", known.name);
@@ -523,6 +525,26 @@ fn families_with_fields_of_their_own_refuse_by_field() {
             json!({ "rope_scaling": { "type": "yarn", "factor": 2.0 } }),
             "rope_scaling is {",
         ),
+        ("iquestloopcoder", &json!({}), json!({ "loop_num": 3 }), "loop_num is 3, but must be 2"),
+        ("nanbeige", &json!({}), json!({ "loop_share_kv": true }), "loop_share_kv is true"),
+        ("nanbeige", &json!({}), json!({ "num_loops": 65 }), "num_loops is 65"),
+        ("spark2_5", &json!({ "sliding_window": 8 }), json!({}), "rope_parameters is missing"),
+        (
+            "laguna",
+            &json!({}),
+            json!({ "num_attention_heads_per_layer": [4, 3, 4] }),
+            "num_attention_heads_per_layer[1] is 3",
+        ),
+        ("laguna", &json!({}), json!({ "moe_router_score_func": "x" }), "moe_router_score_func is \"x\""),
+        ("muse_glimmer", &json!({}), json!({ "layer_rope_theta": [1] }), "layer_rope_theta is a list of 1"),
+        (
+            "gear",
+            &json!({}),
+            json!({ "use_bidirectional_attention": true }),
+            "use_bidirectional_attention is true",
+        ),
+        ("gear", &json!({}), json!({ "layer_types": ["a", "b", "c"] }), "layer_types[0] is \"a\""),
+        ("minimax_m3_vl", &json!({}), json!({}), "text_config is missing"),
         ("ministral3", &json!({}), json!({}), "rope_parameters is missing"),
         ("mistral3", &json!({}), json!({}), "text_config is missing"),
         ("plamo", &json!({}), json!({ "n_shared_head": 3 }), "n_shared_head is 3"),

@@ -1,6 +1,6 @@
 //! Softmax attention with grouped keys and values.
 
-use super::{QueryGrowth, RopeSpec};
+use super::{BlockIndexerSpec, QueryGrowth, RopeSpec};
 use crate::layout::{ModuleKind, Push};
 
 /// Softmax attention: projections `q_proj`, `k_proj`, `v_proj`, or all three in `qkv_proj`, and one of the result.
@@ -47,6 +47,8 @@ pub struct AttentionSpec {
     /// the same stage and runs in the same step: all of them, whatever the window. A gate for each query and head (`loop_gate`)
     /// decides between the two (IQuest-Coder's loops).
     pub beside: Option<usize>,
+    /// What chooses the blocks of keys that a query sees; None: it sees all. Not with a window, sinks or a cap on scores.
+    pub blocks: Option<BlockIndexerSpec>,
     /// What the projections give is kept within `-limit..=limit`. Not with a gate on the result.
     pub projection_limit: Option<f32>,
     /// Key j is visible to query i only when `i - window < j`; None: all of j <= i.
@@ -232,6 +234,9 @@ impl AttentionSpec {
             let parameter = |shape| ModuleKind::Parameter { shape };
             push(&format!("{block}.loop_gate.weight"), parameter(vec![heads, head_dim]));
             push(&format!("{block}.loop_gate.bias"), parameter(vec![heads]));
+        }
+        if let Some(blocks) = &self.blocks {
+            blocks.modules(block, hidden, push);
         }
         if self.sinks {
             push(&format!("{block}.sinks"), ModuleKind::Parameter { shape: vec![heads] });

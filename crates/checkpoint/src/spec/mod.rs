@@ -5,6 +5,7 @@
 //! Every layer has its own entry, so that layers of one model may differ (windows, experts, other mixers).
 
 mod attention;
+mod block_indexer;
 mod convolved_keys;
 mod dense_and_experts;
 mod experts;
@@ -22,6 +23,7 @@ pub use attention::{
     AttentionGate, AttentionNames, AttentionSpec, GateFunction, QkNorm, QkNormKind, QueryFactor,
     SinglePrecision, Temperature, Values,
 };
+pub use block_indexer::BlockIndexerSpec;
 pub use convolved_keys::ConvolvedKeysSpec;
 pub use dense_and_experts::DenseAndExpertsSpec;
 pub use experts::{

@@ -2,10 +2,10 @@
 
 use super::{LoadError, Source, size};
 use crate::linear::Stacked;
-use crate::mixers::{Attention, AttentionGate, Beside, KeySource, QkNorms, SoftmaxAttention};
+use crate::mixers::{Attention, AttentionGate, Beside, BlockIndexer, KeySource, QkNorms, SoftmaxAttention};
 use crate::rope::RotaryEmbedding;
 use mlxnode_checkpoint::{
-    AttentionSpec, ModelSpec, NormKind, QkNormKind, QueryFactor, SinglePrecision, Values,
+    AttentionSpec, BlockIndexerSpec, ModelSpec, NormKind, QkNormKind, QueryFactor, SinglePrecision, Values,
 };
 use mlxnode_mlx::Array;
 
@@ -63,6 +63,10 @@ impl Source<'_> {
             None => None,
             Some(owner) => Some(self.beside(path, owner, attention)?),
         };
+        let blocks = match &attention.blocks {
+            None => None,
+            Some(blocks) => Some(self.block_indexer(path, blocks, heads, spec)?),
+        };
         let serves = |owner: fn(&AttentionSpec) -> Option<usize>| {
             let mut others = spec.layers.iter().filter_map(|layer| layer.mixer.attention());
             others.any(|other| owner(other) == Some(index))
@@ -99,6 +103,7 @@ impl Source<'_> {
             value_dim: size(attention.value_dim),
             value_factor: attention.value_factor,
             beside,
+            blocks,
             core: SoftmaxAttention {
                 scale: attention.scale,
                 window: attention.window.map(count),
@@ -121,6 +126,29 @@ impl Source<'_> {
         self.queue([&weight, &bias]);
         let layer = owner.saturating_sub(self.shard.layers.start);
         Ok(Beside { layer, weight, bias, core: SoftmaxAttention::plain(attention.scale) })
+    }
+
+    fn block_indexer(
+        &mut self,
+        path: &str,
+        blocks: &BlockIndexerSpec,
+        attention_heads: i32,
+        spec: &ModelSpec,
+    ) -> Result<BlockIndexer, LoadError> {
+        let within = |name: &str| format!("{path}.{name}");
+        Ok(BlockIndexer {
+            queries: self.linear(&within("index_q_proj"))?,
+            keys: self.linear(&within("index_k_proj"))?,
+            query_norm: self.read_norm(&within("index_q_norm"), spec)?,
+            key_norm: self.read_norm(&within("index_k_norm"), spec)?,
+            rope: RotaryEmbedding::new(self.device, &blocks.rope)?,
+            heads: size(blocks.heads),
+            head_dim: size(blocks.head_dim),
+            block: size(blocks.block),
+            blocks: size(blocks.blocks),
+            local: size(blocks.local),
+            attention_heads,
+        })
     }
 
     /// Projections of which the first has a gate after each head's query: queries, keys, values, then all gates.

@@ -2,7 +2,7 @@
 //! see another one's keys and values.
 
 use super::latent::growing;
-use super::{Keeps, SoftmaxAttention};
+use super::{BlockIndexer, Keeps, SoftmaxAttention};
 use crate::batch::{Batch, Row};
 use crate::caches::{LayerCache, SequenceCache};
 use crate::linear::{Linear, Stacked};
@@ -41,6 +41,8 @@ pub(crate) struct Attention {
     pub(crate) value_factor: Option<f32>,
     /// Queries also see all keys of another layer.
     pub(crate) beside: Option<Beside>,
+    /// Chooses the blocks of keys that queries see.
+    pub(crate) blocks: Option<BlockIndexer>,
     pub(crate) core: SoftmaxAttention,
 }
 
@@ -137,6 +139,7 @@ impl Attention {
             heads: Some((self.kv_heads, self.head_dim)),
             window: self.core.window.or(self.core.chunk),
             chunk: self.core.chunk,
+            indexer: self.blocks.is_some(),
             ..Keeps::default()
         }
     }
@@ -163,7 +166,7 @@ impl Attention {
                         (self.arranged(device, parts, offset)?, gate)
                     }
                 };
-                (self.mix(device, parts, layer, row.cache)?, gate)
+                (self.mix(device, x, parts, layer, row.cache)?, gate)
             }
             rows => {
                 self.forward_rows(device, x, layer, rows, batch.positions.as_ref(), &mut batch.projected)?
@@ -191,8 +194,10 @@ impl Attention {
         positions: Option<&Array>,
         handed: &mut Vec<Array>,
     ) -> Result<(Array, Option<Array>)> {
-        let goes_by_row =
-            self.temperature.is_none() && self.rope.as_ref().is_none_or(RotaryEmbedding::goes_by_row);
+        let goes_by_row = self.temperature.is_none()
+            && self.growth.is_none()
+            && self.blocks.is_none()
+            && self.rope.as_ref().is_none_or(RotaryEmbedding::goes_by_row);
         let positions = positions.filter(|_| goes_by_row);
         let singles = positions.map_or(0, |positions| positions.dim(0) as usize);
         let (singles, others) = rows.split_at_mut(singles.min(rows.len()));
@@ -218,7 +223,8 @@ impl Attention {
             let stop = start + row.tokens;
             let parts = projected.iter().map(|part| cut(part, start, stop)).collect::<Result<Vec<_>>>()?;
             let parts = self.arranged(device, parts, row.cache.tokens())?;
-            mixed.push(self.mix(device, parts, layer, row.cache)?);
+            let own = if self.blocks.is_some() { cut(x, start, stop)? } else { x.clone() };
+            mixed.push(self.mix(device, &own, parts, layer, row.cache)?);
             start = stop;
         }
         match mixed.as_slice() {
@@ -241,7 +247,7 @@ impl Attention {
                 Some((keys, values)) => Some((row_of(keys, number)?, row_of(values, number)?)),
                 None => None,
             };
-            mixed.push(self.see(device, &queries, keys_values.as_ref(), layer, caches)?);
+            mixed.push(self.see(device, &queries, keys_values.as_ref(), None, layer, caches)?);
         }
         // With one token [row, heads, 1, width] is [row, heads * width].
         device.reshape(&device.concatenate(&mixed, 0)?, &[1, count, self.heads * self.value_dim])
@@ -341,16 +347,21 @@ impl Attention {
         device.reshape(&device.multiply(&heads, &device.expand(&open, -1)?)?, mixed.shape())
     }
 
-    /// What queries `[1, heads, tokens, head_dim]` see, as `[1, heads, tokens, value_dim]`; new keys and values go into the cache.
+    /// What queries `[1, heads, tokens, head_dim]` see, as `[1, heads, tokens, value_dim]`: where `visible`
+    /// `[1, heads, tokens, keys]` is true, if it is given. New keys and values go into the cache.
     fn see(
         &self,
         device: &Device,
         queries: &Array,
         keys_values: Option<&(Array, Array)>,
+        visible: Option<&Array>,
         layer: usize,
         caches: &mut [LayerCache],
     ) -> Result<Array> {
         let own = match (keys_values, self.source) {
+            (Some((keys, values)), _) if let Some(visible) = visible => {
+                self.core.forward_where(device, queries, keys, values, visible, &mut caches[layer].kv)?
+            }
             (Some((keys, values)), _) => {
                 self.core.forward(device, queries, keys, values, &mut caches[layer].kv)?
             }
@@ -365,11 +376,24 @@ impl Attention {
         device.add(&device.multiply(&gate, &other)?, &device.multiply(&rest, &own)?)
     }
 
-    /// One sequence's parts to what its tokens see, `[1, tokens, heads * value_dim]`.
-    fn mix(&self, device: &Device, parts: Parts, layer: usize, cache: &mut SequenceCache) -> Result<Array> {
+    /// One sequence's parts, of `x` `[1, tokens, hidden]`, to what its tokens see, `[1, tokens, heads * value_dim]`.
+    fn mix(
+        &self,
+        device: &Device,
+        x: &Array,
+        parts: Parts,
+        layer: usize,
+        cache: &mut SequenceCache,
+    ) -> Result<Array> {
+        let offset = cache.tokens();
+        let visible = match &self.blocks {
+            Some(blocks) => blocks.select(device, x, offset, &mut cache.layers[layer].indexer)?,
+            None => None,
+        };
+        let (keys_values, visible) = (parts.keys_values.as_ref(), visible.as_ref());
         let tokens = parts.queries.dim(2);
-        let queries = self.tempered(device, parts.queries, cache.tokens())?;
-        let mixed = self.see(device, &queries, parts.keys_values.as_ref(), layer, &mut cache.layers)?;
+        let queries = self.tempered(device, parts.queries, offset)?;
+        let mixed = self.see(device, &queries, keys_values, visible, layer, &mut cache.layers)?;
         let mixed = device.transpose(&mixed, &[0, 2, 1, 3])?;
         device.reshape(&mixed, &[1, tokens, self.heads * self.value_dim])
     }

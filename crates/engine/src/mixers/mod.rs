@@ -1,6 +1,7 @@
 //! What looks across tokens, a file for each kind.
 
 mod attention;
+mod block_indexer;
 mod by_row;
 mod convolution;
 mod convolved_keys;
@@ -16,6 +17,7 @@ mod softmax;
 mod state_space;
 
 pub(crate) use attention::{Attention, Beside, Gate as AttentionGate, QkNorms, Source as KeySource};
+pub(crate) use block_indexer::BlockIndexer;
 pub(crate) use convolution::CausalConvolution;
 pub(crate) use convolved_keys::ConvolvedKeys;
 pub(crate) use delta_rule::DeltaRule;

@@ -38,7 +38,7 @@ fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
         kind != "full_attention"
     })?;
     let blocks = match config.get("index_block_size") {
-        Some(_) if sparse.contains(&true) => Some(indexer(config, &sizes, &rope)?),
+        Some(_) if sparse.contains(&true) => Some(Box::new(indexer(config, &sizes, &rope)?)),
         _ => None,
     };
     let attention = sparse

@@ -48,7 +48,7 @@ pub struct AttentionSpec {
     /// decides between the two (IQuest-Coder's loops).
     pub beside: Option<usize>,
     /// What chooses the blocks of keys that a query sees; None: it sees all. Not with a window, sinks or a cap on scores.
-    pub blocks: Option<BlockIndexerSpec>,
+    pub blocks: Option<Box<BlockIndexerSpec>>,
     /// What the projections give is kept within `-limit..=limit`. Not with a gate on the result.
     pub projection_limit: Option<f32>,
     /// Key j is visible to query i only when `i - window < j`; None: all of j <= i.

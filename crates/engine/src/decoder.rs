@@ -7,7 +7,8 @@ use crate::feed_forward::FeedForward;
 use crate::linear::{Embedding, Linear};
 use crate::mixers::{Mixed, Mixer};
 use crate::norm::{Norm, apply};
-use crate::widening::{Entrance, Exit, GatedInput, Widened};
+use crate::residual_blocks::{Mixture, ResidualBlocks};
+use crate::widening::{Blocks, Entrance, Exit, GatedInput, Widened};
 use mlxnode_checkpoint::{Logits, ParallelSum, Residual};
 use mlxnode_compute::CacheOptions;
 use mlxnode_mlx::{Array, Device, Dtype, Result};
@@ -64,8 +65,20 @@ pub(crate) enum Flow {
     ThenNorm(Norm),
     /// Sequential, with factors `[1]` on both results and on the embedding, which is added last.
     WithEmbedding(Box<[Array; 3]>),
+    /// Both branches see mixtures over blocks of layers.
+    OverBlocks(Box<OverBlocks>),
     /// The mixer is the whole layer.
     Whole,
+}
+
+/// What a layer needs that sees mixtures over blocks of layers.
+pub(crate) struct OverBlocks {
+    /// It begins a block.
+    pub(crate) first: bool,
+    /// What the mixer sees.
+    pub(crate) mixer: Mixture,
+    /// What the feed-forward network sees.
+    pub(crate) feed_forward: Mixture,
 }
 
 /// What arrived at a stage, for layers that take an input of their own out of it.
@@ -97,6 +110,8 @@ pub(crate) struct Head {
     pub(crate) logits: Logits,
     /// The factor of [`Logits::Gained`], `[1]`.
     pub(crate) gain: Option<Array>,
+    /// Over all blocks of layers.
+    pub(crate) mixture: Option<Mixture>,
 }
 
 impl Layer {
@@ -112,6 +127,9 @@ impl Layer {
         if let Flow::AlternatingUpdates(updates) = &self.flow {
             return self.update(device, updates, &hidden, index, arrived, batch);
         }
+        if let Flow::OverBlocks(flow) = &self.flow {
+            return self.over_blocks(device, flow, hidden, index, batch);
+        }
         if matches!(self.mixer, Mixer::Absent) {
             return self.finish(device, hidden, index, arrived);
         }
@@ -121,7 +139,10 @@ impl Layer {
         let residual = match self.flow {
             Flow::Sequential(residual) => residual,
             Flow::Whole => return Ok(mixed),
-            Flow::WithInput { .. } | Flow::AlternatingUpdates(_) | Flow::ThenNorm(_) => Residual::Add,
+            Flow::WithInput { .. }
+            | Flow::AlternatingUpdates(_)
+            | Flow::OverBlocks(_)
+            | Flow::ThenNorm(_) => Residual::Add,
             Flow::WithEmbedding(ref gains) => {
                 return self.finish_with_embedding(device, gains, &hidden, &mixed, index, arrived);
             }
@@ -193,6 +214,27 @@ impl Layer {
         let input = apply(device, self.before_feed_forward.as_ref(), hidden.clone())?;
         let fed = self.feed_forward.forward(device, &input)?;
         apply(device, self.after_feed_forward.as_ref(), fed)
+    }
+
+    /// `[1, tokens, hidden]`, what the block has added so far, to the same after this layer.
+    fn over_blocks(
+        &self,
+        device: &Device,
+        flow: &OverBlocks,
+        added: Array,
+        index: usize,
+        batch: &mut Batch<'_>,
+    ) -> Result<Array> {
+        let seen = flow.mixer.of(device, &batch.blocks, &added)?;
+        if flow.first {
+            batch.blocks.append(device, &added, flow.mixer.eps)?;
+        }
+        let input = apply(device, self.before_mixer.as_ref(), seen)?;
+        let mixed = self.mixer.forward(device, &input, index, batch)?.first;
+        let mixed = apply(device, self.after_mixer.as_ref(), mixed)?;
+        let added = if flow.first { mixed } else { device.add(&added, &mixed)? };
+        let seen = flow.feed_forward.of(device, &batch.blocks, &added)?;
+        device.add(&added, &self.feed(device, &seen)?)
     }
 
     /// `[streams, 1, tokens, hidden]` to the same.
@@ -302,18 +344,37 @@ impl Decoder {
             true => vectors.clone(),
             false => widened.hidden(device, &vectors)?,
         };
+        if let Some(blocks) = widened.blocks {
+            batch.blocks = self.arrived_blocks(device, &vectors, blocks)?;
+        }
         let shared = if widened.embedding { Some(widened.embedding(device, &vectors)?) } else { None };
         let arrived = Arrived { vectors: &vectors, widened, shared: shared.as_ref() };
         for (index, layer) in self.layers.iter().enumerate() {
             hidden = layer.forward(device, hidden, index, arrived, batch)?;
         }
-        if !widened.is_plain() {
-            hidden = widened.leave(device, hidden, &vectors, self.head.is_some())?;
+        match (widened.blocks, &self.head) {
+            (Some(_), Some(Head { mixture: Some(mixture), .. })) => {
+                hidden = mixture.of(device, &batch.blocks, &hidden)?;
+            }
+            (Some(blocks), _) => hidden = widened.with_blocks(device, hidden, &batch.blocks, blocks)?,
+            (None, _) if widened.is_plain() => {}
+            (None, head) => hidden = widened.leave(device, hidden, &vectors, head.is_some())?,
         }
         for row in &mut batch.rows {
             row.cache.advance(row.tokens);
         }
         Ok(hidden)
+    }
+
+    /// What blocks of layers on stages before added.
+    fn arrived_blocks(&self, device: &Device, vectors: &Array, blocks: Blocks) -> Result<ResidualBlocks> {
+        if blocks.before == 0 {
+            return Ok(ResidualBlocks::default());
+        }
+        let hidden = self.widened.hidden;
+        let stop = hidden * (1 + blocks.before);
+        let all = device.slice(vectors, &[0, 0, hidden], &[1, vectors.dim(1), stop])?;
+        ResidualBlocks::arrived(device, &all, blocks.before, blocks.eps)
     }
 
     /// Logits `[tokens, vocabulary]` of hidden vectors `[1, tokens, hidden]`.

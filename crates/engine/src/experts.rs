@@ -2,6 +2,7 @@
 
 use crate::feed_forward::{Network, activate, gated};
 use crate::linear::Linear;
+use crate::norm::{Norm, apply};
 use crate::router::Router;
 use mlxnode_checkpoint::{Activation, WeightPrecision};
 use mlxnode_mlx::{Array, Device, Dtype, Quantized, Result};
@@ -14,6 +15,8 @@ pub(crate) struct Experts {
     pub(crate) router: Router,
     /// Maps to and from what the experts see and give, when that is not the hidden vectors.
     pub(crate) latent: Option<[Linear; 2]>,
+    /// On what goes through the second of them.
+    pub(crate) latent_norm: Option<Norm>,
     pub(crate) networks: Networks,
     pub(crate) shared: Option<SharedExpert>,
 }
@@ -94,7 +97,7 @@ impl Experts {
             None => mixed,
         };
         let mixed = match &self.latent {
-            Some([_, widen]) => widen.forward(device, &mixed)?,
+            Some([_, widen]) => widen.forward(device, &apply(device, self.latent_norm.as_ref(), mixed)?)?,
             None => mixed,
         };
         let Some(shared) = &self.shared else { return Ok(mixed) };

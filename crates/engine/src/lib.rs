@@ -25,6 +25,7 @@ mod model;
 mod norm;
 mod penalties;
 mod prompt_cache;
+mod residual_blocks;
 mod rope;
 mod router;
 mod sampler;

@@ -50,6 +50,7 @@ mod internlm2;
 mod internlm3;
 mod iquestloopcoder;
 mod kimi_k25;
+mod kimi_k3;
 mod kimi_linear;
 mod kimi_vl;
 mod klear;
@@ -252,6 +253,7 @@ pub fn known() -> &'static [Architecture] {
         internlm3::ARCHITECTURE,
         iquestloopcoder::ARCHITECTURE,
         kimi_k25::ARCHITECTURE,
+        kimi_k3::ARCHITECTURE,
         kimi_linear::ARCHITECTURE,
         kimi_vl::ARCHITECTURE,
         klear::ARCHITECTURE,

@@ -32,6 +32,8 @@ pub(super) fn gated_delta(
         kernel: config.usize("linear_conv_kernel_dim", KERNEL)?,
         form,
         negative_eigenvalues: false,
+        lower_bound: None,
+        full_gate: false,
         norm_eps,
     })
 }

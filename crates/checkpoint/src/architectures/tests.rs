@@ -582,3 +582,22 @@ fn settings_of_packed_weights_follow_their_paths() {
     expected.extend(attention.iter().map(String::as_str));
     assert_eq!(paths, expected);
 }
+
+#[test]
+fn the_table_of_families_in_the_docs_is_true() {
+    let word = |can: bool| if can { "yes" } else { "" };
+    let mut table =
+        String::from("| `model_type` | also | pipeline | quantized KV | images |\n|---|---|---|---|---|\n");
+    for known in known() {
+        let also: Vec<String> = known.aliases.iter().map(|alias| format!("`{alias}`")).collect();
+        let can = known.capabilities;
+        let (pipeline, packed) = (word(can.pipeline), word(can.quantized_kv));
+        let images = if can.vision_unused { "not used" } else { "" };
+        table += &format!("| `{}` | {} | {pipeline} | {packed} | {images} |\n", known.name, also.join(", "));
+    }
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/models.md");
+    let page = std::fs::read_to_string(path).unwrap();
+    let (_, rest) = page.split_once("<!-- families:").and_then(|(_, rest)| rest.split_once("-->\n")).unwrap();
+    let (found, _) = rest.split_once("<!-- end of families -->").unwrap();
+    assert!(found == table, "docs/models.md should have this between its marks:\n{table}");
+}

@@ -67,6 +67,13 @@ pub enum ExpertForm {
         /// The maps have biases.
         bias: bool,
     },
+    /// Gated networks on fewer numbers, between the maps `routed_expert_down_proj` and `routed_expert_up_proj` of the block.
+    GatedLatent {
+        /// Width of what the experts see and give.
+        width: usize,
+        /// There is a norm, `routed_expert_norm`, on the weighted sum of the experts' results.
+        norm: bool,
+    },
 }
 
 impl ExpertNetworks {
@@ -266,6 +273,17 @@ impl ExpertsSpec {
                 push(&within("fc1"), stacked(width, intermediate));
                 push(&within("fc2"), stacked(intermediate, width));
             }
+            ExpertForm::GatedLatent { width, norm } => {
+                let map = |inputs, outputs| ModuleKind::Linear { inputs, outputs, bias: false };
+                push(&format!("{block}.routed_expert_down_proj"), map(hidden, width));
+                push(&format!("{block}.routed_expert_up_proj"), map(width, hidden));
+                if norm {
+                    push(&format!("{block}.routed_expert_norm"), ModuleKind::Norm { width, bias: false });
+                }
+                push(&within("gate_proj"), stacked(width, intermediate));
+                push(&within("up_proj"), stacked(width, intermediate));
+                push(&within("down_proj"), stacked(intermediate, width));
+            }
             ExpertForm::Plain => {
                 push(&within("fc1"), stacked(hidden, intermediate));
                 push(&within("fc2"), stacked(intermediate, hidden));
@@ -282,7 +300,7 @@ impl ExpertsSpec {
             );
         }
         let within = |name: &str| format!("{block}.{}.{name}", shared.name);
-        if networks.form == ExpertForm::Gated {
+        if matches!(networks.form, ExpertForm::Gated | ExpertForm::GatedLatent { .. }) {
             push(&within("gate_proj"), linear(hidden, shared.intermediate));
         }
         push(&within("up_proj"), linear(hidden, shared.intermediate));

@@ -22,6 +22,11 @@ pub struct GatedDeltaSpec {
     pub form: DeltaForm,
     /// A memory may also turn: what is written counts up to twice.
     pub negative_eigenvalues: bool,
+    /// Memories fade by `exp(bound * sigmoid(exp(A_log) * (x + dt_bias)))`, so never by more than `exp(bound)`, instead of by
+    /// `exp(-exp(A_log) * softplus(x + dt_bias))`. Only with [`DeltaForm::Channels`].
+    pub lower_bound: Option<f32>,
+    /// The gate comes from one matrix, `g_proj`, instead of two small ones. Only with [`DeltaForm::Channels`].
+    pub full_gate: bool,
     /// Epsilon of the norm on what is read.
     pub norm_eps: f32,
 }
@@ -101,8 +106,12 @@ impl GatedDeltaSpec {
             DeltaForm::Channels => {
                 push("f_a_proj", linear(hidden, self.key_dim));
                 push("f_b_proj", linear(self.key_dim, keys));
-                push("g_a_proj", linear(hidden, self.key_dim));
-                push("g_b_proj", linear(self.key_dim, values));
+                if self.full_gate {
+                    push("g_proj", linear(hidden, values));
+                } else {
+                    push("g_a_proj", linear(hidden, self.key_dim));
+                    push("g_b_proj", linear(self.key_dim, values));
+                }
                 for (name, channels) in [("q", keys), ("k", keys), ("v", values)] {
                     push(&format!("{name}_conv.conv.weight"), conv(channels));
                 }

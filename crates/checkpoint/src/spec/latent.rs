@@ -31,6 +31,8 @@ pub struct LatentSpec {
     pub rope: RopeSpec,
     /// They do not: the parts that should rotate stay as they are.
     pub unrotated: bool,
+    /// A projection `g_proj` of the layer's input, through a logistic function, multiplies the result before the output projection.
+    pub gate: bool,
     /// Queries grow with their position.
     pub growth: Option<QueryGrowth>,
     /// Factor on the scores before the softmax.
@@ -130,6 +132,9 @@ impl LatentSpec {
             }
         }
         push("o_proj", linear(heads * value_dims, hidden, bias));
+        if self.gate {
+            push("g_proj", linear(hidden, heads * value_dims, false));
+        }
         let (Some(indexer), Some(narrow)) = (&self.indexer, self.query_latent) else { return };
         push("indexer.wq_b", linear(narrow, indexer.heads * indexer.head_dim, false));
         push("indexer.wk", linear(hidden, indexer.head_dim, false));

@@ -14,6 +14,9 @@ pub struct Widening {
     pub layer_inputs: Option<LayerInputs>,
     /// The embedding travels along as it was, behind the hidden vector. Not with several of them or inputs of layers.
     pub embedding: bool,
+    /// What blocks of so many layers added travels along, one vector for each block, zeros for those to come; before the head all are
+    /// mixed once more (`output_attn_res`). Not with any of the above.
+    pub block: Option<usize>,
 }
 
 /// An input that every layer gets for each token: from a table by token id (`embed_tokens_per_layer`), added to a projection of the
@@ -28,12 +31,16 @@ pub struct LayerInputs {
 
 impl Widening {
     /// One hidden vector and nothing else.
-    pub const NONE: Self = Self { streams: 1, layer_inputs: None, embedding: false };
+    pub const NONE: Self = Self { streams: 1, layer_inputs: None, embedding: false, block: None };
 
     /// Elements that travel for each token of a model of `layers` layers with hidden vectors of width `hidden`.
     pub(crate) fn width(&self, hidden: usize, layers: usize) -> usize {
         let embedding = if self.embedding { hidden } else { 0 };
-        self.streams * hidden + embedding + self.layer_inputs.map_or(0, |inputs| inputs.width * layers)
+        let blocks = self.block.map_or(0, |block| layers.div_ceil(block.max(1)) * hidden);
+        self.streams * hidden
+            + embedding
+            + blocks
+            + self.layer_inputs.map_or(0, |inputs| inputs.width * layers)
     }
 
     /// The modules that make it, on the first stage.
@@ -53,6 +60,9 @@ impl Widening {
     /// The modules that make one hidden vector of it again, on the last stage.
     pub(crate) fn exit(&self, hidden: usize, push: &mut Push<'_>) {
         self.projections("altup_unembed_projections", hidden, push);
+        if self.block.is_some() {
+            super::flow::push_mixture("output_attn_res", hidden, push);
+        }
     }
 
     fn projections(&self, name: &str, hidden: usize, push: &mut Push<'_>) {

@@ -44,16 +44,26 @@ impl Source<'_> {
         let apart = matches!(spec.form, DeltaForm::Apart | DeltaForm::Channels);
         let (norm, output) = if apart { ("o_norm", "o_proj") } else { ("norm", "out_proj") };
         let by_channel = spec.form == DeltaForm::Channels;
-        let widened = match by_channel {
-            true => Some([self.linear(&within("g_b_proj"))?, self.linear(&within("f_b_proj"))?]),
+        let widened_gate = match by_channel && !spec.full_gate {
+            true => Some(self.linear(&within("g_b_proj"))?),
+            false => None,
+        };
+        let widened_decay = match by_channel {
+            true => Some(self.linear(&within("f_b_proj"))?),
             false => None,
         };
         let norm = self.tensor(&within(&format!("{norm}.weight")))?;
         let device = self.device;
         let scales = GatedDeltaNet::scales(key_heads, key_dim, dtype_of_model(model), device)?;
-        let mut decay =
-            Decay { rate: self.tensor(&within("A_log"))?, bias: self.tensor(&within("dt_bias"))? };
-        decay.rate = device.negative(&device.exp(&device.cast(&decay.rate, Dtype::F32)?)?)?;
+        let mut decay = Decay {
+            rate: self.tensor(&within("A_log"))?,
+            bias: self.tensor(&within("dt_bias"))?,
+            bound: spec.lower_bound,
+        };
+        decay.rate = device.exp(&device.cast(&decay.rate, Dtype::F32)?)?;
+        if decay.bound.is_none() {
+            decay.rate = device.negative(&decay.rate)?;
+        }
         if by_channel {
             decay.rate = device.reshape(&decay.rate, &[value_heads, 1])?;
             decay.bias = device.reshape(&decay.bias, &[value_heads, key_dim])?;
@@ -63,7 +73,8 @@ impl Source<'_> {
         Ok(GatedDeltaNet {
             inputs,
             widths,
-            widened,
+            widened_gate,
+            widened_decay,
             convolution,
             scales,
             decay,
@@ -112,6 +123,14 @@ impl Source<'_> {
                 ("g_proj", values),
                 ("b_proj", heads),
                 ("a_proj", heads),
+            ],
+            DeltaForm::Channels if spec.full_gate => &[
+                ("q_proj", keys),
+                ("k_proj", keys),
+                ("v_proj", values),
+                ("g_proj", values),
+                ("b_proj", heads),
+                ("f_a_proj", size(spec.key_dim)),
             ],
             DeltaForm::Channels => &[
                 ("q_proj", keys),

@@ -43,6 +43,10 @@ impl Source<'_> {
             widen,
             latent_norm: self.latent_norm(&format!("{path}.kv_a_layernorm"), spec.norm_eps)?,
             expansion,
+            gate: match spec.gate {
+                true => Some(self.linear(&format!("{path}.g_proj"))?),
+                false => None,
+            },
             output: self.linear(&format!("{path}.o_proj"))?,
             rope: match spec.unrotated {
                 true => None,

@@ -19,7 +19,7 @@ mod widening;
 pub use weights::WeightReader;
 
 use crate::decoder::{Decoder, Head, Positions};
-use crate::widening::Widened;
+use crate::widening::{Blocks, Widened};
 use mlxnode_checkpoint::layout::{EMBEDDING, FINAL_NORM, HEAD, HEAD_GAIN, POSITIONS};
 use mlxnode_checkpoint::{
     Checkpoint, CheckpointError, Logits, ModelSpec, QuantMode, QuantSetting, ShardTensors, TensorDtype,
@@ -137,7 +137,11 @@ pub(crate) fn load(
                 Logits::Gained => Some(source.number(HEAD_GAIN)?),
                 _ => None,
             };
-            Some(Head { exit, norm, linear, logits: spec.logits, gain })
+            let mixture = match spec.widening.block {
+                Some(_) => Some(source.mixture("model.output_attn_res", spec)?),
+                None => None,
+            };
+            Some(Head { exit, norm, linear, logits: spec.logits, gain, mixture })
         }
     };
     source.advance()?;
@@ -155,6 +159,11 @@ pub(crate) fn load(
             hidden: size(spec.hidden),
             input: spec.widening.layer_inputs.map_or(0, |inputs| size(inputs.width)),
             embedding: spec.widening.embedding,
+            blocks: spec.widening.block.map(|block| Blocks {
+                before: size(layers.start.div_ceil(block.max(1))),
+                all: size(spec.layer_count().div_ceil(block.max(1))),
+                eps: spec.norm_eps,
+            }),
             first: size(layers.start),
         },
         layers: modules,

@@ -18,8 +18,10 @@ pub(crate) struct GatedDeltaNet {
     pub(crate) inputs: Stacked,
     /// How many outputs each part has.
     pub(crate) widths: Vec<i32>,
-    /// What the gate and the decay go through then, in families that make them from a few numbers.
-    pub(crate) widened: Option<[Linear; 2]>,
+    /// What the gate goes through then, in families that make it from a few numbers.
+    pub(crate) widened_gate: Option<Linear>,
+    /// The same for the decay.
+    pub(crate) widened_decay: Option<Linear>,
     /// Over queries, keys and values.
     pub(crate) convolution: CausalConvolution,
     /// Factors on the normed queries and keys, `[2 key_heads, 1]`.
@@ -40,12 +42,15 @@ pub(crate) struct GatedDeltaNet {
     pub(crate) value_dim: i32,
 }
 
-/// How fast memories fade: `rate * softplus(x + bias)` is the logarithm of what is left after a token.
+/// How fast memories fade: `rate * softplus(x + bias)` is the logarithm of what is left after a token, or with a bound
+/// `bound * sigmoid(rate * (x + bias))`.
 pub(crate) struct Decay {
-    /// `-exp(A_log)`, single precision, `[value_heads]`, or `[value_heads, 1]` when every channel fades by itself.
+    /// `-exp(A_log)`, with a bound `exp(A_log)`, single precision, `[value_heads]`, or `[value_heads, 1]` when every channel fades by itself.
     pub(crate) rate: Array,
     /// `[value_heads]` or `[value_heads, key_dim]`.
     pub(crate) bias: Array,
+    /// The largest logarithm, below zero.
+    pub(crate) bound: Option<f32>,
 }
 
 impl GatedDeltaNet {
@@ -117,12 +122,11 @@ impl GatedDeltaNet {
             [mixed] => mixed.clone(),
             several => device.concatenate(several, 2)?,
         };
-        let (gate, decay) = match &self.widened {
-            Some([for_gate, for_decay]) => {
-                (for_gate.forward(device, gate)?, for_decay.forward(device, decay)?)
-            }
-            None => (gate.clone(), decay.clone()),
+        let through = |widened: &Option<Linear>, x: &Array| match widened {
+            Some(widened) => widened.forward(device, x),
+            None => Ok(x.clone()),
         };
+        let (gate, decay) = (through(&self.widened_gate, gate)?, through(&self.widened_decay, decay)?);
         Ok([mixed, gate, strength.clone(), decay])
     }
 
@@ -132,6 +136,11 @@ impl GatedDeltaNet {
             1 => decay.clone(),
             _ => device.reshape(decay, &[1, decay.dim(1), self.value_heads, self.key_dim])?,
         };
+        if let Some(bound) = self.decay.bound {
+            let sum = device.add(&device.cast(&decay, Dtype::F32)?, &self.decay.bias)?;
+            let share = device.sigmoid(&device.multiply(&self.decay.rate, &sum)?)?;
+            return device.multiply(&Array::scalar(bound, Dtype::F32)?, &share);
+        }
         let sum = device.add(&decay, &self.decay.bias)?;
         let softplus = device.logaddexp(&sum, &Array::scalar(0.0, sum.dtype())?)?;
         device.multiply(&self.decay.rate, &softplus)

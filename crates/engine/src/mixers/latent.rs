@@ -25,6 +25,8 @@ pub(crate) struct LatentAttention {
     pub(crate) widen: Option<(LatentNorm, Linear)>,
     pub(crate) latent_norm: LatentNorm,
     pub(crate) expansion: Expansion,
+    /// Through a logistic function, on the result.
+    pub(crate) gate: Option<Linear>,
     pub(crate) output: Linear,
     /// None: the parts that should rotate stay as they are.
     pub(crate) rope: Option<RotaryEmbedding>,
@@ -129,6 +131,10 @@ impl LatentAttention {
                 }
                 device.concatenate(&mixed, 1)?
             }
+        };
+        let mixed = match &self.gate {
+            Some(gate) => device.multiply(&mixed, &device.sigmoid(&gate.forward(device, x)?)?)?,
+            None => mixed,
         };
         self.output.forward(device, &mixed)
     }
@@ -428,6 +434,7 @@ mod tests {
             value_dims: VALUE,
             latent: LATENT,
             scale: 0.4,
+            gate: None,
             indexer,
         }
     }

@@ -72,14 +72,16 @@ impl ConvolvedKeys {
         }
     }
 
-    /// `[1, tokens, kv_heads * head_dim]` with each head as often as queries have it, `[1, tokens, heads * head_dim]`.
+    /// `[1, tokens, kv_heads * head_dim]` with each head as often as queries have it, `[1, tokens, heads * head_dim]`; of sequences side
+    /// by side `[lanes, 1, ..]`.
     fn for_queries(&self, device: &Device, x: &Array) -> Result<Array> {
         if self.heads == self.kv_heads {
             return Ok(x.clone());
         }
-        let (tokens, groups, times) = (x.dim(1), self.kv_heads, self.heads / self.kv_heads);
-        let spread = device.reshape(x, &[1, tokens, groups, 1, self.head_dim])?;
-        let spread = device.broadcast(&spread, &[1, tokens, groups, times, self.head_dim])?;
-        device.reshape(&spread, &[1, tokens, self.heads * self.head_dim])
+        let (lanes, tokens) = (x.dim(0), x.dim(1));
+        let (groups, times) = (self.kv_heads, self.heads / self.kv_heads);
+        let spread = device.reshape(x, &[lanes, tokens, groups, 1, self.head_dim])?;
+        let spread = device.broadcast(&spread, &[lanes, tokens, groups, times, self.head_dim])?;
+        device.reshape(&spread, &[lanes, tokens, self.heads * self.head_dim])
     }
 }

@@ -16,7 +16,7 @@ fn story_a_python_client_that_knows_only_reflection_streams_a_generation() -> Re
     let services: Vec<&str> =
         seen["services"].as_array().context("services")?.iter().filter_map(Value::as_str).collect();
     for service in
-        ["mlxnode.v1.Inference", "mlxnode.v1.Models", "mlxnode.v1.Cluster", "grpc.health.v1.Health"]
+        ["mlxnode.v1.Inference", "mlxnode.v1.Models", "mlxnode.v1.Cluster", "mlxnode.v1.Keys", "grpc.health.v1.Health"]
     {
         ensure!(services.contains(&service), "{service} is not in {services:?}");
     }

@@ -1,4 +1,5 @@
-//! Vocabularies of models without a tokenizer.json: sentencepiece's tokenizer.model, and those of tiktoken.
+//! Vocabularies of models without a tokenizer.json: sentencepiece's tokenizer.model, those of tiktoken, Mistral's tekken.json, and
+//! GPT-2's pair of files.
 #![no_main]
 
 use cap::Cap;

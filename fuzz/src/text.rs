@@ -18,7 +18,8 @@ pub fn files(parts: &[(&str, &[u8])]) -> Result<TextFiles, TextError> {
         .filter(|(name, _)| TextFiles::names().any(|known| known == *name))
         .map(|(name, bytes)| ((*name).to_owned(), bytes.to_vec()))
         .collect();
-    let vocabularies = ["tokenizer.json", "tokenizer.model", "tiktoken.model", "qwen.tiktoken"];
+    let vocabularies =
+        ["tokenizer.json", "tekken.json", "tokenizer.model", "tiktoken.model", "qwen.tiktoken", "vocab.json"];
     if !vocabularies.iter().any(|name| files.contains_key(*name)) {
         files.insert("tokenizer.json".to_owned(), TOKENIZER.to_vec());
     }

@@ -5,6 +5,9 @@ use tonic::{Request, Status};
 
 /// Local clients and the nodes of the cluster (which hand on what their own clients asked).
 pub const PUBLIC: &[Role] = &[Role::Own, Role::Client, Role::Node];
+/// Those who administer the cluster: at a terminal on one of its machines (nodes hand on what their own clients asked). Whoever can read
+/// a node's data directory is one.
+pub const ADMINS: &[Role] = PUBLIC;
 /// Nodes only.
 pub const NODES: &[Role] = &[Role::Node];
 

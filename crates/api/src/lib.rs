@@ -1,18 +1,26 @@
-//! What clients speak: gRPC services, later OpenAI HTTP; limits, keys, the web page.
+//! What clients speak: gRPC services and HTTP in OpenAI's and Anthropic's dialects; limits, keys, the web page.
 //!
 //! | module | one line |
 //! |---|---|
 //! | [`front`] | owns a request: text ↔ tokens, parameters, the answer's stream |
 //! | [`deployments`] | the deployments as every node sees them |
+//! | [`gate`] | who is let in over HTTP, and how much each may ask |
+//! | [`keys`] | the API keys as every node knows them, and their service |
+//! | [`metrics`] | figures for monitoring |
 //! | `route` | the way to the coordinator, here or on another node |
 //! | [`access`] | who may call what |
-//! | `inference`, [`models`], [`cluster`] | the gRPC services of `mlxnode.v1` |
+//! | `inference`, [`models`], [`cluster`], [`keys`] | the gRPC services of `mlxnode.v1` |
+//! | [`http`] | the HTTP listener and its endpoints |
 
 pub mod access;
 pub mod cluster;
 pub mod deployments;
 pub mod front;
+pub mod gate;
+pub mod http;
 mod inference;
+pub mod keys;
+pub mod metrics;
 pub mod models;
 mod route;
 mod server;

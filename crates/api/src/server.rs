@@ -1,11 +1,13 @@
 //! The public services as one set of routes, with reflection and health.
 
-use crate::access::{PUBLIC, only};
+use crate::access::{ADMINS, PUBLIC, only};
 use crate::cluster::ClusterService;
 use crate::inference::InferenceService;
+use crate::keys::KeysService;
 use crate::models::ModelsService;
 use mlxnode_proto::v1::cluster_server::ClusterServer;
 use mlxnode_proto::v1::inference_server::InferenceServer;
+use mlxnode_proto::v1::keys_server::KeysServer;
 use mlxnode_proto::v1::models_server::ModelsServer;
 use tonic::service::Routes;
 use tonic::service::interceptor::InterceptedService;
@@ -18,6 +20,8 @@ pub struct PublicServices {
     pub models: ModelsService,
     /// `mlxnode.v1.Cluster`
     pub cluster: ClusterService,
+    /// `mlxnode.v1.Keys`
+    pub keys: KeysService,
 }
 
 /// The largest request that a client may send: a prompt of two million characters, with room for the rest.
@@ -32,10 +36,12 @@ pub async fn public_routes(services: PublicServices) -> Result<Routes, tonic_ref
     health.set_serving::<InferenceServer<InferenceService>>().await;
     health.set_serving::<ModelsServer<ModelsService>>().await;
     health.set_serving::<ClusterServer<ClusterService>>().await;
+    health.set_serving::<KeysServer<KeysService>>().await;
     let inference = InferenceServer::new(services.inference).max_decoding_message_size(LARGEST_REQUEST);
     let routes = Routes::new(InterceptedService::new(inference, only(PUBLIC)))
         .add_service(InterceptedService::new(ModelsServer::new(services.models), only(PUBLIC)))
         .add_service(InterceptedService::new(ClusterServer::new(services.cluster), only(PUBLIC)))
+        .add_service(InterceptedService::new(KeysServer::new(services.keys), only(ADMINS)))
         .add_service(InterceptedService::new(health_service, only(PUBLIC)))
         .add_service(InterceptedService::new(reflection().build_v1()?, only(PUBLIC)))
         .add_service(InterceptedService::new(reflection().build_v1alpha()?, only(PUBLIC)));
@@ -50,5 +56,6 @@ fn reflection() -> tonic_reflection::server::Builder<'static> {
         .with_service_name("mlxnode.v1.Inference")
         .with_service_name("mlxnode.v1.Models")
         .with_service_name("mlxnode.v1.Cluster")
+        .with_service_name("mlxnode.v1.Keys")
         .with_service_name("grpc.health.v1.Health")
 }

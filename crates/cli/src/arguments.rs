@@ -1,7 +1,7 @@
 //! The words of the command line. Each command's own arguments stand beside the command.
 
 use crate::commands::{
-    benchmark, cache_prompt, chat, completions, forget, generate, invite, join, leave, load, models,
+    benchmark, cache_prompt, chat, completions, forget, generate, invite, join, keys, leave, load, models,
     perplexity, plan, sandbox, status, unload, worker,
 };
 use clap::builder::RangedI64ValueParser;
@@ -73,6 +73,7 @@ pub enum Command {
     Load(load::Load),
     Unload(unload::Unload),
     Models(models::Models),
+    Keys(keys::Keys),
     Generate(Box<generate::Generate>),
     Chat(Box<chat::Chat>),
     CachePrompt(Box<cache_prompt::CachePrompt>),

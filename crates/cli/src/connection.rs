@@ -5,6 +5,7 @@ use crate::commands::data_dir;
 use anyhow::{Result, bail};
 use mlxnode_proto::v1::cluster_client::ClusterClient;
 use mlxnode_proto::v1::inference_client::InferenceClient;
+use mlxnode_proto::v1::keys_client::KeysClient;
 use mlxnode_proto::v1::models_client::ModelsClient;
 use tonic::transport::Channel;
 
@@ -40,6 +41,11 @@ impl Connection {
     /// `mlxnode.v1.Models`
     pub fn models(&self) -> ModelsClient<Channel> {
         ModelsClient::new(self.channel.clone())
+    }
+
+    /// `mlxnode.v1.Keys`
+    pub fn keys(&self) -> KeysClient<Channel> {
+        KeysClient::new(self.channel.clone())
     }
 
     /// `mlxnode.v1.Inference`

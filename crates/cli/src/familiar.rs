@@ -16,8 +16,6 @@ pub struct FamiliarFlags {
     use_default_chat_template: bool,
     #[arg(long, hide = true)]
     pipeline: bool,
-    #[arg(long, hide = true, value_name = "FOLDER")]
-    adapter_path: Option<String>,
     #[arg(long, hide = true, value_name = "FILE", num_args = 1..)]
     image: Vec<String>,
     #[arg(long, hide = true)]
@@ -27,12 +25,6 @@ pub struct FamiliarFlags {
 impl FamiliarFlags {
     /// Says what each one comes to; an error for those that cannot be obeyed. To be called before anything is loaded.
     pub fn check(&self, global: &Global) -> Result<()> {
-        if self.adapter_path.is_some() {
-            bail!(
-                "--adapter-path: adapters come with fine-tuning, which mlxnode does not have yet; \
-                 fuse the adapter into the model (mlx_lm.fuse) and give the fused folder as --model"
-            );
-        }
         if !self.image.is_empty() {
             bail!("--image: models answer text only; leave the images out");
         }

@@ -1,5 +1,6 @@
 //! A model's folder, loaded into this process.
 
+use crate::adapter::AdapterFlag;
 use crate::{progress, warnings};
 use anyhow::{Context as _, Result};
 use mlxnode_checkpoint::Checkpoint;
@@ -33,8 +34,8 @@ fn sandbox() -> Result<Arc<dyn Sandbox>> {
     Ok(Arc::new(mlxnode_text::InProcess::default()))
 }
 
-/// Loads all of it, with a bar on stderr.
-pub fn load(folder: &Path, quiet: bool) -> Result<Loaded> {
+/// Loads all of it, changed by an adapter if there is one, with a bar on stderr.
+pub fn load(folder: &Path, adapter: &AdapterFlag, quiet: bool) -> Result<Loaded> {
     let unusable = || format!("cannot use the model in {}", folder.display());
     // The small files first: what is wrong with them shows before gigabytes are read.
     let files = TextFiles::read(folder).with_context(unusable)?;
@@ -42,7 +43,9 @@ pub fn load(folder: &Path, quiet: bool) -> Result<Loaded> {
     let checkpoint = Checkpoint::open(folder).with_context(unusable)?;
     let tokenizer = Tokenizer::from_files(&files).with_context(unusable)?;
     let template = ChatTemplate::from_files(&files, &tokenizer, sandbox).with_context(unusable)?;
-    let model = weights(&checkpoint, quiet).with_context(unusable)?;
+    let opened = adapter.open(&checkpoint)?;
+    let mut model = weights(&checkpoint, quiet).with_context(unusable)?;
+    adapter.apply(opened.as_ref(), &checkpoint, &mut model)?;
     Ok(Loaded { model, files, tokenizer, template })
 }
 

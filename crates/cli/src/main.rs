@@ -5,6 +5,7 @@
 
 #![allow(unreachable_pub)] // nothing of a program can be reached from outside
 
+mod adapter;
 mod answer;
 mod arguments;
 mod caching;

@@ -1,5 +1,6 @@
 //! Where a generation runs: on the cluster when a node runs with this data directory, else in this process.
 
+use crate::adapter::AdapterFlag;
 use crate::arguments::Global;
 use crate::caching::CacheFlags;
 use crate::commands::data_dir;
@@ -34,6 +35,8 @@ pub struct InProcess {
     cache: CacheFlags,
     #[command(flatten)]
     guesses: GuessFlags,
+    #[command(flatten)]
+    adapter: AdapterFlag,
 }
 
 /// Where it runs.
@@ -70,7 +73,8 @@ pub fn open(
     match choose(global, place)? {
         Target::Cluster(runtime, connection) => {
             let file = matches!(memory, MemoryOptions::File(_)).then_some("--prompt-cache-file");
-            if let Some(flag) = file.or(own.cache.given()).or(own.guesses.given()) {
+            let adapter = own.adapter.adapter_path.is_some().then_some("--adapter-path");
+            if let Some(flag) = file.or(adapter).or(own.cache.given()).or(own.guesses.given()) {
                 bail!(
                     "{flag} works only in this process, but a node runs here: add --local, or leave {flag} out to ask the cluster"
                 );
@@ -85,6 +89,7 @@ pub fn open(
                 prefill_step: place.prefill.step(),
                 cache: own.cache.options(),
                 guesses: own.guesses.guesses(),
+                adapter: own.adapter.clone(),
                 memory,
             };
             Ok(Box::new(LocalModel::load(&folder, options, quiet)?))

@@ -14,6 +14,8 @@ pub struct Status {
     pub nodes: Vec<Node>,
     pub deployments: Vec<Deployment>,
     pub roster_version: u64,
+    /// URL of the HTTP listener of the node that answered; `null` without one.
+    pub http: Option<String>,
 }
 
 /// Who decides.
@@ -112,6 +114,29 @@ pub struct Invite {
     pub expires_unix: i64,
 }
 
+/// `mlxnode keys list --json`.
+#[derive(Debug, Serialize)]
+pub struct Key {
+    pub name: String,
+    pub role: &'static str,
+    /// Empty: all.
+    pub models: Vec<String>,
+    /// `null` when there is no limit.
+    pub requests_per_minute: Option<u32>,
+    pub tokens_per_minute: Option<u32>,
+    pub created_unix: i64,
+    pub id: String,
+}
+
+/// `mlxnode keys create --json`.
+#[derive(Serialize)]
+pub struct NewKey {
+    /// The key's text.
+    pub key: String,
+    #[serde(flatten)]
+    pub facts: Key,
+}
+
 pub fn status(status: v1::ClusterStatus) -> Status {
     let name_of = |id: &str| {
         let node = status.nodes.iter().find(|node| node.id == id);
@@ -130,6 +155,7 @@ pub fn status(status: v1::ClusterStatus) -> Status {
         nodes: status.nodes.into_iter().map(node).collect(),
         deployments: status.deployments.into_iter().map(deployment).collect(),
         roster_version: status.roster_version,
+        http: None,
     }
 }
 
@@ -191,6 +217,23 @@ fn stage(stage: v1::Stage) -> Stage {
         weight_bytes: stage.weight_bytes,
         kv_bytes: stage.kv_bytes,
         worker_pid: Some(stage.worker_pid).filter(|pid| *pid != 0),
+    }
+}
+
+pub fn key(key: v1::ApiKey) -> Key {
+    let some = |limit: u32| Some(limit).filter(|limit| *limit > 0);
+    Key {
+        role: match key.role() {
+            v1::KeyRole::User | v1::KeyRole::Unspecified => "user",
+            v1::KeyRole::Admin => "admin",
+            v1::KeyRole::Metrics => "metrics",
+        },
+        name: key.name,
+        models: key.models,
+        requests_per_minute: some(key.requests_per_minute),
+        tokens_per_minute: some(key.tokens_per_minute),
+        created_unix: key.created_unix,
+        id: key.id,
     }
 }
 

@@ -176,6 +176,38 @@ fn wrong_command_lines_are_refused_with_status_2() {
     }
 }
 
+/// A folder with an adapter for the demo model whose changes are `strength` large.
+fn adapter(folder: &Path, strength: f32) -> PathBuf {
+    use mlxnode_checkpoint::{SafetensorsWriter, TensorDtype};
+    let config: Value =
+        serde_json::from_slice(&std::fs::read(demo_folder().join("config.json")).unwrap()).unwrap();
+    let hidden = config["hidden_size"].as_u64().unwrap() as usize;
+    let folder = folder.join(format!("adapter-{strength}"));
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::write(folder.join("adapter_config.json"), r#"{"lora_parameters": {"scale": 1.0}}"#).unwrap();
+    let mut writer = SafetensorsWriter::with_notes(std::collections::BTreeMap::new());
+    for (name, shape) in [("lora_a", [hidden, 1]), ("lora_b", [1, hidden])] {
+        let bytes = (0..hidden).flat_map(|index| (strength * (index % 3) as f32).to_le_bytes()).collect();
+        let name = format!("model.layers.0.self_attn.o_proj.{name}");
+        writer.add(&name, TensorDtype::F32, &shape, bytes).unwrap();
+    }
+    writer.write(&folder.join("adapters.safetensors")).unwrap();
+    folder
+}
+
+#[test]
+fn an_adapter_changes_the_answer() {
+    let user = User::new();
+    let answer = |extra: &[&str]| user.says(&[&["generate", "-p", "What is 17 + 25?"], extra].concat());
+    let plain = answer(&[]);
+    let of = |strength: f32| {
+        let folder = adapter(user.home.path(), strength);
+        answer(&["--adapter-path", folder.to_str().unwrap()])
+    };
+    assert_eq!(of(0.0), plain);
+    assert_ne!(of(0.5), plain);
+}
+
 #[test]
 fn wrong_wishes_end_in_one_sentence() {
     let user = User::new();
@@ -184,7 +216,10 @@ fn wrong_wishes_end_in_one_sentence() {
     // Sound, but no prompt cache.
     let model_file = demo_folder().join("model.safetensors");
     let cases: [(&[&str], &str); 24] = [
-        (&["--adapter-path", "x"], "adapters come with fine-tuning"),
+        (
+            &["--adapter-path", "x"],
+            "cannot use the adapter in x: x holds no adapter: adapter_config.json is missing",
+        ),
         (&["--image", "a.png", "b.png"], "models answer text only"),
         (&["--quantize-activations"], "--quantize-activations is not supported"),
         (&["--kv-bits", "4"], "kv_group_size 64 does not divide the head width 32"),

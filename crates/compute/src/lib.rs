@@ -11,6 +11,7 @@ mod quantity;
 mod sampling;
 pub mod simulated;
 mod stage;
+mod trace;
 
 pub use activation::{Activation, ActivationError, Dtype};
 pub use cache_options::{CacheOptions, CacheOptionsError};
@@ -21,3 +22,4 @@ pub use stage::{
     Output, SequenceEnd, SequenceId, SequenceSpec, Stage, StageError, StageInfo, StageMemory, Step,
     StepInput, StepOutput,
 };
+pub use trace::TraceContext;

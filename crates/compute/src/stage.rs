@@ -2,7 +2,7 @@
 
 use crate::{
     Activation, ActivationError, ByteCount, Dtype, Grammar, LayerRange, LogprobRequest, Sampled, Sampling,
-    SamplingError,
+    SamplingError, TraceContext,
 };
 
 /// Names a sequence within one replica. Chosen by the scheduler, never used twice.
@@ -28,6 +28,8 @@ pub struct SequenceSpec {
     pub grammar: Option<Grammar>,
     /// The adapter that changes the weights for this sequence, by its name in the deployment. None: the weights as they are.
     pub adapter: Option<String>,
+    /// The request that it belongs to, for logs and traces; changes nothing.
+    pub trace: Option<TraceContext>,
 }
 
 /// What a sequence is for.
@@ -52,6 +54,7 @@ impl SequenceSpec {
             output: Output::Tokens,
             grammar: None,
             adapter: None,
+            trace: None,
         }
     }
 }

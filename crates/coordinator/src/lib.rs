@@ -1,4 +1,4 @@
-//! Turns wishes into plans and requests into steps: valid requests, scheduler, prompt-cache index, placement, deployments, job table.
+//! Turns wishes into plans and requests into steps: valid requests, scheduler, prompt-cache index, placement, deployments, keys, job table.
 //!
 //! | module | one line |
 //! |---|---|
@@ -6,12 +6,13 @@
 //! | [`requests`] | loose generation parameters into a request that cannot be wrong (pure) |
 //! | [`scheduler`] | one per replica: queue, admission, tokens in order; a pure machine and its task |
 //! | [`deployments`] | which models are wanted and what has to be done next (pure) |
-//! | [`coordinator`] | the actor that does it: owns the deployments and the control log, gives the nodes their orders |
+//! | [`keys`] | who may use the cluster over HTTP (pure) |
+//! | [`coordinator`] | the actor that does it: owns the deployments, the keys and the control log, gives the nodes their orders |
 
 pub mod coordinator;
 pub mod deployments;
 mod error;
-
+pub mod keys;
 pub mod placement;
 pub mod requests;
 pub mod scheduler;

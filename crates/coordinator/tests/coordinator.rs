@@ -16,6 +16,7 @@ use mlxnode_coordinator::coordinator::{
     StartScheduler, StartWorker, start,
 };
 use mlxnode_coordinator::deployments::{Attempt, DeploymentView, StartedWorker, State};
+use mlxnode_coordinator::keys::{KeyRole, KeyWish, find};
 use mlxnode_coordinator::placement::{LayerCost, ModelCost, Offer, Wish};
 use mlxnode_coordinator::{Error, NodeId};
 use std::collections::BTreeSet;
@@ -467,6 +468,51 @@ async fn the_control_log_is_folded_and_still_says_the_same() {
     let log = SqliteControlLog::open(&path).unwrap();
     assert!(log.snapshot().await.unwrap().is_some());
     assert!(log.entries_after(log.snapshot().await.unwrap().unwrap().index).await.unwrap().len() < 100);
+}
+
+#[tokio::test]
+async fn keys_are_told_at_once_and_survive_restarts_and_folds() {
+    let story = Story::new(1).await;
+    let wish = |name: &str| KeyWish { name: name.into(), role: KeyRole::Admin, ..KeyWish::default() };
+    let mut told = story.handle.keys();
+    let (ann, entry) = story.handle.create_key(wish("ann")).await.unwrap();
+    assert_eq!(*told.borrow_and_update(), std::slice::from_ref(&entry));
+    let (bob, _) = story.handle.create_key(wish("bob")).await.unwrap();
+    assert_ne!(ann, bob);
+    assert!(matches!(story.handle.create_key(wish("ann")).await, Err(Error::Refused(_))));
+    story.handle.revoke_key("bob".into()).await.unwrap();
+    assert!(matches!(story.handle.revoke_key("bob".into()).await, Err(Error::NotFound(_))));
+    assert_eq!(*told.borrow(), std::slice::from_ref(&entry));
+    let story = story.restart().await;
+    assert_eq!(*story.handle.keys().borrow(), std::slice::from_ref(&entry));
+    // Enough decisions for a snapshot: the key is in it.
+    for _ in 0..500 {
+        story.handle.create_key(wish("short-lived")).await.unwrap();
+        story.handle.revoke_key("short-lived".into()).await.unwrap();
+    }
+    let path = story.folder.path().join("control.db");
+    let story = story.restart().await;
+    let keys = story.handle.keys().borrow().clone();
+    assert_eq!(find(&keys, ann.reveal()), Some(&entry));
+    assert_eq!(find(&keys, bob.reveal()), None);
+    story.coordinator.stop().await;
+    drop(story.handle);
+    let log = SqliteControlLog::open(&path).unwrap();
+    let snapshot = log.snapshot().await.unwrap().unwrap();
+    let state = String::from_utf8(snapshot.state).unwrap();
+    assert!(!state.contains(&ann.reveal()[4..]), "the text of a key is kept nowhere");
+}
+
+#[tokio::test]
+async fn a_snapshot_of_before_there_were_keys_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = SqliteControlLog::open(&folder.path().join("control.db")).unwrap();
+    let epoch = ControlEpoch { generation: 1, term: 1 };
+    log.append(epoch, br#"{"deployment":{"kind":"removed","name":"a","epoch":3}}"#.to_vec()).await.unwrap();
+    log.compact(1, br#"{"deployments":[{"kind":"epochs","used":3}]}"#.to_vec()).await.unwrap();
+    let (handle, _coordinator) =
+        start(Limits::default(), Arc::new(log), Arc::new(FakeNodes::new(1))).await.unwrap();
+    assert!(handle.keys().borrow().is_empty());
 }
 
 #[tokio::test]

@@ -237,7 +237,7 @@ impl Generator {
         self.check_tokens(prompt)?;
         cache.check(&self.model)?;
         most_tokens(&self.model, cache.sequence.tokens(), prompt.len())?;
-        self.model.adapters.active.set_all(None);
+        self.model.adapters.enter_default();
         let empty = self.model.decoder.new_cache(&cache.options());
         let mut sequence = std::mem::replace(&mut cache.sequence, empty);
         // The last token goes by itself, as in mlx-lm, whose files these caches become.

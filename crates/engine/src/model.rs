@@ -1,6 +1,6 @@
 //! A layer range of a model, loaded.
 
-use crate::adapters::{AdapterLoadError, Registry};
+use crate::adapters::{AdapterLoadError, Registry, UnknownAdapter};
 use crate::caches::SequenceCache;
 use crate::decoder::Decoder;
 use crate::loader::{self, LoadError};
@@ -74,6 +74,11 @@ impl Model {
     /// Frees an adapter. No sequence may use it any more. One that is not there is fine.
     pub fn remove_adapter(&mut self, name: &str) -> Result<(), AdapterLoadError> {
         Ok(self.adapters.remove(&self.device, name)?)
+    }
+
+    /// Sequences that ask for no adapter get this one from now on, or none; whatever else is computed too.
+    pub fn use_adapter(&mut self, name: Option<&str>) -> Result<(), UnknownAdapter> {
+        self.adapters.set_default(name)
     }
 
     /// The names of the loaded adapters.

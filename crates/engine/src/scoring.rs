@@ -21,6 +21,7 @@ impl Model {
     /// An empty row, a token outside the vocabulary, a model of which only some layers are loaded, and whatever MLX fails at.
     pub fn token_logprobs(&self, rows: &[&[u32]]) -> Result<Vec<Vec<f32>>, GenerateError> {
         check_whole(self)?;
+        self.adapters.enter_default();
         rows.iter().try_for_each(|row| check_tokens(self, row))?;
         let mut logprobs: Vec<Vec<f32>> = rows.iter().map(|row| Vec::with_capacity(row.len() - 1)).collect();
         let mut caches: Vec<_> =

@@ -72,8 +72,10 @@ fn generate(generator: &mut Generator, input: &[u32], adapter: Option<&str>) -> 
     (tokens, first)
 }
 
-/// A family, how it is packed, the kind of adapter, what it changes (default: all in the layers) and in how many layers.
-fn cases() -> Vec<(&'static str, Value, Value, &'static str, Option<Vec<&'static str>>, i32)> {
+/// A family and its config, how it is packed, the kind of adapter, what it changes (default: all in the layers) and in how many layers.
+type Case = (&'static str, Value, Value, &'static str, Option<Vec<&'static str>>, i32);
+
+fn cases() -> Vec<Case> {
     let attention = || Some(vec!["self_attn.q_proj", "self_attn.v_proj"]);
     let ends = || Some(vec!["self_attn.q_proj", "model.embed_tokens", "lm_head"]);
     let table = || Some(vec!["mlp.down_proj", "model.embed_tokens"]);
@@ -190,6 +192,9 @@ fn collect(batch: &mut BatchGenerator, heard: &mut HashMap<mlxnode_engine::RowId
     }
 }
 
+/// Names and shapes.
+type Tensors<'a> = &'a [(&'a str, &'a [usize])];
+
 #[test]
 fn adapters_that_do_not_fit_are_refused_by_name() {
     let root = folder();
@@ -202,7 +207,7 @@ fn adapters_that_do_not_fit_are_refused_by_name() {
     let config = |text: &str| std::fs::write(empty.join("adapter_config.json"), text).unwrap();
     config("{}");
     assert!(matches!(Adapter::open(&empty, &checkpoint), Err(AdapterError::NoFile { .. })));
-    let tensors = |tensors: &[(&str, &[usize])]| {
+    let tensors = |tensors: Tensors<'_>| {
         let mut writer = SafetensorsWriter::with_notes(BTreeMap::new());
         for (name, shape) in tensors {
             let bytes = vec![0; 4 * shape.iter().product::<usize>()];
@@ -227,7 +232,7 @@ fn adapters_that_do_not_fit_are_refused_by_name() {
     config(r#"{"lora_parameters": {"scale": 2.0}}"#);
     assert!(Adapter::open(&empty, &checkpoint).is_ok());
     let lengths = format!("{path}.m");
-    let files: [(&[(&str, &[usize])], &str); 6] = [
+    let files: [(Tensors<'_>, &str); 6] = [
         (&[(&a, &[64, 4])], "has only one of its two matrices"),
         (&[(&a, &[64, 4]), (&b, &[4, 127])], "lora_b has shape [4, 127], but the model needs [4, 128]"),
         (&[(&a, &[64, 0]), (&b, &[0, 128])], "lora_a has shape [64, 0]"),

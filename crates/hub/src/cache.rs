@@ -172,7 +172,8 @@ pub(crate) fn missing_files(snapshot: &Path, wanted: Wanted) -> Vec<String> {
         }
     }
     expect("config.json", has("config.json"));
-    let tokenizers = ["tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model", "qwen.tiktoken"];
+    let tokenizers =
+        ["tokenizer.json", "tekken.json", "tokenizer.model", "vocab.json", "tiktoken.model", "qwen.tiktoken"];
     expect("tokenizer.json", tokenizers.iter().any(|file| has(file)));
     if wanted == Wanted::All {
         match fs::read(snapshot.join("model.safetensors.index.json")).ok().and_then(|text| shards(&text)) {
@@ -285,7 +286,14 @@ mod tests {
 
     #[test]
     fn any_vocabulary_is_a_tokenizer() {
-        for name in ["tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model", "qwen.tiktoken"] {
+        for name in [
+            "tokenizer.json",
+            "tekken.json",
+            "tokenizer.model",
+            "vocab.json",
+            "tiktoken.model",
+            "qwen.tiktoken",
+        ] {
             let folder = tempfile::tempdir().unwrap();
             for file in ["config.json", "model.safetensors", name] {
                 fs::write(folder.path().join(file), "x").unwrap();

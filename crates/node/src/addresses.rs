@@ -34,9 +34,31 @@ pub(crate) fn local(bound: SocketAddr) -> SocketAddr {
     }
 }
 
+/// Names under which clients ask the HTTP listener at `bound`: the machine's and the node's, and every address if it is bound to all.
+pub(crate) fn http_names(node: &str, bound: SocketAddr, reachable: &[String]) -> Vec<String> {
+    let host = sysinfo::System::host_name().unwrap_or_default();
+    let mut names = Vec::new();
+    for name in [node, host.trim_end_matches(".local")] {
+        names.push(name.to_owned());
+        names.push(format!("{name}.local"));
+    }
+    names.retain(|name| !name.is_empty() && name != ".local");
+    if bound.ip().is_unspecified() {
+        let mut all = self::reachable(bound);
+        all.extend_from_slice(reachable);
+        names.extend(all.iter().map(|address| host_only(address)));
+    }
+    names
+}
+
 /// HOST of HOST:PORT, brackets of IPv6 included.
 pub(crate) fn host(address: &str) -> &str {
     address.rsplit_once(':').map_or(address, |(host, _)| host)
+}
+
+/// HOST of HOST:PORT, without brackets.
+fn host_only(address: &str) -> String {
+    host(address).trim_matches(['[', ']']).to_owned()
 }
 
 /// The address from which this machine would talk to `peer` (HOST:PORT), as HOST:PORT. Nothing is sent: connecting a datagram
@@ -71,6 +93,13 @@ mod tests {
         assert_eq!(local("0.0.0.0:7".parse().unwrap()), "127.0.0.1:7".parse().unwrap());
         assert_eq!(with_host_of("10.0.0.1:7", Some("10.0.0.9:1")), "10.0.0.9:7");
         assert_eq!(with_host_of("10.0.0.1:7", None), "10.0.0.1:7");
+        let names = http_names("studio", "127.0.0.1:8080".parse().unwrap(), &["10.0.0.1:7".to_owned()]);
+        assert!(
+            names.contains(&"studio.local".to_owned()) && !names.contains(&"10.0.0.1".to_owned()),
+            "{names:?}"
+        );
+        let names = http_names("studio", "0.0.0.0:8080".parse().unwrap(), &["[fe80::1]:7".to_owned()]);
+        assert!(names.contains(&"fe80::1".to_owned()), "{names:?}");
         assert!(source_toward("127.0.0.1:9").is_some_and(|address| address.starts_with("127.0.0.1:")));
         assert_eq!((host("10.0.0.1:7"), host("[::1]:7")), ("10.0.0.1", "[::1]"));
     }

@@ -24,7 +24,7 @@ use tonic::Status;
 use tracing::{debug, warn};
 
 /// Before a broken watch is tried again.
-const RETRY: Duration = Duration::from_millis(500);
+pub(crate) const RETRY: Duration = Duration::from_millis(500);
 
 /// Finds the coordinator by the roster.
 pub(crate) struct RosterRoute {

@@ -27,6 +27,9 @@ pub struct DataDir {
 pub struct RunningNode {
     /// HOST:PORT of the gRPC listener, as a client on this machine dials it.
     pub grpc: String,
+    /// URL of the HTTP listener, likewise; absent without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub http: Option<String>,
     /// Hex node id: the key that the client expects.
     pub node_id: String,
     /// Process id.
@@ -175,7 +178,7 @@ mod tests {
     fn keeps_a_second_node_out_and_says_where_the_first_one_listens() {
         let folder = tempfile::tempdir().unwrap();
         let dir = DataDir::new(folder.path().join("data"));
-        let running = RunningNode { grpc: "127.0.0.1:4".into(), node_id: "ab".into(), pid: 7 };
+        let running = RunningNode { grpc: "127.0.0.1:4".into(), http: None, node_id: "ab".into(), pid: 7 };
         let lock = dir.lock().unwrap();
         dir.write_running(&running).unwrap();
         assert_eq!(dir.read_running(), Some(running));
@@ -190,7 +193,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let dir = DataDir::new(folder.path());
         drop(dir.lock().unwrap());
-        dir.write_running(&RunningNode { grpc: "127.0.0.1:4".into(), node_id: "ab".into(), pid: 7 }).unwrap();
+        dir.write_running(&RunningNode {
+            grpc: "127.0.0.1:4".into(),
+            http: None,
+            node_id: "ab".into(),
+            pid: 7,
+        })
+        .unwrap();
         assert_eq!(dir.read_running(), None);
     }
 }

@@ -6,7 +6,9 @@
 //! | `options`, `data_dir`, `facts`, `addresses` | what a node knows before it starts |
 //! | `joining`, `registrar`, `household`, `lookout` | membership: becoming a member, who signs it, who sees it, where to look for others |
 //! | `coordination` | the coordinator's role here or on another node |
+//! | `key_ring` | the API keys, from the coordinator's node to all others |
 //! | `workers`, `schedulers` | the worker processes and the schedulers of this node |
+//! | `observer` | what the figures for monitoring say about this node |
 //! | `node_control`, `replica` | what nodes ask of each other: service and client of each, converted in `wire` |
 //! | `client` | how local programs reach the node |
 
@@ -18,9 +20,11 @@ mod error;
 mod facts;
 mod household;
 mod joining;
+mod key_ring;
 mod lookout;
 mod node;
 mod node_control;
+mod observer;
 mod options;
 mod registrar;
 mod replica;
@@ -30,5 +34,6 @@ mod workers;
 
 pub use client::{ClientError, connect_to_local_node};
 pub use data_dir::{DataDir, DataDirError, RunningNode};
+pub use mlxnode_api::http::HttpOptions;
 pub use node::{Node, NodeError};
 pub use options::NodeOptions;

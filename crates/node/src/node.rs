@@ -12,9 +12,12 @@ use crate::data_dir::{DataDir, DataDirError, DataDirLock, RunningNode};
 use crate::facts::MachineFacts;
 use crate::household::{LEAVE_TIME, Members, NodeHousehold};
 use crate::joining::become_member;
+use crate::key_ring;
+use crate::key_ring::service::KeyRingService;
 use crate::lookout::Lookout;
 use crate::node_control::client::ClusterNodes;
 use crate::node_control::service::NodeControlService;
+use crate::observer::NodeObserver;
 use crate::options::NodeOptions;
 use crate::registrar::{Registrar, keep_addresses};
 use crate::replica::client::ClusterReplicas;
@@ -25,6 +28,10 @@ use mlxnode_api::access::{NODES, only};
 use mlxnode_api::cluster::{ClusterService, Household, HouseholdError};
 use mlxnode_api::deployments::DeploymentsView;
 use mlxnode_api::front::Front;
+use mlxnode_api::gate::{Gate, GateOptions};
+use mlxnode_api::http::{BindError, HttpServer, HttpServices};
+use mlxnode_api::keys::{KeysService, KeysView};
+use mlxnode_api::metrics::Metrics;
 use mlxnode_api::models::{Busy, ModelsService};
 use mlxnode_api::{InferenceService, PublicServices, public_routes};
 use mlxnode_cluster::{
@@ -35,6 +42,7 @@ use mlxnode_cluster::{
 use mlxnode_coordinator::coordinator::{self, Coordinator, CoordinatorHandle};
 use mlxnode_coordinator::scheduler::Statistics;
 use mlxnode_hub::Hub;
+use mlxnode_proto::internal::v1::key_ring_server::KeyRingServer;
 use mlxnode_proto::internal::v1::node_control_server::NodeControlServer;
 use mlxnode_proto::internal::v1::replica_server::ReplicaServer;
 use mlxnode_sandbox::{SandboxOptions, SandboxProcess};
@@ -74,6 +82,19 @@ pub enum NodeError {
         #[source]
         source: std::io::Error,
     },
+    /// Nothing can be bound there for HTTP.
+    #[error("{bind}{}", http_hint(&bind.source))]
+    Http {
+        /// Where, and the system's reason.
+        #[source]
+        bind: BindError,
+    },
+    /// HTTP for other machines, and nobody could be told from anybody else.
+    #[error(
+        "--http {0} is for other machines too, but the cluster has no API key to tell who may use the models: start with \
+         `mlxnode join`, make one by `mlxnode keys create NAME`, then start with --http again"
+    )]
+    OpenHttp(SocketAddr),
     /// The text after `--invite` is none.
     #[error(transparent)]
     Invite(#[from] InviteError),
@@ -116,6 +137,15 @@ fn listen_hint(source: &std::io::Error) -> &'static str {
     }
 }
 
+fn http_hint(source: &std::io::Error) -> &'static str {
+    match source.kind() {
+        std::io::ErrorKind::AddrInUse => "; another program uses this port: take another one with --http",
+        std::io::ErrorKind::AddrNotAvailable => "; this machine has no such address",
+        std::io::ErrorKind::PermissionDenied => "; ports below 1024 are for the administrator",
+        _ => "",
+    }
+}
+
 /// A running node.
 pub struct Node {
     id: NodeId,
@@ -123,6 +153,7 @@ pub struct Node {
     cluster_name: String,
     bound: SocketAddr,
     reachable: Vec<String>,
+    http: Option<HttpListener>,
     drain: Duration,
     data_dir: DataDir,
     founded: bool,
@@ -140,8 +171,19 @@ pub struct Node {
     _lock: DataDirLock,
 }
 
+/// The HTTP listener of a running node.
+struct HttpListener {
+    address: SocketAddr,
+    moved: bool,
+    server: AbortOnDropHandle<()>,
+}
+
 /// How often the memory that models take here is told to the other nodes.
 const FACTS_PERIOD: Duration = Duration::from_secs(2);
+/// How long a start waits to hear of the API keys.
+const KEYS_TIME: Duration = Duration::from_secs(5);
+/// For the last words of HTTP answers.
+const HTTP_FAREWELL: Duration = Duration::from_secs(2);
 /// A worker's frames are at most 1 MiB; nodes send each other prompts and tokenizer files.
 const LARGEST_MESSAGE: usize = 64 << 20;
 
@@ -160,6 +202,12 @@ impl Node {
             .map_err(|source| NodeError::Listen { address: options.listen, source })?;
         let bound =
             listener.local_addr().map_err(|source| NodeError::Listen { address: options.listen, source })?;
+        let http = match &options.http {
+            Some(http) => {
+                Some(HttpServer::bind(http.clone()).await.map_err(|bind| NodeError::Http { bind })?)
+            }
+            None => None,
+        };
         let machine = MachineFacts::read(&options);
         let reachable = addresses::reachable(bound);
         let facts = NodeFacts {
@@ -221,15 +269,21 @@ impl Node {
         let route =
             Arc::new(RosterRoute { own, roster: roster.clone(), mesh: mesh.clone(), here: handle.clone() });
         let (view_sender, view) = watch::channel(DeploymentsView::default());
+        let (keys_sender, keys) = watch::channel(KeysView::default());
+        let key_ring = KeyRingService { coordinator: handle.clone() };
         let mut tasks = Vec::new();
         let mut own_task = |task: tokio::task::JoinHandle<()>| tasks.push(AbortOnDropHandle::new(task));
         match handle {
             Some(handle) => {
                 own_task(tokio::spawn(coordination::mirror(handle.clone(), view_sender)));
+                own_task(tokio::spawn(key_ring::client::mirror(handle.clone(), keys_sender)));
                 own_task(tokio::spawn(coordination::bring_news(handle, nodes, workers.clone())));
                 own_task(tokio::spawn(keep_addresses(registrar.clone(), mesh.clone(), own)));
             }
-            None => own_task(tokio::spawn(coordination::follow(route.clone(), view_sender))),
+            None => {
+                own_task(tokio::spawn(coordination::follow(route.clone(), view_sender)));
+                own_task(tokio::spawn(key_ring::client::follow(route.clone(), keys_sender)));
+            }
         }
         let stop_serving = CancellationToken::new();
         own_task(tokio::spawn(announce_invites(inviter.clone(), lookout.clone(), stop_serving.clone())));
@@ -251,10 +305,19 @@ impl Node {
             workers: workers.clone(),
         });
         let busy = Arc::new(schedulers.clone());
+        let metrics = Arc::new(Metrics::default());
+        let front = Front::new(view.clone(), replicas, sandbox).counting(metrics.clone(), None);
+        let observer = Arc::new(NodeObserver {
+            deployments: view.clone(),
+            schedulers: schedulers.clone(),
+            workers: workers.clone(),
+            household: household.clone(),
+        });
         let public = public_routes(PublicServices {
-            inference: InferenceService::new(Front::new(view.clone(), replicas, sandbox)),
+            inference: InferenceService::new(front.clone()),
             models: ModelsService::new(route.clone(), view.clone(), busy.clone()),
-            cluster: ClusterService::new(household.clone(), route, view, busy),
+            cluster: ClusterService::new(household.clone(), route.clone(), view, busy),
+            keys: KeysService::new(route, keys.clone()),
         })
         .await
         .map_err(|error| NodeError::Api(error.to_string()))?;
@@ -268,6 +331,7 @@ impl Node {
         let routes = public
             .add_service(InterceptedService::new(control, only(NODES)))
             .add_service(InterceptedService::new(replica, only(NODES)))
+            .add_service(InterceptedService::new(KeyRingServer::new(key_ring), only(NODES)))
             .add_service(peer_service(&mesh, registrar));
 
         let access = Arc::new(AccessList::default());
@@ -278,8 +342,31 @@ impl Node {
         let serve_options = ServeOptions { pairing: Some(inviter), ..ServeOptions::default() };
         let server =
             tokio::spawn(serve(listener, identity, admission, routes, serve_options, stop_serving.clone()));
+        let server = AbortOnDropHandle::new(server);
+        if let Some(http) = &http
+            && !http.address().ip().is_loopback()
+        {
+            refuse_without_keys(http.address(), keys.clone()).await?;
+        }
+        let http = http.map(|http| {
+            let gate = Gate::new(
+                keys,
+                GateOptions {
+                    is_public: !http.address().ip().is_loopback(),
+                    requires_key: options.http.as_ref().is_some_and(|http| http.requires_key),
+                },
+            );
+            let services =
+                HttpServices::new(front, stop_serving.clone()).behind(gate).showing(metrics, observer);
+            let names = addresses::http_names(&name, http.address(), &reachable);
+            let router = http.router(services, &names);
+            let (address, moved) = (http.address(), http.moved());
+            let server = tokio::spawn(http.serve(router, stop_serving.clone()));
+            HttpListener { address, moved, server: AbortOnDropHandle::new(server) }
+        });
         data_dir.write_running(&RunningNode {
             grpc: addresses::local(bound).to_string(),
+            http: http.as_ref().map(HttpListener::url),
             node_id: own.to_string(),
             pid: std::process::id(),
         })?;
@@ -290,13 +377,14 @@ impl Node {
             cluster_name: cluster.1,
             bound,
             reachable,
+            http,
             drain: options.drain,
             data_dir,
             founded,
             has_left: household.left(),
             roster,
             household,
-            server: AbortOnDropHandle::new(server),
+            server,
             stop_serving,
             coordinator,
             schedulers,
@@ -339,6 +427,16 @@ impl Node {
     /// HOST:PORT under which other machines can reach it, best first.
     pub fn addresses(&self) -> &[String] {
         &self.reachable
+    }
+
+    /// URL of the HTTP listener for clients on this machine, such as `http://127.0.0.1:8080`; none without one.
+    pub fn http(&self) -> Option<String> {
+        self.http.as_ref().map(HttpListener::url)
+    }
+
+    /// Is the HTTP listener at another port than the usual one, because that was taken?
+    pub fn http_moved(&self) -> bool {
+        self.http.as_ref().is_some_and(|http| http.moved)
     }
 
     /// HOST:PORT where clients on this machine reach it.
@@ -405,10 +503,32 @@ impl Node {
         if !self.server.is_finished() {
             let _ = (&mut self.server).await;
         }
+        if let Some(http) = self.http.take() {
+            // What still runs has lost its workers and ends; a client that takes nothing is not waited for.
+            let _ = tokio::time::timeout(HTTP_FAREWELL, http.server).await;
+        }
         if *self.has_left.borrow() {
             // SQLite may have written its files again on the way out.
             let _ = self.data_dir.forget_cluster();
         }
+    }
+}
+
+impl HttpListener {
+    fn url(&self) -> String {
+        format!("http://{}", addresses::local(self.address))
+    }
+}
+
+/// A listener for other machines without any key is a mistake. While the coordinator cannot be reached nobody knows: then the node starts,
+/// and its gate lets nobody in until the keys are known.
+async fn refuse_without_keys(
+    address: SocketAddr,
+    mut keys: watch::Receiver<KeysView>,
+) -> Result<(), NodeError> {
+    match tokio::time::timeout(KEYS_TIME, keys.wait_for(|keys| keys.is_known)).await {
+        Ok(Ok(known)) if known.keys.is_empty() => Err(NodeError::OpenHttp(address)),
+        _ => Ok(()),
     }
 }
 

@@ -1,5 +1,6 @@
 //! What a node needs to know before it starts. The command line fills it; nothing here reads the environment.
 
+use mlxnode_api::http::HttpOptions;
 use mlxnode_compute::ByteCount;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -12,6 +13,8 @@ pub struct NodeOptions {
     pub data_dir: PathBuf,
     /// Where the gRPC listener binds. Port 0 lets the system choose.
     pub listen: SocketAddr,
+    /// The HTTP listener; none when absent.
+    pub http: Option<HttpOptions>,
     /// Name shown to people; the host's name when absent.
     pub name: Option<String>,
     /// Name of the cluster, when this node makes one.
@@ -44,6 +47,7 @@ impl NodeOptions {
         Self {
             data_dir: data_dir.into(),
             listen,
+            http: Some(HttpOptions::local()),
             name: None,
             cluster_name: None,
             invite: None,

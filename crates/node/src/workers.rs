@@ -5,10 +5,10 @@
 
 use mlxnode_checkpoint::Checkpoint;
 use mlxnode_cluster::Identity;
-use mlxnode_compute::ByteCount;
+use mlxnode_compute::{ByteCount, LayerRange};
 use mlxnode_coordinator::deployments::{Attempt, Links, Shard, StartedWorker};
 use mlxnode_hub::{Hub, ModelSource};
-use mlxnode_worker::{LoadShard, ProcessError, SpawnWorker, WorkerProcess};
+use mlxnode_worker::{LoadShard, ProcessError, ShardStats, SpawnWorker, WorkerProcess};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::IpAddr;
@@ -64,6 +64,16 @@ pub(crate) struct WorkerEnded {
     pub(crate) pid: u32,
     /// "ended with signal 9"
     pub(crate) reason: String,
+}
+
+/// What a worker has done and holds.
+pub(crate) struct SeenWorker {
+    /// Deployment.
+    pub(crate) deployment: String,
+    /// Its part.
+    pub(crate) layers: LayerRange,
+    /// Since it was loaded.
+    pub(crate) stats: ShardStats,
 }
 
 /// How workers are started here.
@@ -244,6 +254,20 @@ impl Workers {
             active: sum.active + ByteCount(stats.active_bytes),
             peak: sum.peak + ByteCount(stats.peak_bytes),
         })
+    }
+
+    /// All workers that answer within this time.
+    pub(crate) async fn look(&self, patience: Duration) -> Vec<SeenWorker> {
+        let held: Vec<_> = {
+            let state = self.state();
+            let held = state.held.iter();
+            held.map(|held| (held.attempt.name.clone(), held.shard.layers, held.process.clone())).collect()
+        };
+        let looks = held.into_iter().map(|(deployment, layers, process)| async move {
+            let stats = tokio::time::timeout(patience, process.stats()).await.ok()?.ok()?;
+            Some(SeenWorker { deployment, layers, stats })
+        });
+        futures::future::join_all(looks).await.into_iter().flatten().collect()
     }
 
     /// What all workers hold, as last read.

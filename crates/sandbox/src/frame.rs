@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::borrow::Cow;
 use std::io::{self, ErrorKind, Read, Write};
 
-/// All of a model's text files at their largest have 148 MiB; a conversation has less.
-pub(crate) const LARGEST_JOB: usize = 160 << 20;
+/// All of a model's text files at their largest have 244 MiB; a conversation has less.
+pub(crate) const LARGEST_JOB: usize = 256 << 20;
 /// A frame without texts, and what an answer has beyond its text: an error's words.
 pub(crate) const ALLOWANCE: usize = 64 << 10;
 

@@ -25,6 +25,7 @@ import regex
 import sentencepiece
 from mlx_lm.tokenizer_utils import NewlineTokenizer, TokenizerWrapper, load
 from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.integrations.mistral import convert_tekken_tokenizer
 
 RANDOM = random.Random(7)
 WORDS = ("the quick brown fox jumps over a lazy dog hello world token model speaks of many things and 123 45 6789 école "
@@ -186,6 +187,69 @@ def by_author(folder, ranks, pattern, special, prepare, eos):
     return described(folder, "author", tokens, None, eos, encode, decode)
 
 
+def visible(token):
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return "".join(chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in token)
+
+
+def byte_pairs(root, ranks):
+    """vocab.json and merges.txt, as each class of transformers reads them."""
+    vocabulary = {visible(token): rank for token, rank in ranks.items()} | {"<|endoftext|>": len(ranks)}
+    merges = ["#version: 0.2"]
+    for token in ranks:
+        cuts = [(ranks[token[:at]], ranks[token[at:]], at) for at in range(1, len(token))
+                if token[:at] in ranks and token[at:] in ranks]
+        merges.extend(f"{visible(token[:at])} {visible(token[at:])}" for _, _, at in sorted(cuts)[:1])
+    files = {"vocab.json": vocabulary, "merges.txt": ("\n".join(merges) + "\n").encode()}
+    added = {str(len(ranks)): {"content": "<|endoftext|>", "special": True}, "300": {"content": "<|im_end|>", "special": True},
+             "301": {"content": "<new>", "special": False}}
+    for name, (config, model_type) in {
+        "gpt2": ({"tokenizer_class": "GPT2Tokenizer"}, None),
+        "gpt2_by_kind": (None, "starcoder2"),
+        "gpt2_options": ({"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True, "add_bos_token": True,
+                          "added_tokens_decoder": added}, "gpt2"),
+        "gpt2_end": ({"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|im_end|>", "bos_token": None, "add_eos_token": True,
+                      "additional_special_tokens": ["<usr>"]}, None),
+        "codegen": ({"tokenizer_class": "CodeGenTokenizer"}, "phi"),
+        "neox": ({"tokenizer_class": "GPTNeoXTokenizer"}, "gpt_neox"),
+        "neox_by_kind": (None, "olmo"),
+        "qwen2": ({"tokenizer_class": "Qwen2Tokenizer"}, "qwen2"),
+        "qwen2_by_kind": (None, "qwen3_moe"),
+        "qwen2_whatever_it_says": ({"tokenizer_class": "GPT2Tokenizer"}, "qwen2"),
+        "qwen2_options": ({"tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": True, "bos_token": None, "unk_token": None,
+                           "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "added_tokens_decoder": added}, "qwen3"),
+    }.items():
+        folder = root / f"pairs-{name}"
+        parts = {"tokenizer_config.json": config, "config.json": {"model_type": model_type}}
+        write(folder, files | {file: part for file, part in parts.items() if part not in (None, {"model_type": None})})
+        yield by_mlx_lm(folder)
+
+
+def tekken(root, ranks):
+    """Mistral's own format. Without a tokenizer_config.json AutoTokenizer leaves its special tokens without names; the names are those
+    of transformers' conversion of the file."""
+    pattern = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
+               r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    names = ["<unk>", "<s>", "</s>", "[INST]", "<pad>", "<usr>"]
+    vocab = [{"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
+             for token, rank in sorted(ranks.items(), key=lambda entry: entry[1])]
+    listed = [{"rank": rank, "token_str": name, "is_control": True} for rank, name in enumerate(names)]
+    RANDOM.shuffle(listed)
+    config = {"pattern": pattern, "num_vocab_tokens": len(vocab), "default_num_special_tokens": 10, "version": "v11"}
+    plain = {"config": config, "vocab": vocab, "special_tokens": listed}
+    short = {**plain, "config": {**config, "default_vocab_size": 10 + 280}}
+    for name, content in {"plain": plain, "short": short}.items():
+        folder = root / f"tekken-{name}"
+        write(folder, {"tekken.json": content})
+        yield by_mlx_lm(folder, TokenizerWrapper(convert_tekken_tokenizer(str(folder / "tekken.json"))))
+    folder = root / "tekken-configured"
+    write(folder, {"tekken.json": plain, "config.json": {"model_type": "mistral"}, "tokenizer_config.json": {
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "add_bos_token": True,
+        "added_tokens_decoder": {"3": {"content": "[INST]", "special": True}, "900": {"content": "<new>", "special": True}}}})
+    yield by_mlx_lm(folder)
+
+
 def main():
     root = Path(sys.argv[1])
     models = []
@@ -240,6 +304,8 @@ def main():
     special = {text: 290 + at for at, text in enumerate(
         ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{extra}|>" for extra in range(205))])}
     models.append(by_author(folder, ranks, QWEN_PATTERN, special, lambda text: unicodedata.normalize("NFC", text), []))
+    models.extend(byte_pairs(root, ranks))
+    models.extend(tekken(root, ranks))
     print(json.dumps({"models": models}))
 
 

@@ -24,6 +24,8 @@ pub struct Ready {
     pub cluster: String,
     /// HOST:PORT of the gRPC listener.
     pub grpc: String,
+    /// URL of the HTTP listener.
+    pub http: Option<String>,
 }
 
 /// How to start a node.
@@ -33,6 +35,8 @@ pub struct NodeSetup {
     pub name: String,
     /// Argument of `--listen`; the loopback with a free port when empty.
     pub listen: String,
+    /// Argument of `--http`; the loopback with a free port when empty.
+    pub http: String,
     /// Argument of `--invite`.
     pub invite: Option<String>,
     /// Arguments of `--peer`.
@@ -64,6 +68,10 @@ impl NodeProcess {
         let listen = if setup.listen.is_empty() { "127.0.0.1:0" } else { &setup.listen };
         let mut command = prefixed(&setup.prefix)?;
         command.args(["join", "--json", "--listen", listen, "--data-dir"]).arg(data_dir);
+        // Two tests on one machine must not fight for the usual port.
+        if !setup.arguments.iter().any(|argument| argument == "--no-http") {
+            command.args(["--http", if setup.http.is_empty() { "127.0.0.1:0" } else { &setup.http }]);
+        }
         if !setup.name.is_empty() {
             command.args(["--name", &setup.name]);
         }

@@ -1,4 +1,5 @@
-//! A tokenizer from files other than tokenizer.json: sentencepiece's tokenizer.model, or one of tiktoken's.
+//! A tokenizer from files other than tokenizer.json: sentencepiece's tokenizer.model, one of tiktoken's, Mistral's tekken.json, or
+//! GPT-2's vocab.json and merges.txt.
 //!
 //! transformers 5 first builds the model and its rules, then adds the tokens that the configuration names (in this order:
 //! `added_tokens_decoder`, the named special tokens, the further ones), and then decides on bos and eos. New tokens get the
@@ -10,11 +11,11 @@ use serde_json::{Value, json};
 use tokenizers::PostProcessorWrapper;
 
 use crate::{
-    TextError, TextFiles,
+    TextError, TextFiles, byte_pairs,
     files::VOCABULARIES,
     sentencepiece,
     special::{AddedToken, SpecialTokens},
-    tiktoken,
+    tekken, tiktoken,
     tokenizer::failed,
 };
 
@@ -25,11 +26,11 @@ pub(crate) fn build(
 ) -> Result<(tokenizers::Tokenizer, &'static str), TextError> {
     let found = VOCABULARIES.iter().find_map(|name| files.get(name).map(|bytes| (*name, bytes)));
     let (name, bytes) = found.ok_or(TextError::MissingFile { file: "tokenizer.json" })?;
-    let is_tiktoken = name != "tokenizer.model" || tiktoken::looks_like(bytes);
-    let (mut backend, declared) = if is_tiktoken {
-        (tiktoken::build(name, bytes, special)?, Vec::new())
-    } else {
-        sentencepiece::build(name, bytes, special)?
+    let (mut backend, declared) = match name {
+        tekken::FILE => (tekken::build(bytes, special)?, Vec::new()),
+        "vocab.json" => (byte_pairs::build(bytes, files, special)?, Vec::new()),
+        "tokenizer.model" if !tiktoken::looks_like(bytes) => sentencepiece::build(name, bytes, special)?,
+        _ => (tiktoken::build(name, bytes, special)?, Vec::new()),
     };
     add_tokens(&mut backend, special, declared)?;
     if backend.get_post_processor().is_none() || special.add_bos.is_some() || special.add_eos.is_some() {

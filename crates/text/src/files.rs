@@ -17,7 +17,7 @@ use crate::TextError;
 const MIB: u64 = 1 << 20;
 
 /// Name and most bytes. The largest honest tokenizer.json has about 35 MiB, the largest honest template about 30 KiB.
-const KNOWN_FILES: [(&str, u64); 11] = [
+const KNOWN_FILES: [(&str, u64); 14] = [
     ("tokenizer.json", 64 * MIB),
     ("tokenizer_config.json", 16 * MIB), // repeats thousands of added tokens in some models, templates too
     ("special_tokens_map.json", MIB),
@@ -30,11 +30,18 @@ const KNOWN_FILES: [(&str, u64); 11] = [
     ("tokenizer.model", 16 * MIB),
     ("tiktoken.model", 16 * MIB),
     ("qwen.tiktoken", 16 * MIB),
+    ("tekken.json", 64 * MIB), // 150,000 tokens are 19 MiB
+    ("vocab.json", 16 * MIB),
+    (MERGES, 16 * MIB),
 ];
 
-/// Those that stand in for a tokenizer.json, in the order in which they are looked for. mlx-lm finds all but the last, which
-/// is that of Qwen's first models: they bring their own Python for it.
-pub(crate) const VOCABULARIES: [&str; 3] = ["tokenizer.model", "tiktoken.model", "qwen.tiktoken"];
+/// Beside vocab.json.
+const MERGES: &str = "merges.txt";
+
+/// Those that stand in for a tokenizer.json, in the order in which they are looked for. mlx-lm finds all but qwen.tiktoken,
+/// which is that of Qwen's first models: they bring their own Python for it.
+pub(crate) const VOCABULARIES: [&str; 5] =
+    ["tekken.json", "tokenizer.model", "tiktoken.model", "qwen.tiktoken", "vocab.json"];
 
 /// A model's text files by name. Only known names within their limits get in.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -52,7 +59,8 @@ impl TextFiles {
     pub fn read(folder: &Path) -> Result<Self, TextError> {
         let mut files = Self::default();
         for (name, limit) in KNOWN_FILES {
-            if VOCABULARIES.contains(&name) && files.files.contains_key("tokenizer.json") {
+            if (VOCABULARIES.contains(&name) || name == MERGES) && files.files.contains_key("tokenizer.json")
+            {
                 continue; // it says the same and more
             }
             let path = folder.join(name);

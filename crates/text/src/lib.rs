@@ -1,5 +1,5 @@
 //! Text to tokens and back: tokenizer, streaming detokenizer, chat templates, stop strings; and what an answer's text
-//! means: content, reasoning, tool calls. Later grammars.
+//! means: content, reasoning, tool calls; grammars that an answer has to follow.
 //!
 //! A plain library for both sides of the system: synchronous, no network, no thread of its own that outlives a call,
 //! and the only files it reads are those of the folder it is given. Everything here comes from a model's author or
@@ -11,21 +11,28 @@
 //!      └──────> AnswerFormat ──────────────────────> AnswerParser ──> content, reasoning, tool calls <───┘
 //! ```
 //!
+//! Chat templates are programs of strangers, and tokenizers can be built to cost gigabytes: [`Sandbox`] is the seam to the
+//! process that carries them out.
+//! [`grammar`] tells which tokens may come next in an answer that has to be JSON, match an expression or follow a grammar.
+//!
 //! The rules are those of mlx-lm 0.32.2 with the Hugging Face tokenizers behind it: same ids, same text.
 
 mod answer;
+mod byte_pairs;
 mod chat;
 mod class;
 mod conversion;
 mod detokenizer;
 mod error;
 mod files;
+pub mod grammar;
 mod limits;
 mod reasoning;
 mod sandbox;
 mod sentencepiece;
 mod special;
 mod stop;
+mod tekken;
 mod template;
 mod tiktoken;
 mod tokenizer;

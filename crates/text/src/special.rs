@@ -35,6 +35,12 @@ pub(crate) struct SpecialTokens {
     pub(crate) newline_marks: bool,
     /// The Python class that the model's author brings along.
     pub(crate) remote_class: Option<String>,
+    /// The class that tokenizer_config.json names, and the kind of model.
+    pub(crate) declared_class: Option<String>,
+    pub(crate) model_type: Option<String>,
+    pub(crate) add_prefix_space: Option<bool>,
+    /// Keys of special tokens that the model is said to have none of.
+    pub(crate) not_there: Vec<&'static str>,
     /// Whether encoding adds bos and eos, where the configuration says so; of no effect beside a tokenizer.json.
     pub(crate) add_bos: Option<bool>,
     pub(crate) add_eos: Option<bool>,
@@ -169,6 +175,8 @@ impl SpecialTokens {
         let remote_class = remote_class(config.auto_map.as_ref());
         let declared = config.tokenizer_class.as_deref().or(model.tokenizer_class.as_deref());
         let class = tokenizer_class(declared, model.model_type.as_deref(), remote_class.is_some());
+        let declared_class = declared.map(str::to_owned);
+        let model_type = model.model_type.clone();
         let llama =
             (class == TokenizerClass::Llama).then_some(match (config.add_prefix_space, config.legacy) {
                 (Some(false), _) => LlamaSpaces::Never,
@@ -188,6 +196,8 @@ impl SpecialTokens {
                 named.insert(key.to_owned(), Value::String(text.to_owned()));
             }
         }
+        let is_null = |key: &&str| config.rest.get(*key) == Some(&Value::Null);
+        let not_there = TOKEN_KEYS.into_iter().filter(is_null).collect();
         let extra: Option<Vec<AddedToken>> =
             match (config.additional_special_tokens, config.extra_special_tokens) {
                 (_, Some(ExtraTokens::List(list))) if !list.is_empty() => {
@@ -227,6 +237,10 @@ impl SpecialTokens {
             llama,
             newline_marks: config.tokenizer_class.as_deref() == Some("NewlineTokenizer"),
             remote_class,
+            declared_class,
+            model_type,
+            add_prefix_space: config.add_prefix_space,
+            not_there,
             add_bos: config.add_bos_token,
             add_eos: config.add_eos_token,
             clean_up_spaces: config.clean_up_tokenization_spaces.unwrap_or(false),
@@ -239,6 +253,13 @@ impl SpecialTokens {
     /// Text of one special token.
     pub(crate) fn text(&self, key: &str) -> Option<&str> {
         self.named.get(key).and_then(Value::as_str)
+    }
+
+    /// What a tokenizer's class says about a special token, unless the configuration says that there is none.
+    pub(crate) fn class_token(&mut self, key: &str, text: &str) {
+        if !self.not_there.contains(&key) {
+            self.default_token(key, text);
+        }
     }
 
     /// What a vocabulary file says about a special token that the configuration is silent about.

@@ -25,7 +25,7 @@ use crate::{
 
 const LLAMA_3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// Digits one by one.
-const QWEN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+pub(crate) const QWEN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// Chinese characters apart from other letters, and words at changes from lower to upper case.
 const KIMI: &str = concat!(
     r"[\p{Han}]+",
@@ -60,7 +60,7 @@ pub(crate) fn build(
     let invalid = |reason: String| TextError::InvalidFile { file: file.to_owned(), reason };
     let ranks = parse(bytes).map_err(invalid)?;
     let family = family(file, ranks.len(), special)?;
-    let mut backend = tokenizers::Tokenizer::new(model(&ranks).map_err(invalid)?);
+    let mut backend = tokenizers::Tokenizer::new(model(&ranks, &[]).map_err(invalid)?);
 
     let level =
         json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
@@ -179,8 +179,9 @@ fn parse_line(line: &[u8]) -> Result<(Vec<u8>, u32), String> {
     rank.map(|rank| (token, rank)).ok_or_else(|| format!("the rank must be a number below {MAX_VOCABULARY}"))
 }
 
-/// The merges behind the ranks: each way to put a token together from two others, by the token's rank, then the parts'.
-fn model(ranks: &HashMap<Vec<u8>, u32>) -> Result<BPE, String> {
+/// The merges behind the ranks: each way to put a token together from two others, by the token's rank, then the parts'. The
+/// tokens in `first` have the ids before all others.
+pub(crate) fn model(ranks: &HashMap<Vec<u8>, u32>, first: &[String]) -> Result<BPE, String> {
     let visible = |token: &[u8]| token.iter().map(|byte| visible_byte(*byte)).collect::<String>();
     let mut tokens: Vec<(&Vec<u8>, u32)> = ranks.iter().map(|(token, rank)| (token, *rank)).collect();
     tokens.sort_unstable_by_key(|(_, rank)| *rank);
@@ -194,7 +195,9 @@ fn model(ranks: &HashMap<Vec<u8>, u32>) -> Result<BPE, String> {
         cuts.sort_unstable_by_key(|(left, right, ..)| (*left, *right));
         merges.extend(cuts.into_iter().map(|(_, _, left, right)| (visible(left), visible(right))));
     }
-    let vocabulary: Vocab = tokens.into_iter().map(|(token, rank)| (visible(token), rank)).collect();
+    let before = u32::try_from(first.len()).map_err(|error| error.to_string())?;
+    let ranked = tokens.into_iter().map(|(token, rank)| (visible(token), before + rank));
+    let vocabulary: Vocab = ranked.chain(first.iter().cloned().zip(0..)).collect();
     // A word that is a token is that token, even if merging would not get there.
     let builder = BPE::builder().vocab_and_merges(vocabulary, merges).ignore_merges(true);
     builder.build().map_err(|error| error.to_string())

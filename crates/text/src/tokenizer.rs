@@ -37,6 +37,8 @@ struct Shared {
     words: OnceLock<tokenizers::Tokenizer>,
     /// Whether decoding drops the space of " ,": asked once, and only by the naive detokenizer.
     drops_spaces: OnceLock<bool>,
+    /// The token of an "a", behind which others are decoded to see their text.
+    anchor: OnceLock<Option<u32>>,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -50,7 +52,8 @@ impl std::fmt::Debug for Tokenizer {
 
 impl Tokenizer {
     /// Builds the tokenizer from tokenizer.json and what the files beside it say about special tokens; without a
-    /// tokenizer.json from tokenizer.model (sentencepiece or tiktoken), tiktoken.model or qwen.tiktoken.
+    /// tokenizer.json from tekken.json, tokenizer.model (sentencepiece or tiktoken), tiktoken.model, qwen.tiktoken, or vocab.json
+    /// with merges.txt.
     pub fn from_files(files: &TextFiles) -> Result<Self, TextError> {
         let mut special = SpecialTokens::from_files(files)?;
         let (backend, file) = guarded(|| match files.get("tokenizer.json") {
@@ -85,6 +88,7 @@ impl Tokenizer {
             decoder,
             clean_up_spaces,
             drops_spaces: OnceLock::new(),
+            anchor: OnceLock::new(),
             words: OnceLock::new(),
         };
         Ok(Self { shared: Arc::new(shared), eos: Arc::new(eos) })
@@ -180,6 +184,48 @@ impl Tokenizer {
     /// The token as it stands in the vocabulary (not decoded).
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         self.shared.backend.id_to_token(id)
+    }
+
+    /// The bytes that a token adds to a text it stands in the middle of. A token may be part of a character, so this is not
+    /// always text. None for an id that no token has.
+    pub fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
+        let token = self.id_to_token(id)?;
+        if self.shared.backend.get_added_vocabulary().get_added_tokens_decoder().contains_key(&id) {
+            return Some(token.into_bytes());
+        }
+        Some(match self.shared.decoder {
+            DecoderKind::ByteLevel => detokenizer::of_byte_level(&token),
+            DecoderKind::SentencePiece { .. } => match detokenizer::byte_token(&token) {
+                Some(byte) => vec![byte],
+                None => token.replace('▁', " ").into_bytes(),
+            },
+            DecoderKind::Naive => self.bytes_by_decoding(id, &token),
+        })
+    }
+
+    /// What decoding gives for the token behind another one; the token itself where decoding does not tell.
+    fn bytes_by_decoding(&self, id: u32, token: &str) -> Vec<u8> {
+        let anchor = *self.shared.anchor.get_or_init(|| {
+            let ids = self.encode("a", false).unwrap_or_default();
+            ids.last().copied()
+        });
+        let Some(anchor) = anchor else { return token.as_bytes().to_vec() };
+        let texts = (self.decode(&[anchor], false), self.decode(&[anchor, id], false));
+        match texts {
+            (Ok(before), Ok(both)) if !both.contains(char::REPLACEMENT_CHARACTER) => {
+                match both.strip_prefix(&before) {
+                    Some(added) => added.as_bytes().to_vec(),
+                    None => token.as_bytes().to_vec(),
+                }
+            }
+            _ => detokenizer::of_byte_level(token),
+        }
+    }
+
+    /// Is this id one of the tokens that mean something to the model besides their text?
+    pub fn is_special(&self, id: u32) -> bool {
+        let added = self.shared.backend.get_added_vocabulary().get_added_tokens_decoder();
+        added.get(&id).is_some_and(|token| token.special)
     }
 
     /// Text of the token that begins a sequence.

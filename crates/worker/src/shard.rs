@@ -10,6 +10,7 @@ use mlxnode_compute::{
     SequenceEnd, SequenceId, SequenceSpec, Stage, StageError, StageInfo, Step, StepInput, StepOutput,
 };
 use std::collections::HashMap;
+use tracing::debug;
 
 /// A loaded stage and its sequences.
 pub(crate) struct Shard {
@@ -50,7 +51,9 @@ impl Shard {
             Message::Open { sequence, spec, stages } => self.open(sequence, spec, stages).map(Some),
             Message::Step(step) => self.step(step),
             Message::Close { sequence } => {
-                self.sequences.remove(&sequence);
+                if let Some(Sequence::Open(spec)) = self.sequences.remove(&sequence) {
+                    self.tell("closed", sequence, &spec);
+                }
                 self.stage.close(sequence);
                 Ok(Some(Message::Close { sequence }))
             }
@@ -59,6 +62,13 @@ impl Shard {
                 Err(Fault::Protocol("a message of the ring came down the pipeline".into()))
             }
         }
+    }
+
+    /// Writes down what happens to a request, by the trace that it has on all nodes.
+    fn tell(&self, what: &'static str, sequence: SequenceId, spec: &SequenceSpec) {
+        let Some(trace) = spec.trace else { return };
+        let layers = self.info.layers;
+        debug!(trace = trace.id(), sequence = sequence.0, %layers, prompt_tokens = spec.prompt_tokens, "sequence {what}");
     }
 
     fn open(&mut self, sequence: SequenceId, spec: SequenceSpec, stages: u32) -> Result<Message, Fault> {
@@ -73,6 +83,7 @@ impl Shard {
             Ok(()) => {
                 self.sequences.insert(sequence, Sequence::Open(Box::new(spec.clone())));
                 let stages = stages.saturating_add(1);
+                self.tell("opened", sequence, &spec);
                 if self.info.is_last() {
                     Ok(Message::Opened { sequence, stages })
                 } else {

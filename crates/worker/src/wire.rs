@@ -6,7 +6,7 @@
 use crate::message::{DriveCommand, DriveEvent, SampledToken};
 use mlxnode_compute::{
     Candidate, Dtype, Grammar, LogprobRequest, Output, Penalty, Sampled, Sampling, SequenceEnd, SequenceId,
-    SequenceSpec, Xtc,
+    SequenceSpec, TraceContext, Xtc,
 };
 use mlxnode_proto::internal::v1 as proto;
 
@@ -80,6 +80,7 @@ pub fn sequence_spec_to_proto(spec: &SequenceSpec) -> Result<proto::SequenceSpec
         embedding: spec.output == Output::Embedding,
         grammar: spec.grammar.as_ref().map(grammar_to_proto),
         adapter: spec.adapter.clone().unwrap_or_default(),
+        traceparent: spec.trace.map(|trace| trace.to_string()).unwrap_or_default(),
     })
 }
 
@@ -121,6 +122,7 @@ pub fn sequence_spec_from_proto(
         output: if spec.embedding { Output::Embedding } else { Output::Tokens },
         grammar: spec.grammar.map(grammar_from_proto).transpose()?,
         adapter: Some(spec.adapter).filter(|adapter| !adapter.is_empty()),
+        trace: TraceContext::parse(&spec.traceparent),
     })
 }
 
@@ -341,6 +343,7 @@ mod tests {
             output: Output::Embedding,
             grammar: Some(Grammar::Regex("a|b".into())),
             adapter: Some("poet".into()),
+            trace: Some(TraceContext::new([9; 24])),
         }
     }
 

@@ -1,7 +1,9 @@
 //! The answer to a request as a stream of pieces, with its times.
 
 use crate::deployments::DeploymentView;
+use crate::front::account::Account;
 use crate::front::{End, FrontError, Output, Piece, RunEvents};
+use crate::metrics::Finished;
 use futures::StreamExt as _;
 use mlxnode_compute::Sampled;
 use mlxnode_coordinator::scheduler::{RunError, RunEvent};
@@ -13,6 +15,7 @@ pub struct Answer {
     pub deployment: DeploymentView,
     events: RunEvents,
     output: Output,
+    account: Account,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
     /// The seed in use.
@@ -67,14 +70,15 @@ impl Answer {
         deployment: DeploymentView,
         events: RunEvents,
         output: Output,
-        prompt_tokens: usize,
+        account: Account,
         seed: u64,
     ) -> Self {
         Self {
             deployment,
             events,
             output,
-            prompt_tokens,
+            prompt_tokens: account.prompt_tokens(),
+            account,
             seed,
             cached_tokens: 0,
             generated: 0,
@@ -92,18 +96,18 @@ impl Answer {
                 Some(Ok(event)) => event,
                 Some(Err(error)) => {
                     self.ended = true;
-                    return Some(Err(error.into()));
+                    return Some(Err(self.account.failed(error)));
                 }
                 None => {
                     self.ended = true;
-                    return Some(
-                        Err(RunError::Unavailable("the scheduler ended the sequence".into()).into()),
-                    );
+                    let error = RunError::Unavailable("the scheduler ended the sequence".into());
+                    return Some(Err(self.account.failed(error)));
                 }
             };
             match event {
                 RunEvent::Started { cached_tokens } => {
                     self.started = Some(Instant::now());
+                    self.account.started(cached_tokens);
                     self.cached_tokens = cached_tokens;
                 }
                 RunEvent::Scores { scores, .. } => return Some(Ok(AnswerEvent::Prompt(scores))),
@@ -112,11 +116,16 @@ impl Answer {
                 RunEvent::Token { sampled, end, .. } => {
                     self.first.get_or_insert_with(Instant::now);
                     self.generated += 1;
+                    self.account.token();
                     let piece = self.output.push(sampled, end);
                     return Some(Ok(match piece.end {
                         None => AnswerEvent::Piece(piece),
                         Some(end) => {
                             self.ended = true;
+                            self.account.ended(match end {
+                                End::Stop => Finished::Stop,
+                                End::Length => Finished::Length,
+                            });
                             AnswerEvent::Ended { piece, summary: self.summary(end) }
                         }
                     }));

@@ -4,19 +4,30 @@
 //! wherever that is, and turns tokens back into text. It keeps prompt, parameters and seed, so that nothing has to be asked
 //! again. Dropping the answer's stream cancels the work.
 
+mod account;
+mod admission;
 mod answer;
+mod defaults;
 mod model_text;
 mod output;
+mod prepared;
 mod replicas;
 
+pub use admission::Admission;
 pub use answer::{Answer, AnswerEvent, Summary};
+pub use defaults::SamplingDefaults;
 pub use model_text::ModelText;
 pub use output::{End, Output, Piece};
+pub use prepared::Prepared;
 pub use replicas::{Replicas, RunEvents};
 
 use crate::deployments::{DeploymentView, DeploymentsView, State, state_name};
+use crate::gate::{Gate, retry_seconds};
+use crate::metrics::{Finished, Metrics, Rejection};
+use account::{Account, Submitted};
+use admission::{Door, Place};
 use futures::StreamExt as _;
-use mlxnode_compute::ByteCount;
+use mlxnode_compute::{ByteCount, TraceContext};
 use mlxnode_coordinator::requests::{Parameters, RequestError, ValidRequest};
 use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
 use mlxnode_text::{ChatRequest, Sandbox, TextError};
@@ -43,6 +54,8 @@ pub struct GenerationRequest {
     pub deadline: Option<Instant>,
     /// Who asks; see [`RunRequest::tenant`].
     pub tenant: String,
+    /// Names the request on all nodes; a new name when absent.
+    pub trace: Option<TraceContext>,
     /// Tell content, reasoning and tool calls apart: [`Piece::deltas`]. Only for conversations.
     pub is_read: bool,
 }
@@ -60,6 +73,8 @@ pub struct EmbeddingRequest {
     pub deadline: Option<Instant>,
     /// Who asks; see [`RunRequest::tenant`].
     pub tenant: String,
+    /// Names the request on all nodes; a new name when absent.
+    pub trace: Option<TraceContext>,
 }
 
 /// What a generation continues.
@@ -97,6 +112,14 @@ pub enum FrontError {
         /// Why, when that is known; begins with ": ".
         detail: String,
     },
+    /// Too much waits already.
+    #[error("too many requests wait for {model:?}; try again in {} s", retry_seconds(*retry_after))]
+    Busy {
+        /// Deployment.
+        model: String,
+        /// When it is worth trying again.
+        retry_after: Duration,
+    },
     /// A parameter is out of its range.
     #[error(transparent)]
     Request(#[from] RequestError),
@@ -115,6 +138,9 @@ pub struct Front {
     replicas: Arc<dyn Replicas>,
     sandbox: Arc<dyn Sandbox>,
     texts: Arc<Mutex<Texts>>,
+    door: Door,
+    metrics: Arc<Metrics>,
+    gate: Option<Gate>,
 }
 
 /// By deployment, with the epoch for which they were read: a reload may bring another tokenizer.
@@ -127,7 +153,19 @@ impl Front {
         replicas: Arc<dyn Replicas>,
         sandbox: Arc<dyn Sandbox>,
     ) -> Self {
-        Self { deployments, replicas, sandbox, texts: Arc::default() }
+        let (texts, door, metrics) = (Arc::default(), Door::default(), Arc::default());
+        Self { deployments, replicas, sandbox, texts, door, metrics, gate: None }
+    }
+
+    /// With figures that are read elsewhere too, and a gate at which tokens are counted against the keys that asked for them.
+    #[must_use]
+    pub fn counting(self, metrics: Arc<Metrics>, gate: Option<Gate>) -> Self {
+        Self { metrics, gate, ..self }
+    }
+
+    /// All deployments, by name.
+    pub fn deployments(&self) -> Vec<DeploymentView> {
+        self.deployments.borrow().deployments.clone()
     }
 
     /// The deployment that a request means.
@@ -170,40 +208,11 @@ impl Front {
         let text = Arc::new(text);
         let mut texts = self.lock_texts();
         let loaded = self.deployments.borrow();
-        texts.retain(|name, _| loaded.deployments.iter().any(|deployment| deployment.name == *name));
+        let is_loaded = |name: &str| loaded.deployments.iter().any(|deployment| deployment.name == name);
+        texts.retain(|name, _| is_loaded(name));
+        self.door.with(|admission| admission.retain(is_loaded));
         texts.insert(deployment.name.clone(), (deployment.epoch, Arc::clone(&text)));
         Ok(text)
-    }
-
-    /// Starts a generation. The answer is a stream; dropping it cancels the work within one step.
-    ///
-    /// # Errors
-    /// Everything that can be known before the first step.
-    pub async fn generate(&self, request: GenerationRequest) -> Result<Answer, FrontError> {
-        let deployment = self.ready(&request.model)?;
-        let text = self.model_text(&deployment).await?;
-        let tools = match &request.input {
-            Input::Chat(chat) if request.is_read => Some(chat.tools.clone().unwrap_or_default()),
-            _ => None,
-        };
-        let prompt = text.clone().tokenize_blocking(request.input).await?;
-        let mut parameters = request.parameters;
-        for token in &request.extra_eos {
-            parameters.extra_stop_tokens.push(text.tokenizer.parse_token(token)?);
-        }
-        let limits = text.limits(&deployment)?;
-        let valid = ValidRequest::new(prompt, parameters, &limits, fresh_seed())?;
-        let reader = tools.map(|tools| text.answers.parser(&tools, &valid.prompt)).transpose()?;
-        let output = Output::new(&text, valid.stop.clone(), reader)?;
-        let (seed, prompt_tokens) = (valid.seed(), valid.prompt.len());
-        let run = RunRequest {
-            prompt: valid.prompt,
-            spec: valid.spec,
-            deadline: request.deadline,
-            tenant: request.tenant,
-        };
-        let stream = self.replicas.run(&deployment, run).await?;
-        Ok(Answer::new(deployment, stream, output, prompt_tokens, seed))
     }
 
     /// The mean of the prompt's hidden vectors after the last norm, and the prompt's length in tokens.
@@ -211,20 +220,46 @@ impl Front {
     /// # Errors
     /// As [`Front::generate`], and when the replica is lost on the way.
     pub async fn embed(&self, request: EmbeddingRequest) -> Result<(Vec<f32>, usize), FrontError> {
+        let arrived = Instant::now();
         let deployment = self.ready(&request.model)?;
+        let _place = self.enter(&deployment.name, arrived)?;
         let text = self.model_text(&deployment).await?;
         let prompt = text.clone().tokenize_blocking(request.input).await?;
-        let valid = ValidRequest::embedding(prompt, request.adapter, &text.limits(&deployment)?)?;
+        let mut valid = ValidRequest::embedding(prompt, request.adapter, &text.limits(&deployment)?)?;
+        valid.spec.trace = Some(named(request.trace));
         let prompt_tokens = valid.prompt.len();
         let (deadline, tenant) = (request.deadline, request.tenant);
         let run = RunRequest { prompt: valid.prompt, spec: valid.spec, deadline, tenant };
-        let mut events = self.replicas.run(&deployment, run).await?;
+        let mut account = self.account(&deployment, &run, arrived);
+        let mut events = self.replicas.run(&deployment, run).await.map_err(|error| account.failed(error))?;
         while let Some(event) = events.next().await {
-            if let RunEvent::Embedding(values) = event? {
-                return Ok((values, prompt_tokens));
+            match event {
+                Ok(RunEvent::Started { cached_tokens }) => account.started(cached_tokens),
+                Ok(RunEvent::Embedding(values)) => {
+                    account.ended(Finished::Stop);
+                    return Ok((values, prompt_tokens));
+                }
+                Ok(_) => {}
+                Err(error) => return Err(account.failed(error)),
             }
         }
-        Err(RunError::Unavailable("the scheduler ended the sequence".into()).into())
+        Err(account.failed(RunError::Unavailable("the scheduler ended the sequence".into())))
+    }
+
+    /// A place among the requests that are being prepared for this deployment.
+    fn enter(&self, model: &str, now: Instant) -> Result<Place, FrontError> {
+        self.door.enter(model, now).map_err(|retry_after| {
+            self.metrics.rejected(Rejection::Overloaded);
+            FrontError::Busy { model: model.to_owned(), retry_after }
+        })
+    }
+
+    /// The account of a sequence that is about to be submitted.
+    fn account(&self, deployment: &DeploymentView, run: &RunRequest, arrived: Instant) -> Account {
+        let place = self.door.join(&deployment.name, run.prompt.len());
+        let record = self.metrics.request(&deployment.name, run.prompt.len(), arrived);
+        let gate = self.gate.clone().map(|gate| (gate, run.tenant.clone()));
+        Account::new(place, record, self.metrics.clone(), gate, Submitted::new(run, arrived))
     }
 
     fn ready(&self, model: &str) -> Result<DeploymentView, FrontError> {
@@ -248,6 +283,11 @@ impl Front {
     fn lock_texts(&self) -> std::sync::MutexGuard<'_, Texts> {
         self.texts.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The request's name, or a new one.
+fn named(trace: Option<TraceContext>) -> TraceContext {
+    trace.unwrap_or_else(|| TraceContext::new(rand::random()))
 }
 
 /// 63 random bits: a seed that survives every JSON parser's numbers would need 53, but gRPC carries all.

@@ -1,7 +1,7 @@
 //! Tokenizer and chat template of one model, ready for use.
 
 use crate::deployments::DeploymentView;
-use crate::front::{FrontError, Input};
+use crate::front::{FrontError, Input, SamplingDefaults};
 use mlxnode_coordinator::requests::ModelLimits;
 use mlxnode_coordinator::scheduler::RunError;
 use mlxnode_text::{AnswerFormat, ChatRequest, ChatTemplate, Sandbox, TextError, TextFiles, Tokenizer};
@@ -15,6 +15,8 @@ pub struct ModelText {
     pub vocabulary: usize,
     /// How its answers mark reasoning and tool calls.
     pub answers: AnswerFormat,
+    /// How its authors want it sampled.
+    pub sampling: SamplingDefaults,
     template: Option<ChatTemplate>,
 }
 
@@ -37,7 +39,8 @@ impl ModelText {
         let vocabulary = declared.unwrap_or_else(|| tokenizer.vocabulary_size());
         let template = ChatTemplate::from_files(files, &tokenizer, sandbox)?;
         let answers = AnswerFormat::from_files(files, &tokenizer, template.as_ref())?;
-        Ok(Self { tokenizer, vocabulary, answers, template })
+        let sampling = SamplingDefaults::from_files(files)?.within(vocabulary);
+        Ok(Self { tokenizer, vocabulary, answers, sampling, template })
     }
 
     /// What the model and its deployment allow.

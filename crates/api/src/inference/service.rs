@@ -3,6 +3,7 @@
 use crate::front::{AnswerEvent, Front, FrontError, Input};
 use crate::inference::wire;
 use futures::stream::BoxStream;
+use mlxnode_compute::TraceContext;
 use mlxnode_proto::v1::inference_server::Inference;
 use mlxnode_proto::v1::{
     DetokenizeRequest, DetokenizeResponse, GenerateRequest, GenerateResponse, RenderChatRequest,
@@ -32,7 +33,9 @@ impl Inference for InferenceService {
         request: Request<GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let deadline = deadline(&request);
-        let request = wire::generation_request(request.into_inner(), deadline)?;
+        let trace =
+            request.metadata().get("traceparent").and_then(|text| TraceContext::parse(text.to_str().ok()?));
+        let request = wire::generation_request(request.into_inner(), deadline, trace)?;
         let mut answer = self.front.generate(request).await.map_err(wire::status)?;
         let front = self.front.clone();
         let stream = async_stream(move |sender| async move {

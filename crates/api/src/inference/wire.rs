@@ -1,7 +1,7 @@
 //! `Inference` messages to the front's types and back.
 
 use crate::front::{End, FrontError, GenerationRequest, Input, Piece, Summary};
-use mlxnode_compute::{ByteCount, Sampled};
+use mlxnode_compute::{ByteCount, Sampled, TraceContext};
 use mlxnode_coordinator::requests::Parameters;
 use mlxnode_coordinator::scheduler::RunError;
 use mlxnode_proto::v1;
@@ -16,6 +16,7 @@ const MAX_TEXT: usize = 8 << 20;
 pub(super) fn generation_request(
     request: v1::GenerateRequest,
     deadline: Option<Instant>,
+    trace: Option<TraceContext>,
 ) -> Result<GenerationRequest, Status> {
     use v1::generate_request::Input as Wire;
     let input = match request.input {
@@ -61,6 +62,7 @@ pub(super) fn generation_request(
         extra_eos: request.extra_eos,
         deadline,
         tenant: String::new(),
+        trace,
         is_read: false,
     })
 }
@@ -153,6 +155,7 @@ pub(crate) fn status(error: FrontError) -> Status {
             Status::invalid_argument(text)
         }
         FrontError::NotReady { .. } => Status::unavailable(text),
+        FrontError::Busy { .. } => Status::resource_exhausted(text),
         FrontError::Run(error) => run_status(error),
     }
 }

@@ -30,6 +30,7 @@ pub(crate) fn deployment_to_proto(view: &DeploymentView, statistics: Option<&Sta
         context_tokens: view.context_tokens as u32,
         active_requests: statistics.map_or(0, |statistics| statistics.active as u32),
         queued_requests: statistics.map_or(0, |statistics| statistics.queued as u32),
+        max_sequences: view.max_sequences as u32,
     }
 }
 
@@ -69,7 +70,7 @@ pub fn deployment(wire: v1::Deployment) -> Result<DeploymentView, Status> {
         stages,
         architecture: wire.architecture,
         context_tokens: wire.context_tokens as usize,
-        max_sequences: 0,
+        max_sequences: wire.max_sequences as usize,
     })
 }
 
@@ -182,7 +183,7 @@ mod tests {
             scheduler: Some(node),
             architecture: "llama".into(),
             context_tokens: 256,
-            max_sequences: 0,
+            max_sequences: 4,
         };
         assert_eq!(deployment(deployment_to_proto(&view, None)).unwrap(), view);
         let broken = v1::Stage { node_id: "xyz".into(), ..Default::default() };

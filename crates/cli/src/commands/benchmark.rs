@@ -1,5 +1,6 @@
 //! `mlxnode benchmark`: how fast a model runs on this machine.
 
+use crate::adapter::AdapterFlag;
 use crate::arguments::{Global, within};
 use crate::familiar::FamiliarFlags;
 use crate::prefill::PrefillFlags;
@@ -83,6 +84,8 @@ pub struct Benchmark {
     )]
     delay: u32,
     #[command(flatten)]
+    adapter: AdapterFlag,
+    #[command(flatten)]
     familiar: FamiliarFlags,
 }
 
@@ -118,7 +121,9 @@ impl Benchmark {
         let folder = hub::folder(&self.model, global.quiet)?;
         let unusable = || format!("cannot use the model in {}", folder.display());
         let checkpoint = Checkpoint::open(&folder).with_context(unusable)?;
-        let model = loading::weights(&checkpoint, global.quiet).with_context(unusable)?;
+        let adapter = self.adapter.open(&checkpoint)?;
+        let mut model = loading::weights(&checkpoint, global.quiet).with_context(unusable)?;
+        self.adapter.apply(adapter.as_ref(), &checkpoint, &mut model)?;
         let prompts = self.prompts(model.info().vocabulary);
         let mut runner = self.runner(model)?;
 

@@ -1,5 +1,6 @@
 //! `mlxnode cache-prompt`: processes a prompt once, for `mlxnode generate` to go on from.
 
+use crate::adapter::AdapterFlag;
 use crate::arguments::Global;
 use crate::caching::CacheFlags;
 use crate::familiar::FamiliarFlags;
@@ -42,6 +43,8 @@ pub struct CachePrompt {
     #[command(flatten)]
     cache: CacheFlags,
     #[command(flatten)]
+    adapter: AdapterFlag,
+    #[command(flatten)]
     familiar: FamiliarFlags,
 }
 
@@ -61,7 +64,7 @@ impl CachePrompt {
         self.familiar.check(global)?;
         let text = if self.prompt == "-" { prompt::stdin()? } else { self.prompt.clone() };
         let folder = hub::folder(&self.model, global.quiet)?;
-        let loaded = loading::load(&folder, global.quiet)?;
+        let loaded = loading::load(&folder, &self.adapter, global.quiet)?;
         let tokens = tokens(&text, &loaded)?;
         let eos_token = self.eos_token.as_deref();
         if let Some(token) = eos_token {

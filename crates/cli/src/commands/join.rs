@@ -6,7 +6,7 @@ use crate::output;
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use mlxnode_compute::ByteCount;
-use mlxnode_node::{Node, NodeOptions};
+use mlxnode_node::{HttpOptions, Node, NodeOptions};
 use serde::Serialize;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs as _};
 use std::time::Duration;
@@ -33,6 +33,25 @@ pub struct Join {
     /// The default, all interfaces, is what other Macs need; 127.0.0.1:0 keeps the node to this machine.
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:7420")]
     listen: String,
+    /// Address and port for HTTP clients (OpenAI's and Anthropic's APIs). Port 0 takes a free one.
+    ///
+    /// Default: 127.0.0.1:8080, or another port of this machine when that one is taken.
+    #[arg(long, value_name = "ADDRESS:PORT", conflicts_with = "no_http")]
+    http: Option<String>,
+    /// Serve no HTTP.
+    #[arg(long)]
+    no_http: bool,
+    /// A further name that HTTP clients may call this node by; repeat for several.
+    ///
+    /// Requests to other names are refused, so that no web page can reach the node by a name of its own.
+    #[arg(long = "http-host", value_name = "NAME", conflicts_with = "no_http")]
+    http_hosts: Vec<String>,
+    /// Origin of a web page that may ask this node, such as https://chat.example; repeat for several.
+    #[arg(long = "http-origin", value_name = "ORIGIN", conflicts_with = "no_http")]
+    http_origins: Vec<String>,
+    /// Ask HTTP clients on this Mac for an API key too, even while the cluster has none (`mlxnode keys`).
+    #[arg(long, conflicts_with = "no_http")]
+    require_key: bool,
     /// Address of another node, for networks without mDNS; repeat for several.
     #[arg(long = "peer", value_name = "HOST:PORT")]
     peers: Vec<String>,
@@ -57,7 +76,7 @@ struct Ready<'a> {
     name: &'a str,
     cluster: &'a str,
     grpc: String,
-    /// There is no HTTP listener yet.
+    /// URL of the HTTP listener; `null` with --no-http.
     http: Option<String>,
 }
 
@@ -67,10 +86,26 @@ const INVITE: Duration = Duration::from_secs(600);
 impl Join {
     pub async fn run(self, global: &Global) -> Result<()> {
         let data_dir = data_dir(global)?;
-        let listen = address(&self.listen)?;
+        let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+        let listen = address("--listen", &self.listen, any)?;
+        let http = match (&self.http, self.no_http) {
+            (_, true) => None,
+            (None, false) => Some(HttpOptions::local()),
+            (Some(text), false) => {
+                // A port alone is one of this machine's: other machines need keys.
+                let listen = address("--http", text, IpAddr::V4(Ipv4Addr::LOCALHOST))?;
+                Some(HttpOptions { listen, any_port_will_do: false, ..HttpOptions::local() })
+            }
+        };
         let worker_command =
             std::env::current_exe().context("cannot find my own executable for the workers")?;
         let mut options = NodeOptions::new(data_dir.root(), listen, worker_command, crate::hub::options());
+        options.http = http.map(|http| HttpOptions {
+            hosts: self.http_hosts,
+            origins: self.http_origins,
+            requires_key: self.require_key,
+            ..http
+        });
         options.name = self.name;
         options.cluster_name = self.cluster_name;
         options.invite = self.invite;
@@ -86,13 +121,20 @@ impl Join {
             name: node.name(),
             cluster: node.cluster_name(),
             grpc: node.grpc_address(),
-            http: None,
+            http: node.http(),
         };
         if global.json {
             output::json(&ready)?;
         } else {
             let address = node.addresses().first().unwrap_or(&ready.grpc);
             output::line(&format!("Node {} of cluster {} listens on {address}.", ready.name, ready.cluster))?;
+            if let Some(http) = &ready.http {
+                let moved = match node.http_moved() {
+                    true => format!("   (port {} is taken)", HttpOptions::DEFAULT_PORT),
+                    false => String::new(),
+                };
+                output::line(&format!("OpenAI and Anthropic clients:   {http}/v1{moved}"))?;
+            }
             let invite = match node.founded() {
                 // Whoever starts the first node wants a second one next.
                 true => format!(
@@ -115,9 +157,8 @@ impl Join {
     }
 }
 
-/// HOST:PORT, :PORT or PORT as an address to bind.
-fn address(text: &str) -> Result<SocketAddr> {
-    let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+/// HOST:PORT, :PORT or PORT (then on `any`) as an address to bind.
+fn address(flag: &str, text: &str, any: IpAddr) -> Result<SocketAddr> {
     if let Ok(port) = text.trim_start_matches(':').parse::<u16>() {
         return Ok(SocketAddr::new(any, port));
     }
@@ -126,7 +167,7 @@ fn address(text: &str) -> Result<SocketAddr> {
     }
     match text.to_socket_addrs().ok().and_then(|mut found| found.next()) {
         Some(address) => Ok(address),
-        None => bail!("--listen {text:?} is not ADDRESS:PORT, such as 0.0.0.0:7420 or 127.0.0.1:0"),
+        None => bail!("{flag} {text:?} is not ADDRESS:PORT, such as 0.0.0.0:7420 or 127.0.0.1:0"),
     }
 }
 
@@ -172,6 +213,7 @@ mod tests {
 
     #[test]
     fn a_port_alone_listens_on_all_interfaces() {
+        let address = |text| address("--listen", text, IpAddr::V4(Ipv4Addr::UNSPECIFIED));
         assert_eq!(address("7420").unwrap(), "0.0.0.0:7420".parse().unwrap());
         assert_eq!(address(":80").unwrap(), "0.0.0.0:80".parse().unwrap());
         assert!(address("nowhere").is_err());

@@ -8,6 +8,7 @@ pub mod forget;
 pub mod generate;
 pub mod invite;
 pub mod join;
+pub mod keys;
 pub mod leave;
 pub mod load;
 pub mod models;
@@ -35,6 +36,7 @@ pub fn run(arguments: Arguments) -> Result<ExitCode> {
         Command::Plan(command) => asynchronous(command.run(global))?,
         Command::Load(command) => asynchronous(command.run(global))?,
         Command::Unload(command) => asynchronous(command.run(global))?,
+        Command::Keys(command) => asynchronous(command.run(global))?,
         Command::Models(command) => command.run(global)?,
         Command::Generate(command) => return command.run(global),
         Command::Chat(command) => return command.run(global),

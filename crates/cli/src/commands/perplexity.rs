@@ -1,5 +1,6 @@
 //! `mlxnode perplexity`: how well a model predicts a text.
 
+use crate::adapter::AdapterFlag;
 use crate::arguments::{Global, within};
 use crate::corpus::Corpus;
 use crate::familiar::FamiliarFlags;
@@ -61,6 +62,8 @@ pub struct Perplexity {
     #[arg(long, value_name = "N", default_value_t = 123, allow_negative_numbers = true)]
     seed: u32,
     #[command(flatten)]
+    adapter: AdapterFlag,
+    #[command(flatten)]
     familiar: FamiliarFlags,
 }
 
@@ -90,7 +93,7 @@ impl Perplexity {
         // The text first: what is wrong with it shows before gigabytes are read.
         let corpus = Corpus::read(&self.data_path)?;
         let folder = hub::folder(&self.model, global.quiet)?;
-        let loaded = loading::load(&folder, global.quiet)?;
+        let loaded = loading::load(&folder, &self.adapter, global.quiet)?;
         let rows = self.rows(&corpus, &loaded, global)?;
         let model = loaded.model;
 

@@ -1,6 +1,7 @@
 //! `mlxnode status`: who is here and what runs where.
 
 use crate::arguments::Global;
+use crate::commands::data_dir;
 use crate::connection::Connection;
 use crate::{output, wire};
 use anyhow::Result;
@@ -19,16 +20,21 @@ pub struct Status {}
 impl Status {
     pub async fn run(self, global: &Global) -> Result<()> {
         let connection = Connection::open(global).await?;
-        let status = wire::status(connection.cluster().status(StatusRequest {}).await?.into_inner());
+        let mut status = wire::status(connection.cluster().status(StatusRequest {}).await?.into_inner());
+        status.http = data_dir(global)?.read_running().and_then(|running| running.http);
         if global.json {
             return output::json(&status);
         }
         let reachable =
             if status.coordinator.reachable { "" } else { " (cannot be reached; models may be out of date)" };
         output::line(&format!(
-            "Cluster {}, coordinator {}{reachable}\n",
+            "Cluster {}, coordinator {}{reachable}",
             status.cluster, status.coordinator.name
         ))?;
+        match &status.http {
+            Some(http) => output::line(&format!("HTTP on this node: {http}\n"))?,
+            None => output::line("")?,
+        }
         let here = status.nodes.iter().find(|node| node.id == status.node_id);
         let rows: Vec<Vec<String>> = status
             .nodes

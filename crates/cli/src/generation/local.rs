@@ -2,6 +2,7 @@
 
 use super::conversation::{Conversation, common, to_repeat};
 use super::{Finish, Input, Model, Outcome, Piece, Request};
+use crate::adapter::AdapterFlag;
 use crate::guessing::Guesses;
 use crate::hub;
 use crate::interrupts::AnswerGuard;
@@ -26,6 +27,8 @@ pub struct LocalOptions {
     pub cache: CacheOptions,
     /// Who guesses tokens ahead.
     pub guesses: Guesses,
+    /// What changes the model.
+    pub adapter: AdapterFlag,
     /// What prompts come after.
     pub memory: MemoryOptions,
 }
@@ -64,10 +67,10 @@ impl LocalModel {
     /// Loads the model of a folder.
     pub fn load(folder: &Path, options: LocalOptions, quiet: bool) -> Result<Self> {
         let unusable = || format!("cannot use the model in {}", folder.display());
-        let Loaded { model, files, tokenizer, template } = loading::load(folder, quiet)?;
+        let Loaded { model, files, tokenizer, template } = loading::load(folder, &options.adapter, quiet)?;
         let format =
             AnswerFormat::from_files(&files, &tokenizer, template.as_ref()).with_context(unusable)?;
-        let LocalOptions { prefill_step, cache, guesses, memory } = options;
+        let LocalOptions { prefill_step, cache, guesses, memory, .. } = options;
         let has_windows = model.spec().layers.iter().any(|layer| {
             let attention = layer.mixer.attention();
             attention.is_some_and(|attention| attention.window.is_some() || attention.chunk.is_some())
@@ -203,7 +206,7 @@ fn speculation(guesses: Guesses, tokenizer: &Tokenizer, quiet: bool) -> Result<O
         Guesses::Never => None,
         Guesses::Lookup { ngram, tokens } => Some(Speculation::PromptLookup { ngram, tokens }),
         Guesses::Draft { model: name, tokens } => {
-            let draft = loading::load(&hub::folder(&name, quiet)?, quiet)?;
+            let draft = loading::load(&hub::folder(&name, quiet)?, &AdapterFlag::default(), quiet)?;
             let (own, other) = (tokenizer.vocabulary_size(), draft.tokenizer.vocabulary_size());
             if own != other {
                 bail!(
@@ -343,7 +346,13 @@ mod tests {
 
     fn open(folder: &Path, cache: CacheOptions, memory: MemoryOptions) -> LocalModel {
         // Small steps, so that prompts are cut at many places.
-        let options = LocalOptions { prefill_step: 8, cache, guesses: Guesses::Never, memory };
+        let options = LocalOptions {
+            prefill_step: 8,
+            cache,
+            guesses: Guesses::Never,
+            adapter: AdapterFlag::default(),
+            memory,
+        };
         LocalModel::load(folder, options, true).unwrap()
     }
 

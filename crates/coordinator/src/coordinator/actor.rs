@@ -5,11 +5,12 @@
 
 use super::Limits;
 use super::handle::PlanReport;
-use super::journal::Journal;
+use super::journal::{Decisions, Entry, Journal};
 use super::orders::{Orders, within};
-use crate::Error;
 use crate::deployments::{Attempt, DeploymentView, DeploymentWish, Deployments, Effect, Event, Loaded};
+use crate::keys::{KeyEntry, KeyText, KeyWish, Keys};
 use crate::placement::{ModelCost, Offer, Wish};
+use crate::{Error, keys};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
@@ -63,6 +64,24 @@ pub(super) enum Message {
         /// To whom.
         reply: Reply<PlanReport>,
     },
+    /// A key is wanted.
+    CreateKey {
+        /// For whom.
+        wish: KeyWish,
+        /// What its text is made of.
+        random: [u8; 32],
+        /// Now, in seconds since 1970.
+        created_unix: u64,
+        /// The key, once it is durable.
+        reply: Reply<(KeyText, KeyEntry)>,
+    },
+    /// A key is not wanted any more.
+    RevokeKey {
+        /// Which.
+        name: String,
+        /// When that is durable.
+        reply: Reply<()>,
+    },
     /// Something happened, or an order was carried out.
     Happened(Event),
     /// It is time for [`Deployments::tick`].
@@ -75,16 +94,20 @@ pub(super) struct CoordinatorActor;
 pub(super) struct Arguments {
     pub(super) journal: Journal,
     pub(super) deployments: Deployments,
+    pub(super) keys: Keys,
     pub(super) orders: Orders,
     pub(super) snapshot: watch::Sender<Vec<DeploymentView>>,
+    pub(super) key_list: watch::Sender<Vec<KeyEntry>>,
 }
 
 pub(super) struct Running {
     deployments: Deployments,
+    keys: Keys,
     journal: Journal,
     orders: Orders,
     limits: Limits,
     snapshot: watch::Sender<Vec<DeploymentView>>,
+    key_list: watch::Sender<Vec<KeyEntry>>,
     /// Calls that wait, by deployment; those to load with the number that cancels them.
     loads: HashMap<String, Vec<(u64, Reply<DeploymentView>)>>,
     unloads: HashMap<String, Vec<Reply<()>>>,
@@ -108,10 +131,12 @@ impl Actor for CoordinatorActor {
         let limits = arguments.orders.limits;
         let mut running = Running {
             deployments: arguments.deployments,
+            keys: arguments.keys,
             journal: arguments.journal,
             orders: arguments.orders,
             limits,
             snapshot: arguments.snapshot,
+            key_list: arguments.key_list,
             loads: HashMap::new(),
             unloads: HashMap::new(),
             under_way: JoinSet::new(),
@@ -152,6 +177,14 @@ impl Actor for CoordinatorActor {
                 let report = result
                     .and_then(|(cost, offers)| PlanReport::new(&running.deployments, &cost, offers, &wish));
                 let _ = reply.send(report);
+                Vec::new()
+            }
+            Message::CreateKey { wish, random, created_unix, reply } => {
+                let _ = reply.send(running.create_key(wish, &random, created_unix).await);
+                Vec::new()
+            }
+            Message::RevokeKey { name, reply } => {
+                let _ = reply.send(running.revoke_key(&name).await);
                 Vec::new()
             }
             Message::Happened(event) => running.deployments.on(event, now()),
@@ -199,9 +232,7 @@ impl Running {
         while let Some(effect) = effects.pop_front() {
             match effect {
                 Effect::Record { attempt, record } => {
-                    let result =
-                        within(self.limits.record, "writing the control log", self.journal.append(&record))
-                            .await;
+                    let result = self.record(Entry::Deployment(record)).await;
                     let fold = result.as_ref().ok().copied().flatten();
                     let event = Event::Recorded { attempt, result: result.map(|_| ()) };
                     effects.extend(self.deployments.on(event, now()));
@@ -231,6 +262,40 @@ impl Running {
             warn!("another coordinator has taken over: this one ends");
             myself.stop(None);
         }
+    }
+
+    /// Makes a decision durable. Answers whether the log should be folded now, up to which entry.
+    async fn record(&mut self, entry: Entry) -> Result<Option<u64>, Error> {
+        within(self.limits.record, "writing the control log", self.journal.append(&entry)).await
+    }
+
+    async fn create_key(
+        &mut self,
+        wish: KeyWish,
+        random: &[u8; 32],
+        created_unix: u64,
+    ) -> Result<(KeyText, KeyEntry), Error> {
+        let (text, key) = self.keys.create(wish, random, created_unix)?;
+        self.decide_on_keys(keys::Record::Created { key: key.clone() }).await?;
+        info!(key = key.name, id = key.hash.id(), "API key created");
+        Ok((text, key))
+    }
+
+    async fn revoke_key(&mut self, name: &str) -> Result<(), Error> {
+        let record = self.keys.revoke(name)?;
+        self.decide_on_keys(record).await?;
+        info!(key = name, "API key revoked");
+        Ok(())
+    }
+
+    async fn decide_on_keys(&mut self, record: keys::Record) -> Result<(), Error> {
+        let fold = self.record(Entry::Key(record.clone())).await?;
+        self.keys.apply(record);
+        self.key_list.send_replace(self.keys.list());
+        if let Some(index) = fold {
+            self.fold(index).await;
+        }
+        Ok(())
     }
 
     fn order(&mut self, myself: &ActorRef<Message>, effect: Effect) {
@@ -291,8 +356,8 @@ impl Running {
 
     /// Failing to fold loses nothing: the entries are still there, and it is tried again with the next one.
     async fn fold(&mut self, index: u64) {
-        let records = self.deployments.records();
-        let work = self.journal.fold(index, records);
+        let decisions = Decisions { deployments: self.deployments.records(), keys: self.keys.records() };
+        let work = self.journal.fold(index, &decisions);
         if let Err(error) = within(self.limits.record, "folding the control log", work).await {
             warn!(%error, "the control log keeps growing");
         }

@@ -7,16 +7,19 @@ use super::nodes::Nodes;
 use super::orders::Orders;
 use super::progress::{Audience, LoadUpdate, Progress};
 use crate::deployments::{Attempt, DeploymentView, DeploymentWish, Deployments, Event, default_name};
+use crate::keys::{KeyEntry, KeyText, KeyWish, Keys};
 use crate::placement::{ModelCost, NodeBudget, Offer, Plan, Refusal, Wish};
 use crate::{Error, NodeId};
 use futures::Stream;
 use mlxnode_cluster::ControlLog;
 use mlxnode_compute::ByteCount;
 use ractor::{Actor, ActorRef};
+use ring::rand::{SecureRandom as _, SystemRandom};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
+use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 /// Calls that may wait for the coordinator at a time. Its mailbox has no bound of its own.
@@ -102,6 +105,7 @@ impl PlanReport {
 pub struct CoordinatorHandle {
     actor: ActorRef<Message>,
     snapshot: watch::Receiver<Vec<DeploymentView>>,
+    keys: watch::Receiver<Vec<KeyEntry>>,
     audience: Arc<Audience>,
     calls: Arc<Semaphore>,
     next_call: Arc<AtomicU64>,
@@ -122,14 +126,18 @@ pub async fn start(
     log: Arc<dyn ControlLog>,
     nodes: Arc<dyn Nodes>,
 ) -> Result<(CoordinatorHandle, Coordinator), Error> {
-    let (journal, records) = Journal::open(log).await?;
+    let (journal, decisions) = Journal::open(log).await?;
+    let keys = Keys::restore(decisions.keys);
+    let (key_list, key_receiver) = watch::channel(keys.list());
     let audience = Arc::new(Audience::default());
     let (sender, snapshot) = watch::channel(Vec::new());
     let arguments = Arguments {
         journal,
-        deployments: Deployments::restore(records),
+        deployments: Deployments::restore(decisions.deployments),
+        keys,
         orders: Orders { nodes, audience: audience.clone(), limits },
         snapshot: sender,
+        key_list,
     };
     let (actor, task) = Actor::spawn(None, CoordinatorActor, arguments)
         .await
@@ -137,6 +145,7 @@ pub async fn start(
     let handle = CoordinatorHandle {
         actor: actor.clone(),
         snapshot,
+        keys: key_receiver,
         audience,
         calls: Arc::new(Semaphore::new(CALLS)),
         next_call: Arc::new(AtomicU64::new(0)),
@@ -195,6 +204,38 @@ impl CoordinatorHandle {
         let (reply, answer) = oneshot::channel();
         self.send(Message::Unload { name, reply })?;
         answer.await.unwrap_or_else(|_| Err(stopped()))
+    }
+
+    /// Makes an API key. Nobody can be told its text again.
+    ///
+    /// # Errors
+    /// When the wish makes no sense, the name is taken, or the control log cannot be written.
+    pub async fn create_key(&self, wish: KeyWish) -> Result<(KeyText, KeyEntry), Error> {
+        let _permit = self.permit()?;
+        let mut random = [0; 32];
+        SystemRandom::new()
+            .fill(&mut random)
+            .map_err(|_| Error::Failed("the system gives no random bytes for a key".into()))?;
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let (reply, answer) = oneshot::channel();
+        self.send(Message::CreateKey { wish, random, created_unix: since_1970.as_secs(), reply })?;
+        answer.await.unwrap_or_else(|_| Err(stopped()))
+    }
+
+    /// Ends an API key; it is refused here when this returns, and elsewhere within a second.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or when the control log cannot be written.
+    pub async fn revoke_key(&self, name: String) -> Result<(), Error> {
+        let _permit = self.permit()?;
+        let (reply, answer) = oneshot::channel();
+        self.send(Message::RevokeKey { name, reply })?;
+        answer.await.unwrap_or_else(|_| Err(stopped()))
+    }
+
+    /// All API keys now and whenever one is made or ends. Closed when the coordinator has stopped.
+    pub fn keys(&self) -> watch::Receiver<Vec<KeyEntry>> {
+        self.keys.clone()
     }
 
     /// All deployments now, by name.

@@ -1,7 +1,6 @@
 //! The coordinator's decisions in the control log, as JSON: rare, small, and readable when something went wrong.
 
-use crate::Error;
-use crate::deployments::Record;
+use crate::{Error, deployments, keys};
 use mlxnode_cluster::{ControlEpoch, ControlLog, ControlLogError};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -9,17 +8,24 @@ use std::sync::Arc;
 /// Entries after which the log is folded into a snapshot. Each attempt writes one of some 300 bytes.
 const ENTRIES_BEFORE_SNAPSHOT: u64 = 1000;
 
-/// One entry. Other kinds of decisions will stand beside it.
+/// One entry.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Entry {
-    Deployment(Record),
+pub(super) enum Entry {
+    /// About a model that is wanted.
+    Deployment(deployments::Record),
+    /// About an API key.
+    Key(keys::Record),
 }
 
-/// What a snapshot holds.
+/// All decisions that still count, in order: what a snapshot holds, and what opening the journal yields.
 #[derive(Debug, Default, Serialize, Deserialize)]
-struct Snapshot {
-    deployments: Vec<Record>,
+pub(super) struct Decisions {
+    /// About models.
+    pub(super) deployments: Vec<deployments::Record>,
+    /// About API keys.
+    #[serde(default)] // snapshots of before there were keys
+    pub(super) keys: Vec<keys::Record>,
 }
 
 /// The way to the control log.
@@ -31,32 +37,34 @@ pub(super) struct Journal {
 }
 
 impl Journal {
-    /// Opens the journal and reads all records, in order.
-    pub(super) async fn open(log: Arc<dyn ControlLog>) -> Result<(Self, Vec<Record>), Error> {
+    /// Opens the journal and reads all decisions.
+    pub(super) async fn open(log: Arc<dyn ControlLog>) -> Result<(Self, Decisions), Error> {
         let snapshot = log.snapshot().await.map_err(unusable)?;
-        let mut records = Vec::new();
+        let mut decisions = Decisions::default();
         let mut folded = 0;
         if let Some(snapshot) = snapshot {
             folded = snapshot.index;
-            let state: Snapshot = serde_json::from_slice(&snapshot.state)
+            decisions = serde_json::from_slice(&snapshot.state)
                 .map_err(|error| unreadable(&format!("snapshot {folded}"), &error))?;
-            records = state.deployments;
         }
         for entry in log.entries_after(folded).await.map_err(unusable)? {
-            let Entry::Deployment(record) = serde_json::from_slice(&entry.record)
+            let read = serde_json::from_slice(&entry.record)
                 .map_err(|error| unreadable(&format!("record {}", entry.index), &error))?;
-            records.push(record);
+            match read {
+                Entry::Deployment(record) => decisions.deployments.push(record),
+                Entry::Key(record) => decisions.keys.push(record),
+            }
         }
         let mut epoch = log.epoch().await.map_err(unusable)?;
         if epoch == ControlEpoch::default() {
             epoch = ControlEpoch { generation: 1, term: 1 }; // the first coordinator of this cluster
         }
-        Ok((Self { log, epoch, folded, is_superseded: false }, records))
+        Ok((Self { log, epoch, folded, is_superseded: false }, decisions))
     }
 
-    /// Makes a record durable. Answers whether it is time for [`Journal::fold`], with the index to fold up to.
-    pub(super) async fn append(&mut self, record: &Record) -> Result<Option<u64>, Error> {
-        let bytes = serde_json::to_vec(&Entry::Deployment(record.clone()))
+    /// Makes a decision durable. Answers whether it is time for [`Journal::fold`], with the index to fold up to.
+    pub(super) async fn append(&mut self, entry: &Entry) -> Result<Option<u64>, Error> {
+        let bytes = serde_json::to_vec(entry)
             .map_err(|error| Error::Failed(format!("the decision cannot be written: {error}")))?;
         let appended = self.log.append(self.epoch, bytes).await;
         self.is_superseded |= matches!(appended, Err(ControlLogError::StaleEpoch { .. }));
@@ -69,9 +77,9 @@ impl Journal {
         self.is_superseded
     }
 
-    /// Replaces the records up to `index` by those that say the same.
-    pub(super) async fn fold(&mut self, index: u64, deployments: Vec<Record>) -> Result<(), Error> {
-        let state = serde_json::to_vec(&Snapshot { deployments })
+    /// Replaces the records up to `index` by decisions that say the same.
+    pub(super) async fn fold(&mut self, index: u64, decisions: &Decisions) -> Result<(), Error> {
+        let state = serde_json::to_vec(decisions)
             .map_err(|error| Error::Failed(format!("the state cannot be written: {error}")))?;
         self.log.compact(index, state).await.map_err(unusable)?;
         self.folded = index;

@@ -73,6 +73,8 @@ pub(crate) struct Registry {
     pub(crate) active: Rc<Active>,
     targets: Vec<Target>,
     loaded: BTreeMap<String, AdapterId>,
+    /// What sequences use that ask for none.
+    default: Option<AdapterId>,
     next: u32,
 }
 
@@ -88,9 +90,21 @@ impl Registry {
         self.targets.push(target);
     }
 
-    /// The adapter of this name; None for no name.
+    /// What sequences use from now on that ask for none.
+    pub(crate) fn set_default(&mut self, name: Option<&str>) -> Result<(), UnknownAdapter> {
+        self.default = None;
+        self.default = self.named(name)?;
+        Ok(())
+    }
+
+    /// Everything that is computed from now on goes with the default.
+    pub(crate) fn enter_default(&self) {
+        self.active.set_all(self.default);
+    }
+
+    /// The adapter of this name; without a name the default, if there is one.
     pub(crate) fn named(&self, name: Option<&str>) -> Result<Option<AdapterId>, UnknownAdapter> {
-        let Some(name) = name else { return Ok(None) };
+        let Some(name) = name else { return Ok(self.default) };
         let found = self.loaded.get(name).copied();
         found.map(Some).ok_or_else(|| UnknownAdapter {
             name: name.to_owned(),
@@ -141,7 +155,10 @@ impl Registry {
     /// Takes an adapter's changes out of all maps. One that is not there is fine.
     pub(crate) fn remove(&mut self, device: &Device, name: &str) -> Result<(), Error> {
         match self.loaded.remove(name) {
-            Some(id) => self.take_out(device, id),
+            Some(id) => {
+                self.default = self.default.filter(|default| *default != id);
+                self.take_out(device, id)
+            }
             None => Ok(()),
         }
     }

@@ -7,7 +7,7 @@ pub(super) const BYTE_LEVEL_SPACE: &str = "Ġ";
 ///
 /// GPT-2 gave each byte a visible character: printable Latin-1 stands for itself, the other 68 bytes are the characters
 /// from U+0100 on, in order. A token with a character outside of that alphabet (an added one) stands for its own UTF-8.
-pub(super) fn of_byte_level(token: &str) -> Vec<u8> {
+pub(crate) fn of_byte_level(token: &str) -> Vec<u8> {
     token.chars().map(byte_of).collect::<Option<Vec<u8>>>().unwrap_or_else(|| token.as_bytes().to_vec())
 }
 
@@ -24,7 +24,7 @@ pub(crate) fn visible_byte(byte: u8) -> char {
 }
 
 /// The byte NN that the token `<0xNN>` of a SentencePiece vocabulary stands for, by the rules of the tokenizers library.
-pub(super) fn byte_token(token: &str) -> Option<u8> {
+pub(crate) fn byte_token(token: &str) -> Option<u8> {
     let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
     u8::from_str_radix(digits, 16).ok().filter(|_| digits.len() == 2)
 }

@@ -13,7 +13,7 @@ mod newline;
 mod pieces;
 
 use bytes::Utf8Stream;
-pub(crate) use bytes::visible_byte;
+pub(crate) use bytes::{byte_token, of_byte_level, visible_byte};
 use naive::LineDecoder;
 use newline::MarkStream;
 pub(crate) use newline::{marked, unmarked};

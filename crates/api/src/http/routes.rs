@@ -1,0 +1,86 @@
+//! Every route as data: path, method, who may call it. The router is made of this table, so that nothing is served that is not in it.
+
+pub use crate::gate::Access;
+use crate::http::entrance::{self, Entrance};
+use crate::http::{ApiError, Dialect, ErrorKind, HttpServices, guard, health, metrics, openai, requests};
+use axum::Router;
+use axum::extract::Request;
+use axum::http::Method;
+use axum::middleware::{self, Next};
+use axum::response::Response;
+use axum::routing::{MethodRouter, get};
+use std::sync::Arc;
+
+/// One route.
+#[derive(Clone)]
+pub struct Route {
+    /// Path, with `{name}` for a part and `{*name}` for the rest.
+    pub path: &'static str,
+    /// Method.
+    pub method: Method,
+    /// Who may call it.
+    pub access: Access,
+    handler: MethodRouter<HttpServices>,
+}
+
+/// All routes. Some paths exist twice, because mlx_lm.server has them without `/v1` as well.
+pub fn routes() -> Vec<Route> {
+    let get_ = |path, access, handler| Route { path, method: Method::GET, access, handler };
+    vec![
+        get_("/health", Access::Open, get(health::health)),
+        get_("/metrics", Access::Metrics, get(metrics::metrics)),
+        get_("/v1/models", Access::User, get(openai::models::list)),
+        get_("/v1/models/{*model}", Access::User, get(openai::models::one)),
+    ]
+}
+
+/// The router over [`routes`]: unknown paths, wrong methods and foreign pages are answered in the caller's dialect.
+pub fn router(services: HttpServices, guard: Arc<guard::Guard>) -> Router {
+    let mut router = Router::new();
+    for route in routes() {
+        let Route { path, access, handler, .. } = route;
+        let entrance = Entrance { services: services.clone(), access, path };
+        router = router
+            .route(path, handler.route_layer(middleware::from_fn_with_state(entrance, entrance::check)));
+    }
+    router
+        .method_not_allowed_fallback(wrong_method)
+        .fallback(no_route)
+        .with_state(services)
+        .layer(middleware::from_fn(speak))
+        .layer(middleware::from_fn_with_state(guard, guard::check))
+        .layer(middleware::from_fn(requests::name))
+}
+
+async fn no_route(request: Request) -> ApiError {
+    let message =
+        format!("there is nothing at {}; docs/http.md lists what there is", printable(request.uri().path()));
+    ApiError::new(ErrorKind::NoRoute, message)
+}
+
+async fn wrong_method(request: Request) -> ApiError {
+    let message = format!("{} is not served at {}", request.method(), printable(request.uri().path()));
+    ApiError::new(ErrorKind::Method, message)
+}
+
+fn printable(path: &str) -> String {
+    path.chars().take(200).collect()
+}
+
+/// Errors are written in OpenAI's shape first; here those for Anthropic's clients get theirs.
+async fn speak(request: Request, next: Next) -> Response {
+    let dialect = Dialect::of_path(request.uri().path());
+    let response = next.run(request).await;
+    match response.extensions().get::<ApiError>() {
+        Some(error) if dialect == Dialect::Anthropic => {
+            let mut told = error.clone().respond(dialect);
+            for (name, value) in response.headers() {
+                if !told.headers().contains_key(name) {
+                    told.headers_mut().insert(name, value.clone());
+                }
+            }
+            told
+        }
+        _ => response,
+    }
+}

@@ -1,0 +1,87 @@
+//! What the figures for monitoring say about this node: its schedulers, its workers, its links.
+
+use crate::household::NodeHousehold;
+use crate::schedulers::Schedulers;
+use crate::workers::{SeenWorker, Workers};
+use async_trait::async_trait;
+use mlxnode_api::cluster::{Household as _, NodeState};
+use mlxnode_api::deployments::DeploymentsView;
+use mlxnode_api::metrics::{LinkSeen, Observations, Observer, SchedulerSeen, StageSeen};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// A worker that does not answer within this time is left out: a scrape has little patience.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// Looks at one node.
+pub(crate) struct NodeObserver {
+    pub(crate) deployments: watch::Receiver<DeploymentsView>,
+    pub(crate) schedulers: Schedulers,
+    pub(crate) workers: Workers,
+    pub(crate) household: Arc<NodeHousehold>,
+}
+
+#[async_trait]
+impl Observer for NodeObserver {
+    async fn observe(&self) -> Observations {
+        let stages = self.workers.look(PATIENCE).await.into_iter().map(stage).collect();
+        let deployments = self.deployments.borrow().deployments.clone();
+        let schedulers = self.schedulers.statistics().into_iter().map(|(model, statistics)| {
+            let deployment = deployments.iter().find(|deployment| deployment.name == model);
+            let reserved = deployment
+                .map(|deployment| deployment.max_sequences.saturating_mul(deployment.context_tokens))
+                .filter(|tokens| *tokens > 0);
+            SchedulerSeen {
+                running: statistics.active,
+                waiting: statistics.queued,
+                kv_usage: reserved.map(|tokens| statistics.reserved_tokens as f64 / tokens as f64),
+                model,
+            }
+        });
+        let schedulers = schedulers.collect();
+        let view = self.household.view();
+        let mut nodes = BTreeMap::new();
+        for node in &view.nodes {
+            *nodes.entry(state_name(node.state)).or_default() += 1;
+        }
+        let own = view.nodes.iter().find(|node| node.id == view.own);
+        let name = |id| view.nodes.iter().find(|node| node.id == id).map(|node| node.name.clone());
+        let links = own.map(|own| own.links.as_slice()).unwrap_or_default().iter();
+        let links = links.filter_map(|link| Some(LinkSeen { to: name(link.to)?, round_trip: link.rtt }));
+        Observations {
+            deployments: deployments.iter().map(|deployment| deployment.name.clone()).collect(),
+            schedulers,
+            stages,
+            links: links.collect(),
+            nodes,
+            memory_budget_bytes: own.map_or(0, |own| own.facts.memory_budget_bytes),
+            memory_used_bytes: self.workers.memory_used().0,
+        }
+    }
+}
+
+fn stage(seen: SeenWorker) -> StageSeen {
+    let SeenWorker { deployment, layers, stats } = seen;
+    StageSeen {
+        model: deployment,
+        layers: format!("{}-{}", layers.start, layers.end),
+        steps: stats.steps,
+        compute: stats.compute_time,
+        wait: None,
+        send: None,
+        open_sequences: stats.open_sequences.into(),
+        active_bytes: stats.active_bytes,
+        peak_bytes: stats.peak_bytes,
+    }
+}
+
+fn state_name(state: NodeState) -> &'static str {
+    match state {
+        NodeState::Connecting => "connecting",
+        NodeState::Alive => "alive",
+        NodeState::Suspect => "suspect",
+        NodeState::Dead => "dead",
+    }
+}

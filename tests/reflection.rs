@@ -15,9 +15,13 @@ fn story_a_python_client_that_knows_only_reflection_streams_a_generation() -> Re
     let seen: Value = oracle::run("reflection_client.py", &arguments)?;
     let services: Vec<&str> =
         seen["services"].as_array().context("services")?.iter().filter_map(Value::as_str).collect();
-    for service in
-        ["mlxnode.v1.Inference", "mlxnode.v1.Models", "mlxnode.v1.Cluster", "mlxnode.v1.Keys", "grpc.health.v1.Health"]
-    {
+    for service in [
+        "mlxnode.v1.Inference",
+        "mlxnode.v1.Models",
+        "mlxnode.v1.Cluster",
+        "mlxnode.v1.Keys",
+        "grpc.health.v1.Health",
+    ] {
         ensure!(services.contains(&service), "{service} is not in {services:?}");
     }
     ensure!(seen["text"].as_str().context("text")?.contains("42"), "{seen}");

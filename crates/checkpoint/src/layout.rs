@@ -130,6 +130,9 @@ impl ModelSpec {
         }
         let mut push = |name: &str, kind| modules.push(Module { path: format!("model.{name}"), kind });
         if first {
+            if let Some(ngrams) = self.ngrams {
+                ngrams.modules(self.hidden, &mut push);
+            }
             self.widening.entrance(self.hidden, self.layer_count(), &mut push);
         }
         if last {

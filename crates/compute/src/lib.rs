@@ -15,11 +15,11 @@ mod trace;
 
 pub use activation::{Activation, ActivationError, Dtype};
 pub use cache_options::{CacheOptions, CacheOptionsError};
-pub use grammar::Grammar;
+pub use grammar::{Grammar, GrammarError, Grammars, TokenConstraint};
 pub use quantity::{ByteCount, LayerRange};
 pub use sampling::{Candidate, LogprobRequest, Penalty, Sampled, Sampling, SamplingError, Xtc};
 pub use stage::{
-    Output, SequenceEnd, SequenceId, SequenceSpec, Stage, StageError, StageInfo, StageMemory, Step,
-    StepInput, StepOutput,
+    BatchOutput, MicroBatch, Output, Row, RowOutput, SequenceEnd, SequenceId, SequenceSpec, Stage,
+    StageError, StageInfo, StageMemory, Step, StepInput, StepOutput,
 };
 pub use trace::TraceContext;

@@ -1,8 +1,8 @@
 //! A stage without a model: deterministic tokens, wrong wiring noticed. Tests of the pipeline and the scheduler run on it.
 
 use crate::{
-    Activation, Dtype, Sampled, SequenceId, SequenceSpec, Stage, StageError, StageInfo, StageMemory, Step,
-    StepInput, StepOutput,
+    Activation, BatchOutput, Dtype, MicroBatch, Output, Row, RowOutput, Sampled, SequenceId, SequenceSpec,
+    Stage, StageError, StageInfo, StageMemory, StepInput,
 };
 use bytes::Bytes;
 use std::collections::HashMap;
@@ -12,7 +12,7 @@ use std::time::Duration;
 /// that each activation went through exactly the layers before it, once and in order.
 pub struct SimulatedStage {
     info: StageInfo,
-    /// How long a step takes, per token.
+    /// How long a token of a chunk takes; the single tokens of a micro-batch take as long as one.
     step_time: Duration,
     sequences: HashMap<SequenceId, Sequence>,
 }
@@ -21,10 +21,14 @@ struct Sequence {
     position: usize,
     /// Sum over everything seen, so that the sampled token depends on the whole history.
     digest: u64,
+    /// Sum of the tokens, for the vector of an embedding.
+    sum: f32,
+    is_scored: bool,
+    is_embedded: bool,
 }
 
 impl SimulatedStage {
-    /// A stage with these facts whose steps take `step_time` (slept, not computed).
+    /// A stage with these facts whose tokens take `step_time` (slept, not computed).
     pub fn new(info: StageInfo, step_time: Duration) -> Self {
         Self { info, step_time, sequences: HashMap::new() }
     }
@@ -59,53 +63,52 @@ impl Stage for SimulatedStage {
     }
 
     fn open(&mut self, sequence: SequenceId, spec: SequenceSpec) -> Result<(), StageError> {
-        spec.sampling.check(self.info.vocabulary)?;
-        if self.sequences.insert(sequence, Sequence { position: 0, digest: 0 }).is_some() {
+        spec.check(self.info.vocabulary)?;
+        let state = Sequence {
+            position: 0,
+            digest: 0,
+            sum: 0.0,
+            is_scored: spec.prompt_logprobs.is_some(),
+            is_embedded: spec.output == Output::Embedding,
+        };
+        if self.sequences.insert(sequence, state).is_some() {
             return Err(StageError::AlreadyOpen(sequence));
         }
         Ok(())
     }
 
-    fn step(&mut self, step: Step) -> Result<StepOutput, StageError> {
-        let sequence =
-            self.sequences.get_mut(&step.sequence).ok_or(StageError::UnknownSequence(step.sequence))?;
-        if step.position != sequence.position {
-            return Err(StageError::Position { expected: sequence.position, actual: step.position });
-        }
-        let mut values = match &step.input {
+    fn run(&mut self, batch: &MicroBatch) -> Result<BatchOutput, StageError> {
+        let values = match &batch.input {
             StepInput::Tokens => {
-                step.tokens.iter().flat_map(|token| vec![*token as f32; self.info.hidden]).collect()
+                let tokens = batch.rows.iter().flat_map(|row| &row.tokens);
+                tokens.flat_map(|token| vec![*token as f32; self.info.hidden]).collect()
             }
             StepInput::Activation(activation) => read(activation),
         };
-        let expected_rows = step.tokens.len() * self.info.hidden;
-        if values.len() != expected_rows {
-            return Err(StageError::Input(format!("{} values for {expected_rows}", values.len())));
+        let expected = batch.tokens() * self.info.hidden;
+        if values.len() != expected {
+            return Err(StageError::Input(format!("{} values for {expected}", values.len())));
         }
-        for (row, token) in values.chunks(self.info.hidden).zip(&step.tokens) {
-            let expected = *token as f32 + self.info.layers.start as f32;
-            if row.iter().any(|value| *value != expected) {
-                return Err(StageError::Input(format!("expected {expected} for token {token}, got {row:?}")));
+        let (mut rows, mut handed_on, mut rest) = (Vec::new(), Vec::new(), values.as_slice());
+        for row in &batch.rows {
+            let (own, after) = rest.split_at(row.tokens.len() * self.info.hidden);
+            rest = after;
+            let output = self.row(row, own);
+            if output.is_ok() {
+                handed_on.extend(own.iter().map(|value| value + self.info.layers.len() as f32));
             }
+            rows.push(output);
         }
-        values.iter_mut().for_each(|value| *value += self.info.layers.len() as f32);
-        sequence.position += step.tokens.len();
-        sequence.digest =
-            step.tokens.iter().fold(sequence.digest, |digest, token| Self::digest(digest, *token));
-        if !self.step_time.is_zero() {
-            std::thread::sleep(self.step_time * step.tokens.len() as u32);
-        }
-        if !self.info.is_last() {
-            let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
-            let activation =
-                Activation::new(step.tokens.len(), self.info.hidden, Dtype::F32, Bytes::from(bytes))?;
-            return Ok(StepOutput::Activation(activation));
-        }
-        if !step.sample {
-            return Ok(StepOutput::Nothing);
-        }
-        let token = Self::next_token(sequence.digest, self.info.vocabulary);
-        Ok(StepOutput::Sampled(Sampled { token, logprob: None, top: Vec::new() }))
+        self.take_time(&batch.rows);
+        let activation = match self.info.is_last() || handed_on.is_empty() {
+            true => None,
+            false => {
+                let bytes = handed_on.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+                let (tokens, hidden) = (handed_on.len() / self.info.hidden, self.info.hidden);
+                Some(Activation::new(tokens, hidden, Dtype::F32, Bytes::from(bytes))?)
+            }
+        };
+        Ok(BatchOutput { rows, activation })
     }
 
     fn close(&mut self, sequence: SequenceId) {
@@ -114,6 +117,59 @@ impl Stage for SimulatedStage {
 
     fn memory(&self) -> StageMemory {
         StageMemory { active: self.info.weights, peak: self.info.weights }
+    }
+}
+
+impl SimulatedStage {
+    fn row(&mut self, row: &Row, values: &[f32]) -> Result<RowOutput, StageError> {
+        let Self { info, sequences, .. } = self;
+        let sequence = sequences.get_mut(&row.sequence).ok_or(StageError::UnknownSequence(row.sequence))?;
+        if row.position != sequence.position {
+            return Err(StageError::Position { expected: sequence.position, actual: row.position });
+        }
+        for (vector, token) in values.chunks(info.hidden).zip(&row.tokens) {
+            let expected = *token as f32 + info.layers.start as f32;
+            if vector.iter().any(|value| *value != expected) {
+                return Err(StageError::Input(format!(
+                    "expected {expected} for token {token}, got {vector:?}"
+                )));
+            }
+        }
+        let mut output = RowOutput::default();
+        for token in &row.tokens {
+            if sequence.is_scored && sequence.position > 0 {
+                output.scores.push(Self::score(sequence.digest, *token));
+            }
+            sequence.digest = Self::digest(sequence.digest, *token);
+            sequence.sum += *token as f32;
+            sequence.position += 1;
+        }
+        if !info.is_last() {
+            return Ok(RowOutput::default());
+        }
+        if row.sample && sequence.is_embedded {
+            output.embedding = Some(vec![sequence.sum / sequence.position as f32; info.hidden]);
+        } else if row.sample {
+            let token = Self::next_token(sequence.digest, info.vocabulary);
+            sequence.is_scored = false; // the prompt is over
+            output.sampled = Some(Sampled { token, logprob: None, top: Vec::new() });
+        }
+        Ok(output)
+    }
+
+    /// The score of a token that comes after a history with this digest.
+    pub fn score(digest: u64, token: u32) -> Sampled {
+        let logprob = -((digest % 1000) as f32) / 100.0;
+        Sampled { token, logprob: Some(logprob), top: Vec::new() }
+    }
+
+    fn take_time(&self, rows: &[Row]) {
+        let chunks: usize = rows.iter().map(|row| row.tokens.len()).filter(|tokens| *tokens > 1).sum();
+        let singles = usize::from(rows.iter().any(|row| row.tokens.len() == 1));
+        let time = self.step_time * (chunks + singles) as u32;
+        if !time.is_zero() {
+            std::thread::sleep(time);
+        }
     }
 }
 
@@ -128,7 +184,7 @@ fn read(activation: &Activation) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{ByteCount, LayerRange};
+    use crate::{ByteCount, LayerRange, Step, StepOutput};
 
     fn stage(start: usize, end: usize) -> SimulatedStage {
         let info = StageInfo {
@@ -168,5 +224,34 @@ mod tests {
             generated.push(sampled.token);
         }
         assert_eq!(generated, SimulatedStage::expected_tokens(&[7, 9], 5, 100));
+    }
+
+    #[test]
+    fn a_row_that_fails_spares_the_others() {
+        let (mut first, mut last) = (stage(0, 2), stage(2, 4));
+        for sequence in [1, 2] {
+            for stage in [&mut first, &mut last] {
+                stage.open(SequenceId(sequence), SequenceSpec::new(2, 5, Default::default())).unwrap();
+            }
+        }
+        let row = |sequence, position, tokens: &[u32]| Row {
+            sequence: SequenceId(sequence),
+            position,
+            tokens: tokens.to_vec(),
+            sample: true,
+        };
+        let rows = vec![row(1, 0, &[4]), row(9, 0, &[5, 6]), row(2, 0, &[7, 8, 9])];
+        let output = first.run(&MicroBatch { rows: rows.clone(), input: StepInput::Tokens }).unwrap();
+        assert!(matches!(output.rows[1], Err(StageError::UnknownSequence(SequenceId(9)))));
+        let activation = output.activation.unwrap();
+        assert_eq!(activation.tokens(), 4);
+        let mut batch = MicroBatch { rows, input: StepInput::Tokens };
+        batch.retain(|row| row.sequence.0 != 9).unwrap();
+        let output = last.run(&MicroBatch { input: StepInput::Activation(activation), ..batch }).unwrap();
+        let tokens: Vec<u32> =
+            output.rows.into_iter().map(|row| row.unwrap().sampled.unwrap().token).collect();
+        let expected =
+            [&[4][..], &[7, 8, 9]].map(|prompt| SimulatedStage::expected_tokens(prompt, 1, 100)[0]);
+        assert_eq!(tokens, expected);
     }
 }

@@ -3,13 +3,15 @@
 //!     batch_speed FOLDER ROWS PROMPT_TOKENS NEW_TOKENS
 //!
 //! Row n has a prompt of PROMPT_TOKENS + 7 n tokens. Prints one line of JSON: tokens per second of all rows together once all of
-//! them run, operations and host reads per step, the peak of MLX's memory, and a digest of the tokens, which must equal the
+//! them run, CPU milliseconds per token (of the whole process), operations and host reads per step while the same rows run, the peak of MLX's memory, and a digest of the tokens, which must equal the
 //! counterpart's.
 
 use anyhow::{Context, Result};
 use mlxnode_checkpoint::Checkpoint;
 use mlxnode_compute::{Sampling, SequenceSpec};
 use mlxnode_engine::{BatchEvent, BatchGenerator, BatchOptions, Model};
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
@@ -42,6 +44,7 @@ fn main() -> Result<()> {
         digests.insert(batch.insert(&prompt, &spec(&prompt, new_tokens))?, 0_u64);
     }
     let (mut first, mut steps) = (None, 0_u64);
+    let mut middle = [batch.model().device().counts(); 2];
     loop {
         let events = batch.step()?;
         if events.is_empty() {
@@ -57,18 +60,33 @@ fn main() -> Result<()> {
         }
         if is_decode {
             steps += 1;
-            first.get_or_insert_with(|| (Instant::now(), batch.model().device().counts()));
+            let counts = batch.model().device().counts();
+            match steps {
+                1 => first = Some((Instant::now(), cpu_ms()?)),
+                3 => middle[0] = counts,
+                6 => middle[1] = counts,
+                _ => {}
+            }
         }
     }
-    let (start, before) = first.context("nothing was generated")?;
-    let (time, counts) = (start.elapsed().as_secs_f64(), batch.model().device().counts() - before);
-    let per_step = |count: u64| count as f64 / (steps - 1) as f64;
+    let (start, cpu) = first.context("nothing was generated")?;
+    let (time, cpu) = (start.elapsed().as_secs_f64(), cpu_ms()? - cpu);
+    let counts = middle[1] - middle[0];
+    let per_step = |count: u64| count as f64 / 3.0;
+    let tokens = rows as f64 * (new_tokens - 1) as f64;
     let report = serde_json::json!({
-        "generation_tps": rows as f64 * (new_tokens - 1) as f64 / time,
+        "generation_tps": tokens / time,
+        "generation_cpu_ms": cpu / tokens,
         "operations_per_step": per_step(counts.operations),
         "reads_per_step": per_step(counts.reads),
         "peak_mb": batch.model().device().memory()?.peak as f64 / 1e6,
         "digest": digests.values().fold(0_u64, |all, digest| (all * 31 + digest) % (1 << 32)),
     });
     Ok(writeln!(std::io::stdout(), "{report}")?)
+}
+
+/// CPU time of all threads of this process.
+fn cpu_ms() -> Result<f64> {
+    let usage = getrusage(UsageWho::RUSAGE_SELF)?;
+    Ok((usage.user_time().num_microseconds() + usage.system_time().num_microseconds()) as f64 / 1e3)
 }

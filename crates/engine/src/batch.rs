@@ -17,7 +17,8 @@ pub(crate) struct Batch<'a> {
     /// The positions of the tokens of the first rows, `[n]`, which have one for each sequence: what they need alike can be done for
     /// them at once.
     pub(crate) positions: Option<Array>,
-    /// Keys and values as the last layer projected them that projects for later ones, `[1, tokens of all rows, heads * head_dim]`.
+    /// What a layer hands on to later ones, `[1, tokens of all rows, ..]`: keys and values as the last layer projected them that
+    /// projects for later ones, or the first layer's values (RWKV-7).
     pub(crate) projected: Vec<Array>,
     /// What blocks of layers before added, in a family that mixes over them.
     pub(crate) blocks: ResidualBlocks,

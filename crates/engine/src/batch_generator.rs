@@ -257,10 +257,10 @@ impl BatchGenerator {
         let running_segments = plan.running_segments();
         active.set(running_segments.iter().copied().chain(plan.chunk_segments()));
         let ids = plan.ids(device)?;
-        let hidden = decoder.embed(device, &ids)?;
         let chunks: Vec<(RowId, i32)> =
             plan.chunks.iter().map(|(sequence, tokens)| (sequence.id, *tokens as i32)).collect();
         let mut batch = Batch::of(self.caches.rows(&chunks))?;
+        let hidden = decoder.embed(device, &ids, &mut batch)?;
         let hidden = decoder.forward(device, hidden, &mut batch)?;
         drop(batch);
         active.set(running_segments);

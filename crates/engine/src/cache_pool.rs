@@ -56,6 +56,20 @@ impl<K: Copy + Eq> CachePool<K> {
         self.entries.get(place).map(|entry| &entry.cache).filter(|cache| cache.lanes() == 1)
     }
 
+    /// The cache that a sequence lies in, alone or with others.
+    pub(crate) fn of(&self, key: K) -> Option<&SequenceCache> {
+        self.find(key).and_then(|(place, _)| self.entries.get(place)).map(|entry| &entry.cache)
+    }
+
+    /// Forgets a sequence.
+    pub(crate) fn remove(&mut self, key: K) {
+        let Some((place, lane)) = self.find(key) else { return };
+        self.entries[place].keys[lane] = None;
+        if self.entries[place].keys.iter().all(Option::is_none) {
+            self.entries.remove(place);
+        }
+    }
+
     /// Takes a sequence out; its cache is its own again. None when there is no such sequence.
     pub(crate) fn take(&mut self, device: &Device, key: K) -> Result<Option<SequenceCache>> {
         let Some((place, lane)) = self.find(key) else { return Ok(None) };
@@ -127,7 +141,8 @@ impl<K: Copy + Eq> CachePool<K> {
             }
             let lanes: Vec<usize> = (0..entry.keys.len()).filter(|lane| runs(&entry.keys[*lane])).collect();
             entry.keys.retain(runs);
-            entry.cache = SequenceCache::of_lanes(device, &[Part { cache: &entry.cache, lanes }])?;
+            let cache = std::mem::take(&mut entry.cache);
+            entry.cache = SequenceCache::of_lanes(device, vec![Part { cache, lanes }])?;
         }
         self.entries.append(&mut parted);
         Ok(())
@@ -143,12 +158,9 @@ impl<K: Copy + Eq> Entry<K> {
         self.keys.iter().flatten().next().copied()
     }
 
-    /// The cache of one lane; starts to compute it, so that it does not keep the others.
+    /// The cache of one lane, as its own.
     fn lane(&self, device: &Device, lane: usize) -> Result<SequenceCache> {
-        let part = Part { cache: &self.cache, lanes: vec![lane] };
-        let cache = SequenceCache::of_lanes(device, &[part])?;
-        device.async_eval(cache.state())?;
-        Ok(cache)
+        SequenceCache::of_lanes(device, vec![Part { cache: self.cache.clone(), lanes: vec![lane] }])
     }
 
     /// Shortest and longest sequence.
@@ -178,12 +190,11 @@ fn join<K: Copy + Eq>(device: &Device, entries: Vec<Entry<K>>) -> Result<Vec<Ent
         }
     }
     let together = |group: Vec<Entry<K>>| {
-        let all = |entry: &Entry<K>| (0..entry.keys.len()).collect();
-        let parts: Vec<_> =
-            group.iter().map(|entry| Part { cache: &entry.cache, lanes: all(entry) }).collect();
-        let cache = SequenceCache::of_lanes(device, &parts)?;
         let ran = group.first().map_or(0, |entry| entry.ran);
-        Ok(Entry { keys: group.iter().flat_map(|entry| entry.keys.iter().copied()).collect(), cache, ran })
+        let keys = group.iter().flat_map(|entry| entry.keys.iter().copied()).collect();
+        let part = |entry: Entry<K>| Part { lanes: (0..entry.keys.len()).collect(), cache: entry.cache };
+        let cache = SequenceCache::of_lanes(device, group.into_iter().map(part).collect())?;
+        Ok(Entry { keys, cache, ran })
     };
     let each = groups.into_iter().map(|mut group| match (group.len(), group.pop()) {
         (1, Some(only)) => Ok(only),

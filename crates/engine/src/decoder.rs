@@ -6,6 +6,7 @@ use crate::caches::SequenceCache;
 use crate::feed_forward::FeedForward;
 use crate::linear::{Embedding, Linear};
 use crate::mixers::{Mixed, Mixer};
+use crate::ngrams::Ngrams;
 use crate::norm::{Norm, apply};
 use crate::residual_blocks::{Mixture, ResidualBlocks};
 use crate::widening::{Blocks, Entrance, Exit, GatedInput, Widened};
@@ -17,6 +18,8 @@ use mlxnode_mlx::{Array, Device, Dtype, Result};
 pub(crate) struct Decoder {
     /// On the first stage.
     pub(crate) embedding: Option<Embedding>,
+    /// Tables of groups of tokens, on the first stage.
+    pub(crate) ngrams: Option<Ngrams>,
     /// Factor on its vectors.
     pub(crate) embedding_scale: Option<f32>,
     /// Epsilon of the norm on them.
@@ -112,6 +115,16 @@ pub(crate) struct Head {
     pub(crate) gain: Option<Array>,
     /// Over all blocks of layers.
     pub(crate) mixture: Option<Mixture>,
+}
+
+impl Head {
+    #[inline]
+    fn normed(&self, device: &Device, hidden: &Array) -> Result<Array> {
+        match &self.exit {
+            Some(exit) => self.norm.forward(device, &exit.merge(device, hidden)?),
+            None => self.norm.forward(device, hidden),
+        }
+    }
 }
 
 impl Layer {
@@ -315,12 +328,16 @@ impl Decoder {
     }
 
     /// `[1, tokens]` ids to what travels, `[1, tokens, width]`: the hidden vectors, and what a family has besides. The ids are below
-    /// the vocabulary size.
-    pub(crate) fn embed(&self, device: &Device, ids: &Array) -> Result<Array> {
+    /// the vocabulary size, and those of `batch`, which goes through [`Self::forward`] next.
+    pub(crate) fn embed(&self, device: &Device, ids: &Array, batch: &mut Batch<'_>) -> Result<Array> {
         let Some(embedding) = &self.embedding else {
             return Err(mlxnode_mlx::Error::Mlx("this layer range has no embedding".to_owned()));
         };
         let vectors = embedding.lookup(device, ids)?;
+        let vectors = match &self.ngrams {
+            Some(ngrams) => ngrams.join(device, ids, vectors, batch)?,
+            None => vectors,
+        };
         let vectors = match self.embedding_norm {
             Some(eps) => device.rms_normalize(&vectors, eps)?,
             None => vectors,
@@ -352,6 +369,9 @@ impl Decoder {
         if let Some(blocks) = widened.blocks {
             batch.blocks = self.arrived_blocks(device, &vectors, blocks)?;
         }
+        if let Some(handed) = widened.handed(device, &vectors)? {
+            batch.projected = vec![handed];
+        }
         let shared = if widened.embedding { Some(widened.embedding(device, &vectors)?) } else { None };
         let arrived = Arrived { vectors: &vectors, widened, shared: shared.as_ref() };
         for (index, layer) in self.layers.iter().enumerate() {
@@ -363,7 +383,10 @@ impl Decoder {
             }
             (Some(blocks), _) => hidden = widened.with_blocks(device, hidden, &batch.blocks, blocks)?,
             (None, _) if widened.is_plain() => {}
-            (None, head) => hidden = widened.leave(device, hidden, &vectors, head.is_some())?,
+            (None, head) => {
+                let handed = batch.projected.first();
+                hidden = widened.leave(device, hidden, &vectors, handed, head.is_some())?;
+            }
         }
         for row in &mut batch.rows {
             row.cache.advance(row.tokens);
@@ -382,15 +405,20 @@ impl Decoder {
         ResidualBlocks::arrived(device, &all, blocks.before, blocks.eps)
     }
 
+    /// Hidden vectors `[1, tokens, hidden]` after the last norm.
+    pub(crate) fn normed(&self, device: &Device, hidden: &Array) -> Result<Array> {
+        match &self.head {
+            Some(head) => head.normed(device, hidden),
+            None => Err(mlxnode_mlx::Error::Mlx("this layer range has no head".to_owned())),
+        }
+    }
+
     /// Logits `[tokens, vocabulary]` of hidden vectors `[1, tokens, hidden]`.
     pub(crate) fn logits(&self, device: &Device, hidden: &Array) -> Result<Array> {
         let Some(head) = &self.head else {
             return Err(mlxnode_mlx::Error::Mlx("this layer range has no head".to_owned()));
         };
-        let normed = match &head.exit {
-            Some(exit) => head.norm.forward(device, &exit.merge(device, hidden)?)?,
-            None => head.norm.forward(device, hidden)?,
-        };
+        let normed = head.normed(device, hidden)?;
         let normed = match head.logits {
             Logits::OfDivided(divisor) => device.divide(&normed, &Array::scalar(divisor, normed.dtype())?)?,
             _ => normed,

@@ -1,6 +1,7 @@
 //! Linear maps and embeddings, dense or packed.
 
 use crate::adapters::{Change, EmbeddingSlot, Slot};
+use crate::products::{DenseMatrix, packed_product};
 use mlxnode_mlx::{Array, Device, Quantized, Result};
 
 /// `x @ weight.T + bias`.
@@ -15,8 +16,8 @@ pub(crate) struct Linear {
 /// A matrix `[outputs, inputs]`.
 #[derive(Clone)]
 pub(crate) enum Weight {
-    /// The transposed view `[inputs, outputs]`, made once.
-    Dense(Array),
+    /// As numbers.
+    Dense(DenseMatrix),
     /// Packed.
     Quantized(Quantized),
     /// Packed with scales in single precision, in a model of another type: sums are single precision too, and rounded at the end.
@@ -26,7 +27,7 @@ pub(crate) enum Weight {
 impl Weight {
     /// From a matrix `[outputs, inputs]` as it is stored.
     pub(crate) fn dense(device: &Device, matrix: &Array) -> Result<Self> {
-        Ok(Self::Dense(device.transpose(matrix, &[1, 0])?))
+        Ok(Self::Dense(DenseMatrix::new(device, matrix)?))
     }
 }
 
@@ -41,10 +42,9 @@ impl Linear {
     /// Without what adapters add.
     fn unchanged(&self, device: &Device, x: &Array) -> Result<Array> {
         match (&self.weight, &self.bias) {
-            (Weight::Dense(weight), None) => device.matmul(x, weight),
-            (Weight::Dense(weight), Some(bias)) => device.addmm(bias, x, weight),
-            (Weight::Quantized(matrix), None) => device.quantized_matmul(x, matrix),
-            (Weight::Quantized(matrix), Some(bias)) => device.add(&device.quantized_matmul(x, matrix)?, bias),
+            (Weight::Dense(matrix), bias) => matrix.product(device, x, bias.as_ref()),
+            (Weight::Quantized(matrix), None) => packed_product(device, x, matrix),
+            (Weight::Quantized(matrix), Some(bias)) => device.add(&packed_product(device, x, matrix)?, bias),
             (Weight::Rounded(matrix), bias) => {
                 let product = device.cast(&device.quantized_matmul(x, matrix)?, x.dtype())?;
                 match bias {

@@ -3,7 +3,7 @@
 //! Every variant of mlx-lm 0.32.2 in its order of operations and element types, so that half precision rounds and ties fall as there.
 
 use crate::linear::Linear;
-use mlxnode_checkpoint::{GroupScore, Groups, Normalization, Routing, Scores, WeightPrecision};
+use mlxnode_checkpoint::{GroupScore, Groups, Normalization, Outside, Routing, Scores, WeightPrecision};
 use mlxnode_mlx::{Array, Device, Dtype, Result};
 
 /// The router of one block.
@@ -129,7 +129,7 @@ impl Router {
     }
 }
 
-/// The scores with 0 for the experts outside of the best groups.
+/// The scores with another one for the experts outside of the best groups.
 fn within_best_groups(device: &Device, scores: &Array, groups: Groups) -> Result<Array> {
     let (tokens, experts) = (scores.dim(1), scores.dim(2));
     let (count, ruled_out) = (groups.count as i32, (groups.count - groups.kept) as i32);
@@ -145,7 +145,11 @@ fn within_best_groups(device: &Device, scores: &Array, groups: Groups) -> Result
     };
     let worst = device.argpartition(&of_group, ruled_out - 1, -2)?;
     let worst = device.slice(&worst, &[0; 4], &[1, tokens, ruled_out, 1])?;
-    let nothing = Array::scalar(0.0, scores.dtype())?;
+    let nothing = match groups.outside {
+        Outside::Zero => 0.0,
+        Outside::Never => f32::NEG_INFINITY,
+    };
+    let nothing = Array::scalar(nothing, scores.dtype())?;
     let kept = device.put_along(&grouped, &worst, &nothing, -2)?;
     device.reshape(&kept, &[1, tokens, experts])
 }
@@ -226,14 +230,14 @@ mod tests {
         // By the sum of two the first group wins, by the largest the second.
         let logits = [1.0, 1.2, 2.0, -9.0];
         let by = |score| Routing {
-            groups: Some(Groups { count: 2, kept: 1, score }),
+            groups: Some(Groups { count: 2, kept: 1, score, outside: Outside::Zero }),
             correction: None,
             ..Routing::CORRECTED
         };
         assert_eq!(chosen(by(GroupScore::TwoLargest), None, &logits).0, [1, 0]);
         assert_eq!(chosen(by(GroupScore::Largest), None, &logits).0, [2, 3]);
         let all = Routing {
-            groups: Some(Groups { count: 2, kept: 2, score: GroupScore::Largest }),
+            groups: Some(Groups { count: 2, kept: 2, score: GroupScore::Largest, outside: Outside::Zero }),
             ..by(GroupScore::Largest)
         };
         assert_eq!(chosen(all, None, &logits).0, [2, 1]);

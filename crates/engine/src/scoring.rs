@@ -61,7 +61,8 @@ fn score(model: &Model, ids: &[u32], targets: &[u32], rows: Vec<Row<'_>>) -> Res
     let (device, decoder) = (&model.device, &model.decoder);
     let ids = Array::from_u32(ids, &[1, ids.len() as i32])?;
     let mut batch = Batch::of(rows)?;
-    let hidden = decoder.forward(device, decoder.embed(device, &ids)?, &mut batch)?;
+    let hidden = decoder.embed(device, &ids, &mut batch)?;
+    let hidden = decoder.forward(device, hidden, &mut batch)?;
     // What the tokens after these need too is computed once.
     device.eval([&hidden].into_iter().chain(batch.rows.iter().flat_map(|row| row.cache.state())))?;
     let at_once = (LOGITS_AT_ONCE / model.info().vocabulary.max(1)).max(1);

@@ -65,5 +65,7 @@ pub(crate) fn fill(model: &Model, cache: &mut SequenceCache, tokens: &[u32]) -> 
 /// Ids `[1, tokens]` through all layers, to `[1, tokens, hidden]`.
 pub(crate) fn forward(model: &Model, cache: &mut SequenceCache, ids: &Array) -> Result<Array, Error> {
     let (device, decoder) = (&model.device, &model.decoder);
-    decoder.forward(device, decoder.embed(device, ids)?, &mut Batch::single(cache, ids.dim(1)))
+    let mut batch = Batch::single(cache, ids.dim(1));
+    let hidden = decoder.embed(device, ids, &mut batch)?;
+    decoder.forward(device, hidden, &mut batch)
 }

@@ -94,6 +94,8 @@ pub(crate) struct Widened {
     pub(crate) hidden: i32,
     /// Width of a layer's input, 0 when there are none.
     pub(crate) input: i32,
+    /// Width of what the model's first layer hands on to later ones, 0 when there is no such thing.
+    pub(crate) handed: i32,
     /// The stage's first layer.
     pub(crate) first: i32,
     /// The embedding travels along, behind the hidden vector, as the input of all layers. The first stage needs no second copy of it:
@@ -117,7 +119,8 @@ pub(crate) struct Blocks {
 impl Widened {
     /// One hidden vector and nothing else.
     pub(crate) fn is_plain(self) -> bool {
-        self.streams == 1 && self.input == 0 && !self.embedding && self.blocks.is_none()
+        let is_single = self.streams == 1 && self.input == 0 && self.handed == 0;
+        is_single && !self.embedding && self.blocks.is_none()
     }
 
     /// The hidden vectors out of what arrived, `[1, tokens, all]`: `[1, tokens, hidden]`, or `[streams, 1, tokens, hidden]`.
@@ -132,6 +135,16 @@ impl Widened {
         }
         let apart = device.reshape(&own, &[1, tokens, self.streams, self.hidden])?;
         device.transpose(&apart, &[2, 0, 1, 3])
+    }
+
+    /// What the model's first layer handed on, `[1, tokens, width]`, out of what arrived; None on the first stage.
+    pub(crate) fn handed(self, device: &Device, arrived: &Array) -> Result<Option<Array>> {
+        match self.handed > 0 && arrived.dim(2) > self.hidden {
+            true => {
+                device.slice(arrived, &[0, 0, self.hidden], &[1, arrived.dim(1), arrived.dim(2)]).map(Some)
+            }
+            false => Ok(None),
+        }
     }
 
     /// The input of the stage's layer `index`, `[1, tokens, width]`, out of what arrived.
@@ -165,8 +178,19 @@ impl Widened {
         device.concatenate([&hidden].into_iter().chain(&kept).chain(&zeros), 2)
     }
 
-    /// What leaves the stage: the hidden vectors in the place of those that arrived; the last stage lets go of the inputs.
-    pub(crate) fn leave(self, device: &Device, hidden: Array, arrived: &Array, last: bool) -> Result<Array> {
+    /// What leaves the stage: the hidden vectors in the place of those that arrived, and what is handed on; the last stage lets go of
+    /// the inputs.
+    pub(crate) fn leave(
+        self,
+        device: &Device,
+        hidden: Array,
+        arrived: &Array,
+        handed: Option<&Array>,
+        last: bool,
+    ) -> Result<Array> {
+        if let Some(handed) = handed.filter(|_| self.handed > 0 && !last) {
+            return device.concatenate([&hidden, handed], 2);
+        }
         let (tokens, width) = (arrived.dim(1), self.streams * self.hidden);
         let hidden = match self.streams {
             1 => hidden,

@@ -98,6 +98,7 @@ impl Array {
             Dtype::BF16 => Self::from_bytes(&bf16::from_f32(value).to_le_bytes(), &[], dtype),
             Dtype::U32 => Self::from_bytes(&(value as u32).to_le_bytes(), &[], dtype),
             Dtype::I32 => Self::from_bytes(&(value as i32).to_le_bytes(), &[], dtype),
+            Dtype::I64 => Self::from_bytes(&(value as i64).to_le_bytes(), &[], dtype),
             Dtype::Bool | Dtype::U8 => Self::from_bytes(&[u8::from(value != 0.0)], &[], dtype),
             Dtype::F32 | Dtype::Other => Self::from_bytes(&value.to_le_bytes(), &[], Dtype::F32),
         }

@@ -13,6 +13,8 @@ pub enum Dtype {
     U32,
     /// Indices.
     I32,
+    /// Numbers of groups of token ids.
+    I64,
     /// Half precision.
     F16,
     /// bfloat16.
@@ -31,6 +33,7 @@ impl Dtype {
             Self::U8 => mlx_rs::Dtype::Uint8,
             Self::U32 => mlx_rs::Dtype::Uint32,
             Self::I32 => mlx_rs::Dtype::Int32,
+            Self::I64 => mlx_rs::Dtype::Int64,
             Self::F16 => mlx_rs::Dtype::Float16,
             Self::BF16 => mlx_rs::Dtype::Bfloat16,
             Self::F32 | Self::Other => mlx_rs::Dtype::Float32,
@@ -47,6 +50,7 @@ impl Dtype {
         match self {
             Self::Bool | Self::U8 => 1,
             Self::F16 | Self::BF16 => 2,
+            Self::I64 => 8,
             Self::U32 | Self::I32 | Self::F32 | Self::Other => 4,
         }
     }
@@ -67,6 +71,7 @@ impl Dtype {
             Self::U8 => "uint8",
             Self::U32 => "uint32",
             Self::I32 => "int32",
+            Self::I64 => "int64",
             Self::F16 => "float16",
             Self::BF16 => "bfloat16",
             Self::F32 => "float32",
@@ -102,6 +107,7 @@ impl From<mlx_rs::Dtype> for Dtype {
             mlx_rs::Dtype::Uint8 => Self::U8,
             mlx_rs::Dtype::Uint32 => Self::U32,
             mlx_rs::Dtype::Int32 => Self::I32,
+            mlx_rs::Dtype::Int64 => Self::I64,
             mlx_rs::Dtype::Float16 => Self::F16,
             mlx_rs::Dtype::Bfloat16 => Self::BF16,
             mlx_rs::Dtype::Float32 => Self::F32,

@@ -45,6 +45,12 @@ impl Device {
         self.run(|result, stream| unsafe { sys::mlx_logaddexp(result, x.handle(), zero.handle(), stream) })
     }
 
+    /// The nearest whole number; the even one of two.
+    pub fn round(&self, x: &Array) -> Result<Array> {
+        // SAFETY: a valid handle; the result is written to an empty handle.
+        self.run(|result, stream| unsafe { sys::mlx_round(result, x.handle(), 0, stream) })
+    }
+
     /// Hyperbolic tangent.
     pub fn tanh(&self, x: &Array) -> Result<Array> {
         // SAFETY: a valid handle; the result is written to an empty handle.
@@ -89,6 +95,13 @@ mod tests {
         let half = Array::scalar(0.5, crate::Dtype::F32).unwrap();
         let back = device.erf(&device.erfinv(&half).unwrap()).unwrap();
         assert!((back.to_f32().unwrap()[0] - 0.5).abs() < 1e-5);
+    }
+
+    #[test]
+    fn halves_are_rounded_to_even_numbers() {
+        let device = Device::open().unwrap();
+        let x = Array::from_f32(&[0.5, 1.5, -2.5, 2.4], &[4]).unwrap();
+        assert_eq!(device.round(&x).unwrap().to_f32().unwrap(), [0.0, 2.0, -2.0, 2.0]);
     }
 
     #[test]

@@ -63,6 +63,8 @@ binary! {
     power => mlx_power;
     /// Matrix product over the last two axes.
     matmul => mlx_matmul;
+    /// What is left of `a` after whole multiples of `b`, with the sign of `b`.
+    remainder => mlx_remainder;
     /// `a < b`.
     less => mlx_less;
     /// `a > b`.

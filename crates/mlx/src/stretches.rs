@@ -101,6 +101,7 @@ fn stored_name(dtype: Dtype) -> Option<&'static str> {
         Dtype::U8 => Some("U8"),
         Dtype::U32 => Some("U32"),
         Dtype::I32 => Some("I32"),
+        Dtype::I64 => Some("I64"),
         Dtype::F16 => Some("F16"),
         Dtype::BF16 => Some("BF16"),
         Dtype::F32 => Some("F32"),

@@ -19,8 +19,8 @@ const TEMPLATE_MEBIBYTES: u64 = 256;
 const STACK_MEBIBYTES: u64 = 64;
 /// Tokenizers to remember: more than a node has models.
 const MOST_TRIED: usize = 64;
-/// Who waits longer than this for its turn is told to come back.
-const QUEUE_PATIENCE: Duration = Duration::from_secs(10);
+/// Who waits longer than this for its turn is told to come back. More than a child takes to start on a busy machine.
+const QUEUE_PATIENCE: Duration = Duration::from_secs(30);
 
 /// How children are started, and what they may have.
 #[derive(Clone, Debug)]
@@ -47,7 +47,7 @@ impl SandboxOptions {
             arguments: vec!["sandbox".into()],
             // Honest renderings take milliseconds, and fuel ends small loops after thirty.
             template_time: Duration::from_secs(2),
-            // The largest honest tokenizer.json (35 MiB, 262,000 tokens, 580,000 merges) takes some 400 MiB and a second or two.
+            // One of 262,000 tokens and 257,000 merges takes between 300 and 400 MiB; the largest honest ones have twice the merges.
             tokenizer_mebibytes: 1024,
             tokenizer_time: Duration::from_secs(20), // of a busy machine
             queue: 64,

@@ -99,6 +99,9 @@ BY_NAME = {
     "k_k": lambda array: normal(array, 0.2, 0.8),
     "k_a": lambda array: normal(array, 0.2, 1.0),
     "r_k": lambda array: normal(array, 0.2),
+    # Steps to which keys and values of about one are rounded.
+    "quant_key_scale": lambda array: uniform(array, 0.01, 0.05),
+    "quant_value_scale": lambda array: uniform(array, 0.01, 0.05),
     # The factor on BitNet's weights.
     "weight_scale": lambda array: uniform(array, 0.1, 0.3),
     # Logits of a recurrent gate's decay.

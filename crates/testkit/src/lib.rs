@@ -4,10 +4,12 @@
 //! - [`node`]: one node as a process, by the machine-readable contracts of the command line
 //! - [`cluster`]: several nodes on this machine, paired
 //! - [`eventually`]: waiting with a bound instead of sleeping
+//! - [`clients`]: the official clients of the HTTP dialects
 //! - [`oracle`]: the Python environment whose numbers are the judge
 //! - [`netlab`]: hosts of a network of their own (Linux network namespaces)
 
 pub mod binary;
+pub mod clients;
 pub mod cluster;
 pub mod eventually;
 #[cfg(target_os = "linux")]

@@ -14,6 +14,8 @@ pub struct StopStrings {
     strings: Vec<String>,
     held: String,
     stopped: bool,
+    /// Which of the strings ended the text.
+    found: Option<usize>,
 }
 
 /// What a piece of text led to.
@@ -46,7 +48,7 @@ impl StopStrings {
                 ));
             }
         }
-        Ok(Self { strings, held: String::new(), stopped: false })
+        Ok(Self { strings, held: String::new(), stopped: false, found: None })
     }
 
     /// Takes the next piece of text.
@@ -55,8 +57,9 @@ impl StopStrings {
             return StopStep { text: String::new(), stopped: true };
         }
         self.held.push_str(text);
-        if let Some(start) = self.first_match() {
+        if let Some((start, found)) = self.first_match() {
             self.stopped = true;
+            self.found = Some(found);
             let mut text = std::mem::take(&mut self.held);
             text.truncate(start);
             return StopStep { text, stopped: true };
@@ -70,13 +73,18 @@ impl StopStrings {
         std::mem::take(&mut self.held)
     }
 
-    /// Where the stop string that ends first begins.
-    fn first_match(&self) -> Option<usize> {
-        let matches = self.strings.iter().filter_map(|stop| {
+    /// The string that ended the text, once one has.
+    pub fn found(&self) -> Option<&str> {
+        self.found.and_then(|index| self.strings.get(index)).map(String::as_str)
+    }
+
+    /// Where the stop string that ends first begins, and which it is.
+    fn first_match(&self) -> Option<(usize, usize)> {
+        let matches = self.strings.iter().enumerate().filter_map(|(index, stop)| {
             let start = self.held.find(stop.as_str())?;
-            Some((start + stop.len(), start))
+            Some((start + stop.len(), start, index))
         });
-        matches.min().map(|(_, start)| start)
+        matches.min().map(|(_, start, index)| (start, index))
     }
 
     /// How many bytes at the start cannot be part of a stop string any more.

@@ -32,7 +32,7 @@ pub mod wire;
 pub use compute_thread::{LoadFailure, LoadShard, StageFactory};
 pub use drive_client::{DriveClient, DriveError, DriveEvents};
 pub use error::{Fault, Side};
-pub use message::{DriveCommand, DriveEvent, SampledToken};
+pub use message::{DriveCommand, DriveEvent, SampledToken, StageTimes};
 pub use process::{LoadProgress, ProcessError, ShardLoading, SpawnWorker, WorkerExit, WorkerProcess};
 pub use progress::ShardStats;
 pub use run::{RunError, run};

@@ -114,6 +114,10 @@ impl Worker for Services {
             open_sequences: stats.open_sequences,
             compute_seconds: stats.compute_time.as_secs_f64(),
             step_seconds: stats.step_time.as_secs_f64(),
+            wait_seconds: stats.wait_time.as_secs_f64(),
+            send_seconds: stats.send_time.as_secs_f64(),
+            prompt_tokens: stats.prompt_tokens,
+            decode_tokens: stats.decode_tokens,
         }))
     }
 }
@@ -183,11 +187,11 @@ fn check_info(info: &StageInfo, shard: &LoadShard) -> Result<(), Status> {
             shard.layers, shard.layer_count, info.layers, info.layer_count
         )));
     }
-    let chunk = shard.prefill_chunk.min(shard.context_tokens);
+    let chunk = shard.most_tokens();
     let bytes = chunk.saturating_mul(info.hidden).saturating_mul(info.dtype.size());
     if bytes > Activation::MAX_BYTES {
         return Err(Status::invalid_argument(format!(
-            "a prefill chunk of {chunk} tokens of width {} is larger than {} MiB: choose a smaller prefill_chunk",
+            "a step of {chunk} tokens of width {} is larger than {} MiB: choose a smaller prefill_chunk",
             info.hidden,
             Activation::MAX_BYTES >> 20
         )));

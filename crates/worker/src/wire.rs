@@ -3,12 +3,13 @@
 //! Numbers that are optional in [`Sampling`] travel as zero when absent: a penalty of strength 0 and an XTC of probability 0 change
 //! nothing, so nothing is lost.
 
-use crate::message::{DriveCommand, DriveEvent, SampledToken};
+use crate::message::{DriveCommand, DriveEvent, RowResult, SampledToken, StageTimes};
 use mlxnode_compute::{
     Candidate, Dtype, Grammar, LogprobRequest, Output, Penalty, Sampled, Sampling, SequenceEnd, SequenceId,
     SequenceSpec, TraceContext, Xtc,
 };
 use mlxnode_proto::internal::v1 as proto;
+use std::time::Duration;
 
 /// Most stop tokens, special tokens, biased tokens or candidates that one message may list.
 const LONGEST_LIST: usize = 4096;
@@ -158,27 +159,31 @@ pub fn scores_to_proto(
     position: usize,
     scores: &[Sampled],
 ) -> Result<proto::PromptScores, WireError> {
-    let candidate = |it: &Candidate| proto::Candidate { token: it.token, logprob: it.logprob };
-    let tokens = scores.iter().map(|score| proto::TokenScore {
-        token: score.token,
-        logprob: score.logprob.unwrap_or(f32::NEG_INFINITY),
-        top: score.top.iter().map(candidate).collect(),
-    });
     Ok(proto::PromptScores {
         sequence: sequence.0,
         position: number("position", position)?,
-        tokens: tokens.collect(),
+        tokens: scores.iter().map(score_to_proto).collect(),
     })
+}
+
+fn score_to_proto(score: &Sampled) -> proto::TokenScore {
+    let candidate = |it: &Candidate| proto::Candidate { token: it.token, logprob: it.logprob };
+    proto::TokenScore {
+        token: score.token,
+        logprob: score.logprob.unwrap_or(f32::NEG_INFINITY),
+        top: score.top.iter().map(candidate).collect(),
+    }
+}
+
+fn score_from_proto(score: proto::TokenScore) -> Result<Sampled, WireError> {
+    short("top", score.top.len())?;
+    let top = score.top.into_iter().map(|it| Candidate { token: it.token, logprob: it.logprob });
+    Ok(Sampled { token: score.token, logprob: Some(score.logprob), top: top.collect() })
 }
 
 /// Scored tokens of a prompt from the wire: the position of the first one, and the tokens.
 pub fn scores_from_proto(scores: proto::PromptScores) -> Result<(usize, Vec<Sampled>), WireError> {
-    let score = |score: proto::TokenScore| {
-        short("top", score.top.len())?;
-        let top = score.top.into_iter().map(|it| Candidate { token: it.token, logprob: it.logprob });
-        Ok(Sampled { token: score.token, logprob: Some(score.logprob), top: top.collect() })
-    };
-    let tokens = scores.tokens.into_iter().map(score).collect::<Result<_, _>>()?;
+    let tokens = scores.tokens.into_iter().map(score_from_proto).collect::<Result<_, _>>()?;
     Ok((scores.position as usize, tokens))
 }
 
@@ -211,6 +216,57 @@ pub fn sampled_token_from_proto(token: proto::SampledToken) -> Result<SampledTok
     let top = token.top.into_iter().map(|it| Candidate { token: it.token, logprob: it.logprob }).collect();
     let sampled = Sampled { token: token.token, logprob: token.logprob, top };
     Ok(SampledToken { sequence: SequenceId(token.sequence), position: token.position as usize, sampled, end })
+}
+
+/// What became of a row, for the wire.
+pub(crate) fn row_result_to_proto(row: &RowResult) -> Result<proto::RowResult, WireError> {
+    let (sequence, position) = (row.sequence, row.position);
+    let token = row.token.clone().map(|(sampled, end)| SampledToken { sequence, position, sampled, end });
+    Ok(proto::RowResult {
+        sequence: sequence.0,
+        position: number("position", position)?,
+        token: token.as_ref().map(sampled_token_to_proto).transpose()?,
+        scores: row.scores.iter().map(score_to_proto).collect(),
+        embedding: row
+            .embedding
+            .as_ref()
+            .map(|values| proto::Embedding { sequence: sequence.0, values: values.clone() }),
+    })
+}
+
+/// What became of a row, from the wire.
+pub(crate) fn row_result_from_proto(row: proto::RowResult) -> Result<RowResult, WireError> {
+    let token = row.token.map(sampled_token_from_proto).transpose()?;
+    Ok(RowResult {
+        sequence: SequenceId(row.sequence),
+        position: row.position as usize,
+        token: token.map(|token| (token.sampled, token.end)),
+        scores: row.scores.into_iter().map(score_from_proto).collect::<Result<_, _>>()?,
+        embedding: row.embedding.map(|embedding| embedding.values),
+    })
+}
+
+/// Times for the wire.
+pub(crate) fn times_to_proto(times: &[StageTimes]) -> Vec<proto::StageTimes> {
+    let micros = |time: Duration| u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
+    let stage = |times: &StageTimes| proto::StageTimes {
+        compute: micros(times.compute),
+        wait: micros(times.wait),
+        send: micros(times.send),
+    };
+    times.iter().map(stage).collect()
+}
+
+/// Times from the wire.
+pub(crate) fn times_from_proto(times: &[proto::StageTimes]) -> Result<Vec<StageTimes>, WireError> {
+    short("times", times.len())?;
+    let micros = |time: u32| Duration::from_micros(u64::from(time));
+    let stage = |times: &proto::StageTimes| StageTimes {
+        compute: micros(times.compute),
+        wait: micros(times.wait),
+        send: micros(times.send),
+    };
+    Ok(times.iter().map(stage).collect())
 }
 
 /// An element type for the wire.

@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 pub(crate) fn run(places: &Places, arguments: &[String]) -> Result<()> {
     setup::ensure(places)?;
     let oracle = setup::oracle::ensure(places)?;
+    let clients = setup::clients::ensure(places)?;
     tools::prepare_for_tests()?;
     let packages = if names_packages(arguments) { vec![] } else { vec!["--workspace"] };
     // One build for all: the test executables, and `mlxnode` itself, which the tests over processes start.
@@ -33,6 +34,7 @@ pub(crate) fn run(places: &Places, arguments: &[String]) -> Result<()> {
     }
     let mut cargo = command::cargo(&places.repository);
     environment.apply(&mut cargo);
+    cargo.env("MLXNODE_CLIENTS_PYTHON", &clients);
     if command::succeeds(command::cargo(&places.repository).args(["nextest", "--version"])) {
         cargo
             .args(["nextest", "run", "--no-fail-fast"])

@@ -215,6 +215,15 @@ impl Front {
         Ok(text)
     }
 
+    /// [`Front::model_text`] of a deployment that can answer now.
+    ///
+    /// # Errors
+    /// [`FrontError::NotReady`] for one that cannot, and as `model_text`.
+    pub async fn text_of(&self, deployment: &DeploymentView) -> Result<Arc<ModelText>, FrontError> {
+        check_ready(deployment)?;
+        self.model_text(deployment).await
+    }
+
     /// The mean of the prompt's hidden vectors after the last norm, and the prompt's length in tokens.
     ///
     /// # Errors
@@ -264,14 +273,8 @@ impl Front {
 
     fn ready(&self, model: &str) -> Result<DeploymentView, FrontError> {
         let deployment = self.deployment(model)?;
-        if deployment.state == State::Ready {
-            return Ok(deployment);
-        }
-        let detail = match deployment.detail.as_str() {
-            "" => String::new(),
-            detail => format!(": {detail}"),
-        };
-        Err(FrontError::NotReady { model: deployment.name, state: state_name(deployment.state), detail })
+        check_ready(&deployment)?;
+        Ok(deployment)
     }
 
     /// The largest memory that any stage's MLX held since it was loaded; 0 when no stage says so in time.
@@ -283,6 +286,18 @@ impl Front {
     fn lock_texts(&self) -> std::sync::MutexGuard<'_, Texts> {
         self.texts.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn check_ready(deployment: &DeploymentView) -> Result<(), FrontError> {
+    if deployment.state == State::Ready {
+        return Ok(());
+    }
+    let detail = match deployment.detail.as_str() {
+        "" => String::new(),
+        detail => format!(": {detail}"),
+    };
+    let (model, state) = (deployment.name.clone(), state_name(deployment.state));
+    Err(FrontError::NotReady { model, state, detail })
 }
 
 /// The request's name, or a new one.

@@ -4,8 +4,9 @@ use crate::deployments::DeploymentView;
 use crate::front::{FrontError, Input, SamplingDefaults};
 use mlxnode_coordinator::requests::ModelLimits;
 use mlxnode_coordinator::scheduler::RunError;
+use mlxnode_text::grammar::{GrammarError, Vocabulary};
 use mlxnode_text::{AnswerFormat, ChatRequest, ChatTemplate, Sandbox, TextError, TextFiles, Tokenizer};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// What turns text into a model's tokens and back.
 pub struct ModelText {
@@ -18,6 +19,8 @@ pub struct ModelText {
     /// How its authors want it sampled.
     pub sampling: SamplingDefaults,
     template: Option<ChatTemplate>,
+    /// Made when the first grammar comes.
+    grammars: OnceLock<Result<Vocabulary, GrammarError>>,
 }
 
 impl ModelText {
@@ -40,7 +43,16 @@ impl ModelText {
         let template = ChatTemplate::from_files(files, &tokenizer, sandbox)?;
         let answers = AnswerFormat::from_files(files, &tokenizer, template.as_ref())?;
         let sampling = SamplingDefaults::from_files(files)?.within(vocabulary);
-        Ok(Self { tokenizer, vocabulary, answers, sampling, template })
+        Ok(Self { tokenizer, vocabulary, answers, sampling, template, grammars: OnceLock::new() })
+    }
+
+    /// What grammars are compiled for. Blocking when it is asked for the first time.
+    ///
+    /// # Errors
+    /// When the vocabulary cannot be used with grammars.
+    pub fn grammars(&self) -> Result<&Vocabulary, GrammarError> {
+        let made = self.grammars.get_or_init(|| Vocabulary::new(&self.tokenizer, self.vocabulary));
+        made.as_ref().map_err(Clone::clone)
     }
 
     /// What the model and its deployment allow.

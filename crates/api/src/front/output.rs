@@ -15,6 +15,8 @@ pub struct Piece {
     pub deltas: Vec<Delta>,
     /// Set in the last piece.
     pub end: Option<End>,
+    /// The stop string that ended the answer, if one did; likewise.
+    pub stopped_by: Option<String>,
 }
 
 /// Why an answer ended.
@@ -71,6 +73,7 @@ impl Output {
         {
             deltas.extend(reader.finish());
         }
-        Piece { text, tokens: vec![sampled], deltas, end }
+        let stopped_by = end.and_then(|_| self.stops.found()).map(str::to_owned);
+        Piece { text, tokens: vec![sampled], deltas, end, stopped_by }
     }
 }

@@ -13,22 +13,34 @@
 //! | `requests` | every request has an id and a trace |
 //! | `entrance` | the gate at every route: keys, roles, limits |
 //! | `caller` | for whom a request is |
-//! | `error` | what a client hears when something is wrong |
-//! | `openai` | `/v1/chat/completions` and its relatives |
+//! | `error`, `body`, `fields` | what a client can get wrong, and how it hears of it |
+//! | `conversation`, `tools`, `constraint` | a request for an answer, whatever its dialect, and what the answer has to look like |
+//! | `generation`, `events` | the samples of a request, and an answer in pieces (server-sent events) |
+//! | `openai`, `anthropic` | the endpoints |
+//! | `openapi` | the description of all of them for programs |
 //!
 //! What the fields mean and what is refused stands in docs/http.md. Nothing that a client sends is ignored in silence.
 
+mod anthropic;
+mod body;
 mod caller;
+mod constraint;
+mod conversation;
 mod entrance;
 mod error;
+mod events;
+mod fields;
+mod generation;
 mod guard;
 mod health;
 mod metrics;
 mod openai;
+mod openapi;
 mod requests;
 pub mod routes;
 mod server;
 mod stalled;
+mod tools;
 
 pub use caller::Caller;
 pub use error::{ApiError, Dialect, ErrorKind};
@@ -37,14 +49,18 @@ pub use server::{BindError, HttpOptions, HttpServer};
 use crate::front::Front;
 use crate::gate::Gate;
 use crate::metrics::{Metrics, Observer};
+use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 /// What the endpoints need. Cheap to clone.
 #[derive(Clone)]
 pub struct HttpServices {
     front: Front,
+    /// Bodies that are read and understood now, in KiB: what a body becomes in memory is several times its size.
+    bodies: Arc<Semaphore>,
     /// Cancelled when the node stops: `/health` says so to whoever spreads the load.
     stopping: CancellationToken,
     gate: Gate,
@@ -54,13 +70,17 @@ pub struct HttpServices {
     started: u64,
 }
 
+/// All bodies together; a request that finds no room is asked to come back.
+const BODIES_KIB: usize = 64 << 10;
+
 impl HttpServices {
     /// Serves what `front` can reach, until `stopping`.
     pub fn new(front: Front, stopping: CancellationToken) -> Self {
         let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let (gate, metrics) = (Gate::open(), Arc::new(Metrics::default()));
         let front = front.counting(metrics.clone(), Some(gate.clone()));
-        Self { front, stopping, gate, metrics, observer: None, started }
+        let bodies = Arc::new(Semaphore::new(BODIES_KIB));
+        Self { front, bodies, stopping, gate, metrics, observer: None, started }
     }
 
     /// Lets in only whom the gate lets in.
@@ -76,4 +96,15 @@ impl HttpServices {
         let front = self.front.counting(metrics.clone(), Some(self.gate.clone()));
         Self { front, metrics, observer: Some(observer), ..self }
     }
+}
+
+/// Now, as OpenAI's `created` wants it: seconds since 1970.
+fn unix_time() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// A name for an answer, a message or a call that nobody else has.
+fn id(prefix: &str) -> String {
+    let draw = || RandomState::new().hash_one(SystemTime::now());
+    format!("{prefix}{:016x}{:08x}", draw(), draw() >> 32)
 }

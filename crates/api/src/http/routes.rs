@@ -2,13 +2,15 @@
 
 pub use crate::gate::Access;
 use crate::http::entrance::{self, Entrance};
-use crate::http::{ApiError, Dialect, ErrorKind, HttpServices, guard, health, metrics, openai, requests};
+use crate::http::{
+    ApiError, Dialect, ErrorKind, HttpServices, anthropic, guard, health, metrics, openai, openapi, requests,
+};
 use axum::Router;
 use axum::extract::Request;
 use axum::http::Method;
 use axum::middleware::{self, Next};
 use axum::response::Response;
-use axum::routing::{MethodRouter, get};
+use axum::routing::{MethodRouter, get, post};
 use std::sync::Arc;
 
 /// One route.
@@ -23,14 +25,23 @@ pub struct Route {
     handler: MethodRouter<HttpServices>,
 }
 
-/// All routes. Some paths exist twice, because mlx_lm.server has them without `/v1` as well.
+/// All routes. One path exists twice, because mlx_lm.server has it without `/v1` as well.
 pub fn routes() -> Vec<Route> {
     let get_ = |path, access, handler| Route { path, method: Method::GET, access, handler };
+    let post_ = |path, handler| Route { path, method: Method::POST, access: Access::User, handler };
     vec![
         get_("/health", Access::Open, get(health::health)),
         get_("/metrics", Access::Metrics, get(metrics::metrics)),
         get_("/v1/models", Access::User, get(openai::models::list)),
         get_("/v1/models/{*model}", Access::User, get(openai::models::one)),
+        get_("/openapi.json", Access::Open, get(openapi::document)),
+        post_("/v1/chat/completions", post(openai::chat::chat_completions)),
+        post_("/chat/completions", post(openai::chat::chat_completions)),
+        post_("/v1/completions", post(openai::completions::completions)),
+        post_("/v1/embeddings", post(openai::embeddings::embeddings)),
+        post_("/v1/responses", post(openai::responses::responses)),
+        post_("/v1/messages", post(anthropic::messages::messages)),
+        post_("/v1/messages/count_tokens", post(anthropic::messages::count_tokens)),
     ]
 }
 

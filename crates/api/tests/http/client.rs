@@ -1,6 +1,6 @@
 //! The smallest HTTP client: it sends exactly the bytes that a test wants to send.
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use std::net::SocketAddr;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -81,4 +81,29 @@ pub(crate) async fn get(address: SocketAddr, path: &str) -> Result<Reply> {
 
 pub(crate) async fn post(address: SocketAddr, path: &str, body: &Value) -> Result<Reply> {
     ask(address, "POST", path, "content-type: application/json\r\n", &body.to_string()).await
+}
+
+/// An answer that must be a good one.
+pub(crate) async fn good(address: SocketAddr, path: &str, body: Value) -> Result<Value> {
+    let reply = post(address, path, &body).await?;
+    ensure!(reply.status == 200, "{body}: {reply:?}");
+    reply.json()
+}
+
+/// A refusal: its status, its `param` and its message.
+pub(crate) async fn refused(address: SocketAddr, path: &str, body: Value) -> Result<(u16, Value, String)> {
+    let reply = post(address, path, &body).await?;
+    ensure!(reply.status >= 400, "{body}: {reply:?}");
+    let error = reply.json()?["error"].clone();
+    let message = error["message"].as_str().with_context(|| format!("{reply:?}"))?.to_owned();
+    Ok((reply.status, error["param"].clone(), message))
+}
+
+/// The data of a stream's events; `[DONE]` is left out.
+pub(crate) async fn streamed(address: SocketAddr, path: &str, mut body: Value) -> Result<Vec<Value>> {
+    body["stream"] = true.into();
+    let reply = post(address, path, &body).await?;
+    ensure!(reply.status == 200 && reply.headers.contains("text/event-stream"), "{body}: {reply:?}");
+    let events = reply.events().into_iter().filter(|data| *data != "[DONE]");
+    events.map(|data| Ok(serde_json::from_str(data)?)).collect()
 }

@@ -1,8 +1,13 @@
 //! The HTTP listener with a model that says what it is told: every layer but the network between nodes and the arithmetic.
 
-#[allow(dead_code, reason = "the endpoints' tests use the rest")]
+mod anthropic;
+mod chat;
 mod client;
-#[allow(dead_code, reason = "the endpoints' tests use the rest")]
+mod clients;
+mod completions;
+mod constraints;
 mod desk;
 mod gate;
+mod malformed;
+mod responses;
 mod shell;

@@ -52,7 +52,7 @@ fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     Ok(model)
 }
 
-fn experts(config: &Config, bias: bool) -> Result<ExpertsSpec, ConfigError> {
+pub(super) fn experts(config: &Config, bias: bool) -> Result<ExpertsSpec, ConfigError> {
     let (experts, per_token) = dense::experts(config, "num_experts")?;
     let intermediate = dense::width(config, "moe_intermediate_size")?;
     let networks = ExpertNetworks::gated(intermediate, Activation::Silu);
@@ -88,7 +88,7 @@ fn experts(config: &Config, bias: bool) -> Result<ExpertsSpec, ConfigError> {
     })
 }
 
-fn shared(config: &Config, of_experts: usize) -> Result<Option<SharedExpertSpec>, ConfigError> {
+pub(super) fn shared(config: &Config, of_experts: usize) -> Result<Option<SharedExpertSpec>, ConfigError> {
     let own = config.optional_usize("moe_shared_expert_intermediate_size", 0..=1 << 20)?;
     let width = own.filter(|width| *width > 0).unwrap_or(of_experts);
     let enabled = config.bool_or("moe_router_enable_shared_expert", true)?;
@@ -109,6 +109,11 @@ fn weights(config: &Config, spec: &ModelSpec, weights: &mut Weights) -> Result<(
     }
     mixture::without_further_tokens(spec, weights);
     mixture::stack(spec, weights, "mlp.experts", mixture::MATRICES, "mlp.switch_mlp")?;
+    norm_head(config, weights)
+}
+
+/// In some models the head's columns have length one.
+pub(super) fn norm_head(config: &Config, weights: &mut Weights) -> Result<(), WeightsError> {
     // mlx-lm norms the head of a packed folder too, whose numbers it destroys; there it was normed before it was packed.
     let is_packed = weights.contains(&format!("{HEAD}.scales"));
     if config.bool_or("norm_head", false).unwrap_or(false) && !is_packed {

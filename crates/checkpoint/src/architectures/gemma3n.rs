@@ -54,8 +54,11 @@ fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
         };
     }
     let vocabulary = config.usize("vocab_size_per_layer_input", dense::VOCABULARY)?;
-    let layer_inputs = Some(LayerInputs { vocabulary, width: input });
-    model.widening = Widening { streams: updates.streams, layer_inputs, ..Widening::NONE };
+    model.widening = Widening {
+        streams: updates.streams,
+        layer_inputs: Some(LayerInputs { vocabulary, width: input }),
+        ..Widening::NONE
+    };
     model.logits = cap(config, None)?;
     model.embedding_scale = Some((sizes.hidden as f64).sqrt() as f32);
     Ok(model)

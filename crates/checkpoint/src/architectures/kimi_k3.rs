@@ -57,7 +57,7 @@ fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     let eps = dense::epsilon(config, "rms_norm_eps")?;
     let (mut delta, recurs) = kimi_linear::linear(config, sizes.layers, eps)?;
     let own = config.of_text_model("linear_attn_config", &[])?;
-    delta.lower_bound = own.optional_f64("gate_lower_bound")?.map(|bound| bound as f32);
+    delta.decay_bound = own.optional_f64("gate_lower_bound")?.map(|bound| bound as f32);
     delta.full_gate = own.bool_or("use_full_rank_gate", false)?;
     let mixers = recurs.into_iter().map(|recurs| match recurs {
         true => Mixer::GatedDelta(delta.clone()),

@@ -5,7 +5,7 @@ use super::{Architecture, dense, latent, mixture, recurrent, rope};
 use crate::config::{Config, ConfigError, missing, shown};
 use crate::spec::{
     Activation, Correction, DeltaForm, ExpertNetworks, ExpertsSpec, FeedForward, GatedDeltaSpec, GroupScore,
-    Groups, LatentForm, LatentSpec, Mixer, ModelSpec, Normalization, RouterSpec, Routing, Scores,
+    Groups, LatentForm, LatentSpec, Mixer, ModelSpec, Normalization, Outside, RouterSpec, Routing, Scores,
     WeightPrecision,
 };
 use crate::weights::{Weights, WeightsError};
@@ -67,8 +67,8 @@ pub(super) fn linear(
         value_dim: width,
         kernel: own.usize("short_conv_kernel_size", recurrent::KERNEL)?,
         form: DeltaForm::Channels,
+        decay_bound: None,
         negative_eigenvalues: false,
-        lower_bound: None,
         full_gate: false,
         norm_eps,
     };
@@ -104,7 +104,7 @@ fn experts(config: &Config) -> Result<FeedForward, ConfigError> {
         1 => None,
         _ if experts.is_multiple_of(count) && experts / count >= 2 => {
             let kept = config.optional_usize("topk_group", 1..=count)?.unwrap_or(1);
-            Some(Groups { count, kept, score: GroupScore::TwoLargest })
+            Some(Groups { count, kept, score: GroupScore::TwoLargest, outside: Outside::Zero })
         }
         _ => {
             let allowed = format!("a divisor of the {experts} experts with 2 or more in a group");

@@ -31,7 +31,7 @@ const NEEDED: [&str; 13] = [
     "attention_bias",
 ];
 
-fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
+pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     for field in NEEDED {
         if config.get(field).is_none() {
             return Err(missing(field));
@@ -104,7 +104,7 @@ fn experts(config: &Config) -> Result<ExpertsSpec, ConfigError> {
 }
 
 /// Hugging Face stores every expert alone and the heads' matrices as one, and has layers for further tokens.
-fn weights(_: &Config, spec: &ModelSpec, weights: &mut Weights) -> Result<(), WeightsError> {
+pub(super) fn weights(_: &Config, spec: &ModelSpec, weights: &mut Weights) -> Result<(), WeightsError> {
     weights.remove_noting("model.mtp", Note::FurtherTokensUnused);
     mixture::stack(spec, weights, "mlp.experts", mixture::MATRICES, "mlp.switch_mlp")?;
     latent::absorb(spec, weights)

@@ -6,7 +6,7 @@ use crate::names::layer_of;
 use crate::notes::Note;
 use crate::spec::{
     Activation, ExpertNetworks, ExpertsSpec, FeedForward, GroupScore, Groups, ModelSpec, Normalization,
-    RouterSpec, Routing, SharedExpertSpec,
+    Outside, RouterSpec, Routing, SharedExpertSpec,
 };
 use crate::weights::{Weights, WeightsError};
 
@@ -77,7 +77,7 @@ pub(super) fn groups(
         return Err(config.refuse("n_group", &count.to_string(), &allowed));
     }
     let kept = config.optional_usize("topk_group", 1..=count)?.unwrap_or(1);
-    Ok(Some(Groups { count, kept, score }))
+    Ok(Some(Groups { count, kept, score, outside: Outside::Zero }))
 }
 
 /// Gives experts to the layers from `first_k_dense_replace` on, of those to every `moe_layer_freq`-th of the model; to none when

@@ -2,9 +2,14 @@
 //!
 //! Field names, defaults and what is ignored follow mlx-lm 0.32.2, so that a folder that runs there means the same here.
 
+mod afm7;
 mod afmoe;
 mod apertus;
+mod baichuan_m1;
+mod bailing_hybrid;
 mod bailing_moe;
+mod bailing_moe_linear;
+mod bailing_moe_v3;
 mod bitnet;
 mod capabilities;
 mod cohere;
@@ -49,6 +54,7 @@ mod hunyuan_v1_dense;
 mod internlm2;
 mod internlm3;
 mod iquestloopcoder;
+mod jamba;
 mod kimi_k25;
 mod kimi_k3;
 mod kimi_linear;
@@ -64,6 +70,8 @@ mod llama;
 mod llama4;
 mod llama4_text;
 mod longcat_flash;
+mod longcat_flash_ngram;
+mod mamba;
 mod mamba2;
 mod mellum;
 mod mimo;
@@ -95,6 +103,7 @@ mod phimoe;
 mod phixtral;
 mod pixtral;
 mod plamo;
+mod plamo2;
 mod plamo3;
 mod qwen;
 mod qwen2;
@@ -108,7 +117,9 @@ mod qwen3_next;
 mod qwen3_vl;
 mod qwen3_vl_moe;
 mod recurrent;
+mod recurrent_gemma;
 mod rope;
+mod rwkv7;
 mod seed_oss;
 mod smollm3;
 mod solar_open;
@@ -126,6 +137,7 @@ pub use capabilities::Capabilities;
 use crate::config::{Config, ConfigError};
 use crate::spec::ModelSpec;
 use crate::weights::{Weights, WeightsError};
+use serde_json::Value;
 
 /// A family of models.
 #[derive(Clone, Copy, Debug)]
@@ -207,9 +219,14 @@ impl Architecture {
 /// All families, in alphabetical order.
 pub fn known() -> &'static [Architecture] {
     &[
+        afm7::ARCHITECTURE,
         afmoe::ARCHITECTURE,
         apertus::ARCHITECTURE,
+        baichuan_m1::ARCHITECTURE,
+        bailing_hybrid::ARCHITECTURE,
         bailing_moe::ARCHITECTURE,
+        bailing_moe_linear::ARCHITECTURE,
+        bailing_moe_v3::ARCHITECTURE,
         bitnet::ARCHITECTURE,
         cohere::ARCHITECTURE,
         cohere2::ARCHITECTURE,
@@ -252,6 +269,7 @@ pub fn known() -> &'static [Architecture] {
         internlm2::ARCHITECTURE,
         internlm3::ARCHITECTURE,
         iquestloopcoder::ARCHITECTURE,
+        jamba::ARCHITECTURE,
         kimi_k25::ARCHITECTURE,
         kimi_k3::ARCHITECTURE,
         kimi_linear::ARCHITECTURE,
@@ -266,6 +284,8 @@ pub fn known() -> &'static [Architecture] {
         llama4::ARCHITECTURE,
         llama4_text::ARCHITECTURE,
         longcat_flash::ARCHITECTURE,
+        longcat_flash_ngram::ARCHITECTURE,
+        mamba::ARCHITECTURE,
         mamba2::ARCHITECTURE,
         mellum::ARCHITECTURE,
         mimo::ARCHITECTURE,
@@ -296,6 +316,7 @@ pub fn known() -> &'static [Architecture] {
         phixtral::ARCHITECTURE,
         pixtral::ARCHITECTURE,
         plamo::ARCHITECTURE,
+        plamo2::ARCHITECTURE,
         plamo3::ARCHITECTURE,
         qwen::ARCHITECTURE,
         qwen2::ARCHITECTURE,
@@ -308,6 +329,8 @@ pub fn known() -> &'static [Architecture] {
         qwen3_next::ARCHITECTURE,
         qwen3_vl::ARCHITECTURE,
         qwen3_vl_moe::ARCHITECTURE,
+        recurrent_gemma::ARCHITECTURE,
+        rwkv7::ARCHITECTURE,
         seed_oss::ARCHITECTURE,
         smollm3::ARCHITECTURE,
         solar_open::ARCHITECTURE,
@@ -323,13 +346,28 @@ pub fn known() -> &'static [Architecture] {
 
 /// The family that a config names.
 pub fn find(config: &Config) -> Result<&'static Architecture, ConfigError> {
-    let model_type = config.model_type()?;
+    let model_type = match remapped(config) {
+        Some(model_type) => model_type,
+        None => config.model_type()?,
+    };
     known().iter().find(|known| known.name == model_type || known.aliases.contains(&model_type)).ok_or_else(
         || ConfigError::UnknownArchitecture {
             model_type: model_type.chars().take(60).collect(),
             known: names().join(", "),
         },
     )
+}
+
+/// The family of a config whose `model_type` is another family's, told by the names in `architectures`.
+fn remapped(config: &Config) -> Option<&'static str> {
+    let (model_type, architecture) = bailing_moe_v3::REMAPPED;
+    let is_named = match config.get("architectures")? {
+        Value::String(name) => name == architecture,
+        Value::Array(names) => names.iter().any(|name| name.as_str() == Some(architecture)),
+        _ => false,
+    };
+    let is_remapped = is_named && config.model_type().is_ok_and(|named| named == model_type);
+    is_remapped.then_some(bailing_moe_v3::ARCHITECTURE.name)
 }
 
 /// Describes the model of a config.

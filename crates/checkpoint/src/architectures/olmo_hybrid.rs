@@ -28,6 +28,7 @@ fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     dense::arrange(&mut model, LayerNorms::AFTER, Flow::Sequential(Residual::Add));
     let norm = config.with_defaults(&[("layer_norm_epsilon", 1e-5)]);
     let delta = GatedDeltaSpec {
+        decay_bound: None,
         negative_eigenvalues: config.bool("linear_allow_neg_eigval")?,
         ..recurrent::gated_delta(config, DeltaForm::Apart, dense::epsilon(&norm, "layer_norm_epsilon")?)?
     };

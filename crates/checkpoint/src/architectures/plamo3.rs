@@ -10,11 +10,13 @@ use crate::spec::{
 };
 use crate::weights::{Weights, WeightsError};
 
-pub(super) const ARCHITECTURE: Architecture = Architecture::new("plamo3", spec)
-    .weights(weights)
-    .names(&[("model.layers.layers.{layer}", "model.layers.{layer}")]);
+pub(super) const ARCHITECTURE: Architecture =
+    Architecture::new("plamo3", spec).weights(weights).names(&NAMES);
 
-const NORMS: LayerNorms = LayerNorms {
+/// The layers lie one path deeper.
+pub(super) const NAMES: [(&str, &str); 1] = [("model.layers.layers.{layer}", "model.layers.{layer}")];
+
+pub(super) const NORMS: LayerNorms = LayerNorms {
     before_mixer: Some("pre_mixer_norm"),
     after_mixer: Some("post_mixer_norm"),
     before_feed_forward: Some("pre_mlp_norm"),
@@ -22,7 +24,7 @@ const NORMS: LayerNorms = LayerNorms {
 };
 
 /// What the weights of the norms in a layer count from; the last is 5 to the power of -1.5.
-const ORIGINS: [(&str, f32); 6] = [
+pub(super) const ORIGINS: [(&str, f32); 6] = [
     ("pre_mixer_norm", 1.0),
     ("post_mixer_norm", 0.2),
     ("pre_mlp_norm", 1.0),
@@ -77,8 +79,13 @@ fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
 
 /// Weights of norms become factors.
 fn weights(_: &Config, _: &ModelSpec, weights: &mut Weights) -> Result<(), WeightsError> {
+    factors(weights, &ORIGINS)
+}
+
+/// Adds what they count from to the weights of the last norm and of these in the layers.
+pub(super) fn factors(weights: &mut Weights, origins: &[(&str, f32)]) -> Result<(), WeightsError> {
     weights.map("model.norm", |weight| weight.add_one())?;
-    ORIGINS.iter().try_for_each(|(name, origin)| {
+    origins.iter().try_for_each(|(name, origin)| {
         let path = format!("model.layers.layers.{{layer}}.{name}");
         weights.map(&path, |weight| weight.apply(Function::Add(*origin)))
     })

@@ -31,8 +31,8 @@ pub(super) fn gated_delta(
         value_dim: config.usize("linear_value_head_dim", dense::HEAD_DIM)?,
         kernel: config.usize("linear_conv_kernel_dim", KERNEL)?,
         form,
+        decay_bound: None,
         negative_eigenvalues: false,
-        lower_bound: None,
         full_gate: false,
         norm_eps,
     })
@@ -107,7 +107,7 @@ pub(super) fn all_layer_kinds<T: Copy>(
 /// Brings convolutions from Hugging Face's `[channels, 1, kernel]` to `[channels, kernel, 1]`. Says whether there were any, which
 /// is how a repository that nobody converted is told from an MLX folder.
 pub(super) fn convolutions(weights: &mut Weights) -> Result<bool, WeightsError> {
-    let names: Vec<String> = ["conv1d.weight", "conv.weight"]
+    let names: Vec<String> = ["conv1d.weight", "conv_1d.weight", "conv.weight"]
         .into_iter()
         .flat_map(|suffix| weights.ending_with(suffix))
         .filter(|name| {

@@ -49,6 +49,11 @@ pub struct AttentionSpec {
     pub beside: Option<usize>,
     /// What chooses the blocks of keys that a query sees; None: it sees all. Not with a window, sinks or a cap on scores.
     pub blocks: Option<Box<BlockIndexerSpec>>,
+    /// Keys and values are sums of those projected of the token before and of the token itself, weighted head by head (`conv_k`, `conv_v`).
+    /// Only with `fused`, and with none of the fields that change keys and values otherwise.
+    pub convolved: bool,
+    /// Keys, normed and rotated, and values are rounded to as many steps as 8 bits have (`quant_key_scale`, `quant_value_scale`).
+    pub rounded_to_bytes: bool,
     /// What the projections give is kept within `-limit..=limit`. Not with a gate on the result.
     pub projection_limit: Option<f32>,
     /// Key j is visible to query i only when `i - window < j`; None: all of j <= i.
@@ -179,6 +184,11 @@ pub enum QkNormKind {
     Whole,
     /// Layer norm over each head, no bias, weights `[heads, head_dim]`.
     LayerPerHead,
+    /// RMS over each head by itself, weights `[heads, head_dim]`.
+    RmsPerHead {
+        /// Added to the mean of squares.
+        eps: f32,
+    },
     /// RMS over each head by itself, without weights.
     PerHeadUnweighted {
         /// Added to the mean of squares.
@@ -199,6 +209,11 @@ impl QkNorm {
 }
 
 impl AttentionSpec {
+    /// Tokens that [`Self::convolved`] takes.
+    pub const TAPS: usize = 2;
+    /// The steps of [`Self::rounded_to_bytes`], of keys and of values.
+    pub const BYTE_SCALES: [&'static str; 2] = ["quant_key_scale", "quant_value_scale"];
+
     /// Its modules in a layer of hidden vectors of width `hidden`.
     pub(crate) fn modules(&self, hidden: usize, push: &mut Push<'_>) {
         let Self { heads, kv_heads, head_dim, value_dim, qkv_bias, out_bias, .. } = *self;
@@ -241,6 +256,17 @@ impl AttentionSpec {
         if self.sinks {
             push(&format!("{block}.sinks"), ModuleKind::Parameter { shape: vec![heads] });
         }
+        if self.convolved {
+            for name in ["conv_k", "conv_v"] {
+                let shape = vec![1, 1, kv_heads, 1, Self::TAPS];
+                push(&format!("{block}.{name}"), ModuleKind::Parameter { shape });
+            }
+        }
+        if self.rounded_to_bytes {
+            for name in Self::BYTE_SCALES {
+                push(&format!("{block}.{name}"), ModuleKind::SideParameter { shape: Vec::new() });
+            }
+        }
         let Some(norm) = self.qk_norm else { return };
         if let Some(QueryFactor::OfHeads(name)) = norm.query_factor {
             push(&format!("{block}.{name}"), ModuleKind::SideParameter { shape: vec![heads] });
@@ -251,7 +277,9 @@ impl AttentionSpec {
                 QkNormKind::PerHeadUnweighted { .. } => return,
                 QkNormKind::PerHead => ModuleKind::Norm { width: head_dim, bias: false },
                 QkNormKind::Whole => ModuleKind::Norm { width: heads * head_dim, bias: false },
-                QkNormKind::LayerPerHead => ModuleKind::HeadNorms { heads, width: head_dim },
+                QkNormKind::LayerPerHead | QkNormKind::RmsPerHead { .. } => {
+                    ModuleKind::HeadNorms { heads, width: head_dim }
+                }
             };
             push(&format!("{block}.{name}"), kind);
         }

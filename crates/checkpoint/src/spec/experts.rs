@@ -172,7 +172,7 @@ impl Correction {
     }
 }
 
-/// Experts in groups of equal size: those of the groups with the lowest scores get score 0, as mlx-lm does, not minus infinity.
+/// Experts in groups of equal size: those of the groups with the lowest scores get another score.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Groups {
     /// How many groups; divides the number of experts.
@@ -181,6 +181,17 @@ pub struct Groups {
     pub kept: usize,
     /// A group's score.
     pub score: GroupScore,
+    /// What experts outside of the best groups get.
+    pub outside: Outside,
+}
+
+/// The score of experts outside of the best groups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outside {
+    /// 0, as in most families in mlx-lm, although a correction may bring others below that.
+    Zero,
+    /// Minus infinity: they are never chosen.
+    Never,
 }
 
 /// The score of a group of experts.

@@ -20,11 +20,10 @@ pub struct GatedDeltaSpec {
     pub kernel: usize,
     /// How the projections are stored.
     pub form: DeltaForm,
+    /// Where decays are bounded, the logarithm of the fastest: theirs is this times a logistic function instead of a softplus.
+    pub decay_bound: Option<f32>,
     /// A memory may also turn: what is written counts up to twice.
     pub negative_eigenvalues: bool,
-    /// Memories fade by `exp(bound * sigmoid(exp(A_log) * (x + dt_bias)))`, so never by more than `exp(bound)`, instead of by
-    /// `exp(-exp(A_log) * softplus(x + dt_bias))`. Only with [`DeltaForm::Channels`].
-    pub lower_bound: Option<f32>,
     /// The gate comes from one matrix, `g_proj`, instead of two small ones. Only with [`DeltaForm::Channels`].
     pub full_gate: bool,
     /// Epsilon of the norm on what is read.
@@ -43,6 +42,9 @@ pub enum DeltaForm {
     /// `q_proj`, `k_proj`, `v_proj`, `b_proj`, and two small matrices each for the gate and for the decay, which every channel of a
     /// key has for itself; a convolution each; the gate goes through a logistic function (kimi_linear).
     Channels,
+    /// The same with one matrix each for the gate (`g_proj`) and for the decay (`f_proj`), and convolutions called as in `Apart`
+    /// (bailing_moe_v3).
+    BoundedChannels,
 }
 
 impl GatedDeltaSpec {
@@ -81,7 +83,7 @@ impl GatedDeltaSpec {
                 push("in_proj_b", linear(hidden, heads));
                 push("in_proj_a", linear(hidden, heads));
             }
-            DeltaForm::Apart | DeltaForm::Channels => {
+            DeltaForm::Apart | DeltaForm::Channels | DeltaForm::BoundedChannels => {
                 push("q_proj", linear(hidden, keys));
                 push("k_proj", linear(hidden, keys));
                 push("v_proj", linear(hidden, values));
@@ -94,8 +96,11 @@ impl GatedDeltaSpec {
                 push("norm", norm);
                 push("out_proj", linear(values, hidden));
             }
-            DeltaForm::Apart => {
-                push("a_proj", linear(hidden, heads));
+            DeltaForm::Apart | DeltaForm::BoundedChannels => {
+                match self.form {
+                    DeltaForm::Apart => push("a_proj", linear(hidden, heads)),
+                    _ => push("f_proj", linear(hidden, keys)),
+                }
                 push("g_proj", linear(hidden, values));
                 for (name, channels) in [("q", keys), ("k", keys), ("v", values)] {
                     push(&format!("{name}_conv1d.weight"), conv(channels));
@@ -122,6 +127,10 @@ impl GatedDeltaSpec {
         match self.form {
             DeltaForm::Channels => {
                 push("A_log", ModuleKind::SideParameter { shape: vec![1, 1, heads, 1] });
+                push("dt_bias", ModuleKind::SideParameter { shape: vec![keys] });
+            }
+            DeltaForm::BoundedChannels => {
+                push("A_log", per_head());
                 push("dt_bias", ModuleKind::SideParameter { shape: vec![keys] });
             }
             _ => {

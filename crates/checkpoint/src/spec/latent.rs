@@ -35,6 +35,9 @@ pub struct LatentSpec {
     pub gate: bool,
     /// Queries grow with their position.
     pub growth: Option<QueryGrowth>,
+    /// A linear map `g_proj` of the layer's input to a number for each head, whose logistic function, made in single precision, is a
+    /// factor on the head's result.
+    pub head_gate: bool,
     /// Factor on the scores before the softmax.
     pub scale: f32,
     /// Where keys and values are made from latent vectors.
@@ -134,6 +137,8 @@ impl LatentSpec {
         push("o_proj", linear(heads * value_dims, hidden, bias));
         if self.gate {
             push("g_proj", linear(hidden, heads * value_dims, false));
+        } else if self.head_gate {
+            push("g_proj", linear(hidden, heads, false));
         }
         let (Some(indexer), Some(narrow)) = (&self.indexer, self.query_latent) else { return };
         push("indexer.wq_b", linear(narrow, indexer.heads * indexer.head_dim, false));

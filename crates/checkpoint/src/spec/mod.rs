@@ -12,9 +12,15 @@ mod experts;
 mod feed_forward;
 mod flow;
 mod gated_delta;
+mod gated_recurrence;
 mod latent;
+mod lightning;
+mod mamba;
 mod mamba2;
+mod ngrams;
+mod plamo_mamba;
 mod rope;
+mod rwkv7;
 mod short_convolution;
 mod shortcut;
 mod widening;
@@ -27,15 +33,21 @@ pub use block_indexer::BlockIndexerSpec;
 pub use convolved_keys::ConvolvedKeysSpec;
 pub use dense_and_experts::DenseAndExpertsSpec;
 pub use experts::{
-    Correction, ExpertForm, ExpertNetworks, ExpertsSpec, GroupScore, Groups, Normalization, RouterSpec,
-    Routing, Scores, SharedExpertSpec, WeightPrecision,
+    Correction, ExpertForm, ExpertNetworks, ExpertsSpec, GroupScore, Groups, Normalization, Outside,
+    RouterSpec, Routing, Scores, SharedExpertSpec, WeightPrecision,
 };
 pub use feed_forward::{Activation, FeedForward, GatedNames, XIELU};
 pub use flow::{AlternatingUpdates, Flow, GAINS, ParallelSum, Residual};
 pub use gated_delta::{DeltaForm, GatedDeltaSpec};
+pub use gated_recurrence::GatedRecurrenceSpec;
 pub use latent::{INDEXER_NORM_EPS, IndexerSpec, LatentForm, LatentSpec, QueryGrowth};
+pub use lightning::LightningSpec;
+pub use mamba::{MambaNorms, MambaSpec};
 pub use mamba2::{Mamba2Spec, MambaGate};
+pub use ngrams::NgramsSpec;
+pub use plamo_mamba::PlamoMambaSpec;
 pub use rope::{RopeScaling, RopeSpec};
+pub use rwkv7::{Rwkv7Ranks, Rwkv7Spec};
 pub use short_convolution::ShortConvolutionSpec;
 pub use shortcut::ShortcutSpec;
 pub use widening::{LayerInputs, Widening};
@@ -65,10 +77,14 @@ pub struct ModelSpec {
     pub norm_eps: f32,
     /// Epsilon of the norms on what comes out of mixers and feed-forward networks, where it is another one.
     pub after_norm_eps: Option<f32>,
+    /// Epsilon of the norm after the last layer, where it has one of its own.
+    pub final_norm_eps: Option<f32>,
     /// Factor on the embedding's vectors, applied in their element type.
     pub embedding_scale: Option<f32>,
     /// The embedding's vectors are divided by their root mean square, without a weight.
     pub embedding_norm: bool,
+    /// Groups of tokens are looked up in tables too, before the embedding's factor and norm.
+    pub ngrams: Option<NgramsSpec>,
     /// Positions are looked up in a table of this many rows, whose vectors are added to the embedding's. No token can be beyond it.
     pub positions: Option<usize>,
     /// The head has a bias. Not with tied embeddings.
@@ -152,8 +168,16 @@ pub enum Mixer {
     Attention(AttentionSpec),
     /// A gated delta network.
     GatedDelta(GatedDeltaSpec),
+    /// Griffin's recurrent block.
+    GatedRecurrence(GatedRecurrenceSpec),
+    /// Lightning attention.
+    Lightning(LightningSpec),
+    /// A Mamba mixer.
+    Mamba(MambaSpec),
     /// A Mamba 2 mixer.
     Mamba2(Mamba2Spec),
+    /// PLaMo 2's Mamba.
+    PlamoMamba(PlamoMambaSpec),
     /// A short convolution.
     ShortConvolution(ShortConvolutionSpec),
     /// Keys and values that go through short convolutions instead of an attention.
@@ -169,6 +193,8 @@ pub enum Mixer {
     Absent,
     /// Latent attention.
     Latent(LatentSpec),
+    /// A whole layer of RWKV-7; the flow is [`Flow::Whole`].
+    Rwkv7(Rwkv7Spec),
     /// A whole layer of LongCat's; the flow is [`Flow::Whole`].
     Shortcut(Box<ShortcutSpec>),
 }
@@ -179,7 +205,11 @@ impl Mixer {
         match self {
             Self::Attention(attention) => attention.modules(hidden, push),
             Self::GatedDelta(delta) => delta.modules(hidden, push),
+            Self::GatedRecurrence(recurrence) => recurrence.modules(hidden, push),
+            Self::Lightning(lightning) => lightning.modules(hidden, push),
+            Self::Mamba(mamba) => mamba.modules(hidden, push),
             Self::Mamba2(mamba) => mamba.modules(hidden, push),
+            Self::PlamoMamba(mamba) => mamba.modules(hidden, push),
             Self::ShortConvolution(convolution) => convolution.modules(hidden, push),
             Self::ConvolvedKeys(mixer) => mixer.modules(hidden, push),
             Self::Latent(latent) => latent.modules("self_attn", hidden, push),
@@ -191,6 +221,7 @@ impl Mixer {
                 push("self_attn.linear", ModuleKind::Linear { inputs: hidden, outputs: hidden, bias: *bias });
             }
             Self::Absent => {}
+            Self::Rwkv7(layer) => layer.modules(hidden, push),
             Self::Shortcut(shortcut) => shortcut.modules(hidden, push),
         }
     }
@@ -209,10 +240,18 @@ impl Mixer {
     pub(crate) fn state_bytes(&self, hidden: usize, element: usize) -> usize {
         match self {
             Self::GatedDelta(delta) => delta.state_bytes(element),
+            Self::GatedRecurrence(recurrence) => recurrence.state_bytes(element),
+            Self::Lightning(lightning) => lightning.state_bytes(element),
+            Self::Mamba(mamba) => mamba.state_bytes(element),
             Self::Mamba2(mamba) => mamba.state_bytes(element),
+            Self::PlamoMamba(mamba) => mamba.state_bytes(element),
+            Self::Rwkv7(layer) => layer.state_bytes(hidden, element),
             Self::ShortConvolution(convolution) => convolution.state_bytes(hidden, element),
             Self::ConvolvedKeys(mixer) => mixer.state_bytes(element),
             Self::Mamba2AndAttention(both) => both.0.state_bytes(element),
+            Self::Attention(attention) if attention.convolved => {
+                (AttentionSpec::TAPS - 1) * 2 * attention.kv_heads * attention.head_dim * element
+            }
             Self::Attention(_) | Self::Latent(_) | Self::Linear { .. } | Self::Shortcut(_) | Self::Absent => {
                 0
             }

@@ -2,7 +2,7 @@
 
 use crate::layout::{ModuleKind, Push};
 
-/// What the first stage makes of a token's embedding before the layers. All of it goes from stage to stage, one part after the
+/// What the first stage makes of a token's embedding before the layers, or its first layer does. All of it goes from stage to stage, one part after the
 /// other, so that later stages need neither token ids nor the tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Widening {
@@ -17,6 +17,9 @@ pub struct Widening {
     /// What blocks of so many layers added travels along, one vector for each block, zeros for those to come; before the head all are
     /// mixed once more (`output_attn_res`). Not with any of the above.
     pub block: Option<usize>,
+    /// Elements that the first layer hands on to all later ones (RWKV-7's values); 0 for none. Not with other inputs, nor with several
+    /// hidden vectors.
+    pub handed: usize,
 }
 
 /// An input that every layer gets for each token: from a table by token id (`embed_tokens_per_layer`), added to a projection of the
@@ -31,16 +34,14 @@ pub struct LayerInputs {
 
 impl Widening {
     /// One hidden vector and nothing else.
-    pub const NONE: Self = Self { streams: 1, layer_inputs: None, embedding: false, block: None };
+    pub const NONE: Self = Self { streams: 1, layer_inputs: None, embedding: false, block: None, handed: 0 };
 
     /// Elements that travel for each token of a model of `layers` layers with hidden vectors of width `hidden`.
     pub(crate) fn width(&self, hidden: usize, layers: usize) -> usize {
         let embedding = if self.embedding { hidden } else { 0 };
         let blocks = self.block.map_or(0, |block| layers.div_ceil(block.max(1)) * hidden);
-        self.streams * hidden
-            + embedding
-            + blocks
-            + self.layer_inputs.map_or(0, |inputs| inputs.width * layers)
+        let inputs = self.layer_inputs.map_or(0, |inputs| inputs.width * layers);
+        self.streams * hidden + embedding + blocks + inputs + self.handed
     }
 
     /// The modules that make it, on the first stage.

@@ -298,7 +298,7 @@ fn ones(device: &Device, count: i32) -> Result<Array, Error> {
 fn lengths(device: &Device, weight: &Weight, part: &Part, a: &Array, b: &Array) -> Result<Array, Error> {
     // `[inputs, outputs]`
     let matrix = match weight {
-        Weight::Dense(turned) => turned.clone(),
+        Weight::Dense(matrix) => matrix.view().clone(),
         Weight::Quantized(packed) | Weight::Rounded(packed) => {
             device.transpose(&device.dequantize(packed)?, &[1, 0])?
         }

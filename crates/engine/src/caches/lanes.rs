@@ -35,8 +35,8 @@ struct Masks {
 }
 
 /// Lanes of a cache.
-pub(crate) struct Part<'a> {
-    pub(crate) cache: &'a SequenceCache,
+pub(crate) struct Part {
+    pub(crate) cache: SequenceCache,
     /// Which of them, ascending.
     pub(crate) lanes: Vec<usize>,
 }
@@ -90,10 +90,11 @@ impl SequenceCache {
             && self.layers.iter().zip(&other.layers).all(|(one, other)| one.can_join(other))
     }
 
-    /// A cache of these lanes, in this order, with arrays of its own; parts of several caches must be able to join.
-    pub(crate) fn of_lanes(device: &Device, parts: &[Part<'_>]) -> Result<Self> {
+    /// A cache of these lanes, in this order, with arrays of its own; parts of several caches must be able to join. Layer by layer,
+    /// waiting for each: besides the parts it needs the memory of one layer, not of all.
+    pub(crate) fn of_lanes(device: &Device, mut parts: Vec<Part>) -> Result<Self> {
         let mut lengths = Vec::new();
-        for part in parts {
+        for part in &parts {
             let all: Vec<i32> = part.cache.lengths().collect();
             lengths.extend(part.lanes.iter().filter_map(|lane| all.get(*lane)));
         }
@@ -101,20 +102,23 @@ impl SequenceCache {
             0 | 1 => None,
             _ => Some(Rc::new(Lanes::new(&lengths)?)),
         };
-        let layers = parts.iter().map(|part| part.cache.layers.len()).min().unwrap_or(0);
-        let layer = |index: usize| {
-            let layers: Vec<_> =
-                parts.iter().map(|part| (&part.cache.layers[index], part.lanes.as_slice())).collect();
-            let kv: Vec<_> = layers.iter().map(|(layer, lanes)| (&layer.kv, *lanes)).collect();
-            let indexer: Vec<_> = layers.iter().map(|(layer, lanes)| (&layer.indexer, *lanes)).collect();
-            let states: Vec<_> = layers.iter().map(|(layer, lanes)| (&layer.states, *lanes)).collect();
-            Ok(LayerCache {
+        let count = parts.iter().map(|part| part.cache.layers.len()).min().unwrap_or(0);
+        let mut layers = Vec::with_capacity(count);
+        for index in 0..count {
+            let take = |part: &mut Part| std::mem::take(&mut part.cache.layers[index]);
+            let old: Vec<LayerCache> = parts.iter_mut().map(take).collect();
+            let parts = || old.iter().zip(parts.iter().map(|part| part.lanes.as_slice()));
+            let kv: Vec<_> = parts().map(|(layer, lanes)| (&layer.kv, lanes)).collect();
+            let indexer: Vec<_> = parts().map(|(layer, lanes)| (&layer.indexer, lanes)).collect();
+            let states: Vec<_> = parts().map(|(layer, lanes)| (&layer.states, lanes)).collect();
+            let layer = LayerCache {
                 kv: KvCache::of_lanes(device, &kv, &lengths, lanes.as_ref())?,
                 indexer: KvCache::of_lanes(device, &indexer, &lengths, lanes.as_ref())?,
                 states: States::of_lanes(device, &states, &lengths)?,
-            })
-        };
-        let layers = (0..layers).map(layer).collect::<Result<_>>()?;
+            };
+            device.eval(layer.state())?;
+            layers.push(layer);
+        }
         Ok(Self { layers, tokens: lengths.iter().copied().max().unwrap_or(0), lanes })
     }
 }

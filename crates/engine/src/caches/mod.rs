@@ -20,7 +20,7 @@ use mlxnode_mlx::{Array, Device, Result};
 use std::rc::Rc;
 
 /// The caches of one sequence, one for each layer of a layer range; or of several sequences that run together, a lane each.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub(crate) struct SequenceCache {
     /// By layer of the range, not of the model.
     pub(crate) layers: Vec<LayerCache>,
@@ -46,6 +46,11 @@ impl LayerCache {
         // The indexer's keys are few and choose among the others: dropped like those, but never packed.
         let plain = CacheOptions { kv_bits: None, ..*options };
         Self { kv: KvCache::new(options), indexer: KvCache::new(&plain), states: States::default() }
+    }
+
+    /// The arrays to evaluate so that it is filled.
+    fn state(&self) -> impl Iterator<Item = &Array> {
+        self.kv.state().chain(self.indexer.state()).chain(self.states.arrays())
     }
 }
 
@@ -106,9 +111,7 @@ impl SequenceCache {
 
     /// The arrays to evaluate so that the caches are filled.
     pub(crate) fn state(&self) -> impl Iterator<Item = &Array> {
-        self.layers
-            .iter()
-            .flat_map(|layer| layer.kv.state().chain(layer.indexer.state()).chain(layer.states.arrays()))
+        self.layers.iter().flat_map(LayerCache::state)
     }
 
     /// Bytes of the arrays, room included.

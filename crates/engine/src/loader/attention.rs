@@ -2,7 +2,10 @@
 
 use super::{LoadError, Source, size};
 use crate::linear::Stacked;
-use crate::mixers::{Attention, AttentionGate, Beside, BlockIndexer, KeySource, QkNorms, SoftmaxAttention};
+use crate::mixers::{
+    Attention, AttentionGate, Beside, BlockIndexer, ConvolvedAttention, KeySource, QkNorms, SoftmaxAttention,
+    Taps,
+};
 use crate::rope::RotaryEmbedding;
 use mlxnode_checkpoint::{
     AttentionSpec, BlockIndexerSpec, ModelSpec, NormKind, QkNormKind, QueryFactor, SinglePrecision, Values,
@@ -85,6 +88,16 @@ impl Source<'_> {
             },
             source,
             value_norm: attention.value_norm.then_some(spec.norm_eps),
+            byte_scales: match attention.rounded_to_bytes {
+                true => {
+                    let [keys, values] =
+                        AttentionSpec::BYTE_SCALES.map(|name| self.tensor(&format!("{path}.{name}")));
+                    let scales = [keys?, values?];
+                    self.queue(&scales);
+                    Some(scales)
+                }
+                false => None,
+            },
             rope: rope.map(|rope| RotaryEmbedding::new(self.device, rope)).transpose()?,
             output_gate: attention.output_gate,
             temperature: attention.temperature,
@@ -149,6 +162,52 @@ impl Source<'_> {
             local: size(blocks.local),
             attention_heads,
         })
+    }
+
+    /// Attention whose keys and values are mixed with those of the token before.
+    pub(super) fn convolved_attention(
+        &mut self,
+        path: &str,
+        attention: &AttentionSpec,
+        spec: &ModelSpec,
+    ) -> Result<ConvolvedAttention, LoadError> {
+        let (heads, kv_heads) = (size(attention.heads), size(attention.kv_heads));
+        let head_dim = size(attention.head_dim);
+        let rope = attention.rope.as_ref();
+        let count = |tokens: usize| i32::try_from(tokens).unwrap_or(i32::MAX);
+        let single_precision = match attention.single_precision {
+            SinglePrecision::Never => false,
+            SinglePrecision::ForF16 => spec.dtype == mlxnode_compute::Dtype::F16,
+            SinglePrecision::Always => spec.dtype != mlxnode_compute::Dtype::F32,
+        };
+        Ok(ConvolvedAttention {
+            projections: self.fused(
+                &format!("{path}.qkv_proj"),
+                &[heads * head_dim, kv_heads * head_dim, kv_heads * head_dim],
+            )?,
+            key_taps: self.taps(&format!("{path}.conv_k"), kv_heads)?,
+            value_taps: self.taps(&format!("{path}.conv_v"), kv_heads)?,
+            rope: rope.map(|rope| RotaryEmbedding::new(self.device, rope)).transpose()?,
+            output: self.linear(&format!("{path}.{}", attention.names.output))?,
+            heads,
+            kv_heads,
+            head_dim,
+            core: SoftmaxAttention {
+                window: attention.window.map(count),
+                single_precision,
+                ..SoftmaxAttention::plain(attention.scale)
+            },
+        })
+    }
+
+    /// From `[1, 1, kv_heads, 1, 2]`.
+    fn taps(&mut self, name: &str, kv_heads: i32) -> Result<Taps, LoadError> {
+        let device = self.device;
+        let both = device.reshape(&self.tensor(name)?, &[1, kv_heads, 1, size(AttentionSpec::TAPS)])?;
+        let tap = |index: i32| device.contiguous(&device.slice_axis(&both, 3, index, index + 1, 1)?);
+        let taps = Taps { before: tap(0)?, own: tap(1)? };
+        self.queue([&taps.before, &taps.own]);
+        Ok(taps)
     }
 
     /// Projections of which the first has a gate after each head's query: queries, keys, values, then all gates.

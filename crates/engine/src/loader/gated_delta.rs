@@ -7,15 +7,15 @@ use mlxnode_checkpoint::{DeltaForm, GatedDeltaSpec, ModelSpec};
 use mlxnode_mlx::{Array, Dtype};
 
 /// Outputs of a projection that are taken in another order: for each head of keys so many of one thing and so many of another.
-struct ByHead<'a> {
-    heads: i32,
+pub(super) struct ByHead<'a> {
+    pub(super) heads: i32,
     /// How many neighbouring outputs of a head belong to each thing.
-    widths: &'a [i32],
+    pub(super) widths: &'a [i32],
 }
 
 impl ByHead<'_> {
     /// All of the first thing, then all of the second, and so on; `things` names them.
-    fn order(&self, things: &[usize]) -> Vec<i32> {
+    pub(super) fn order(&self, things: &[usize]) -> Vec<i32> {
         let all: i32 = self.widths.iter().sum();
         let mut order = Vec::new();
         for thing in things {
@@ -41,14 +41,14 @@ impl Source<'_> {
         let (key_heads, value_heads) = (size(spec.key_heads), size(spec.value_heads));
         let (key_dim, value_dim) = (size(spec.key_dim), size(spec.value_dim));
         let (inputs, widths) = self.delta_inputs(path, spec)?;
-        let apart = matches!(spec.form, DeltaForm::Apart | DeltaForm::Channels);
+        let apart = matches!(spec.form, DeltaForm::Apart | DeltaForm::Channels | DeltaForm::BoundedChannels);
         let (norm, output) = if apart { ("o_norm", "o_proj") } else { ("norm", "out_proj") };
-        let by_channel = spec.form == DeltaForm::Channels;
-        let widened_gate = match by_channel && !spec.full_gate {
+        let by_channel = matches!(spec.form, DeltaForm::Channels | DeltaForm::BoundedChannels);
+        let widened_gate = match spec.form == DeltaForm::Channels && !spec.full_gate {
             true => Some(self.linear(&within("g_b_proj"))?),
             false => None,
         };
-        let widened_decay = match by_channel {
+        let widened_decay = match spec.form == DeltaForm::Channels {
             true => Some(self.linear(&within("f_b_proj"))?),
             false => None,
         };
@@ -58,7 +58,7 @@ impl Source<'_> {
         let mut decay = Decay {
             rate: self.tensor(&within("A_log"))?,
             bias: self.tensor(&within("dt_bias"))?,
-            bound: spec.lower_bound,
+            bound: spec.decay_bound,
         };
         decay.rate = device.exp(&device.cast(&decay.rate, Dtype::F32)?)?;
         if decay.bound.is_none() {
@@ -76,8 +76,10 @@ impl Source<'_> {
             widened_gate,
             widened_decay,
             convolution,
+            convolutions: apart.then(|| [size(spec.keys()), size(spec.keys()), size(spec.values())]),
             scales,
             decay,
+            precise: spec.form == DeltaForm::BoundedChannels,
             doubled: spec.negative_eigenvalues,
             rule: DeltaRule::new(device)?,
             norm,
@@ -132,6 +134,14 @@ impl Source<'_> {
                 ("b_proj", heads),
                 ("f_a_proj", size(spec.key_dim)),
             ],
+            DeltaForm::BoundedChannels => &[
+                ("q_proj", keys),
+                ("k_proj", keys),
+                ("v_proj", values),
+                ("g_proj", values),
+                ("b_proj", heads),
+                ("f_proj", keys),
+            ],
             DeltaForm::Channels => &[
                 ("q_proj", keys),
                 ("k_proj", keys),
@@ -149,7 +159,7 @@ impl Source<'_> {
     fn delta_convolution(&mut self, path: &str, spec: &GatedDeltaSpec) -> Result<Array, LoadError> {
         let names = match spec.form {
             DeltaForm::Grouped | DeltaForm::Flat => return self.tensor(&format!("{path}.conv1d.weight")),
-            DeltaForm::Apart => ["q_conv1d", "k_conv1d", "v_conv1d"],
+            DeltaForm::Apart | DeltaForm::BoundedChannels => ["q_conv1d", "k_conv1d", "v_conv1d"],
             DeltaForm::Channels => ["q_conv.conv", "k_conv.conv", "v_conv.conv"],
         };
         let mut parts = Vec::new();

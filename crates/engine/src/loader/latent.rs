@@ -47,6 +47,10 @@ impl Source<'_> {
                 true => Some(self.linear(&format!("{path}.g_proj"))?),
                 false => None,
             },
+            head_gate: match spec.head_gate && !spec.gate {
+                true => Some(self.linear(&format!("{path}.g_proj"))?),
+                false => None,
+            },
             output: self.linear(&format!("{path}.o_proj"))?,
             rope: match spec.unrotated {
                 true => None,

@@ -26,6 +26,10 @@ impl Source<'_> {
         let before_feed_forward = norm(layer.norms.before_feed_forward, before)?;
         let after_feed_forward = norm(layer.norms.after_feed_forward, after)?;
         let mixer = match &layer.mixer {
+            MixerSpec::Attention(attention) if attention.convolved => {
+                let path = path(attention.names.block);
+                Mixer::ConvolvedAttention(Box::new(self.convolved_attention(&path, attention, spec)?))
+            }
             MixerSpec::Attention(attention) => {
                 let path = path(attention.names.block);
                 Mixer::Attention(Box::new(self.attention(&path, index, attention, spec)?))
@@ -36,8 +40,19 @@ impl Source<'_> {
             MixerSpec::GatedDelta(delta) => {
                 Mixer::GatedDelta(Box::new(self.gated_delta(&path(delta.block), delta, spec)?))
             }
+            MixerSpec::GatedRecurrence(recurrence) => {
+                let path = path(recurrence.block);
+                Mixer::GatedRecurrence(Box::new(self.gated_recurrence(&path, recurrence)?))
+            }
+            MixerSpec::Lightning(lightning) => {
+                Mixer::Lightning(Box::new(self.lightning(&path("self_attn"), lightning, spec)?))
+            }
+            MixerSpec::Mamba(mamba) => Mixer::Mamba(Box::new(self.mamba(&path(mamba.block), mamba, spec)?)),
             MixerSpec::Mamba2(mamba) => {
                 Mixer::Mamba2(Box::new(self.mamba2(&path(mamba.block), mamba, spec)?))
+            }
+            MixerSpec::PlamoMamba(mamba) => {
+                Mixer::PlamoMamba(Box::new(self.plamo_mamba(&path(mamba.block), mamba)?))
             }
             MixerSpec::ShortConvolution(_) => Mixer::ShortConvolution(self.short_convolution(&path("conv"))?),
             MixerSpec::ConvolvedKeys(mixer) => {
@@ -52,6 +67,7 @@ impl Source<'_> {
             }
             MixerSpec::Linear { .. } => Mixer::Linear(self.linear(&path("self_attn.linear"))?),
             MixerSpec::Absent => Mixer::Absent,
+            MixerSpec::Rwkv7(layer) => Mixer::Rwkv7(Box::new(self.rwkv7(&path, layer, spec)?)),
             MixerSpec::Shortcut(shortcut) => Mixer::Shortcut(Box::new(self.shortcut(&path, shortcut, spec)?)),
         };
         let feed_forward = self.feed_forward(&path, &layer.feed_forward, spec)?;

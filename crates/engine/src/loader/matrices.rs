@@ -146,8 +146,8 @@ impl Source<'_> {
             Matrix::Dense(matrix) => {
                 self.queue([&matrix]);
                 let weight = Weight::dense(self.device, &matrix)?;
-                if let Weight::Dense(view) = &weight {
-                    self.queue([view]);
+                if let Weight::Dense(matrix) = &weight {
+                    self.queue([matrix.view()]);
                 }
                 weight
             }
@@ -222,6 +222,14 @@ impl Source<'_> {
         let bytes: u64 = weights.map(Tensor::byte_count).sum();
         let is_packed = settings.first().is_some_and(Option::is_some);
         alike && (is_packed || self.device.is_gpu() || bytes <= LARGEST_DENSE_STACK_ON_CPU)
+    }
+
+    /// A map at hand, whose outputs were put into another order.
+    pub(super) fn reordered_linear(&self, stored: Stored) -> Result<Linear, LoadError> {
+        let Stored { matrix, bias, path, order } = stored;
+        self.queue(bias.iter());
+        let part = Part { path, start: 0, count: matrix.outputs(), rows: order };
+        self.linear_of(matrix, bias, vec![part])
     }
 
     /// The same of maps at hand, whose outputs were put into another order: stacked by a copy.

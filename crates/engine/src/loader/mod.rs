@@ -7,10 +7,15 @@ mod attention;
 mod convolved_keys;
 mod feed_forward;
 mod gated_delta;
+mod gated_recurrence;
 mod latent;
 mod layer;
+mod lightning;
+mod mamba;
 mod mamba2;
 mod matrices;
+mod plamo_mamba;
+mod rwkv7;
 mod short_convolution;
 mod shortcut;
 mod weights;
@@ -111,6 +116,7 @@ pub(crate) fn load(
         true => Some(source.embedding(EMBEDDING)?),
         false => None,
     };
+    let ngrams = if layers.is_first() { source.ngrams(spec)? } else { None };
     let positions = match spec.positions.filter(|_| layers.is_first()) {
         Some(rows) => Some(Positions { table: source.embedding(POSITIONS)?, rows: size(rows) }),
         None => None,
@@ -127,7 +133,8 @@ pub(crate) fn load(
     let head = match is_last {
         false => None,
         true => {
-            let norm = source.norm_of(spec.last_norm(), FINAL_NORM, spec.norm_eps)?;
+            let mut norm = source.norm_of(spec.last_norm(), FINAL_NORM, spec.norm_eps)?;
+            norm.eps = spec.final_norm_eps.unwrap_or(norm.eps);
             source.queue(norm.arrays());
             let linear = match &embedding {
                 Some(embedding) if spec.tied_embeddings => {
@@ -156,6 +163,7 @@ pub(crate) fn load(
     progress(total, total);
     let decoder = Decoder {
         embedding: embedding.filter(|_| layers.is_first()),
+        ngrams,
         embedding_scale: spec.embedding_scale,
         embedding_norm: spec.embedding_norm.then_some(spec.norm_eps),
         positions,
@@ -170,6 +178,7 @@ pub(crate) fn load(
                 all: size(spec.layer_count().div_ceil(block.max(1))),
                 eps: spec.norm_eps,
             }),
+            handed: size(spec.widening.handed),
             first: size(layers.start),
         },
         layers: modules,

@@ -4,6 +4,7 @@ use super::{LoadError, Source, size};
 use crate::alternating_updates::AlternatingUpdates;
 use crate::decoder::{Flow, OverBlocks};
 use crate::linear::Linear;
+use crate::ngrams::{Ngrams, Table};
 use crate::residual_blocks::Mixture;
 use crate::widening::{Entrance, Exit, GatedInput, InputTable};
 use mlxnode_checkpoint::layout::FINAL_NORM;
@@ -28,6 +29,21 @@ impl Source<'_> {
         };
         let widens = inputs.is_some() || !projections.is_empty();
         Ok(widens.then_some(Entrance { projections, inputs }))
+    }
+
+    /// Tables of groups of tokens; None when the model has none.
+    pub(super) fn ngrams(&mut self, spec: &ModelSpec) -> Result<Option<Ngrams>, LoadError> {
+        let Some(ngrams) = spec.ngrams else { return Ok(None) };
+        let mut tables = Vec::with_capacity(ngrams.tables());
+        for index in 0..ngrams.tables() {
+            let vectors = self.embedding(&format!("model.ngram_embeddings.embedders.{index}"))?;
+            let projection = self.linear(&format!("model.ngram_embeddings.post_projs.{index}"))?;
+            let tokens = index / ngrams.splits + 2;
+            let table = Table::new(vectors, projection, ngrams.rows_of(index), tokens, spec.vocabulary)?;
+            self.queue(table.numbers());
+            tables.push(table);
+        }
+        Ok(Some(Ngrams { tables, longest: size(ngrams.longest) }))
     }
 
     /// What makes one hidden vector of several; None when there is one.

@@ -26,6 +26,8 @@ pub(crate) struct Attention {
     pub(crate) source: Source,
     /// Epsilon of the norm on values, which has no weight.
     pub(crate) value_norm: Option<f32>,
+    /// Keys and values are rounded to steps of these sizes, of which a byte counts 256.
+    pub(crate) byte_scales: Option<[Array; 2]>,
     pub(crate) rope: Option<RotaryEmbedding>,
     pub(crate) temperature: Option<Temperature>,
     pub(crate) gate: Option<Gate>,
@@ -115,6 +117,9 @@ impl QkNorms {
         let normed = match (self.kind, weight) {
             (QkNormKind::LayerPerHead, Some(weight)) => {
                 device.multiply(weight, &device.layer_norm(x, None, None, self.eps)?)
+            }
+            (QkNormKind::RmsPerHead { eps }, Some(weight)) => {
+                device.multiply(&device.rms_normalize(x, eps)?, weight)
             }
             (_, Some(weight)) => device.rms_norm(x, weight, self.eps),
             (_, None) => device.rms_normalize(x, self.eps),
@@ -303,7 +308,11 @@ impl Attention {
         let keys_values = match (keys, values) {
             (Some(keys), Some(values)) => {
                 let keys = arranged(keys, self.kv_heads, Part::Keys)?;
-                Some((keys, self.normed_values(device, shaped(values, self.kv_heads)?)?))
+                Some(self.rounded(
+                    device,
+                    keys,
+                    self.normed_values(device, shaped(values, self.kv_heads)?)?,
+                )?)
             }
             _ => None,
         };
@@ -528,7 +537,7 @@ impl Attention {
             (Some(keys), Some(values)) => {
                 let keys = arranged(keys, self.kv_heads, Part::Keys)?;
                 let values = self.normed_values(device, heads(values)?)?;
-                Some((keys, device.transpose(&values, &[0, 2, 1, 3])?))
+                Some(self.rounded(device, keys, device.transpose(&values, &[0, 2, 1, 3])?)?)
             }
             _ => None,
         };
@@ -559,12 +568,30 @@ impl Attention {
         }
     }
 
+    /// Keys and values, rounded where they are.
+    fn rounded(&self, device: &Device, keys: Array, values: Array) -> Result<(Array, Array)> {
+        match &self.byte_scales {
+            Some([of_keys, of_values]) => {
+                Ok((to_bytes(device, &keys, of_keys)?, to_bytes(device, &values, of_values)?))
+            }
+            None => Ok((keys, values)),
+        }
+    }
+
     fn rotated(&self, device: &Device, x: Array, offset: i32) -> Result<Array> {
         match &self.rope {
             Some(rope) => rope.apply(device, &x, offset),
             None => Ok(x),
         }
     }
+}
+
+/// Rounded to the nearest of 256 steps of size `scale`, in `x`'s element type.
+fn to_bytes(device: &Device, x: &Array, scale: &Array) -> Result<Array> {
+    let bound = |value: f32| Array::scalar(value, Dtype::F32);
+    let steps = device.round(&device.divide(&device.cast(x, Dtype::F32)?, scale)?)?;
+    let steps = device.minimum(&device.maximum(&steps, &bound(-128.0)?)?, &bound(127.0)?)?;
+    device.cast(&device.multiply(&steps, scale)?, x.dtype())
 }
 
 fn wrong_projections() -> mlxnode_mlx::Error {

@@ -24,9 +24,13 @@ pub(crate) struct GatedDeltaNet {
     pub(crate) widened_decay: Option<Linear>,
     /// Over queries, keys and values.
     pub(crate) convolution: CausalConvolution,
+    /// Channels of queries, keys and values where the family has a convolution for each.
+    pub(crate) convolutions: Option<[i32; 3]>,
     /// Factors on the normed queries and keys, `[2 key_heads, 1]`.
     pub(crate) scales: Array,
     pub(crate) decay: Decay,
+    /// Strength and gate are made in single precision.
+    pub(crate) precise: bool,
     /// Memories may turn: strengths count twice.
     pub(crate) doubled: bool,
     pub(crate) rule: DeltaRule,
@@ -42,14 +46,13 @@ pub(crate) struct GatedDeltaNet {
     pub(crate) value_dim: i32,
 }
 
-/// How fast memories fade: `rate * softplus(x + bias)` is the logarithm of what is left after a token, or with a bound
-/// `bound * sigmoid(rate * (x + bias))`.
+/// How fast memories fade: `rate * softplus(x + bias)` is the logarithm of what is left after a token; where it is bounded,
+/// `bound * logistic(rate * (x + bias))`.
 pub(crate) struct Decay {
-    /// `-exp(A_log)`, with a bound `exp(A_log)`, single precision, `[value_heads]`, or `[value_heads, 1]` when every channel fades by itself.
+    /// `-exp(A_log)`, or `exp(A_log)` where it is bounded; single precision, `[value_heads]`, or `[value_heads, 1]` when every channel fades by itself.
     pub(crate) rate: Array,
     /// `[value_heads]` or `[value_heads, key_dim]`.
     pub(crate) bias: Array,
-    /// The largest logarithm, below zero.
     pub(crate) bound: Option<f32>,
 }
 
@@ -74,7 +77,11 @@ impl GatedDeltaNet {
     ) -> Result<Array> {
         let count = x.dim(1);
         let [mixed, gate, strength, decay] = self.project(device, x)?;
-        let strength = device.sigmoid(&strength)?;
+        let precise = |x: Array| match self.precise {
+            true => device.cast(&x, Dtype::F32),
+            false => Ok(x),
+        };
+        let strength = device.sigmoid(&precise(strength)?)?;
         let strength = match self.doubled {
             true => device.multiply(&strength, &Array::scalar(2.0, strength.dtype())?)?,
             false => strength,
@@ -86,7 +93,10 @@ impl GatedDeltaNet {
         let gate = device.reshape(&gate, &[1, count, self.value_heads, self.value_dim])?;
         let normed = device.rms_norm(&read, &self.norm, self.eps)?;
         let gated = match self.logistic {
-            true => device.multiply(&normed, &device.sigmoid(&gate)?)?,
+            true => {
+                let open = device.cast(&device.sigmoid(&precise(gate)?)?, normed.dtype())?;
+                device.multiply(&normed, &open)?
+            }
             false => {
                 let gate = activate(device, Activation::Silu, &device.cast(&gate, Dtype::F32)?)?;
                 let gated = device.multiply(&gate, &device.cast(&normed, Dtype::F32)?)?;
@@ -138,8 +148,8 @@ impl GatedDeltaNet {
         };
         if let Some(bound) = self.decay.bound {
             let sum = device.add(&device.cast(&decay, Dtype::F32)?, &self.decay.bias)?;
-            let share = device.sigmoid(&device.multiply(&self.decay.rate, &sum)?)?;
-            return device.multiply(&Array::scalar(bound, Dtype::F32)?, &share);
+            let part = device.sigmoid(&device.multiply(&self.decay.rate, &sum)?)?;
+            return device.multiply(&Array::scalar(bound, Dtype::F32)?, &part);
         }
         let sum = device.add(&decay, &self.decay.bias)?;
         let softplus = device.logaddexp(&sum, &Array::scalar(0.0, sum.dtype())?)?;

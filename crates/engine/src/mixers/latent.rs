@@ -27,6 +27,8 @@ pub(crate) struct LatentAttention {
     pub(crate) expansion: Expansion,
     /// Through a logistic function, on the result.
     pub(crate) gate: Option<Linear>,
+    /// To a number for each head that says how much of its result gets through.
+    pub(crate) head_gate: Option<Linear>,
     pub(crate) output: Linear,
     /// None: the parts that should rotate stay as they are.
     pub(crate) rope: Option<RotaryEmbedding>,
@@ -170,7 +172,19 @@ impl LatentAttention {
             Some(gate) => device.multiply(&mixed, &device.sigmoid(&gate.forward(device, x)?)?)?,
             None => mixed,
         };
+        let mixed = match &self.head_gate {
+            Some(gate) => self.gated(device, gate, x, mixed)?,
+            None => mixed,
+        };
         self.output.forward(device, &mixed)
+    }
+
+    /// `mixed` `[1, tokens, heads * value_dims]`, each head times what the gate makes of `x`.
+    fn gated(&self, device: &Device, gate: &Linear, x: &Array, mixed: Array) -> Result<Array> {
+        let open = device.sigmoid(&device.cast(&gate.forward(device, x)?, Dtype::F32)?)?;
+        let open = device.expand(&device.cast(&open, mixed.dtype())?, -1)?;
+        let heads = device.reshape(&mixed, &[1, mixed.dim(1), self.heads, self.value_dims])?;
+        device.reshape(&device.multiply(&heads, &open)?, mixed.shape())
     }
 
     fn project(&self, device: &Device, x: &Array) -> Result<Projected> {
@@ -479,6 +493,7 @@ mod tests {
             widen: Some((norm(NARROW), widen)),
             latent_norm: norm(LATENT),
             expansion,
+            head_gate: None,
             output: linear(device, HEADS * VALUE, HIDDEN, 10.0),
             rope: Some(rope(device)),
             growth: None,

@@ -4,31 +4,47 @@ mod attention;
 mod block_indexer;
 mod by_row;
 mod convolution;
+mod convolved_attention;
 mod convolved_keys;
 mod delta_chunks;
 mod delta_rule;
+mod fading;
 mod gated_delta;
+mod gated_recurrence;
 mod indexer;
 mod latent;
+mod lightning;
+mod mamba;
 mod mamba2;
+mod plamo_mamba;
+mod rwkv7;
 mod short_convolution;
 mod shortcut;
 mod softmax;
 mod state_space;
+mod wkv;
 
 pub(crate) use attention::{Attention, Beside, Gate as AttentionGate, QkNorms, Source as KeySource};
 pub(crate) use block_indexer::BlockIndexer;
 pub(crate) use convolution::CausalConvolution;
+pub(crate) use convolved_attention::{ConvolvedAttention, Taps};
 pub(crate) use convolved_keys::ConvolvedKeys;
 pub(crate) use delta_rule::DeltaRule;
+pub(crate) use fading::Fading;
 pub(crate) use gated_delta::{Decay, GatedDeltaNet};
+pub(crate) use gated_recurrence::GatedRecurrence;
 pub(crate) use indexer::Indexer;
 pub(crate) use latent::{Absorbed, Expansion, LatentAttention, LatentNorm};
+pub(crate) use lightning::Lightning;
+pub(crate) use mamba::{Mamba, StateNorms};
 pub(crate) use mamba2::Mamba2;
+pub(crate) use plamo_mamba::PlamoMamba;
+pub(crate) use rwkv7::{ChannelMix, LowRank, Rwkv7, TimeMix};
 pub(crate) use short_convolution::ShortConvolution;
 pub(crate) use shortcut::{Half, Shortcut};
 pub(crate) use softmax::SoftmaxAttention;
 pub(crate) use state_space::StateSpace;
+pub(crate) use wkv::Wkv;
 
 use crate::batch::Batch;
 use crate::linear::Linear;
@@ -37,9 +53,14 @@ use mlxnode_mlx::{Array, Device, Result};
 /// The mixer of one layer.
 pub(crate) enum Mixer {
     Attention(Box<Attention>),
+    ConvolvedAttention(Box<ConvolvedAttention>),
     Latent(Box<LatentAttention>),
     GatedDelta(Box<GatedDeltaNet>),
+    GatedRecurrence(Box<GatedRecurrence>),
+    Lightning(Box<Lightning>),
+    Mamba(Box<Mamba>),
     Mamba2(Box<Mamba2>),
+    PlamoMamba(Box<PlamoMamba>),
     ShortConvolution(ShortConvolution),
     ConvolvedKeys(Box<ConvolvedKeys>),
     /// Both with the same input.
@@ -47,6 +68,7 @@ pub(crate) enum Mixer {
     /// Looks at each token by itself.
     Linear(Linear),
     Absent,
+    Rwkv7(Box<Rwkv7>),
     Shortcut(Box<Shortcut>),
 }
 
@@ -63,8 +85,12 @@ pub(crate) struct Keeps {
     pub(crate) chunk: Option<i32>,
     /// Keys of an indexer.
     pub(crate) indexer: bool,
+    /// Where an indexer would keep its keys are the keys and values of a second attention.
+    pub(crate) second: bool,
     /// States of a fixed size.
     pub(crate) states: bool,
+    /// The first of them are the last inputs of three convolutions side by side, with so many channels each. Files have one array for each.
+    pub(crate) convolutions: Option<[i32; 3]>,
 }
 
 impl Mixer {
@@ -72,14 +98,22 @@ impl Mixer {
     pub(crate) fn keeps(&self) -> Keeps {
         match self {
             Self::Attention(attention) => attention.keeps(),
-            Self::GatedDelta(_) | Self::Mamba2(_) | Self::ShortConvolution(_) | Self::ConvolvedKeys(_) => {
-                Keeps { states: true, ..Keeps::default() }
+            Self::ConvolvedAttention(attention) => attention.keeps(),
+            Self::GatedDelta(delta) => {
+                Keeps { states: true, convolutions: delta.convolutions, ..Keeps::default() }
             }
+            Self::GatedRecurrence(_)
+            | Self::Lightning(_)
+            | Self::Mamba(_)
+            | Self::Mamba2(_)
+            | Self::PlamoMamba(_)
+            | Self::Rwkv7(_)
+            | Self::ConvolvedKeys(_)
+            | Self::ShortConvolution(_) => Keeps { states: true, ..Keeps::default() },
             Self::Mamba2AndAttention(both) => Keeps { states: true, ..both.1.keeps() },
             Self::Linear(_) | Self::Absent => Keeps::default(),
             Self::Latent(latent) => Keeps { kv: true, indexer: latent.indexer.is_some(), ..Keeps::default() },
-            // The second attention keeps its own where an indexer would.
-            Self::Shortcut(_) => Keeps { kv: true, indexer: true, ..Keeps::default() },
+            Self::Shortcut(_) => Keeps { kv: true, indexer: true, second: true, ..Keeps::default() },
         }
     }
 
@@ -90,9 +124,16 @@ impl Mixer {
             Self::Latent(latent) => latent.joins(),
             Self::Shortcut(shortcut) => shortcut.halves.iter().all(|half| half.attention.joins()),
             Self::Mamba2AndAttention(both) => both.1.joins(),
-            Self::GatedDelta(_) | Self::Mamba2(_) | Self::ShortConvolution(_) | Self::ConvolvedKeys(_) => {
-                true
-            }
+            Self::GatedDelta(_)
+            | Self::GatedRecurrence(_)
+            | Self::Mamba(_)
+            | Self::Mamba2(_)
+            | Self::PlamoMamba(_)
+            | Self::Rwkv7(_)
+            | Self::ConvolvedKeys(_)
+            | Self::ShortConvolution(_) => true,
+            // Its rotation is of one sequence at a time.
+            Self::ConvolvedAttention(_) | Self::Lightning(_) => false,
             Self::Linear(_) | Self::Absent => true,
         }
     }
@@ -109,10 +150,16 @@ impl Mixer {
     ) -> Result<Mixed> {
         Ok(match self {
             Self::Attention(attention) => Mixed::one(attention.forward(device, x, layer, batch)?),
+            Self::ConvolvedAttention(attention) => Mixed::one(attention.forward(device, x, layer, batch)?),
             Self::Latent(latent) => Mixed::one(latent.forward(device, x, layer, batch)?),
+            Self::Rwkv7(rwkv) => Mixed::one(rwkv.forward(device, x, layer, batch)?),
             Self::Shortcut(shortcut) => Mixed::one(shortcut.forward(device, x, layer, batch)?),
             Self::GatedDelta(delta) => Mixed::one(delta.forward(device, x, layer, batch)?),
+            Self::GatedRecurrence(recurrence) => Mixed::one(recurrence.forward(device, x, layer, batch)?),
+            Self::Lightning(lightning) => Mixed::one(lightning.forward(device, x, layer, batch)?),
+            Self::Mamba(mamba) => Mixed::one(mamba.forward(device, x, layer, batch)?),
             Self::Mamba2(mamba) => Mixed::one(mamba.forward(device, x, layer, batch)?),
+            Self::PlamoMamba(mamba) => Mixed::one(mamba.forward(device, x, layer, batch)?),
             Self::ShortConvolution(convolution) => Mixed::one(convolution.forward(device, x, layer, batch)?),
             Self::ConvolvedKeys(mixer) => Mixed::one(mixer.forward(device, x, layer, batch)?),
             Self::Mamba2AndAttention(both) => Mixed {

@@ -92,7 +92,13 @@ impl PromptCache {
                 return Err(foreign(format!("cache {place} has {count} tokens, one before it {before}")));
             }
             tokens = tokens.or(count);
-            sequence.layers[*layer] = cache;
+            let kept = &mut sequence.layers[*layer];
+            if keeps.states {
+                kept.states = cache.states;
+            }
+            if keeps.kv {
+                (kept.kv, kept.indexer) = (cache.kv, cache.indexer);
+            }
         }
         let is_empty = sequence.state().next().is_none();
         sequence.advance(if is_empty { 0 } else { tokens.or(noted).unwrap_or(1) });
@@ -123,11 +129,13 @@ impl PromptCache {
     }
 }
 
-/// The layers that keep something.
+/// The layers that keep something, and what.
 fn keeping(model: &Model) -> Vec<(usize, Keeps)> {
     let layers = model.decoder.layers.iter().enumerate();
     let keeps = layers.map(|(layer, parts)| (layer, parts.mixer.keeps()));
-    keeps.filter(|(_, keeps)| keeps.kv || keeps.states).collect()
+    // The last ids of a model that looks up groups of tokens, which lie in the first layer's cache, have an entry of their own.
+    let ids = model.decoder.ngrams.as_ref().map(|_| (0, Keeps { states: true, ..Keeps::default() }));
+    ids.into_iter().chain(keeps.filter(|(_, keeps)| keeps.kv || keeps.states)).collect()
 }
 
 /// A file in the making.
@@ -150,6 +158,7 @@ impl Output {
                     Dtype::BF16 => TensorDtype::BF16,
                     Dtype::U32 => TensorDtype::U32,
                     Dtype::I32 => TensorDtype::I32,
+                    Dtype::I64 => TensorDtype::I64,
                     Dtype::U8 => TensorDtype::U8,
                     Dtype::Bool => TensorDtype::Bool,
                     Dtype::Other => {

@@ -283,12 +283,13 @@ pub(super) fn layer_cache(
                 let Some((_, fresh)) = kvs.next() else {
                     return Err(Failure::Foreign(format!("layer {place} keeps no keys and values")));
                 };
-                let is_indexer = keeps.indexer && !filled.is_empty();
+                let is_indexer = keeps.indexer && !keeps.second && !filled.is_empty();
                 let (kv, count) = stored.into_cache(device, fresh, keeps, is_indexer, place)?;
                 tokens = Some(count);
                 filled.push(kv);
             }
             Stored::States(arrays) if keeps.states => {
+                let arrays = with_one_convolution(device, arrays, keeps)?;
                 cache.states = States::of(arrays, tokens_noted.unwrap_or(1));
             }
             Stored::States(_) => return Err(Failure::Foreign(format!("layer {place} keeps no states"))),
@@ -306,6 +307,37 @@ pub(super) fn layer_cache(
         cache.indexer = indexer;
     }
     Ok((cache, tokens))
+}
+
+/// The states that a file has, with one array for the inputs of all convolutions. Files of our own have had one, too.
+fn with_one_convolution(
+    device: &Device,
+    mut arrays: Vec<Array>,
+    keeps: &Keeps,
+) -> mlxnode_mlx::Result<Vec<Array>> {
+    match keeps.convolutions {
+        Some(widths) if arrays.len() > widths.len() => {
+            let rest = arrays.split_off(widths.len());
+            let joined = device.concatenate(&arrays, -1)?;
+            Ok([joined].into_iter().chain(rest).collect())
+        }
+        _ => Ok(arrays),
+    }
+}
+
+/// The states as a file has them: an array for the inputs of each convolution.
+fn by_convolution(device: &Device, arrays: &[Array], keeps: &Keeps) -> mlxnode_mlx::Result<Vec<Array>> {
+    let (Some(widths), Some((joined, rest))) = (keeps.convolutions, arrays.split_first()) else {
+        return Ok(arrays.to_vec());
+    };
+    let mut parts = Vec::with_capacity(arrays.len() + 2);
+    let mut start = 0;
+    for width in widths {
+        parts.push(device.slice_axis(joined, 2, start, start + width, 1)?);
+        start += width;
+    }
+    parts.extend(rest.iter().cloned());
+    Ok(parts)
 }
 
 /// Why a layer cannot be filled.
@@ -448,14 +480,15 @@ pub(super) fn described(
 ) -> mlxnode_mlx::Result<(&'static str, Value)> {
     let mut parts = Vec::new();
     if keeps.states {
-        let arrays = cache.states.arrays().iter().cloned().map(Value::Array).collect();
+        let arrays = by_convolution(device, cache.states.arrays(), keeps)?;
+        let arrays = arrays.into_iter().map(Value::Array).collect();
         parts.push(("ArraysCache", Value::List(vec![Value::List(arrays), Value::Nothing, Value::Nothing])));
     }
     if keeps.kv {
         parts.push(described_kv(device, &cache.kv, keeps, false)?);
     }
     if keeps.indexer {
-        parts.push(described_kv(device, &cache.indexer, &Keeps::default(), true)?);
+        parts.push(described_kv(device, &cache.indexer, &Keeps::default(), !keeps.second)?);
     }
     Ok(match (parts.pop(), parts.is_empty()) {
         (Some(only), true) => only,

@@ -226,6 +226,10 @@ impl WorkerProcess {
             open_sequences: stats.open_sequences,
             compute_time: duration(stats.compute_seconds),
             step_time: duration(stats.step_seconds),
+            wait_time: duration(stats.wait_seconds),
+            send_time: duration(stats.send_seconds),
+            prompt_tokens: stats.prompt_tokens,
+            decode_tokens: stats.decode_tokens,
         })
     }
 

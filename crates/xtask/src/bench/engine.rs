@@ -2,10 +2,11 @@
 //!
 //! - Decode, prefill, load, memory: `decode_speed` of the engine against `decode_speed.py`, which both time inside the
 //!   process, on the wall and in CPU time of all threads. Greedy; the tokens of both must be equal.
+//! - Guessing ahead: `speculation_speed` of the engine with and without, on a model whose draft always agrees.
 //! - Start to first token: `mlxnode generate --max-tokens 1` against `bench_peer.py`, from outside. The peer does what
 //!   `mlx_lm generate` does and imports less, so the comparison is kind to it.
 
-use super::models::{self, Dtype, Model, Shape, Size};
+use super::models::{self, Dtype, Model, Pair, Shape, Size};
 use super::process::{self, measure};
 use super::report::{Report, Row, Target, Unit};
 use super::{Limits, binary, example};
@@ -67,7 +68,20 @@ struct Speed {
 struct BatchSpeed {
     /// Of all rows together.
     generation_tps: f64,
+    /// CPU time per token, all threads.
+    generation_cpu_ms: f64,
+    /// Of a step of all rows.
+    operations_per_step: f64,
+    reads_per_step: f64,
     digest: u64,
+}
+
+/// What `speculation_speed` prints.
+#[derive(Debug, Deserialize)]
+struct SpeculationSpeed {
+    plain_tps: f64,
+    draft_tps: f64,
+    lookup_tps: f64,
 }
 
 /// The programs of one side.
@@ -93,6 +107,7 @@ pub(super) fn run(places: &Places, options: &Options, limits: Limits) -> Result<
         sides: [ours, theirs],
         binary,
         peer: [oracle.clone(), scripts.join("bench_peer.py")],
+        speculation_speed: [example(places, "mlxnode-engine", "speculation_speed", limits)?],
         environment: process::environment(&places.cache.join("bench-kernels"))?,
         scratch: places.cache.join("bench-scratch"),
         limits,
@@ -102,8 +117,11 @@ pub(super) fn run(places: &Places, options: &Options, limits: Limits) -> Result<
         let model = Model::provide(places, &oracle, shape, size, dtype)?;
         eprintln!("engine: {}", model.name());
         rows.extend(bench.speed(&model)?);
-        rows.push(bench.batch(&model)?);
+        rows.extend(bench.batch(&model)?);
         rows.extend(bench.start(&model)?);
+        if shape == Shape::Llama && size != Size::T {
+            rows.extend(bench.speculation(&Pair::provide(places, &oracle, size, dtype)?, &model)?);
+        }
     }
     let blas = match process::blas() {
         Some(_) => "both with OpenBLAS, one thread",
@@ -114,6 +132,7 @@ pub(super) fn run(places: &Places, options: &Options, limits: Limits) -> Result<
         "The ratio is of mlxnode to mlx-lm, the median of the pairs' ratios with the smallest and the largest.".into(),
         "tok/CPU-s: tokens per second of CPU time of the whole process; steadier than the wall on a busy machine.".into(),
         "Both generated the same tokens in every run.".into(),
+        "Rows of guesses compare mlxnode with itself: with guesses and without.".into(),
     ];
     Ok(Report { bench: "engine", ours: "mlxnode", base: "mlx-lm", notes, rows })
 }
@@ -146,6 +165,7 @@ struct Bench {
     sides: [Side; 2],
     binary: PathBuf,
     peer: [PathBuf; 2],
+    speculation_speed: [PathBuf; 1],
     environment: Vec<(&'static str, OsString)>,
     /// A data directory without a node.
     scratch: PathBuf,
@@ -212,21 +232,23 @@ impl Bench {
     }
 
     /// Eight prompts of different lengths at once, after the first token of each.
-    fn batch(&self, model: &Model) -> Result<Row> {
+    fn batch(&self, model: &Model) -> Result<Vec<Row>> {
         const ROWS: usize = 8;
         let (prompt, new) = lengths(model.size, model.dtype, self.limits.quick);
-        let mut runs: [Vec<f64>; 2] = [Vec::new(), Vec::new()];
+        // Operations are counted over some steps in the middle.
+        let (prompt, new) = (prompt / 4, (new / 2).max(8));
+        let mut runs: [Vec<BatchSpeed>; 2] = [Vec::new(), Vec::new()];
         for turn in 0..=self.limits.runs {
             let mut digests = Vec::new();
             for (side, runs) in self.sides.iter().zip(&mut runs) {
                 let mut command = self.command(&side.batch);
-                command.arg(&model.folder).args([ROWS, prompt / 4, new / 2].map(|number| number.to_string()));
+                command.arg(&model.folder).args([ROWS, prompt, new].map(|number| number.to_string()));
                 let measured = measure(&mut command, PATIENCE).with_context(|| side.name.to_owned())?;
                 let speed: BatchSpeed = serde_json::from_str(&measured.stdout)
                     .with_context(|| format!("{} printed no figures: {}", side.name, measured.stdout))?;
                 digests.push(speed.digest);
                 if turn > 0 {
-                    runs.push(speed.generation_tps);
+                    runs.push(speed);
                 }
             }
             ensure!(
@@ -236,14 +258,45 @@ impl Bench {
             );
         }
         let [ours, theirs] = &runs;
-        let measure = format!("decode, {ROWS} rows");
-        Row::compared(
-            &model.name(),
-            &measure,
-            Unit::TokensPerSecond,
-            (ours, theirs),
-            Some(Target::AtLeast(1.1)),
-        )
+        let name = model.name();
+        let row = |measure: &str, unit, value: &dyn Fn(&BatchSpeed) -> f64, target| {
+            let values = |runs: &[BatchSpeed]| runs.iter().map(value).collect::<Vec<_>>();
+            let measure = format!("{ROWS} rows, {measure}");
+            Row::compared(&name, &measure, unit, (&values(ours), &values(theirs)), Some(target))
+        };
+        let (faster, no_more) = (Target::AtLeast(1.1), Target::AtMost(1.0));
+        Ok(vec![
+            row(&format!("decode {new}"), Unit::TokensPerSecond, &|speed| speed.generation_tps, faster)?,
+            row("decode, CPU", Unit::TokensPerCpuSecond, &|speed| 1e3 / speed.generation_cpu_ms, faster)?,
+            row("operations per step", Unit::Count, &|speed| speed.operations_per_step, no_more)?,
+            row("reads per step", Unit::Count, &|speed| speed.reads_per_step, no_more)?,
+        ])
+    }
+
+    /// Guesses of a draft model that is always right, and of a text that repeats itself, to none.
+    fn speculation(&self, pair: &Pair, model: &Model) -> Result<Vec<Row>> {
+        let (_, new) = lengths(model.size, model.dtype, self.limits.quick);
+        let mut runs = Vec::new();
+        for turn in 0..=self.limits.runs {
+            let mut command = self.command(&self.speculation_speed);
+            command.arg(&pair.target).arg(&pair.draft).arg(new.max(8).to_string()).arg(GUESSED.to_string());
+            let measured = measure(&mut command, PATIENCE).context("guessing ahead")?;
+            let speed: SpeculationSpeed = serde_json::from_str(&measured.stdout)
+                .with_context(|| format!("no figures: {}", measured.stdout))?;
+            if turn > 0 {
+                runs.push(speed);
+            }
+        }
+        let row = |measure: &str, value: &dyn Fn(&SpeculationSpeed) -> f64| {
+            let ours: Vec<f64> = runs.iter().map(value).collect();
+            let base: Vec<f64> = runs.iter().map(|speed| speed.plain_tps).collect();
+            let target = Some(Target::AtLeast(1.0));
+            Row::compared(&pair.name, measure, Unit::TokensPerSecond, (&ours, &base), target)
+        };
+        Ok(vec![
+            row(&format!("guesses of a draft, {GUESSED} at once"), &|speed| speed.draft_tps)?,
+            row(&format!("guesses of the prompt, {GUESSED} at once"), &|speed| speed.lookup_tps)?,
+        ])
     }
 
     /// From the start of the process to the end of an answer of one token.
@@ -290,6 +343,9 @@ impl Bench {
         command
     }
 }
+
+/// Tokens that are guessed at a time.
+const GUESSED: usize = 4;
 
 const MEBIBYTE: f64 = 1_048_576.0;
 

@@ -101,6 +101,38 @@ impl Model {
     }
 }
 
+/// A model of Llama's shape and a draft model of its first layers that always agrees with it.
+#[derive(Debug)]
+pub(super) struct Pair {
+    /// Such as `s-f32`.
+    pub(super) name: String,
+    pub(super) target: PathBuf,
+    pub(super) draft: PathBuf,
+}
+
+impl Pair {
+    /// Makes the models if they are not in the cache yet.
+    pub(super) fn provide(places: &Places, oracle: &Path, size: Size, dtype: Dtype) -> Result<Self> {
+        let source = Model::llama(places, oracle, size, dtype)?;
+        let folder = source.folder.with_file_name(format!("{}-pair", source.name()));
+        let [target, draft] = ["target", "draft"].map(|part| folder.join(part));
+        let _lock = setup::lock(&places.cache.join("bench-models.lock"), "making of a model")?;
+        if !folder.is_dir() {
+            let unfinished = folder.with_extension("unfinished");
+            setup::wheel::remove(&unfinished)?;
+            let script = places.repository.join("crates/testkit/oracle/draft_pair.py");
+            let mut command = Command::new(oracle);
+            command.arg(script).arg(&source.folder).arg(unfinished.join("target"));
+            command::output(command.arg(unfinished.join("draft")).arg(DRAFT_LAYERS.to_string()))?;
+            std::fs::rename(&unfinished, &folder)?;
+        }
+        Ok(Self { name: source.name(), target, draft })
+    }
+}
+
+/// Layers of a draft model.
+const DRAFT_LAYERS: usize = 1;
+
 fn name(shape: Shape, size: Size, dtype: Dtype) -> String {
     let shape = if shape == Shape::Llama { None } else { shape.to_possible_value() };
     let words = [shape, size.to_possible_value(), dtype.to_possible_value()];

@@ -9,9 +9,11 @@
 //! lock keeps two set-ups apart. Every command that needs MLX calls [`ensure`], which then costs milliseconds.
 
 mod cargo_config;
+pub(crate) mod clients;
 mod mlxc;
 pub(crate) mod oracle;
 pub(crate) mod pins;
+mod python_environment;
 mod smoke;
 pub(crate) mod stamp;
 pub(crate) mod tools;

@@ -3,6 +3,7 @@
 use crate::deployments::{DeploymentView, State as DeploymentState, state_name};
 use crate::http::{ApiError, Caller, ErrorKind, HttpServices};
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use serde::Serialize;
 
@@ -36,8 +37,9 @@ pub(in crate::http) async fn list(State(services): State<HttpServices>, caller: 
 pub(in crate::http) async fn one(
     State(services): State<HttpServices>,
     caller: Caller,
-    Path(name): Path<String>,
+    name: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Model>, ApiError> {
+    let Path(name) = name.map_err(|error| ApiError::new(ErrorKind::Invalid, error.body_text()))?;
     let deployment = services.front.deployment(&name)?;
     if !is_shown(&deployment, &caller) {
         return Err(ApiError::new(ErrorKind::NoModel, format!("no model named {name:?} is loaded")));

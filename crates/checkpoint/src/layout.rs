@@ -3,7 +3,7 @@
 //! One walk over the spec serves all: what a stage must load, what is missing, what a layer weighs.
 
 use crate::quantization::QuantSetting;
-use crate::spec::{LayerSpec, ModelSpec, NormKind};
+use crate::spec::{Flow, LayerSpec, Logits, ModelSpec, NormKind};
 use mlxnode_compute::LayerRange;
 use std::collections::BTreeSet;
 
@@ -15,6 +15,8 @@ pub const POSITIONS: &str = "model.embed_positions";
 pub const FINAL_NORM: &str = "model.norm";
 /// Path of the head of a model whose embeddings are not tied.
 pub const HEAD: &str = "lm_head";
+/// Name of the learned factor on what the head gives, in a family that has one.
+pub const HEAD_GAIN: &str = "lm_head_gain.w_g";
 
 /// A module with weights of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,9 +114,11 @@ impl ModelSpec {
     /// for the last when it is the head.
     pub fn modules(&self, range: LayerRange) -> Vec<Module> {
         let (first, last) = (range.is_first(), range.is_last(self.layer_count()));
-        let bias = matches!(self.norm, NormKind::Layer { bias: true } | NormKind::LayerPlusOne);
-        let norm =
-            (self.norm != NormKind::RmsUnweighted).then_some(ModuleKind::Norm { width: self.hidden, bias });
+        let norm_of = |kind| {
+            let bias = matches!(kind, NormKind::Layer { bias: true } | NormKind::LayerPlusOne);
+            (kind != NormKind::RmsUnweighted).then_some(ModuleKind::Norm { width: self.hidden, bias })
+        };
+        let norm = norm_of(self.norm);
         let mut modules = Vec::new();
         if first || (last && self.tied_embeddings) {
             let kind = ModuleKind::Embedding { rows: self.vocabulary, width: self.hidden };
@@ -134,11 +138,23 @@ impl ModelSpec {
         if last {
             self.widening.exit(self.hidden, &mut push);
         }
-        for (index, layer) in self.layers.iter().enumerate().take(range.end).skip(range.start) {
-            push_layer(&mut modules, index, layer, self.hidden, norm.as_ref());
+        let mut layers = self.layers.iter().enumerate().take(range.end).skip(range.start);
+        for (index, layer) in layers.clone() {
+            push_layer(&mut modules, self.stored_layer(index), layer, self.hidden, norm.as_ref());
+        }
+        if last || layers.any(|(_, layer)| layer.flow == Flow::ThenLastNorm) {
+            modules.extend(norm_of(self.last_norm()).map(|kind| Module { path: FINAL_NORM.into(), kind }));
+        }
+        if self.passes > 1 {
+            // Layers of several passes have the same weights.
+            let mut paths = BTreeSet::new();
+            modules.retain(|module| paths.insert(module.path.clone()));
         }
         if last {
-            modules.extend(norm.map(|kind| Module { path: FINAL_NORM.into(), kind }));
+            if self.logits == Logits::Gained {
+                let kind = ModuleKind::SideParameter { shape: vec![1] };
+                modules.push(Module { path: HEAD_GAIN.into(), kind });
+            }
             if !self.tied_embeddings {
                 let (inputs, outputs, bias) = (self.hidden, self.vocabulary, self.head_bias);
                 let kind = ModuleKind::Linear { inputs, outputs, bias };

@@ -42,14 +42,15 @@ pub use quantization::{PerPath, QuantMode, QuantSetting, Quantization};
 pub use ranges::FileRange;
 pub use shard::{ShardModule, ShardTensors, TensorsError, WrongTensor};
 pub use spec::{
-    Activation, AlternatingUpdates, AttentionGate, AttentionNames, AttentionSpec, Correction, DeltaForm,
-    DenseAndExpertsSpec, ExpertForm, ExpertNetworks, ExpertsSpec, FeedForward, Flow, GateFunction,
-    GatedDeltaSpec, GatedNames, GatedRecurrenceSpec, GroupScore, Groups, INDEXER_NORM_EPS, IndexerSpec,
-    LatentForm, LatentSpec, LayerInputs, LayerNorms, LayerSpec, LightningSpec, Logits, Mamba2Spec, MambaGate,
-    MambaNorms, MambaSpec, Mixer, ModelSpec, NgramsSpec, NormKind, Normalization, Outside, ParallelSum,
-    PlamoMambaSpec, QkNorm, QkNormKind, QueryGrowth, Residual, RopeScaling, RopeSpec, RouterSpec, Routing,
-    Rwkv7Ranks, Rwkv7Spec, Scores, SharedExpertSpec, ShortConvolutionSpec, ShortcutSpec, SinglePrecision,
-    Temperature, Values, WeightPrecision, Widening, XIELU,
+    Activation, AlternatingUpdates, AttentionGate, AttentionNames, AttentionSpec, BlockIndexerSpec,
+    ConvolvedKeysSpec, Correction, DeltaForm, DenseAndExpertsSpec, ExpertForm, ExpertNetworks, ExpertsSpec,
+    FeedForward, Flow, GAINS, GateFunction, GatedDeltaSpec, GatedNames, GatedRecurrenceSpec, GroupScore,
+    Groups, INDEXER_NORM_EPS, IndexerSpec, LatentForm, LatentSpec, LayerInputs, LayerNorms, LayerSpec,
+    LightningSpec, Logits, Mamba2Spec, MambaGate, MambaNorms, MambaSpec, Mixer, ModelSpec, NgramsSpec,
+    NormKind, Normalization, Outside, ParallelSum, PlamoMambaSpec, QkNorm, QkNormKind, QueryFactor,
+    QueryGrowth, Residual, RopeScaling, RopeSpec, RouterSpec, Routing, Rwkv7Ranks, Rwkv7Spec, Scores,
+    SharedExpertSpec, ShortConvolutionSpec, ShortcutSpec, SinglePrecision, Temperature, Values,
+    WeightPrecision, Widening, XIELU,
 };
 pub use tensor::{Tensor, UnfitTensor};
 pub use tensor_file::TensorFileHeader;

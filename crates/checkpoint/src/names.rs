@@ -16,8 +16,10 @@ const SPELLINGS: [(&str, &str); 7] = [
 ];
 
 /// Parts of multimodal repositories that a text model does not use, as they are or below "model.".
-const NOT_TEXT: [(&str, Note); 10] = [
+const NOT_TEXT: [(&str, Note); 12] = [
     ("vision_tower.", Note::VisionUnused),
+    ("vision_adapter.", Note::VisionUnused),
+    ("vision_projection.", Note::VisionUnused),
     ("vision_model.", Note::VisionUnused),
     ("visual.", Note::VisionUnused),
     ("embed_vision.", Note::VisionUnused),

@@ -27,6 +27,8 @@ pub struct ModelProfile {
     pub embedding_bytes: ByteCount,
     /// What else the first stage needs to make of a token what travels.
     pub entrance_bytes: ByteCount,
+    /// How often the stored layers are gone through: a stage with a layer of several passes holds its weights once.
+    pub passes: usize,
     /// Norm and head, on the last stage. With tied embeddings the head is the embedding again.
     pub head_bytes: ByteCount,
     /// The head is the embedding, so that a single stage holds it once.
@@ -55,7 +57,10 @@ impl ModelProfile {
         for (name, tensor) in &all.tensors {
             let bytes = ByteCount(tensor.byte_count());
             match names::layer_of(name) {
-                Some(layer) => layer_bytes[layer] += bytes,
+                Some(stored) => {
+                    let of = |layer: &usize| spec.stored_layer(*layer) == stored;
+                    (0..spec.layer_count()).filter(of).for_each(|layer| layer_bytes[layer] += bytes);
+                }
                 None if is_of(name, EMBEDDING) => embedding_bytes += bytes,
                 None if entrance.iter().any(|module| is_of(name, &module.path)) => entrance_bytes += bytes,
                 None => head_bytes += bytes,
@@ -71,6 +76,7 @@ impl ModelProfile {
             kv_windows: spec.layers.iter().map(kv_window).collect(),
             state_bytes: spec.layers.iter().map(|layer| state_bytes(layer, spec)).collect(),
             joined: (1..spec.layer_count()).filter(|layer| !spec.can_split_before(*layer)).collect(),
+            passes: spec.passes,
             embedding_bytes,
             entrance_bytes,
             head_bytes,
@@ -100,8 +106,9 @@ impl ModelProfile {
     /// Weights of a stage with these layers.
     pub fn stage_bytes(&self, layers: LayerRange) -> ByteCount {
         let (first, last) = (layers.is_first(), layers.is_last(self.layer_count()));
-        let mut bytes =
-            self.layer_bytes.iter().take(layers.end).skip(layers.start).copied().sum::<ByteCount>();
+        // Consecutive layers up to a whole pass are all different ones.
+        let own = layers.len().min(self.layer_count() / self.passes.max(1));
+        let mut bytes = self.layer_bytes.iter().skip(layers.start).take(own).copied().sum::<ByteCount>();
         if first {
             bytes += self.embedding_bytes + self.entrance_bytes;
         }
@@ -169,7 +176,10 @@ fn kv_bytes(layer: &LayerSpec, dtype: Dtype) -> ByteCount {
     let Some(attention) = layer.mixer.attention().filter(|attention| attention.shares.is_none()) else {
         return ByteCount(0);
     };
-    ByteCount(2 * (attention.kv_heads * attention.head_dim * dtype.size()) as u64)
+    let width = attention.head_dim + attention.value_dim;
+    // An indexer's keys have one column of no use beside them.
+    let indexer = attention.blocks.as_ref().map_or(0, |blocks| blocks.head_dim + 1);
+    ByteCount(((attention.kv_heads * width + indexer) * dtype.size()) as u64)
 }
 
 fn kv_window(layer: &LayerSpec) -> Option<usize> {
@@ -195,6 +205,7 @@ mod tests {
             kv_windows: vec![None, Some(100)],
             state_bytes: vec![ByteCount(0); 2],
             joined: vec![],
+            passes: 1,
             embedding_bytes: ByteCount(0),
             entrance_bytes: ByteCount(0),
             head_bytes: ByteCount(0),

@@ -233,7 +233,11 @@ impl Checkpoint {
                 let path = module_of(name);
                 let ours = match names::layer_of(name) {
                     Some(layer) => layers.contains(layer) || layer >= count,
-                    None => here.contains(path) || !ends.contains(path),
+                    // A bare parameter is called like its module.
+                    None => {
+                        let is_of = |paths: &HashSet<String>| paths.contains(path) || paths.contains(*name);
+                        is_of(&here) || !is_of(&ends)
+                    }
                 };
                 ours && !shard.tensors.contains_key(*name)
                     && !wrong.contains(path)

@@ -102,6 +102,7 @@ impl Nodes for FakeNodes {
             architecture: "llama".into(),
             layers: vec![layer; layers],
             joined: vec![],
+            passes: 1,
             embedding: ByteCount(0),
             head: ByteCount(0),
             shared: ByteCount(0),

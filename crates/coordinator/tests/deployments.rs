@@ -36,6 +36,7 @@ fn model() -> ModelCost {
             4
         ],
         joined: vec![],
+        passes: 1,
         embedding: ByteCount(0),
         head: ByteCount(0),
         shared: ByteCount(0),

@@ -52,6 +52,7 @@ fn model(layers_mib: &[u64]) -> ModelCost {
             })
             .collect(),
         joined: Vec::new(),
+        passes: 1,
         embedding: ByteCount(10 * MIB),
         head: ByteCount(10 * MIB),
         shared: ByteCount(0),
@@ -148,6 +149,7 @@ fn a_profile_becomes_a_cost() {
         kv_windows: vec![None, Some(32)],
         state_bytes: vec![ByteCount(0), ByteCount(7)],
         joined: vec![],
+        passes: 1,
         embedding_bytes: ByteCount(45),
         entrance_bytes: ByteCount(3),
         head_bytes: ByteCount(47),
@@ -307,6 +309,7 @@ fn cases() -> impl Strategy<Value = Case> {
         .prop_map(|(layers, offers, (embedding, head, tied), stages, (context, sequences))| Case {
             model: ModelCost {
                 architecture: "llama".into(),
+                passes: 1,
                 joined: (1..layers.len()).filter(|layer| layers[*layer].1).collect(),
                 layers: layers.into_iter().map(|(layer, _)| layer).collect(),
                 embedding: ByteCount(embedding * MIB),

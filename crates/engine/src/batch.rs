@@ -1,6 +1,7 @@
 //! What goes through a layer range at once.
 
 use crate::caches::SequenceCache;
+use crate::residual_blocks::ResidualBlocks;
 use mlxnode_mlx::{Array, Dtype, Result};
 
 /// Consecutive tokens of one or several sequences, one sequence after the other along the token axis: hidden vectors are
@@ -19,6 +20,8 @@ pub(crate) struct Batch<'a> {
     /// What a layer hands on to later ones, `[1, tokens of all rows, ..]`: keys and values as the last layer projected them that
     /// projects for later ones, or the first layer's values (RWKV-7).
     pub(crate) projected: Vec<Array>,
+    /// What blocks of layers before added, in a family that mixes over them.
+    pub(crate) blocks: ResidualBlocks,
 }
 
 /// One sequence's part of a batch; or that of several, whose caches lie side by side.
@@ -47,11 +50,12 @@ impl<'a> Batch<'a> {
             true => Some(Array::from_bytes(&positions, &[count as i32], Dtype::I32)?),
             false => None,
         };
-        Ok(Self { rows, positions, projected: Vec::new() })
+        Ok(Self { rows, positions, projected: Vec::new(), blocks: ResidualBlocks::default() })
     }
 
     /// One sequence by itself.
     pub(crate) fn single(cache: &'a mut SequenceCache, tokens: i32) -> Self {
-        Self { rows: vec![Row { tokens, cache }], positions: None, projected: Vec::new() }
+        let rows = vec![Row { tokens, cache }];
+        Self { rows, positions: None, projected: Vec::new(), blocks: ResidualBlocks::default() }
     }
 }

@@ -8,7 +8,8 @@ use crate::linear::{Embedding, Linear};
 use crate::mixers::{Mixed, Mixer};
 use crate::ngrams::Ngrams;
 use crate::norm::{Norm, apply};
-use crate::widening::{Entrance, Exit, GatedInput, Widened};
+use crate::residual_blocks::{Mixture, ResidualBlocks};
+use crate::widening::{Blocks, Entrance, Exit, GatedInput, Widened};
 use mlxnode_checkpoint::{Logits, ParallelSum, Residual};
 use mlxnode_compute::CacheOptions;
 use mlxnode_mlx::{Array, Device, Dtype, Result};
@@ -63,8 +64,24 @@ pub(crate) enum Flow {
         factor: Array,
     },
     AlternatingUpdates(Box<AlternatingUpdates>),
+    /// Sequential, then a norm.
+    ThenNorm(Norm),
+    /// Sequential, with factors `[1]` on both results and on the embedding, which is added last.
+    WithEmbedding(Box<[Array; 3]>),
+    /// Both branches see mixtures over blocks of layers.
+    OverBlocks(Box<OverBlocks>),
     /// The mixer is the whole layer.
     Whole,
+}
+
+/// What a layer needs that sees mixtures over blocks of layers.
+pub(crate) struct OverBlocks {
+    /// It begins a block.
+    pub(crate) first: bool,
+    /// What the mixer sees.
+    pub(crate) mixer: Mixture,
+    /// What the feed-forward network sees.
+    pub(crate) feed_forward: Mixture,
 }
 
 /// What arrived at a stage, for layers that take an input of their own out of it.
@@ -72,6 +89,18 @@ pub(crate) enum Flow {
 struct Arrived<'a> {
     vectors: &'a Array,
     widened: Widened,
+    /// The one input of all layers, where there is one.
+    shared: Option<&'a Array>,
+}
+
+impl Arrived<'_> {
+    /// The own input of the stage's layer `index`.
+    fn input(&self, device: &Device, index: usize) -> Result<Array> {
+        match self.shared {
+            Some(input) => Ok(input.clone()),
+            None => self.widened.input(device, self.vectors, index),
+        }
+    }
 }
 
 /// From hidden vectors to logits.
@@ -82,6 +111,10 @@ pub(crate) struct Head {
     pub(crate) linear: Linear,
     /// What its results go through.
     pub(crate) logits: Logits,
+    /// The factor of [`Logits::Gained`], `[1]`.
+    pub(crate) gain: Option<Array>,
+    /// Over all blocks of layers.
+    pub(crate) mixture: Option<Mixture>,
 }
 
 impl Head {
@@ -107,6 +140,9 @@ impl Layer {
         if let Flow::AlternatingUpdates(updates) = &self.flow {
             return self.update(device, updates, &hidden, index, arrived, batch);
         }
+        if let Flow::OverBlocks(flow) = &self.flow {
+            return self.over_blocks(device, flow, hidden, index, batch);
+        }
         if matches!(self.mixer, Mixer::Absent) {
             return self.finish(device, hidden, index, arrived);
         }
@@ -116,7 +152,13 @@ impl Layer {
         let residual = match self.flow {
             Flow::Sequential(residual) => residual,
             Flow::Whole => return Ok(mixed),
-            Flow::WithInput { .. } | Flow::AlternatingUpdates(_) => Residual::Add,
+            Flow::WithInput { .. }
+            | Flow::AlternatingUpdates(_)
+            | Flow::OverBlocks(_)
+            | Flow::ThenNorm(_) => Residual::Add,
+            Flow::WithEmbedding(ref gains) => {
+                return self.finish_with_embedding(device, gains, &hidden, &mixed, index, arrived);
+            }
             Flow::Parallel(order) => {
                 let input = match &self.before_feed_forward {
                     Some(norm) => norm.forward(device, &hidden)?,
@@ -149,15 +191,34 @@ impl Layer {
             FeedForward::Absent => hidden,
             _ => add(device, residual, &hidden, &self.feed(device, &hidden)?)?,
         };
+        if let Flow::ThenNorm(norm) = &self.flow {
+            return norm.forward(device, &hidden);
+        }
         let Flow::WithInput { input, factor } = &self.flow else { return Ok(hidden) };
         let hidden = match input {
             Some(input) => {
-                let own = arrived.widened.input(device, arrived.vectors, index)?;
+                let own = arrived.input(device, index)?;
                 device.add(&hidden, &input.forward(device, &hidden, &own)?)?
             }
             None => hidden,
         };
         device.multiply(&hidden, factor)
+    }
+
+    /// What comes after the mixer in a layer to which the embedding is added.
+    fn finish_with_embedding(
+        &self,
+        device: &Device,
+        [mixer, feed_forward, embedding]: &[Array; 3],
+        hidden: &Array,
+        mixed: &Array,
+        index: usize,
+        arrived: Arrived<'_>,
+    ) -> Result<Array> {
+        let hidden = device.add(hidden, &device.multiply(mixed, mixer)?)?;
+        let fed = self.feed(device, &hidden)?;
+        let hidden = device.add(&hidden, &device.multiply(&fed, feed_forward)?)?;
+        device.add(&hidden, &device.multiply(&arrived.input(device, index)?, embedding)?)
     }
 
     /// What the feed-forward network makes of `[1, tokens, hidden]`, with its norms.
@@ -166,6 +227,27 @@ impl Layer {
         let input = apply(device, self.before_feed_forward.as_ref(), hidden.clone())?;
         let fed = self.feed_forward.forward(device, &input)?;
         apply(device, self.after_feed_forward.as_ref(), fed)
+    }
+
+    /// `[1, tokens, hidden]`, what the block has added so far, to the same after this layer.
+    fn over_blocks(
+        &self,
+        device: &Device,
+        flow: &OverBlocks,
+        added: Array,
+        index: usize,
+        batch: &mut Batch<'_>,
+    ) -> Result<Array> {
+        let seen = flow.mixer.of(device, &batch.blocks, &added)?;
+        if flow.first {
+            batch.blocks.append(device, &added, flow.mixer.eps)?;
+        }
+        let input = apply(device, self.before_mixer.as_ref(), seen)?;
+        let mixed = self.mixer.forward(device, &input, index, batch)?.first;
+        let mixed = apply(device, self.after_mixer.as_ref(), mixed)?;
+        let added = if flow.first { mixed } else { device.add(&added, &mixed)? };
+        let seen = flow.feed_forward.of(device, &batch.blocks, &added)?;
+        device.add(&added, &self.feed(device, &seen)?)
     }
 
     /// `[streams, 1, tokens, hidden]` to the same.
@@ -188,7 +270,7 @@ impl Layer {
         let half = Array::scalar(0.5_f64.sqrt() as f32, both.dtype())?;
         let hidden = device.multiply(&both, &half)?;
         let made = device.add(&hidden, &self.feed(device, &hidden)?)?;
-        let own = arrived.widened.input(device, arrived.vectors, index)?;
+        let own = arrived.input(device, index)?;
         updates.correct(device, &predictions, &made, &own)
     }
 }
@@ -284,21 +366,43 @@ impl Decoder {
             true => vectors.clone(),
             false => widened.hidden(device, &vectors)?,
         };
+        if let Some(blocks) = widened.blocks {
+            batch.blocks = self.arrived_blocks(device, &vectors, blocks)?;
+        }
         if let Some(handed) = widened.handed(device, &vectors)? {
             batch.projected = vec![handed];
         }
-        let arrived = Arrived { vectors: &vectors, widened };
+        let shared = if widened.embedding { Some(widened.embedding(device, &vectors)?) } else { None };
+        let arrived = Arrived { vectors: &vectors, widened, shared: shared.as_ref() };
         for (index, layer) in self.layers.iter().enumerate() {
             hidden = layer.forward(device, hidden, index, arrived, batch)?;
         }
-        if !widened.is_plain() {
-            let handed = batch.projected.first();
-            hidden = widened.leave(device, hidden, &vectors, handed, self.head.is_some())?;
+        match (widened.blocks, &self.head) {
+            (Some(_), Some(Head { mixture: Some(mixture), .. })) => {
+                hidden = mixture.of(device, &batch.blocks, &hidden)?;
+            }
+            (Some(blocks), _) => hidden = widened.with_blocks(device, hidden, &batch.blocks, blocks)?,
+            (None, _) if widened.is_plain() => {}
+            (None, head) => {
+                let handed = batch.projected.first();
+                hidden = widened.leave(device, hidden, &vectors, handed, head.is_some())?;
+            }
         }
         for row in &mut batch.rows {
             row.cache.advance(row.tokens);
         }
         Ok(hidden)
+    }
+
+    /// What blocks of layers on stages before added.
+    fn arrived_blocks(&self, device: &Device, vectors: &Array, blocks: Blocks) -> Result<ResidualBlocks> {
+        if blocks.before == 0 {
+            return Ok(ResidualBlocks::default());
+        }
+        let hidden = self.widened.hidden;
+        let stop = hidden * (1 + blocks.before);
+        let all = device.slice(vectors, &[0, 0, hidden], &[1, vectors.dim(1), stop])?;
+        ResidualBlocks::arrived(device, &all, blocks.before, blocks.eps)
     }
 
     /// Hidden vectors `[1, tokens, hidden]` after the last norm.
@@ -325,6 +429,15 @@ impl Decoder {
             Logits::Plain | Logits::OfDivided(_) => logits,
             Logits::Multiplied(factor) => device.multiply(&logits, &number(factor)?)?,
             Logits::Divided(divisor) => device.divide(&logits, &number(divisor)?)?,
+            Logits::MultipliedThenCapped { factor, cap } => {
+                let multiplied = device.multiply(&logits, &number(factor)?)?;
+                let capped = device.tanh(&device.divide(&multiplied, &number(cap)?)?)?;
+                device.multiply(&capped, &number(cap)?)?
+            }
+            Logits::Gained => match &head.gain {
+                Some(gain) => device.multiply(&logits, gain)?,
+                None => logits,
+            },
             Logits::Capped(cap) => {
                 let capped = device.tanh(&device.divide(&logits, &number(cap)?)?)?;
                 device.multiply(&capped, &number(cap)?)?

@@ -3,6 +3,7 @@
 use crate::adapters::ExpertSlot;
 use crate::feed_forward::{Network, activate, gated};
 use crate::linear::Linear;
+use crate::norm::{Norm, apply};
 use crate::router::Router;
 use mlxnode_checkpoint::{Activation, WeightPrecision};
 use mlxnode_mlx::{Array, Device, Dtype, Quantized, Result};
@@ -15,6 +16,8 @@ pub(crate) struct Experts {
     pub(crate) router: Router,
     /// Maps to and from what the experts see and give, when that is not the hidden vectors.
     pub(crate) latent: Option<[Linear; 2]>,
+    /// On what goes through the second of them.
+    pub(crate) latent_norm: Option<Norm>,
     pub(crate) networks: Networks,
     pub(crate) shared: Option<SharedExpert>,
 }
@@ -116,8 +119,12 @@ impl Experts {
             }
             WeightPrecision::SumAsIs | WeightPrecision::WeightsRounded => mixed,
         };
+        let mixed = match self.router.routing.result_scale {
+            Some(scale) => device.multiply(&mixed, &Array::scalar(scale, mixed.dtype())?)?,
+            None => mixed,
+        };
         let mixed = match &self.latent {
-            Some([_, widen]) => widen.forward(device, &mixed)?,
+            Some([_, widen]) => widen.forward(device, &apply(device, self.latent_norm.as_ref(), mixed)?)?,
             None => mixed,
         };
         let Some(shared) = &self.shared else { return Ok(mixed) };

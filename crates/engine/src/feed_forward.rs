@@ -5,7 +5,7 @@ use crate::experts::Experts;
 use crate::linear::{Linear, Stacked};
 use crate::norm::{Norm, apply};
 use mlxnode_checkpoint::Activation;
-use mlxnode_mlx::{Array, Chain, Device, Result};
+use mlxnode_mlx::{Array, Chain, Device, Dtype, Result};
 use std::f64::consts::{PI, SQRT_2};
 
 /// What works on each token in one layer.
@@ -166,6 +166,20 @@ fn gated_by(device: &Device, activation: Activation, gate: &Array, up: &Array) -
         let up = device.minimum(&device.maximum(up, &number(-limit)?)?, &number(limit)?)?;
         return device.multiply(&gate, &up);
     }
+    if let Activation::Situ { gate: bound, up: up_bound } = activation {
+        let number = |value: f32| Array::scalar(value, Dtype::F32);
+        let bounded = |x: &Array, bound: f32| {
+            let within = device.tanh(&device.divide(x, &number(bound)?)?)?;
+            device.multiply(&number(bound)?, &within)
+        };
+        let (open, wide) = (device.cast(gate, Dtype::F32)?, device.cast(up, Dtype::F32)?);
+        let open = device.multiply(&bounded(&open, bound)?, &device.sigmoid(&open)?)?;
+        let wide = match up_bound {
+            Some(bound) => bounded(&wide, bound)?,
+            None => wide,
+        };
+        return device.cast(&device.multiply(&open, &wide)?, up.dtype());
+    }
     if let Activation::ClippedSwiglu { alpha, limit } = activation {
         let number = |value: f32| Array::scalar(value, gate.dtype());
         let gate = device.minimum(gate, &number(limit)?)?;
@@ -215,7 +229,7 @@ pub(crate) fn activate(device: &Device, activation: Activation, x: &Array) -> Re
             let tanh = device.add(&number(1.0)?, &device.tanh(&inner)?)?;
             device.multiply(&device.multiply(&number(0.5)?, x)?, &tanh)
         }
-        Activation::ClippedSwiglu { .. } | Activation::ClampedSwiglu { .. } => {
+        Activation::Situ { .. } | Activation::ClippedSwiglu { .. } | Activation::ClampedSwiglu { .. } => {
             Err(mlxnode_mlx::Error::Mlx("a clipped gate needs a second projection".to_owned()))
         }
         Activation::Relu => device.maximum(x, &number(0.0)?),

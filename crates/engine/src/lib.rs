@@ -29,6 +29,7 @@ mod norm;
 mod penalties;
 mod products;
 mod prompt_cache;
+mod residual_blocks;
 mod rope;
 mod router;
 mod sampler;

@@ -57,6 +57,10 @@ impl RotaryEmbedding {
                 let exponents = device.multiply(&exponents, &number(spec.base.ln() / pairs)?)?;
                 Kind::Table { freqs: device.negative(&device.exp(&exponents)?)?, input_scale: None }
             }
+            RopeScaling::ReversedByPowers => {
+                let freqs = frequencies(device, spec.base, dims, dims)?;
+                Kind::Table { freqs: device.negative(&freqs)?, input_scale: None }
+            }
             RopeScaling::NtkAlpha { alpha } => {
                 let base = spec.base * alpha.powf(dims / (dims - 2.0));
                 Kind::Table { freqs: frequencies(device, base, dims, dims)?, input_scale: None }

@@ -30,11 +30,19 @@ impl Router {
             true => device.cast(&logits, Dtype::F32)?,
             false => logits,
         };
+        let logits = match self.routing.cap {
+            Some(cap) => {
+                let cap = Array::scalar(cap, logits.dtype())?;
+                device.multiply(&device.tanh(&device.divide(&logits, &cap)?)?, &cap)?
+            }
+            None => logits,
+        };
         let scores = match self.routing.scores {
             Scores::SparseMixer { reach } => return self.one_by_one(device, &logits, reach),
             Scores::Softmax => device.softmax(&logits, -1, true)?,
             Scores::RoundedSoftmax => device.softmax(&logits, -1, false)?,
             Scores::Sigmoid => device.sigmoid(&logits)?,
+            Scores::RootOfSoftplus => device.sqrt(&device.softplus(&logits)?)?,
             Scores::SoftmaxOfChosen | Scores::SigmoidOfChosen => logits,
         };
         let chosen = self.largest(device, &self.for_choice(device, &scores)?)?;

@@ -7,6 +7,7 @@
 use crate::feed_forward::activate;
 use crate::linear::{Embedding, Linear};
 use crate::norm::Norm;
+use crate::residual_blocks::ResidualBlocks;
 use mlxnode_checkpoint::Activation;
 use mlxnode_mlx::{Array, Device, Result};
 
@@ -97,12 +98,29 @@ pub(crate) struct Widened {
     pub(crate) handed: i32,
     /// The stage's first layer.
     pub(crate) first: i32,
+    /// The embedding travels along, behind the hidden vector, as the input of all layers. The first stage needs no second copy of it:
+    /// there the hidden vectors that arrive are the embedding.
+    pub(crate) embedding: bool,
+    /// What blocks of layers added travels along.
+    pub(crate) blocks: Option<Blocks>,
+}
+
+/// The blocks of a model's layers, of each of which one vector travels.
+#[derive(Clone, Copy)]
+pub(crate) struct Blocks {
+    /// How many have begun before the stage.
+    pub(crate) before: i32,
+    /// How many the model has.
+    pub(crate) all: i32,
+    /// Epsilon of the norms on them.
+    pub(crate) eps: f32,
 }
 
 impl Widened {
     /// One hidden vector and nothing else.
     pub(crate) fn is_plain(self) -> bool {
-        self.streams == 1 && self.input == 0 && self.handed == 0
+        let is_single = self.streams == 1 && self.input == 0 && self.handed == 0;
+        is_single && !self.embedding && self.blocks.is_none()
     }
 
     /// The hidden vectors out of what arrived, `[1, tokens, all]`: `[1, tokens, hidden]`, or `[streams, 1, tokens, hidden]`.
@@ -135,6 +153,31 @@ impl Widened {
         device.slice(arrived, &[0, 0, start], &[1, arrived.dim(1), start + self.input])
     }
 
+    /// The embedding out of what arrived, `[1, tokens, hidden]`.
+    pub(crate) fn embedding(self, device: &Device, arrived: &Array) -> Result<Array> {
+        match arrived.dim(2) == self.hidden {
+            true => Ok(arrived.clone()),
+            false => device.slice(arrived, &[0, 0, self.hidden], &[1, arrived.dim(1), 2 * self.hidden]),
+        }
+    }
+
+    /// What leaves a stage before the last in a family with blocks: the hidden vectors, those of the blocks, and zeros for blocks to come.
+    pub(crate) fn with_blocks(
+        self,
+        device: &Device,
+        hidden: Array,
+        kept: &ResidualBlocks,
+        blocks: Blocks,
+    ) -> Result<Array> {
+        let kept = kept.leaving(device)?;
+        let missing = blocks.all * self.hidden - kept.as_ref().map_or(0, |kept| kept.dim(2));
+        let zeros = match missing {
+            0 => None,
+            _ => Some(device.zeros(&[1, hidden.dim(1), missing], hidden.dtype())?),
+        };
+        device.concatenate([&hidden].into_iter().chain(&kept).chain(&zeros), 2)
+    }
+
     /// What leaves the stage: the hidden vectors in the place of those that arrived, and what is handed on; the last stage lets go of
     /// the inputs.
     pub(crate) fn leave(
@@ -153,6 +196,9 @@ impl Widened {
             1 => hidden,
             _ => device.reshape(&device.transpose(&hidden, &[1, 2, 0, 3])?, &[1, tokens, width])?,
         };
+        if self.embedding && !last {
+            return device.concatenate([&hidden, &self.embedding(device, arrived)?], 2);
+        }
         if last || arrived.dim(2) == width {
             return Ok(hidden);
         }

@@ -110,6 +110,8 @@ unary! {
     abs => mlx_abs;
     /// Square root.
     sqrt => mlx_sqrt;
+    /// One divided by the square root.
+    rsqrt => mlx_rsqrt;
     /// Neither infinite nor not-a-number?
     is_finite => mlx_isfinite;
     /// A copy of its own.

@@ -43,7 +43,8 @@ fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     let sizes = dense::Sizes::read(config)?;
     let base = rope::base(config, Some(10_000.0))?;
     let rope = rope::spec(config, sizes.head_dim, base, false, sizes.context)?;
-    let gate = AttentionGate { name: "gate_proj", per_head: false, function: GateFunction::Sigmoid };
+    let gate =
+        AttentionGate { name: "gate_proj", per_head: false, function: GateFunction::Sigmoid, bias: false };
     let attention = llama::windows(config, sizes.layers)?
         .into_iter()
         .map(|window| AttentionSpec {

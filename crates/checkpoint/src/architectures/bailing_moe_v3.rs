@@ -59,6 +59,7 @@ fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
         kernel: config.usize("short_conv_kernel_size", recurrent::KERNEL)?,
         form: DeltaForm::BoundedChannels,
         decay_bound: Some(bound(config)?),
+        full_gate: false,
         negative_eigenvalues: false,
         norm_eps: eps,
     };

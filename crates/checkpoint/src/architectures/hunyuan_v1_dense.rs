@@ -42,8 +42,12 @@ pub(super) fn attention(config: &Config, sizes: &dense::Sizes) -> Result<Attenti
         scaling: RopeScaling::NtkAlpha { alpha },
     };
     let bias = config.bool_or("attention_bias", false)?;
-    let norm =
-        QkNorm { kind: QkNormKind::PerHead, names: ["query_layernorm", "key_layernorm"], after_rope: true };
+    let norm = QkNorm {
+        kind: QkNormKind::PerHead,
+        names: ["query_layernorm", "key_layernorm"],
+        after_rope: true,
+        ..QkNorm::PER_HEAD
+    };
     Ok(AttentionSpec {
         qkv_bias: bias,
         out_bias: bias,

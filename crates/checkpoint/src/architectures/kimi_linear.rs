@@ -50,7 +50,11 @@ fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
 }
 
 /// The delta network, and which layers have it: `linear_attn_config`, which counts layers from 1.
-fn linear(config: &Config, layers: usize, norm_eps: f32) -> Result<(GatedDeltaSpec, Vec<bool>), ConfigError> {
+pub(super) fn linear(
+    config: &Config,
+    layers: usize,
+    norm_eps: f32,
+) -> Result<(GatedDeltaSpec, Vec<bool>), ConfigError> {
     let field = "linear_attn_config";
     let own = config.of_text_model(field, &[])?;
     let own = own.with_defaults(&[("short_conv_kernel_size", 4.0)]);
@@ -65,6 +69,7 @@ fn linear(config: &Config, layers: usize, norm_eps: f32) -> Result<(GatedDeltaSp
         form: DeltaForm::Channels,
         decay_bound: None,
         negative_eigenvalues: false,
+        full_gate: false,
         norm_eps,
     };
     let listed = own.array("kda_layers")?.ok_or_else(|| missing("linear_attn_config.kda_layers"))?;
@@ -131,7 +136,7 @@ fn experts(config: &Config) -> Result<FeedForward, ConfigError> {
 
 /// Hugging Face stores experts one by one under Mixtral's names, the router's correction with the router, convolutions transposed
 /// and the heads' matrices of latent attention as one.
-fn weights(_: &Config, spec: &ModelSpec, weights: &mut Weights) -> Result<(), WeightsError> {
+pub(super) fn weights(_: &Config, spec: &ModelSpec, weights: &mut Weights) -> Result<(), WeightsError> {
     mixture::without_further_tokens(spec, weights);
     weights.remove_noting("model.mtp", crate::notes::Note::FurtherTokensUnused);
     mixture::stack(spec, weights, "block_sparse_moe.experts", ["w1", "w3", "w2"], "mlp.switch_mlp")?;

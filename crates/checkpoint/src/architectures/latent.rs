@@ -64,6 +64,7 @@ pub(super) fn attention(
         latent_factor: None,
         growth: None,
         unrotated: false,
+        gate: false,
         head_gate: false,
         scale: ((still_dims + rope.dims) as f64).powf(-0.5) as f32,
         rope,

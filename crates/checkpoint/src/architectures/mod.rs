@@ -27,6 +27,7 @@ mod exaone;
 mod exaone4;
 mod exaone_moe;
 mod falcon_h1;
+mod gear;
 mod gemma;
 mod gemma2;
 mod gemma3;
@@ -52,11 +53,14 @@ mod hunyuan;
 mod hunyuan_v1_dense;
 mod internlm2;
 mod internlm3;
+mod iquestloopcoder;
 mod jamba;
 mod kimi_k25;
+mod kimi_k3;
 mod kimi_linear;
 mod kimi_vl;
 mod klear;
+mod laguna;
 mod latent;
 mod lfm2;
 mod lfm2_moe;
@@ -71,15 +75,19 @@ mod mamba;
 mod mamba2;
 mod mellum;
 mod mimo;
+mod mimo_v2_flash;
 mod minicpm;
 mod minicpm3;
 mod minimax;
+mod minimax_m3_vl;
 mod ministral3;
 mod mistral;
 mod mistral3;
 mod mistral4;
 mod mixtral;
 mod mixture;
+mod muse_glimmer;
+mod nanbeige;
 mod nanochat;
 mod nemotron;
 mod nemotron_h;
@@ -115,10 +123,12 @@ mod rwkv7;
 mod seed_oss;
 mod smollm3;
 mod solar_open;
+mod spark2_5;
 mod spelling;
 mod stablelm;
 mod starcoder2;
 mod step3p5;
+mod talkie;
 mod telechat3;
 mod youtu_llm;
 
@@ -187,6 +197,12 @@ impl Architecture {
         self.names.iter().try_for_each(|(theirs, ours)| weights.rename(theirs, ours))
     }
 
+    /// Its layers need each other's keys and values, so that none can be on another node.
+    const fn in_one_piece(mut self) -> Self {
+        self.capabilities.pipeline = false;
+        self
+    }
+
     /// Without keys and values: there is nothing to pack.
     const fn without_keys(mut self) -> Self {
         self.capabilities.quantized_kv = false;
@@ -226,6 +242,7 @@ pub fn known() -> &'static [Architecture] {
         exaone4::ARCHITECTURE,
         exaone_moe::ARCHITECTURE,
         falcon_h1::ARCHITECTURE,
+        gear::ARCHITECTURE,
         gemma::ARCHITECTURE,
         gemma2::ARCHITECTURE,
         gemma3::ARCHITECTURE,
@@ -251,11 +268,14 @@ pub fn known() -> &'static [Architecture] {
         hunyuan_v1_dense::ARCHITECTURE,
         internlm2::ARCHITECTURE,
         internlm3::ARCHITECTURE,
+        iquestloopcoder::ARCHITECTURE,
         jamba::ARCHITECTURE,
         kimi_k25::ARCHITECTURE,
+        kimi_k3::ARCHITECTURE,
         kimi_linear::ARCHITECTURE,
         kimi_vl::ARCHITECTURE,
         klear::ARCHITECTURE,
+        laguna::ARCHITECTURE,
         lfm2::ARCHITECTURE,
         lfm2_moe::ARCHITECTURE,
         lfm2_vl::ARCHITECTURE,
@@ -269,14 +289,18 @@ pub fn known() -> &'static [Architecture] {
         mamba2::ARCHITECTURE,
         mellum::ARCHITECTURE,
         mimo::ARCHITECTURE,
+        mimo_v2_flash::ARCHITECTURE,
         minicpm::ARCHITECTURE,
         minicpm3::ARCHITECTURE,
         minimax::ARCHITECTURE,
+        minimax_m3_vl::ARCHITECTURE,
         ministral3::ARCHITECTURE,
         mistral::ARCHITECTURE,
         mistral3::ARCHITECTURE,
         mistral4::ARCHITECTURE,
         mixtral::ARCHITECTURE,
+        muse_glimmer::ARCHITECTURE,
+        nanbeige::ARCHITECTURE,
         nanochat::ARCHITECTURE,
         nemotron::ARCHITECTURE,
         nemotron_h::ARCHITECTURE,
@@ -310,9 +334,11 @@ pub fn known() -> &'static [Architecture] {
         seed_oss::ARCHITECTURE,
         smollm3::ARCHITECTURE,
         solar_open::ARCHITECTURE,
+        spark2_5::ARCHITECTURE,
         stablelm::ARCHITECTURE,
         starcoder2::ARCHITECTURE,
         step3p5::ARCHITECTURE,
+        talkie::ARCHITECTURE,
         telechat3::ARCHITECTURE,
         youtu_llm::ARCHITECTURE,
     ]

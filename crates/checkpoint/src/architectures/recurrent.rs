@@ -33,6 +33,7 @@ pub(super) fn gated_delta(
         form,
         decay_bound: None,
         negative_eigenvalues: false,
+        full_gate: false,
         norm_eps,
     })
 }

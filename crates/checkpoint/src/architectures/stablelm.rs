@@ -11,7 +11,7 @@ use crate::weights::{Weights, WeightsError};
 pub(super) const ARCHITECTURE: Architecture = Architecture::new("stablelm", spec).weights(weights);
 
 const QK_NORM: QkNorm =
-    QkNorm { kind: QkNormKind::LayerPerHead, names: ["q_layernorm", "k_layernorm"], after_rope: false };
+    QkNorm { kind: QkNormKind::LayerPerHead, names: ["q_layernorm", "k_layernorm"], ..QkNorm::PER_HEAD };
 
 fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     if config.get("num_key_value_heads").is_none() {

@@ -34,7 +34,7 @@ fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
         }
     };
     let windows = windows(config, far.layers)?;
-    let gate = AttentionGate { name: "g_proj", per_head: true, function: GateFunction::Sigmoid };
+    let gate = AttentionGate { name: "g_proj", per_head: true, function: GateFunction::Sigmoid, bias: false };
     let gate = config.bool_or("use_head_wise_attn_gate", true)?.then_some(gate);
     let mut attention = Vec::with_capacity(far.layers);
     for (index, window) in windows.iter().enumerate() {

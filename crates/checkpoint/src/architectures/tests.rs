@@ -474,7 +474,9 @@ fn capabilities_are_true() {
         let spec = spec(&config).unwrap_or_else(|error| panic!("{}: {error}", known.name));
         let keeps_keys = spec.layers.iter().any(|layer| !layer.mixer.kept_widths().is_empty());
         assert_eq!(can.quantized_kv, keeps_keys, "{}", known.name);
-        assert!(can.pipeline && can.speculative, "{}", known.name);
+        assert!(can.speculative, "{}", known.name);
+        let can_be_cut = (1..spec.layer_count()).any(|layer| spec.can_split_before(layer));
+        assert_eq!(can.pipeline, can_be_cut, "{}", known.name);
         assert!(!can.tensor && !can.lora, "{}: neither exists yet", known.name);
         // The text model's part of a config is a part of its own beside one for images.
         assert_eq!(can.vision_unused, config.get("text_config").is_some(), "{}", known.name);
@@ -523,6 +525,26 @@ fn families_with_fields_of_their_own_refuse_by_field() {
             json!({ "rope_scaling": { "type": "yarn", "factor": 2.0 } }),
             "rope_scaling is {",
         ),
+        ("iquestloopcoder", &json!({}), json!({ "loop_num": 3 }), "loop_num is 3, but must be 2"),
+        ("nanbeige", &json!({}), json!({ "loop_share_kv": true }), "loop_share_kv is true"),
+        ("nanbeige", &json!({}), json!({ "num_loops": 65 }), "num_loops is 65"),
+        ("spark2_5", &json!({ "sliding_window": 8 }), json!({}), "rope_parameters is missing"),
+        (
+            "laguna",
+            &json!({}),
+            json!({ "num_attention_heads_per_layer": [4, 3, 4] }),
+            "num_attention_heads_per_layer[1] is 3",
+        ),
+        ("laguna", &json!({}), json!({ "moe_router_score_func": "x" }), "moe_router_score_func is \"x\""),
+        ("muse_glimmer", &json!({}), json!({ "layer_rope_theta": [1] }), "layer_rope_theta is a list of 1"),
+        (
+            "gear",
+            &json!({}),
+            json!({ "use_bidirectional_attention": true }),
+            "use_bidirectional_attention is true",
+        ),
+        ("gear", &json!({}), json!({ "layer_types": ["a", "b", "c"] }), "layer_types[0] is \"a\""),
+        ("minimax_m3_vl", &json!({}), json!({}), "text_config is missing"),
         ("ministral3", &json!({}), json!({}), "rope_parameters is missing"),
         ("mistral3", &json!({}), json!({}), "text_config is missing"),
         ("plamo", &json!({}), json!({ "n_shared_head": 3 }), "n_shared_head is 3"),
@@ -559,4 +581,23 @@ fn settings_of_packed_weights_follow_their_paths() {
     let mut expected = vec!["lm_head", "model.layers.0.mlp.dense_h_to_4h"];
     expected.extend(attention.iter().map(String::as_str));
     assert_eq!(paths, expected);
+}
+
+#[test]
+fn the_table_of_families_in_the_docs_is_true() {
+    let word = |can: bool| if can { "yes" } else { "" };
+    let mut table =
+        String::from("| `model_type` | also | pipeline | quantized KV | images |\n|---|---|---|---|---|\n");
+    for known in known() {
+        let also: Vec<String> = known.aliases.iter().map(|alias| format!("`{alias}`")).collect();
+        let can = known.capabilities;
+        let (pipeline, packed) = (word(can.pipeline), word(can.quantized_kv));
+        let images = if can.vision_unused { "not used" } else { "" };
+        table += &format!("| `{}` | {} | {pipeline} | {packed} | {images} |\n", known.name, also.join(", "));
+    }
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/models.md");
+    let page = std::fs::read_to_string(path).unwrap();
+    let (_, rest) = page.split_once("<!-- families:").and_then(|(_, rest)| rest.split_once("-->\n")).unwrap();
+    let (found, _) = rest.split_once("<!-- end of families -->").unwrap();
+    assert!(found == table, "docs/models.md should have this between its marks:\n{table}");
 }

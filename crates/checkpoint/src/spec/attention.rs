@@ -1,6 +1,6 @@
 //! Softmax attention with grouped keys and values.
 
-use super::{QueryGrowth, RopeSpec};
+use super::{BlockIndexerSpec, QueryGrowth, RopeSpec};
 use crate::layout::{ModuleKind, Push};
 
 /// Softmax attention: projections `q_proj`, `k_proj`, `v_proj`, or all three in `qkv_proj`, and one of the result.
@@ -15,8 +15,13 @@ pub struct AttentionSpec {
     pub heads: usize,
     /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
-    /// Width of a head.
+    /// Width of a head's query and key.
     pub head_dim: usize,
+    /// Width of a head's value; other than `head_dim` only with projections of its own for each of q, k and v, and with keys and
+    /// values of its own.
+    pub value_dim: usize,
+    /// Factor on the values.
+    pub value_factor: Option<f32>,
     /// q, k and v are the rows of one matrix, `qkv_proj`, in this order.
     pub fused: bool,
     /// The q, k and v projections have a bias.
@@ -38,6 +43,12 @@ pub struct AttentionSpec {
     /// norms, rotation and cache are the layer's own (Hunyuan's form of Brandon et al. 2024, "Reducing Transformer Key-Value Cache
     /// Size with Cross-Layer Attention").
     pub projected_by: Option<usize>,
+    /// The layer has keys and values of its own, but its queries also see those of this earlier layer of the model, which must be on
+    /// the same stage and runs in the same step: all of them, whatever the window. A gate for each query and head (`loop_gate`)
+    /// decides between the two (IQuest-Coder's loops).
+    pub beside: Option<usize>,
+    /// What chooses the blocks of keys that a query sees; None: it sees all. Not with a window, sinks or a cap on scores.
+    pub blocks: Option<Box<BlockIndexerSpec>>,
     /// Keys and values are sums of those projected of the token before and of the token itself, weighted head by head (`conv_k`, `conv_v`).
     /// Only with `fused`, and with none of the fields that change keys and values otherwise.
     pub convolved: bool,
@@ -106,6 +117,8 @@ pub struct AttentionGate {
     pub per_head: bool,
     /// What is made of the projection's results.
     pub function: GateFunction,
+    /// The projection has a bias.
+    pub bias: bool,
 }
 
 /// A function of a gate.
@@ -113,6 +126,8 @@ pub struct AttentionGate {
 pub enum GateFunction {
     /// Logistic function.
     Sigmoid,
+    /// The same, in single precision.
+    SigmoidInSingle,
     /// `ln(1 + e^x)`, in single precision.
     Softplus,
 }
@@ -147,6 +162,17 @@ pub struct QkNorm {
     pub names: [&'static str; 2],
     /// After the rotation instead of before.
     pub after_rope: bool,
+    /// Factor on the queries after their norm.
+    pub query_factor: Option<QueryFactor>,
+}
+
+/// A factor on normed queries.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum QueryFactor {
+    /// A number.
+    Number(f32),
+    /// A learned number for each head: a tensor of this name in the attention. Only after the rotation.
+    OfHeads(&'static str),
 }
 
 /// What a norm on queries and keys computes.
@@ -172,8 +198,12 @@ pub enum QkNormKind {
 
 impl QkNorm {
     /// The most common one: over each head, before the rotation.
-    pub const PER_HEAD: Self =
-        Self { kind: QkNormKind::PerHead, names: ["q_norm", "k_norm"], after_rope: false };
+    pub const PER_HEAD: Self = Self {
+        kind: QkNormKind::PerHead,
+        names: ["q_norm", "k_norm"],
+        after_rope: false,
+        query_factor: None,
+    };
     /// Over the whole projection, before the rotation.
     pub const WHOLE: Self = Self { kind: QkNormKind::Whole, ..Self::PER_HEAD };
 }
@@ -186,7 +216,7 @@ impl AttentionSpec {
 
     /// Its modules in a layer of hidden vectors of width `hidden`.
     pub(crate) fn modules(&self, hidden: usize, push: &mut Push<'_>) {
-        let Self { heads, kv_heads, head_dim, qkv_bias, out_bias, .. } = *self;
+        let Self { heads, kv_heads, head_dim, value_dim, qkv_bias, out_bias, .. } = *self;
         let AttentionNames { block, output } = self.names;
         let projection =
             |heads: usize| ModuleKind::Linear { inputs: hidden, outputs: heads * head_dim, bias: qkv_bias };
@@ -199,20 +229,29 @@ impl AttentionSpec {
                 push(&format!("{block}.k_proj"), projection(kv_heads));
             }
             if own && self.values == Values::Projected {
-                push(&format!("{block}.v_proj"), projection(kv_heads));
+                let (outputs, bias) = (kv_heads * value_dim, qkv_bias);
+                push(&format!("{block}.v_proj"), ModuleKind::Linear { inputs: hidden, outputs, bias });
             }
         }
         push(
             &format!("{block}.{output}"),
-            ModuleKind::Linear { inputs: heads * head_dim, outputs: hidden, bias: out_bias },
+            ModuleKind::Linear { inputs: heads * value_dim, outputs: hidden, bias: out_bias },
         );
         if let Some(gate) = self.gate {
-            let outputs = if gate.per_head { heads } else { heads * head_dim };
-            let kind = ModuleKind::Linear { inputs: hidden, outputs, bias: false };
+            let outputs = if gate.per_head { heads } else { heads * value_dim };
+            let kind = ModuleKind::Linear { inputs: hidden, outputs, bias: gate.bias };
             push(&format!("{block}.{}", gate.name), kind);
         }
         if let Some(norm) = self.result_norm {
-            push(&format!("{block}.{norm}"), ModuleKind::Norm { width: heads * head_dim, bias: false });
+            push(&format!("{block}.{norm}"), ModuleKind::Norm { width: heads * value_dim, bias: false });
+        }
+        if self.beside.is_some() {
+            let parameter = |shape| ModuleKind::Parameter { shape };
+            push(&format!("{block}.loop_gate.weight"), parameter(vec![heads, head_dim]));
+            push(&format!("{block}.loop_gate.bias"), parameter(vec![heads]));
+        }
+        if let Some(blocks) = &self.blocks {
+            blocks.modules(block, hidden, push);
         }
         if self.sinks {
             push(&format!("{block}.sinks"), ModuleKind::Parameter { shape: vec![heads] });
@@ -229,6 +268,9 @@ impl AttentionSpec {
             }
         }
         let Some(norm) = self.qk_norm else { return };
+        if let Some(QueryFactor::OfHeads(name)) = norm.query_factor {
+            push(&format!("{block}.{name}"), ModuleKind::SideParameter { shape: vec![heads] });
+        }
         let normed = if self.shares.is_none() { 2 } else { 1 };
         for (name, heads) in norm.names.into_iter().zip([heads, kv_heads]).take(normed) {
             let kind = match norm.kind {

@@ -67,6 +67,13 @@ pub enum ExpertForm {
         /// The maps have biases.
         bias: bool,
     },
+    /// Gated networks on fewer numbers, between the maps `routed_expert_down_proj` and `routed_expert_up_proj` of the block.
+    GatedLatent {
+        /// Width of what the experts see and give.
+        width: usize,
+        /// There is a norm, `routed_expert_norm`, on the weighted sum of the experts' results.
+        norm: bool,
+    },
 }
 
 impl ExpertNetworks {
@@ -99,6 +106,8 @@ pub struct Routing {
     pub scores: Scores,
     /// The router's results are made single precision before.
     pub single_precision: bool,
+    /// They become `cap * tanh(result / cap)` after that.
+    pub cap: Option<f32>,
     /// Added to the scores before the choice, and not part of the weights (DeepSeek-V3, "auxiliary-loss-free balancing").
     pub correction: Option<Correction>,
     /// Only the experts of a few groups may be chosen.
@@ -110,6 +119,8 @@ pub struct Routing {
     pub normalization: Normalization,
     /// Factor on the weights.
     pub scale: Option<f32>,
+    /// Factor on the weighted sum of the chosen experts' results, after it was made the networks' type.
+    pub result_scale: Option<f32>,
     /// The element types of weights and sum.
     pub precision: WeightPrecision,
     /// Further choices after the experts, which have no network: they pass their input on. Not with shared experts.
@@ -130,6 +141,8 @@ pub enum Scores {
     RoundedSoftmax,
     /// Logistic function of each.
     Sigmoid,
+    /// Square root of `ln(1 + e^x)` of each.
+    RootOfSoftplus,
     /// They stay as they are until some are chosen; then softmax over those, accumulated in single precision.
     SoftmaxOfChosen,
     /// They stay as they are until some are chosen; then the logistic function of each, in single precision.
@@ -223,11 +236,13 @@ impl Routing {
     pub const ALL: Self = Self {
         scores: Scores::Softmax,
         single_precision: false,
+        cap: None,
         correction: None,
         groups: None,
         from_end: false,
         normalization: Normalization::None,
         scale: None,
+        result_scale: None,
         precision: WeightPrecision::SumRounded,
         identities: 0,
         on_inputs: false,
@@ -269,6 +284,17 @@ impl ExpertsSpec {
                 push(&within("fc1"), stacked(width, intermediate));
                 push(&within("fc2"), stacked(intermediate, width));
             }
+            ExpertForm::GatedLatent { width, norm } => {
+                let map = |inputs, outputs| ModuleKind::Linear { inputs, outputs, bias: false };
+                push(&format!("{block}.routed_expert_down_proj"), map(hidden, width));
+                push(&format!("{block}.routed_expert_up_proj"), map(width, hidden));
+                if norm {
+                    push(&format!("{block}.routed_expert_norm"), ModuleKind::Norm { width, bias: false });
+                }
+                push(&within("gate_proj"), stacked(width, intermediate));
+                push(&within("up_proj"), stacked(width, intermediate));
+                push(&within("down_proj"), stacked(intermediate, width));
+            }
             ExpertForm::Plain => {
                 push(&within("fc1"), stacked(hidden, intermediate));
                 push(&within("fc2"), stacked(intermediate, hidden));
@@ -285,7 +311,7 @@ impl ExpertsSpec {
             );
         }
         let within = |name: &str| format!("{block}.{}.{name}", shared.name);
-        if networks.form == ExpertForm::Gated {
+        if matches!(networks.form, ExpertForm::Gated | ExpertForm::GatedLatent { .. }) {
             push(&within("gate_proj"), linear(hidden, shared.intermediate));
         }
         push(&within("up_proj"), linear(hidden, shared.intermediate));

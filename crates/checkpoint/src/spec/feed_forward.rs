@@ -102,6 +102,14 @@ pub enum Activation {
     /// `p x^2 + beta x` above 0, `(exp(min(x, eps)) - 1 - x) n + beta x` below (Huang 2024, "Deriving Activation Functions Using
     /// Integration"). In plain networks only.
     Xielu,
+    /// Of the gate g and the other projection u, in single precision: `beta tanh(g / beta) sigmoid(g) * u`, with u bounded likewise
+    /// (Kimi K3).
+    Situ {
+        /// Bound of the gate.
+        gate: f32,
+        /// Bound of the other.
+        up: Option<f32>,
+    },
     /// Of the gate g and the other projection u: `(u + 1) * g * sigmoid(alpha g)`, with g at most `limit` and u within `-limit..=limit`
     /// (gpt-oss).
     ClippedSwiglu {

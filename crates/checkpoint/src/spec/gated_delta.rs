@@ -24,6 +24,8 @@ pub struct GatedDeltaSpec {
     pub decay_bound: Option<f32>,
     /// A memory may also turn: what is written counts up to twice.
     pub negative_eigenvalues: bool,
+    /// The gate comes from one matrix, `g_proj`, instead of two small ones. Only with [`DeltaForm::Channels`].
+    pub full_gate: bool,
     /// Epsilon of the norm on what is read.
     pub norm_eps: f32,
 }
@@ -109,8 +111,12 @@ impl GatedDeltaSpec {
             DeltaForm::Channels => {
                 push("f_a_proj", linear(hidden, self.key_dim));
                 push("f_b_proj", linear(self.key_dim, keys));
-                push("g_a_proj", linear(hidden, self.key_dim));
-                push("g_b_proj", linear(self.key_dim, values));
+                if self.full_gate {
+                    push("g_proj", linear(hidden, values));
+                } else {
+                    push("g_a_proj", linear(hidden, self.key_dim));
+                    push("g_b_proj", linear(self.key_dim, values));
+                }
                 for (name, channels) in [("q", keys), ("k", keys), ("v", values)] {
                     push(&format!("{name}_conv.conv.weight"), conv(channels));
                 }

@@ -31,6 +31,8 @@ pub struct LatentSpec {
     pub rope: RopeSpec,
     /// They do not: the parts that should rotate stay as they are.
     pub unrotated: bool,
+    /// A projection `g_proj` of the layer's input, through a logistic function, multiplies the result before the output projection.
+    pub gate: bool,
     /// Queries grow with their position.
     pub growth: Option<QueryGrowth>,
     /// A linear map `g_proj` of the layer's input to a number for each head, whose logistic function, made in single precision, is a
@@ -133,7 +135,9 @@ impl LatentSpec {
             }
         }
         push("o_proj", linear(heads * value_dims, hidden, bias));
-        if self.head_gate {
+        if self.gate {
+            push("g_proj", linear(hidden, heads * value_dims, false));
+        } else if self.head_gate {
             push("g_proj", linear(hidden, heads, false));
         }
         let (Some(indexer), Some(narrow)) = (&self.indexer, self.query_latent) else { return };

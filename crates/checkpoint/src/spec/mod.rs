@@ -5,6 +5,8 @@
 //! Every layer has its own entry, so that layers of one model may differ (windows, experts, other mixers).
 
 mod attention;
+mod block_indexer;
+mod convolved_keys;
 mod dense_and_experts;
 mod experts;
 mod feed_forward;
@@ -24,16 +26,18 @@ mod shortcut;
 mod widening;
 
 pub use attention::{
-    AttentionGate, AttentionNames, AttentionSpec, GateFunction, QkNorm, QkNormKind, SinglePrecision,
-    Temperature, Values,
+    AttentionGate, AttentionNames, AttentionSpec, GateFunction, QkNorm, QkNormKind, QueryFactor,
+    SinglePrecision, Temperature, Values,
 };
+pub use block_indexer::BlockIndexerSpec;
+pub use convolved_keys::ConvolvedKeysSpec;
 pub use dense_and_experts::DenseAndExpertsSpec;
 pub use experts::{
     Correction, ExpertForm, ExpertNetworks, ExpertsSpec, GroupScore, Groups, Normalization, Outside,
     RouterSpec, Routing, Scores, SharedExpertSpec, WeightPrecision,
 };
 pub use feed_forward::{Activation, FeedForward, GatedNames, XIELU};
-pub use flow::{AlternatingUpdates, Flow, ParallelSum, Residual};
+pub use flow::{AlternatingUpdates, Flow, GAINS, ParallelSum, Residual};
 pub use gated_delta::{DeltaForm, GatedDeltaSpec};
 pub use gated_recurrence::GatedRecurrenceSpec;
 pub use latent::{INDEXER_NORM_EPS, IndexerSpec, LatentForm, LatentSpec, QueryGrowth};
@@ -57,16 +61,22 @@ use mlxnode_compute::Dtype;
 pub struct ModelSpec {
     /// The family, as the registry of architectures calls it ("llama", "gemma3_text").
     pub architecture: &'static str,
-    /// The layers, first to last.
+    /// The layers, first to last; of a model that goes through its layers several times, those of each pass after the other.
     pub layers: Vec<LayerSpec>,
+    /// How often the stored layers are gone through; divides the number of layers.
+    pub passes: usize,
     /// Width of the hidden vectors.
     pub hidden: usize,
     /// Rows of the embedding and of the head; token ids are below it.
     pub vocabulary: usize,
     /// What every norm of the hidden vectors computes.
     pub norm: NormKind,
+    /// What the last norm computes, where that is something else.
+    pub own_last_norm: Option<NormKind>,
     /// Epsilon of every norm in the model.
     pub norm_eps: f32,
+    /// Epsilon of the norms on what comes out of mixers and feed-forward networks, where it is another one.
+    pub after_norm_eps: Option<f32>,
     /// Epsilon of the norm after the last layer, where it has one of its own.
     pub final_norm_eps: Option<f32>,
     /// Factor on the embedding's vectors, applied in their element type.
@@ -138,6 +148,15 @@ pub enum Logits {
     Divided(f32),
     /// `cap * tanh(x / cap)`.
     Capped(f32),
+    /// Multiplied by a factor, then capped.
+    MultipliedThenCapped {
+        /// The factor.
+        factor: f32,
+        /// The cap.
+        cap: f32,
+    },
+    /// Multiplied by a learned number, the tensor `lm_head_gain.w_g`.
+    Gained,
     /// Nothing, but the vectors that go into the head are divided by a number.
     OfDivided(f32),
 }
@@ -161,6 +180,8 @@ pub enum Mixer {
     PlamoMamba(PlamoMambaSpec),
     /// A short convolution.
     ShortConvolution(ShortConvolutionSpec),
+    /// Keys and values that go through short convolutions instead of an attention.
+    ConvolvedKeys(ConvolvedKeysSpec),
     /// A Mamba 2 mixer and an attention with the same input; the results are added to the hidden vectors in this order.
     Mamba2AndAttention(Box<(Mamba2Spec, AttentionSpec)>),
     /// A linear map `linear` in `self_attn`, in place of an attention that was found to be worth no more.
@@ -190,6 +211,7 @@ impl Mixer {
             Self::Mamba2(mamba) => mamba.modules(hidden, push),
             Self::PlamoMamba(mamba) => mamba.modules(hidden, push),
             Self::ShortConvolution(convolution) => convolution.modules(hidden, push),
+            Self::ConvolvedKeys(mixer) => mixer.modules(hidden, push),
             Self::Latent(latent) => latent.modules("self_attn", hidden, push),
             Self::Mamba2AndAttention(both) => {
                 both.0.modules(hidden, push);
@@ -225,6 +247,7 @@ impl Mixer {
             Self::PlamoMamba(mamba) => mamba.state_bytes(element),
             Self::Rwkv7(layer) => layer.state_bytes(hidden, element),
             Self::ShortConvolution(convolution) => convolution.state_bytes(hidden, element),
+            Self::ConvolvedKeys(mixer) => mixer.state_bytes(element),
             Self::Mamba2AndAttention(both) => both.0.state_bytes(element),
             Self::Attention(attention) if attention.convolved => {
                 (AttentionSpec::TAPS - 1) * 2 * attention.kv_heads * attention.head_dim * element
@@ -242,7 +265,11 @@ impl Mixer {
             Self::Shortcut(shortcut) => shortcut.attention.kept_widths().to_vec(),
             _ => {
                 let own = self.attention().filter(|attention| attention.shares.is_none());
-                own.map(|attention| attention.head_dim).into_iter().collect()
+                match own {
+                    None => Vec::new(),
+                    Some(attention) if attention.value_dim == attention.head_dim => vec![attention.head_dim],
+                    Some(attention) => vec![attention.head_dim, attention.value_dim],
+                }
             }
         }
     }
@@ -317,7 +344,17 @@ impl ModelSpec {
     /// The earlier layer that makes keys and values for layer `layer`, or projects them for it.
     pub fn shares(&self, layer: usize) -> Option<usize> {
         let attention = self.layers.get(layer)?.mixer.attention()?;
-        attention.shares.or(attention.projected_by)
+        attention.shares.or(attention.projected_by).or(attention.beside)
+    }
+
+    /// The layer whose weights layer `layer` has, by its number in the files.
+    pub fn stored_layer(&self, layer: usize) -> usize {
+        layer % (self.layer_count() / self.passes.max(1)).max(1)
+    }
+
+    /// What the last norm computes.
+    pub fn last_norm(&self) -> NormKind {
+        self.own_last_norm.unwrap_or(self.norm)
     }
 
     /// May a stage begin with layer `layer`? Not when a layer from it on needs keys and values of one before it.

@@ -71,8 +71,10 @@ pub enum RopeScaling {
         /// Stretch.
         alpha: f64,
     },
-    /// Not at all, but pairs rotate the other way round.
+    /// Not at all, but pairs rotate the other way round. Wavelengths are exponentials of multiples of the base's logarithm.
     Reversed,
+    /// The same with powers of the base: in single precision that is not always the same number.
+    ReversedByPowers,
     /// Exponents over all dimensions, but only the first `rotated_dims` rotate; the others have infinite wavelength.
     Proportional {
         /// How many dimensions rotate. Even.

@@ -12,6 +12,11 @@ pub struct Widening {
     pub streams: usize,
     /// A further input of every layer.
     pub layer_inputs: Option<LayerInputs>,
+    /// The embedding travels along as it was, behind the hidden vector. Not with several of them or inputs of layers.
+    pub embedding: bool,
+    /// What blocks of so many layers added travels along, one vector for each block, zeros for those to come; before the head all are
+    /// mixed once more (`output_attn_res`). Not with any of the above.
+    pub block: Option<usize>,
     /// Elements that the first layer hands on to all later ones (RWKV-7's values); 0 for none. Not with other inputs, nor with several
     /// hidden vectors.
     pub handed: usize,
@@ -29,11 +34,14 @@ pub struct LayerInputs {
 
 impl Widening {
     /// One hidden vector and nothing else.
-    pub const NONE: Self = Self { streams: 1, layer_inputs: None, handed: 0 };
+    pub const NONE: Self = Self { streams: 1, layer_inputs: None, embedding: false, block: None, handed: 0 };
 
     /// Elements that travel for each token of a model of `layers` layers with hidden vectors of width `hidden`.
     pub(crate) fn width(&self, hidden: usize, layers: usize) -> usize {
-        self.streams * hidden + self.layer_inputs.map_or(0, |inputs| inputs.width * layers) + self.handed
+        let embedding = if self.embedding { hidden } else { 0 };
+        let blocks = self.block.map_or(0, |block| layers.div_ceil(block.max(1)) * hidden);
+        let inputs = self.layer_inputs.map_or(0, |inputs| inputs.width * layers);
+        self.streams * hidden + embedding + blocks + inputs + self.handed
     }
 
     /// The modules that make it, on the first stage.
@@ -53,6 +61,9 @@ impl Widening {
     /// The modules that make one hidden vector of it again, on the last stage.
     pub(crate) fn exit(&self, hidden: usize, push: &mut Push<'_>) {
         self.projections("altup_unembed_projections", hidden, push);
+        if self.block.is_some() {
+            super::flow::push_mixture("output_attn_res", hidden, push);
+        }
     }
 
     fn projections(&self, name: &str, hidden: usize, push: &mut Push<'_>) {

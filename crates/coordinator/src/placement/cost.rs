@@ -15,6 +15,8 @@ pub struct ModelCost {
     pub layers: Vec<LayerCost>,
     /// Layers that must be on the same stage as the layer before them. No 0, and none that the model does not have.
     pub joined: Vec<usize>,
+    /// How often the layers are gone through: a stage with a layer of several passes holds its weights once.
+    pub passes: usize,
     /// What the first stage holds besides its layers.
     pub embedding: ByteCount,
     /// What the last stage holds besides its layers: final norm and head. With tied embeddings this includes the embedding matrix.
@@ -67,6 +69,7 @@ impl From<&ModelProfile> for ModelCost {
             architecture: profile.architecture.clone(),
             layers,
             joined: profile.joined.clone(),
+            passes: profile.passes,
             embedding: profile.embedding_bytes + profile.entrance_bytes,
             head: profile.head_bytes,
             shared: if profile.tied_embeddings { profile.embedding_bytes } else { ByteCount(0) },

@@ -32,6 +32,8 @@ pub(super) type Placed = Vec<(usize, LayerRange)>;
 pub(super) struct Problem {
     pub(super) slots: Vec<Slot>,
     layer_count: usize,
+    /// Layers of one pass through the model.
+    pass: usize,
     /// `joined[n]`: no stage may end before layer n.
     joined: Vec<bool>,
     /// `weight_sums[n]`: bytes of the weights of the first n layers. Likewise KV.
@@ -69,6 +71,7 @@ impl Problem {
         Self {
             slots,
             layer_count: model.layers.len(),
+            pass: model.layers.len() / model.passes.max(1),
             joined,
             weight_sums,
             kv_sums,
@@ -90,7 +93,9 @@ impl Problem {
 
     /// Bytes of weights that a stage with these layers holds.
     pub(super) fn weights(&self, layers: LayerRange) -> u64 {
-        let mut bytes = self.weight_sums[layers.end] - self.weight_sums[layers.start];
+        // Consecutive layers up to a whole pass are all different ones.
+        let end = layers.end.min(layers.start.saturating_add(self.pass));
+        let mut bytes = self.weight_sums[end] - self.weight_sums[layers.start];
         if layers.is_first() {
             bytes = bytes.saturating_add(self.embedding);
         }

@@ -3,10 +3,14 @@
 use super::{LoadError, Source, size};
 use crate::linear::Stacked;
 use crate::mixers::{
-    Attention, AttentionGate, ConvolvedAttention, KeySource, QkNorms, SoftmaxAttention, Taps,
+    Attention, AttentionGate, Beside, BlockIndexer, ConvolvedAttention, KeySource, QkNorms, SoftmaxAttention,
+    Taps,
 };
 use crate::rope::RotaryEmbedding;
-use mlxnode_checkpoint::{AttentionSpec, ModelSpec, NormKind, QkNormKind, SinglePrecision, Values};
+use mlxnode_checkpoint::{
+    AttentionSpec, BlockIndexerSpec, ModelSpec, NormKind, QkNormKind, QueryFactor, SinglePrecision, Values,
+};
+use mlxnode_mlx::Array;
 
 impl Source<'_> {
     /// The attention of the model's layer `index`, in a layer range that begins with layer `first`.
@@ -34,6 +38,10 @@ impl Source<'_> {
         let projections = match (attention.fused, names) {
             (true, _) => self.fused(&format!("{path}.qkv_proj"), &widths)?,
             (false, _) if attention.output_gate => self.with_gates(path, attention)?,
+            (false, names) if attention.value_dim != attention.head_dim => {
+                let parts = names.iter().map(|name| self.linear(&format!("{path}.{name}")));
+                Stacked { whole: None, parts: parts.collect::<Result<_, _>>()? }
+            }
             (false, [name]) => Stacked { whole: None, parts: vec![self.linear(&format!("{path}.{name}"))?] },
             (false, names) => {
                 let names = names.iter().map(|name| format!("{path}.{name}"));
@@ -53,6 +61,14 @@ impl Source<'_> {
                 self.queue([&sinks]);
                 Some(sinks)
             }
+        };
+        let beside = match attention.beside {
+            None => None,
+            Some(owner) => Some(self.beside(path, owner, attention)?),
+        };
+        let blocks = match &attention.blocks {
+            None => None,
+            Some(blocks) => Some(self.block_indexer(path, blocks, heads, spec)?),
         };
         let serves = |owner: fn(&AttentionSpec) -> Option<usize>| {
             let mut others = spec.layers.iter().filter_map(|layer| layer.mixer.attention());
@@ -97,6 +113,10 @@ impl Source<'_> {
             heads,
             kv_heads,
             head_dim,
+            value_dim: size(attention.value_dim),
+            value_factor: attention.value_factor,
+            beside,
+            blocks,
             core: SoftmaxAttention {
                 scale: attention.scale,
                 window: attention.window.map(count),
@@ -105,8 +125,42 @@ impl Source<'_> {
                 single_precision,
                 chunk: attention.chunk.map(count),
                 sinks,
-                shown: serves(|other| other.shares),
+                shown: serves(|other| other.shares.or(other.beside)),
             },
+        })
+    }
+
+    fn beside(&mut self, path: &str, owner: usize, attention: &AttentionSpec) -> Result<Beside, LoadError> {
+        let heads = size(attention.heads);
+        let weight = self.tensor(&format!("{path}.loop_gate.weight"))?;
+        let bias = self.tensor(&format!("{path}.loop_gate.bias"))?;
+        let weight = self.device.reshape(&weight, &[heads, size(attention.head_dim), 1])?;
+        let bias = self.device.reshape(&bias, &[heads, 1, 1])?;
+        self.queue([&weight, &bias]);
+        let layer = owner.saturating_sub(self.shard.layers.start);
+        Ok(Beside { layer, weight, bias, core: SoftmaxAttention::plain(attention.scale) })
+    }
+
+    fn block_indexer(
+        &mut self,
+        path: &str,
+        blocks: &BlockIndexerSpec,
+        attention_heads: i32,
+        spec: &ModelSpec,
+    ) -> Result<BlockIndexer, LoadError> {
+        let within = |name: &str| format!("{path}.{name}");
+        Ok(BlockIndexer {
+            queries: self.linear(&within("index_q_proj"))?,
+            keys: self.linear(&within("index_k_proj"))?,
+            query_norm: self.read_norm(&within("index_q_norm"), spec)?,
+            key_norm: self.read_norm(&within("index_k_norm"), spec)?,
+            rope: RotaryEmbedding::new(self.device, &blocks.rope)?,
+            heads: size(blocks.heads),
+            head_dim: size(blocks.head_dim),
+            block: size(blocks.block),
+            blocks: size(blocks.blocks),
+            local: size(blocks.local),
+            attention_heads,
         })
     }
 
@@ -182,8 +236,25 @@ impl Source<'_> {
     ) -> Result<Option<QkNorms>, LoadError> {
         let Some(norm) = attention.qk_norm else { return Ok(None) };
         let after_rope = norm.after_rope;
+        let query_factor = match norm.query_factor {
+            None => None,
+            Some(QueryFactor::Number(factor)) => Some(Array::scalar(factor, self.dtype)?),
+            Some(QueryFactor::OfHeads(name)) => {
+                let factors = self.device.cast(&self.tensor(&format!("{path}.{name}"))?, self.dtype)?;
+                let factors = self.device.reshape(&factors, &[size(attention.heads), 1, 1])?;
+                self.queue([&factors]);
+                Some(factors)
+            }
+        };
         if let QkNormKind::PerHeadUnweighted { eps } = norm.kind {
-            return Ok(Some(QkNorms { kind: norm.kind, query: None, key: None, eps, after_rope }));
+            return Ok(Some(QkNorms {
+                kind: norm.kind,
+                query: None,
+                key: None,
+                eps,
+                after_rope,
+                query_factor,
+            }));
         }
         let mut weight = |name: &str| {
             let weight = self.tensor(&format!("{path}.{name}.weight"))?;
@@ -198,6 +269,13 @@ impl Source<'_> {
             Some(_) => None,
         };
         self.queue([&query].into_iter().chain(&key));
-        Ok(Some(QkNorms { kind: norm.kind, query: Some(query), key, eps: spec.norm_eps, after_rope }))
+        Ok(Some(QkNorms {
+            kind: norm.kind,
+            query: Some(query),
+            key,
+            eps: spec.norm_eps,
+            after_rope,
+            query_factor,
+        }))
     }
 }

@@ -45,7 +45,7 @@ impl Source<'_> {
                 down: self.linear(&path(down))?,
             }),
             FeedForwardSpec::Experts(experts) => {
-                FeedForward::Experts(Box::new(self.experts(&path(experts.block), experts)?))
+                FeedForward::Experts(Box::new(self.experts(&path(experts.block), experts, model)?))
             }
             FeedForwardSpec::DenseAndExperts(both) => {
                 FeedForward::DenseAndExperts(Box::new(self.dense_and_experts(path, both, model)?))
@@ -133,13 +133,20 @@ impl Source<'_> {
     fn networks(&mut self, path: &str, networks: ExpertNetworks) -> Result<Networks, LoadError> {
         let mut matrices = |name: &str| self.matrices(&format!("{path}.{}.{name}", networks.name));
         let (gate, up, down) = match networks.form {
-            ExpertForm::Gated => (Some(matrices("gate_proj")?), matrices("up_proj")?, matrices("down_proj")?),
+            ExpertForm::Gated | ExpertForm::GatedLatent { .. } => {
+                (Some(matrices("gate_proj")?), matrices("up_proj")?, matrices("down_proj")?)
+            }
             ExpertForm::Plain | ExpertForm::Latent { .. } => (None, matrices("fc1")?, matrices("fc2")?),
         };
         Ok(Networks { activation: networks.activation, gate, up, down })
     }
 
-    pub(super) fn experts(&mut self, path: &str, spec: &ExpertsSpec) -> Result<Experts, LoadError> {
+    pub(super) fn experts(
+        &mut self,
+        path: &str,
+        spec: &ExpertsSpec,
+        model: &ModelSpec,
+    ) -> Result<Experts, LoadError> {
         let shared = match spec.shared {
             None => None,
             Some(shared) => {
@@ -149,7 +156,7 @@ impl Source<'_> {
                 let balance = spec.routing.balance;
                 Some(SharedExpert {
                     network: match spec.networks.form {
-                        ExpertForm::Gated => {
+                        ExpertForm::Gated | ExpertForm::GatedLatent { .. } => {
                             self.gated(&names, shared.intermediate, shared.activation, false)?
                         }
                         ExpertForm::Plain | ExpertForm::Latent { .. } => Network {
@@ -172,9 +179,19 @@ impl Source<'_> {
                 self.linear(&format!("{path}.fc1_latent_proj"))?,
                 self.linear(&format!("{path}.fc2_latent_proj"))?,
             ]),
+            ExpertForm::GatedLatent { .. } => Some([
+                self.linear(&format!("{path}.routed_expert_down_proj"))?,
+                self.linear(&format!("{path}.routed_expert_up_proj"))?,
+            ]),
             ExpertForm::Gated | ExpertForm::Plain => None,
         };
-        Ok(Experts { router: self.router(path, spec)?, latent, networks, shared })
+        let latent_norm = match spec.networks.form {
+            ExpertForm::GatedLatent { norm: true, .. } => {
+                Some(self.read_rms_norm(&format!("{path}.routed_expert_norm"), model)?)
+            }
+            _ => None,
+        };
+        Ok(Experts { router: self.router(path, spec)?, latent, latent_norm, networks, shared })
     }
 
     fn router(&mut self, path: &str, spec: &ExpertsSpec) -> Result<Router, LoadError> {

@@ -44,11 +44,13 @@ impl Source<'_> {
         let apart = matches!(spec.form, DeltaForm::Apart | DeltaForm::Channels | DeltaForm::BoundedChannels);
         let (norm, output) = if apart { ("o_norm", "o_proj") } else { ("norm", "out_proj") };
         let by_channel = matches!(spec.form, DeltaForm::Channels | DeltaForm::BoundedChannels);
-        let widened = match spec.form {
-            DeltaForm::Channels => {
-                Some([self.linear(&within("g_b_proj"))?, self.linear(&within("f_b_proj"))?])
-            }
-            _ => None,
+        let widened_gate = match spec.form == DeltaForm::Channels && !spec.full_gate {
+            true => Some(self.linear(&within("g_b_proj"))?),
+            false => None,
+        };
+        let widened_decay = match spec.form == DeltaForm::Channels {
+            true => Some(self.linear(&within("f_b_proj"))?),
+            false => None,
         };
         let norm = self.tensor(&within(&format!("{norm}.weight")))?;
         let device = self.device;
@@ -71,11 +73,13 @@ impl Source<'_> {
         Ok(GatedDeltaNet {
             inputs,
             widths,
-            widened,
+            widened_gate,
+            widened_decay,
             convolution,
             convolutions: apart.then(|| [size(spec.keys()), size(spec.keys()), size(spec.values())]),
             scales,
             decay,
+            precise: spec.form == DeltaForm::BoundedChannels,
             doubled: spec.negative_eigenvalues,
             rule: DeltaRule::new(device)?,
             norm,
@@ -121,6 +125,14 @@ impl Source<'_> {
                 ("g_proj", values),
                 ("b_proj", heads),
                 ("a_proj", heads),
+            ],
+            DeltaForm::Channels if spec.full_gate => &[
+                ("q_proj", keys),
+                ("k_proj", keys),
+                ("v_proj", values),
+                ("g_proj", values),
+                ("b_proj", heads),
+                ("f_a_proj", size(spec.key_dim)),
             ],
             DeltaForm::BoundedChannels => &[
                 ("q_proj", keys),

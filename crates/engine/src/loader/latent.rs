@@ -43,7 +43,11 @@ impl Source<'_> {
             widen,
             latent_norm: self.latent_norm(&format!("{path}.kv_a_layernorm"), spec.norm_eps)?,
             expansion,
-            head_gate: match spec.head_gate {
+            gate: match spec.gate {
+                true => Some(self.linear(&format!("{path}.g_proj"))?),
+                false => None,
+            },
+            head_gate: match spec.head_gate && !spec.gate {
                 true => Some(self.linear(&format!("{path}.g_proj"))?),
                 false => None,
             },

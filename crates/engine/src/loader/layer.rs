@@ -14,12 +14,17 @@ impl Source<'_> {
         layer: &LayerSpec,
         spec: &ModelSpec,
     ) -> Result<Layer, LoadError> {
-        let path = |name: &str| format!("model.layers.{index}.{name}");
-        let mut norm = |name: Option<&str>| name.map(|name| self.read_norm(&path(name), spec)).transpose();
-        let before_mixer = norm(layer.norms.before_mixer)?;
-        let after_mixer = norm(layer.norms.after_mixer)?;
-        let before_feed_forward = norm(layer.norms.before_feed_forward)?;
-        let after_feed_forward = norm(layer.norms.after_feed_forward)?;
+        let stored = spec.stored_layer(index);
+        let path = |name: &str| format!("model.layers.{stored}.{name}");
+        let (before, after) = (spec.norm_eps, spec.after_norm_eps.unwrap_or(spec.norm_eps));
+        let mut norm = |name: Option<&str>, eps: f32| match name {
+            Some(name) => self.read_norm(&path(name), spec).map(|norm| Some(Norm { eps, ..norm })),
+            None => Ok(None),
+        };
+        let before_mixer = norm(layer.norms.before_mixer, before)?;
+        let after_mixer = norm(layer.norms.after_mixer, after)?;
+        let before_feed_forward = norm(layer.norms.before_feed_forward, before)?;
+        let after_feed_forward = norm(layer.norms.after_feed_forward, after)?;
         let mixer = match &layer.mixer {
             MixerSpec::Attention(attention) if attention.convolved => {
                 let path = path(attention.names.block);
@@ -50,6 +55,9 @@ impl Source<'_> {
                 Mixer::PlamoMamba(Box::new(self.plamo_mamba(&path(mamba.block), mamba)?))
             }
             MixerSpec::ShortConvolution(_) => Mixer::ShortConvolution(self.short_convolution(&path("conv"))?),
+            MixerSpec::ConvolvedKeys(mixer) => {
+                Mixer::ConvolvedKeys(Box::new(self.convolved_keys(&path("local_mixer"), mixer, spec)?))
+            }
             MixerSpec::Mamba2AndAttention(both) => {
                 let (mamba, attention) = both.as_ref();
                 Mixer::Mamba2AndAttention(Box::new((
@@ -90,11 +98,15 @@ impl Source<'_> {
     }
 
     pub(super) fn norm(&mut self, path: &str, spec: &ModelSpec) -> Result<Norm, LoadError> {
-        if spec.norm == NormKind::RmsUnweighted {
-            return Ok(Norm { kind: NormForm::Rms, weight: None, eps: spec.norm_eps });
+        self.norm_of(spec.norm, path, spec.norm_eps)
+    }
+
+    pub(super) fn norm_of(&mut self, kind: NormKind, path: &str, eps: f32) -> Result<Norm, LoadError> {
+        if kind == NormKind::RmsUnweighted {
+            return Ok(Norm { kind: NormForm::Rms, weight: None, eps });
         }
         let weight = self.tensor(&format!("{path}.weight"))?;
-        let (weight, kind) = match spec.norm {
+        let (weight, kind) = match kind {
             NormKind::Rms | NormKind::RmsUnweighted => (weight, NormForm::Rms),
             NormKind::RmsPlusOne => (self.plus_one(&weight)?, NormForm::Rms),
             NormKind::Layer { bias } => {
@@ -106,7 +118,7 @@ impl Source<'_> {
                 (self.plus_one(&weight)?, NormForm::Layer { bias })
             }
         };
-        Ok(Norm { kind, weight: Some(weight), eps: spec.norm_eps })
+        Ok(Norm { kind, weight: Some(weight), eps })
     }
 
     /// A weight that counts from one, in its own element type.

@@ -4,6 +4,7 @@
 //! same input become one matrix: their rows are read straight to where they belong.
 
 mod attention;
+mod convolved_keys;
 mod feed_forward;
 mod gated_delta;
 mod gated_recurrence;
@@ -24,14 +25,15 @@ pub use weights::WeightReader;
 
 use crate::adapters::{Registry, Slot, Target};
 use crate::decoder::{Decoder, Head, Positions};
-use crate::widening::Widened;
-use mlxnode_checkpoint::layout::{EMBEDDING, FINAL_NORM, HEAD, POSITIONS};
+use crate::widening::{Blocks, Widened};
+use mlxnode_checkpoint::layout::{EMBEDDING, FINAL_NORM, HEAD, HEAD_GAIN, POSITIONS};
 use mlxnode_checkpoint::{
-    Checkpoint, CheckpointError, ModelSpec, QuantMode, QuantSetting, ShardTensors, TensorDtype,
+    Checkpoint, CheckpointError, Logits, ModelSpec, QuantMode, QuantSetting, ShardTensors, TensorDtype,
 };
 use mlxnode_compute::LayerRange;
 use mlxnode_mlx::{Array, Device, Dtype, Error, QuantizationMode, Quantized, QuantizedLayout};
 use std::cell::RefCell;
+use std::collections::HashMap;
 
 /// Why a layer range could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -107,6 +109,7 @@ pub(crate) fn load(
     }
     let shard = checkpoint.shard_tensors(layers)?;
     let mut source = Source::open(device, &shard, spec.dtype.into())?;
+    source.kept = (spec.passes > 1).then(HashMap::new);
     let total = shard.bytes().0;
     progress(0, total);
     let embedding = match shard.tensors.contains_key(&format!("{EMBEDDING}.weight")) {
@@ -130,7 +133,7 @@ pub(crate) fn load(
     let head = match is_last {
         false => None,
         true => {
-            let mut norm = source.norm(FINAL_NORM, spec)?;
+            let mut norm = source.norm_of(spec.last_norm(), FINAL_NORM, spec.norm_eps)?;
             norm.eps = spec.final_norm_eps.unwrap_or(norm.eps);
             source.queue(norm.arrays());
             let linear = match &embedding {
@@ -143,7 +146,15 @@ pub(crate) fn load(
                 _ => source.linear(HEAD)?,
             };
             let exit = source.exit(spec)?;
-            Some(Head { exit, norm, linear, logits: spec.logits })
+            let gain = match spec.logits {
+                Logits::Gained => Some(source.number(HEAD_GAIN)?),
+                _ => None,
+            };
+            let mixture = match spec.widening.block {
+                Some(_) => Some(source.mixture("model.output_attn_res", spec)?),
+                None => None,
+            };
+            Some(Head { exit, norm, linear, logits: spec.logits, gain, mixture })
         }
     };
     source.advance()?;
@@ -161,6 +172,12 @@ pub(crate) fn load(
             streams: size(spec.widening.streams),
             hidden: size(spec.hidden),
             input: spec.widening.layer_inputs.map_or(0, |inputs| size(inputs.width)),
+            embedding: spec.widening.embedding,
+            blocks: spec.widening.block.map(|block| Blocks {
+                before: size(layers.start.div_ceil(block.max(1))),
+                all: size(spec.layer_count().div_ceil(block.max(1))),
+                eps: spec.norm_eps,
+            }),
             handed: size(spec.widening.handed),
             first: size(layers.start),
         },
@@ -185,20 +202,26 @@ struct Source<'a> {
     started: Vec<Array>,
     /// Bytes of the tensors that were asked for so far.
     loaded: u64,
+    /// What was loaded, by name, of a model that goes through its layers several times: the weights exist once.
+    kept: Option<HashMap<String, Array>>,
 }
 
 impl<'a> Source<'a> {
     fn open(device: &'a Device, shard: &'a ShardTensors, dtype: Dtype) -> Result<Self, LoadError> {
         let weights = WeightReader::open(device, shard.tensors.values())?;
         let (registry, queued, started) = (RefCell::default(), RefCell::default(), Vec::new());
-        Ok(Self { device, shard, weights, dtype, registry, queued, started, loaded: 0 })
+        Ok(Self { device, shard, weights, dtype, registry, queued, started, loaded: 0, kept: None })
     }
 
     /// A tensor that is there by the checkpoint's checks; it is read and computed when it is evaluated.
     fn tensor(&mut self, name: &str) -> Result<Array, LoadError> {
+        if let Some(array) = self.kept.as_ref().and_then(|kept| kept.get(name)) {
+            return Ok(array.clone());
+        }
         let Some(tensor) = self.shard.tensors.get(name) else { return Err(self.missing(name)) };
         let array = self.weights.compute(name, tensor)?;
         self.loaded += tensor.byte_count();
+        self.keep(name, &array);
         Ok(array)
     }
 
@@ -216,9 +239,29 @@ impl<'a> Source<'a> {
         let found: Option<Vec<_>> =
             names.iter().map(|name| Some((name.as_str(), shard.tensors.get(name)?))).collect();
         let Some(found) = found else { return Ok(None) };
+        // Nobody else calls anything so.
+        let key = names.join("+");
+        if let Some(array) = self.kept.as_ref().and_then(|kept| kept.get(&key)) {
+            return Ok(Some(array.clone()));
+        }
         let array = self.weights.joined(&found)?;
         self.loaded += found.iter().map(|(_, tensor)| tensor.byte_count()).sum::<u64>();
+        self.keep(&key, &array);
         Ok(Some(array))
+    }
+
+    /// Keeps an array for the next pass through the layers, if there is one.
+    fn keep(&mut self, name: &str, array: &Array) {
+        if let Some(kept) = &mut self.kept {
+            kept.insert(name.to_owned(), array.clone());
+        }
+    }
+
+    /// A single learned number `[1]` in the model's element type, read.
+    fn number(&mut self, name: &str) -> Result<Array, LoadError> {
+        let number = self.device.cast(&self.tensor(name)?, self.dtype)?;
+        self.queue([&number]);
+        Ok(number)
     }
 
     fn missing(&self, name: &str) -> LoadError {

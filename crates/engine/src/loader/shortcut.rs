@@ -14,7 +14,7 @@ impl Source<'_> {
         spec: &ModelSpec,
     ) -> Result<Shortcut, LoadError> {
         let halves = [self.half(path, 0, shortcut, spec)?, self.half(path, 1, shortcut, spec)?];
-        let experts = self.experts(&path(shortcut.experts.block), &shortcut.experts)?;
+        let experts = self.experts(&path(shortcut.experts.block), &shortcut.experts, spec)?;
         Ok(Shortcut { halves, experts })
     }
 

@@ -2,11 +2,13 @@
 
 use super::{LoadError, Source, size};
 use crate::alternating_updates::AlternatingUpdates;
-use crate::decoder::Flow;
+use crate::decoder::{Flow, OverBlocks};
 use crate::linear::Linear;
 use crate::ngrams::{Ngrams, Table};
+use crate::residual_blocks::Mixture;
 use crate::widening::{Entrance, Exit, GatedInput, InputTable};
-use mlxnode_checkpoint::{Flow as FlowSpec, ModelSpec};
+use mlxnode_checkpoint::layout::FINAL_NORM;
+use mlxnode_checkpoint::{Flow as FlowSpec, GAINS, ModelSpec};
 use mlxnode_mlx::{Array, Dtype};
 
 impl Source<'_> {
@@ -67,6 +69,24 @@ impl Source<'_> {
             FlowSpec::Sequential(residual) => Flow::Sequential(residual),
             FlowSpec::Parallel(order) => Flow::Parallel(order),
             FlowSpec::Whole => Flow::Whole,
+            FlowSpec::ThenLastNorm => {
+                let norm = self.norm_of(spec.last_norm(), FINAL_NORM, spec.norm_eps)?;
+                self.queue(norm.arrays());
+                Flow::ThenNorm(norm)
+            }
+            FlowSpec::OverBlocks { first } => Flow::OverBlocks(Box::new(OverBlocks {
+                first,
+                mixer: self.mixture(&path("self_attention_res"), spec)?,
+                feed_forward: self.mixture(&path("mlp_res"), spec)?,
+            })),
+            FlowSpec::WithEmbedding => {
+                let [mixer, feed_forward, embedding] = GAINS.map(path);
+                Flow::WithEmbedding(Box::new([
+                    self.number(&mixer)?,
+                    self.number(&feed_forward)?,
+                    self.number(&embedding)?,
+                ]))
+            }
             FlowSpec::WithInput(input) => {
                 let input = input.map(|_| self.gated_input(path, spec)).transpose()?;
                 let factor = self.read(&path("layer_scalar"))?;
@@ -89,6 +109,16 @@ impl Source<'_> {
                 }))
             }
         })
+    }
+
+    /// The norm's weights times the vector that weighs blocks of layers, in single precision, read.
+    pub(super) fn mixture(&mut self, path: &str, spec: &ModelSpec) -> Result<Mixture, LoadError> {
+        let norm = self.tensor(&format!("{path}_norm.weight"))?;
+        let vector = self.tensor(&format!("{path}_proj.weight"))?;
+        let vector = self.device.reshape(&vector, &[size(spec.hidden)])?;
+        let weights = self.device.multiply(&self.device.cast(&norm, Dtype::F32)?, &vector)?;
+        self.queue([&weights]);
+        Ok(Mixture { weights, eps: spec.norm_eps })
     }
 
     fn gated_input(

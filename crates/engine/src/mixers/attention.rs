@@ -2,9 +2,9 @@
 //! see another one's keys and values.
 
 use super::latent::growing;
-use super::{Keeps, SoftmaxAttention};
+use super::{BlockIndexer, Keeps, SoftmaxAttention};
 use crate::batch::{Batch, Row};
-use crate::caches::SequenceCache;
+use crate::caches::{LayerCache, SequenceCache};
 use crate::linear::{Linear, Stacked};
 use crate::norm::{Norm, apply};
 use crate::rope::RotaryEmbedding;
@@ -37,7 +37,34 @@ pub(crate) struct Attention {
     pub(crate) heads: i32,
     pub(crate) kv_heads: i32,
     pub(crate) head_dim: i32,
+    /// Width of a head's value. Other than `head_dim` only with projections that are not stacked.
+    pub(crate) value_dim: i32,
+    /// On values.
+    pub(crate) value_factor: Option<f32>,
+    /// Queries also see all keys of another layer.
+    pub(crate) beside: Option<Beside>,
+    /// Chooses the blocks of keys that queries see.
+    pub(crate) blocks: Option<BlockIndexer>,
     pub(crate) core: SoftmaxAttention,
+}
+
+/// Another layer's keys and values, which the queries see as well.
+pub(crate) struct Beside {
+    /// That layer, by its place in the range; it ran before in the same step.
+    pub(crate) layer: usize,
+    /// `[heads, head_dim, 1]`: a query to the gate that weighs what it sees there.
+    pub(crate) weight: Array,
+    /// `[heads, 1, 1]`.
+    pub(crate) bias: Array,
+    /// Over everything that layer keeps.
+    pub(crate) core: SoftmaxAttention,
+}
+
+/// Which of the two that have norms.
+#[derive(Clone, Copy)]
+enum Part {
+    Queries,
+    Keys,
 }
 
 /// Where keys and values come from.
@@ -69,6 +96,8 @@ pub(crate) struct QkNorms {
     pub(crate) key: Option<Array>,
     pub(crate) eps: f32,
     pub(crate) after_rope: bool,
+    /// On queries after their norm: a number, or `[heads, 1, 1]` of numbers.
+    pub(crate) query_factor: Option<Array>,
 }
 
 /// What goes into the attention, as `[1, heads, tokens, head_dim]`.
@@ -80,8 +109,12 @@ struct Parts {
 
 impl QkNorms {
     /// Over the last axis of `x`.
-    fn apply(&self, device: &Device, x: &Array, weight: Option<&Array>) -> Result<Array> {
-        match (self.kind, weight) {
+    fn apply(&self, device: &Device, x: &Array, part: Part) -> Result<Array> {
+        let (weight, factor) = match part {
+            Part::Queries => (self.query.as_ref(), self.query_factor.as_ref()),
+            Part::Keys => (self.key.as_ref(), None),
+        };
+        let normed = match (self.kind, weight) {
             (QkNormKind::LayerPerHead, Some(weight)) => {
                 device.multiply(weight, &device.layer_norm(x, None, None, self.eps)?)
             }
@@ -90,6 +123,10 @@ impl QkNorms {
             }
             (_, Some(weight)) => device.rms_norm(x, weight, self.eps),
             (_, None) => device.rms_normalize(x, self.eps),
+        }?;
+        match factor {
+            Some(factor) => device.multiply(&normed, factor),
+            None => Ok(normed),
         }
     }
 
@@ -107,6 +144,7 @@ impl Attention {
             heads: Some((self.kv_heads, self.head_dim)),
             window: self.core.window.or(self.core.chunk),
             chunk: self.core.chunk,
+            indexer: self.blocks.is_some(),
             ..Keeps::default()
         }
     }
@@ -120,6 +158,7 @@ impl Attention {
     fn goes_by_row(&self) -> bool {
         self.temperature.is_none()
             && self.growth.is_none()
+            && self.blocks.is_none()
             && self.rope.as_ref().is_none_or(RotaryEmbedding::goes_by_row)
     }
 
@@ -145,7 +184,7 @@ impl Attention {
                         (self.arranged(device, parts, offset)?, gate)
                     }
                 };
-                (self.mix(device, parts, layer, row.cache)?, gate)
+                (self.mix(device, x, parts, layer, row.cache)?, gate)
             }
             rows => {
                 self.forward_rows(device, x, layer, rows, batch.positions.as_ref(), &mut batch.projected)?
@@ -198,7 +237,8 @@ impl Attention {
             let stop = start + row.span();
             let parts = projected.iter().map(|part| cut(part, start, stop)).collect::<Result<Vec<_>>>()?;
             let parts = self.arranged(device, parts, row.cache.tokens())?;
-            mixed.push(self.mix(device, parts, layer, row.cache)?);
+            let own = if self.blocks.is_some() { cut(x, start, stop)? } else { x.clone() };
+            mixed.push(self.mix(device, &own, parts, layer, row.cache)?);
             start = stop;
         }
         match mixed.as_slice() {
@@ -220,14 +260,11 @@ impl Attention {
             };
             let queries = of_row(&parts.queries)?;
             let caches = &mut row.cache.layers;
-            mixed.push(match (&parts.keys_values, self.source) {
-                (Some((keys, values)), _) => {
-                    let (keys, values) = (of_row(keys)?, of_row(values)?);
-                    self.core.forward(device, &queries, &keys, &values, &mut caches[layer].kv)?
-                }
-                (None, Source::Layer(owner)) => self.core.again(device, &queries, &caches[owner].kv)?,
-                (None, _) => return Err(wrong_projections()),
-            });
+            let keys_values = match &parts.keys_values {
+                Some((keys, values)) => Some((of_row(keys)?, of_row(values)?)),
+                None => None,
+            };
+            mixed.push(self.see(device, &queries, keys_values.as_ref(), None, layer, caches)?);
             start = stop;
         }
         let mixed = match mixed.as_slice() {
@@ -235,25 +272,24 @@ impl Attention {
             _ => device.concatenate(&mixed, 0)?,
         };
         // With one token [sequence, heads, 1, width] is [sequence, heads * width].
-        device.reshape(&mixed, &[1, count, self.heads * self.head_dim])
+        device.reshape(&mixed, &[1, count, self.heads * self.value_dim])
     }
 
     /// Projections `[1, rows, heads * head_dim]` of one token each to `[rows, heads, 1, head_dim]`, normed and rotated.
     fn arranged_by_row(&self, device: &Device, projected: &[Array], positions: &Array) -> Result<Parts> {
         let norms = self.norms.as_ref();
-        let weights = norms.map_or((None, None), |norms| (norms.query.as_ref(), norms.key.as_ref()));
-        let shaped = |x: &Array, heads: i32| device.reshape(x, &[x.dim(1), heads, 1, self.head_dim]);
-        let arranged = |x: &Array, heads: i32, weight: Option<&Array>| {
+        let shaped = |x: &Array, heads: i32| device.reshape(x, &[x.dim(1), heads, 1, -1]);
+        let arranged = |x: &Array, heads: i32, part: Part| {
             let before = norms.filter(|norms| !norms.after_rope);
             let x = match before {
                 Some(norms) if norms.kind == QkNormKind::Whole => {
-                    shaped(&norms.apply(device, x, weight)?, heads)?
+                    shaped(&norms.apply(device, x, part)?, heads)?
                 }
-                Some(norms) if norms.is_per_head() => norms.apply(device, &shaped(x, heads)?, weight)?,
+                Some(norms) if norms.is_per_head() => norms.apply(device, &shaped(x, heads)?, part)?,
                 Some(norms) => {
                     // The weight is a matrix with a row for each head.
                     let x = device.reshape(x, &[1, x.dim(1), heads, self.head_dim])?;
-                    let x = norms.apply(device, &x, weight)?;
+                    let x = norms.apply(device, &x, part)?;
                     device.reshape(&x, &[x.dim(1), heads, 1, self.head_dim])?
                 }
                 None => shaped(x, heads)?,
@@ -263,15 +299,15 @@ impl Attention {
                 None => x,
             };
             match norms.filter(|norms| norms.after_rope) {
-                Some(norms) => norms.apply(device, &x, weight),
+                Some(norms) => norms.apply(device, &x, part),
                 None => Ok(x),
             }
         };
         let (queries, keys, values) = self.sorted(projected)?;
-        let queries = arranged(queries, self.heads, weights.0)?;
+        let queries = arranged(queries, self.heads, Part::Queries)?;
         let keys_values = match (keys, values) {
             (Some(keys), Some(values)) => {
-                let keys = arranged(keys, self.kv_heads, weights.1)?;
+                let keys = arranged(keys, self.kv_heads, Part::Keys)?;
                 Some(self.rounded(
                     device,
                     keys,
@@ -318,11 +354,14 @@ impl Attention {
         }
     }
 
-    /// `mixed` `[1, tokens, heads * head_dim]` times what the gate makes of `x`.
+    /// `mixed` `[1, tokens, heads * value_dim]` times what the gate makes of `x`.
     fn gated(&self, device: &Device, gate: &Gate, x: &Array, mixed: Array) -> Result<Array> {
         let open = gate.projection.forward(device, x)?;
         let open = match gate.function {
             GateFunction::Sigmoid => device.sigmoid(&open)?,
+            GateFunction::SigmoidInSingle => {
+                device.cast(&device.sigmoid(&device.cast(&open, Dtype::F32)?)?, mixed.dtype())?
+            }
             GateFunction::Softplus => {
                 device.cast(&device.softplus(&device.cast(&open, Dtype::F32)?)?, mixed.dtype())?
             }
@@ -330,23 +369,59 @@ impl Attention {
         if !gate.per_head {
             return device.multiply(&mixed, &open);
         }
-        let heads = device.reshape(&mixed, &[1, mixed.dim(1), self.heads, self.head_dim])?;
+        let heads = device.reshape(&mixed, &[1, mixed.dim(1), self.heads, self.value_dim])?;
         device.reshape(&device.multiply(&heads, &device.expand(&open, -1)?)?, mixed.shape())
     }
 
-    /// One sequence's parts to what its tokens see, `[1, tokens, heads * head_dim]`.
-    fn mix(&self, device: &Device, parts: Parts, layer: usize, cache: &mut SequenceCache) -> Result<Array> {
-        let tokens = parts.queries.dim(2);
-        let queries = self.tempered(device, parts.queries, cache.tokens())?;
-        let mixed = match (&parts.keys_values, self.source) {
-            (Some((keys, values)), _) => {
-                self.core.forward(device, &queries, keys, values, &mut cache.layers[layer].kv)?
+    /// What queries `[1, heads, tokens, head_dim]` see, as `[1, heads, tokens, value_dim]`: where `visible`
+    /// `[1, heads, tokens, keys]` is true, if it is given. New keys and values go into the cache.
+    fn see(
+        &self,
+        device: &Device,
+        queries: &Array,
+        keys_values: Option<&(Array, Array)>,
+        visible: Option<&Array>,
+        layer: usize,
+        caches: &mut [LayerCache],
+    ) -> Result<Array> {
+        let own = match (keys_values, self.source) {
+            (Some((keys, values)), _) if let Some(visible) = visible => {
+                self.core.forward_where(device, queries, keys, values, visible, &mut caches[layer].kv)?
             }
-            (None, Source::Layer(owner)) => self.core.again(device, &queries, &cache.layers[owner].kv)?,
+            (Some((keys, values)), _) => {
+                self.core.forward(device, queries, keys, values, &mut caches[layer].kv)?
+            }
+            (None, Source::Layer(owner)) => self.core.again(device, queries, &caches[owner].kv)?,
             (None, _) => return Err(wrong_projections()),
         };
+        let Some(beside) = &self.beside else { return Ok(own) };
+        let other = beside.core.again(device, queries, &caches[beside.layer].kv)?;
+        let gate = device.add(&device.matmul(queries, &beside.weight)?, &beside.bias)?;
+        let gate = device.sigmoid(&gate)?;
+        let rest = device.subtract(&Array::scalar(1.0, gate.dtype())?, &gate)?;
+        device.add(&device.multiply(&gate, &other)?, &device.multiply(&rest, &own)?)
+    }
+
+    /// One sequence's parts, of `x` `[1, tokens, hidden]`, to what its tokens see, `[1, tokens, heads * value_dim]`.
+    fn mix(
+        &self,
+        device: &Device,
+        x: &Array,
+        parts: Parts,
+        layer: usize,
+        cache: &mut SequenceCache,
+    ) -> Result<Array> {
+        let offset = cache.tokens();
+        let visible = match &self.blocks {
+            Some(blocks) => blocks.select(device, x, offset, &mut cache.layers[layer].indexer)?,
+            None => None,
+        };
+        let (keys_values, visible) = (parts.keys_values.as_ref(), visible.as_ref());
+        let tokens = parts.queries.dim(2);
+        let queries = self.tempered(device, parts.queries, offset)?;
+        let mixed = self.see(device, &queries, keys_values, visible, layer, &mut cache.layers)?;
         let mixed = device.transpose(&mixed, &[0, 2, 1, 3])?;
-        device.reshape(&mixed, &[1, tokens, self.heads * self.head_dim])
+        device.reshape(&mixed, &[1, tokens, self.heads * self.value_dim])
     }
 
     /// Queries of tokens from position `offset` on, grown with their position.
@@ -402,8 +477,8 @@ impl Attention {
             let queries = cut(&both, 0, self.heads)?;
             return Ok(Parts { queries, keys_values: Some((cut(&both, self.heads, rotating)?, values)) });
         };
-        let queries = norms.apply(device, &cut(&projected, 0, self.heads)?, norms.query.as_ref())?;
-        let keys = norms.apply(device, &cut(&projected, self.heads, rotating)?, norms.key.as_ref())?;
+        let queries = norms.apply(device, &cut(&projected, 0, self.heads)?, Part::Queries)?;
+        let keys = norms.apply(device, &cut(&projected, self.heads, rotating)?, Part::Keys)?;
         let queries = self.rotated(device, queries, offset)?;
         Ok(Parts { queries, keys_values: Some((self.rotated(device, keys, offset)?, values)) })
     }
@@ -447,21 +522,20 @@ impl Attention {
     /// Projections `[1, tokens, heads * head_dim]` to `[1, heads, tokens, head_dim]`, normed and rotated.
     fn arranged(&self, device: &Device, projected: Vec<Array>, offset: i32) -> Result<Parts> {
         let norms = self.norms.as_ref();
-        let weights = norms.map_or((None, None), |norms| (norms.query.as_ref(), norms.key.as_ref()));
-        let arranged = |x: &Array, heads: i32, weight: Option<&Array>| {
-            let x = self.turned(device, x, heads, weight)?;
+        let arranged = |x: &Array, heads: i32, part: Part| {
+            let x = self.turned(device, x, heads, part)?;
             let x = self.rotated(device, x, offset)?;
             match norms.filter(|norms| norms.after_rope) {
-                Some(norms) => norms.apply(device, &x, weight),
+                Some(norms) => norms.apply(device, &x, part),
                 None => Ok(x),
             }
         };
-        let heads = |x: &Array| device.reshape(x, &[1, x.dim(1), self.kv_heads, self.head_dim]);
+        let heads = |x: &Array| device.reshape(x, &[1, x.dim(1), self.kv_heads, self.value_dim]);
         let (queries, keys, values) = self.sorted(&projected)?;
-        let queries = arranged(queries, self.heads, weights.0)?;
+        let queries = arranged(queries, self.heads, Part::Queries)?;
         let keys_values = match (keys, values) {
             (Some(keys), Some(values)) => {
-                let keys = arranged(keys, self.kv_heads, weights.1)?;
+                let keys = arranged(keys, self.kv_heads, Part::Keys)?;
                 let values = self.normed_values(device, heads(values)?)?;
                 Some(self.rounded(device, keys, device.transpose(&values, &[0, 2, 1, 3])?)?)
             }
@@ -471,19 +545,23 @@ impl Attention {
     }
 
     /// Queries or keys `[1, tokens, heads * head_dim]` to `[1, heads, tokens, head_dim]`, normed unless that comes later.
-    fn turned(&self, device: &Device, x: &Array, heads: i32, weight: Option<&Array>) -> Result<Array> {
+    fn turned(&self, device: &Device, x: &Array, heads: i32, part: Part) -> Result<Array> {
         let shape = [1, x.dim(1), heads, self.head_dim];
         let x = match self.norms.as_ref().filter(|norms| !norms.after_rope) {
             Some(norms) if norms.kind == QkNormKind::Whole => {
-                device.reshape(&norms.apply(device, x, weight)?, &shape)?
+                device.reshape(&norms.apply(device, x, part)?, &shape)?
             }
-            Some(norms) => norms.apply(device, &device.reshape(x, &shape)?, weight)?,
+            Some(norms) => norms.apply(device, &device.reshape(x, &shape)?, part)?,
             None => device.reshape(x, &shape)?,
         };
         device.transpose(&x, &[0, 2, 1, 3])
     }
 
     fn normed_values(&self, device: &Device, values: Array) -> Result<Array> {
+        let values = match self.value_factor {
+            Some(factor) => device.multiply(&values, &Array::scalar(factor, values.dtype())?)?,
+            None => values,
+        };
         match self.value_norm {
             Some(eps) => device.rms_normalize(&values, eps),
             None => Ok(values),

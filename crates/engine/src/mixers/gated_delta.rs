@@ -18,8 +18,10 @@ pub(crate) struct GatedDeltaNet {
     pub(crate) inputs: Stacked,
     /// How many outputs each part has.
     pub(crate) widths: Vec<i32>,
-    /// What the gate and the decay go through then, in families that make them from a few numbers.
-    pub(crate) widened: Option<[Linear; 2]>,
+    /// What the gate goes through then, in families that make it from a few numbers.
+    pub(crate) widened_gate: Option<Linear>,
+    /// The same for the decay.
+    pub(crate) widened_decay: Option<Linear>,
     /// Over queries, keys and values.
     pub(crate) convolution: CausalConvolution,
     /// Channels of queries, keys and values where the family has a convolution for each.
@@ -27,6 +29,8 @@ pub(crate) struct GatedDeltaNet {
     /// Factors on the normed queries and keys, `[2 key_heads, 1]`.
     pub(crate) scales: Array,
     pub(crate) decay: Decay,
+    /// Strength and gate are made in single precision.
+    pub(crate) precise: bool,
     /// Memories may turn: strengths count twice.
     pub(crate) doubled: bool,
     pub(crate) rule: DeltaRule,
@@ -73,10 +77,9 @@ impl GatedDeltaNet {
     ) -> Result<Array> {
         let count = x.dim(1);
         let [mixed, gate, strength, decay] = self.project(device, x)?;
-        // With bounds, strength and gate are made in single precision.
-        let precise = |x: Array| match self.decay.bound {
-            Some(_) => device.cast(&x, Dtype::F32),
-            None => Ok(x),
+        let precise = |x: Array| match self.precise {
+            true => device.cast(&x, Dtype::F32),
+            false => Ok(x),
         };
         let strength = device.sigmoid(&precise(strength)?)?;
         let strength = match self.doubled {
@@ -129,12 +132,11 @@ impl GatedDeltaNet {
             [mixed] => mixed.clone(),
             several => device.concatenate(several, 2)?,
         };
-        let (gate, decay) = match &self.widened {
-            Some([for_gate, for_decay]) => {
-                (for_gate.forward(device, gate)?, for_decay.forward(device, decay)?)
-            }
-            None => (gate.clone(), decay.clone()),
+        let through = |widened: &Option<Linear>, x: &Array| match widened {
+            Some(widened) => widened.forward(device, x),
+            None => Ok(x.clone()),
         };
+        let (gate, decay) = (through(&self.widened_gate, gate)?, through(&self.widened_decay, decay)?);
         Ok([mixed, gate, strength.clone(), decay])
     }
 

@@ -25,6 +25,8 @@ pub(crate) struct LatentAttention {
     pub(crate) widen: Option<(LatentNorm, Linear)>,
     pub(crate) latent_norm: LatentNorm,
     pub(crate) expansion: Expansion,
+    /// Through a logistic function, on the result.
+    pub(crate) gate: Option<Linear>,
     /// To a number for each head that says how much of its result gets through.
     pub(crate) head_gate: Option<Linear>,
     pub(crate) output: Linear,
@@ -165,6 +167,10 @@ impl LatentAttention {
                     _ => device.concatenate(&mixed, 1)?,
                 }
             }
+        };
+        let mixed = match &self.gate {
+            Some(gate) => device.multiply(&mixed, &device.sigmoid(&gate.forward(device, x)?)?)?,
+            None => mixed,
         };
         let mixed = match &self.head_gate {
             Some(gate) => self.gated(device, gate, x, mixed)?,
@@ -499,6 +505,7 @@ mod tests {
             value_dims: VALUE,
             latent: LATENT,
             scale: 0.4,
+            gate: None,
             indexer,
         }
     }

@@ -1,9 +1,11 @@
 //! What looks across tokens, a file for each kind.
 
 mod attention;
+mod block_indexer;
 mod by_row;
 mod convolution;
 mod convolved_attention;
+mod convolved_keys;
 mod delta_chunks;
 mod delta_rule;
 mod fading;
@@ -22,9 +24,11 @@ mod softmax;
 mod state_space;
 mod wkv;
 
-pub(crate) use attention::{Attention, Gate as AttentionGate, QkNorms, Source as KeySource};
+pub(crate) use attention::{Attention, Beside, Gate as AttentionGate, QkNorms, Source as KeySource};
+pub(crate) use block_indexer::BlockIndexer;
 pub(crate) use convolution::CausalConvolution;
 pub(crate) use convolved_attention::{ConvolvedAttention, Taps};
+pub(crate) use convolved_keys::ConvolvedKeys;
 pub(crate) use delta_rule::DeltaRule;
 pub(crate) use fading::Fading;
 pub(crate) use gated_delta::{Decay, GatedDeltaNet};
@@ -58,6 +62,7 @@ pub(crate) enum Mixer {
     Mamba2(Box<Mamba2>),
     PlamoMamba(Box<PlamoMamba>),
     ShortConvolution(ShortConvolution),
+    ConvolvedKeys(Box<ConvolvedKeys>),
     /// Both with the same input.
     Mamba2AndAttention(Box<(Mamba2, Attention)>),
     /// Looks at each token by itself.
@@ -103,6 +108,7 @@ impl Mixer {
             | Self::Mamba2(_)
             | Self::PlamoMamba(_)
             | Self::Rwkv7(_)
+            | Self::ConvolvedKeys(_)
             | Self::ShortConvolution(_) => Keeps { states: true, ..Keeps::default() },
             Self::Mamba2AndAttention(both) => Keeps { states: true, ..both.1.keeps() },
             Self::Linear(_) | Self::Absent => Keeps::default(),
@@ -124,6 +130,7 @@ impl Mixer {
             | Self::Mamba2(_)
             | Self::PlamoMamba(_)
             | Self::Rwkv7(_)
+            | Self::ConvolvedKeys(_)
             | Self::ShortConvolution(_) => true,
             // Its rotation is of one sequence at a time.
             Self::ConvolvedAttention(_) | Self::Lightning(_) => false,
@@ -154,6 +161,7 @@ impl Mixer {
             Self::Mamba2(mamba) => Mixed::one(mamba.forward(device, x, layer, batch)?),
             Self::PlamoMamba(mamba) => Mixed::one(mamba.forward(device, x, layer, batch)?),
             Self::ShortConvolution(convolution) => Mixed::one(convolution.forward(device, x, layer, batch)?),
+            Self::ConvolvedKeys(mixer) => Mixed::one(mixer.forward(device, x, layer, batch)?),
             Self::Mamba2AndAttention(both) => Mixed {
                 first: both.0.forward(device, x, layer, batch)?,
                 second: Some(both.1.forward(device, x, layer, batch)?),

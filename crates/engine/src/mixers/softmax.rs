@@ -59,6 +59,20 @@ impl SoftmaxAttention {
         self.attend(device, queries, &seen)
     }
 
+    /// The same, but queries see keys where `visible` `[1, heads, tokens, keys]` is true.
+    pub(crate) fn forward_where(
+        &self,
+        device: &Device,
+        queries: &Array,
+        keys: &Array,
+        values: &Array,
+        visible: &Array,
+        cache: &mut KvCache,
+    ) -> Result<Array> {
+        let (keys, values) = cache.extend(device, keys, values, self.window)?.unpacked(device)?;
+        self.mix(device, queries, &keys, &values, Mask::Array(visible))
+    }
+
     /// The same for a layer without keys and values of its own: `cache` is that of the layer whose it sees, which has taken up
     /// the same tokens in this step.
     pub(crate) fn again(&self, device: &Device, queries: &Array, cache: &KvCache) -> Result<Array> {

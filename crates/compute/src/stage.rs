@@ -76,6 +76,8 @@ impl SequenceSpec {
 pub enum SequenceEnd {
     /// A stop token was sampled.
     Stop,
+    /// The token completed what the grammar asks for. Unlike a stop token it is part of the answer.
+    Complete,
     /// `max_tokens` were generated.
     Length,
 }

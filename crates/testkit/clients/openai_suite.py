@@ -7,6 +7,7 @@ each check's name to null, or to what went wrong.
 """
 
 import json
+import re
 import sys
 import time
 import traceback
@@ -245,6 +246,32 @@ def responses(client, model):
     assert kinds[0] == "response.created" and kinds[-1] == "response.completed", kinds
     refused(openai.BadRequestError, lambda: client.responses.create(model=model, input="x", previous_response_id="r"),
             param="previous_response_id")
+
+
+@check("demo")
+def constraints(client, model):
+    create = lambda **fields: client.chat.completions.create(
+        model=model, messages=say("What is 17 + 25?"), max_tokens=20, temperature=0, **fields
+    )
+    for expression in ["[a-c]{3}", "(yes|no), [0-9]{2}!"]:
+        choice = create(extra_body={"guided_regex": expression}).choices[0]
+        assert choice.finish_reason == "stop" and re.fullmatch(expression, choice.message.content), choice
+    schema = {"name": "answer", "strict": True, "schema": {"enum": ["left", "right"]}}
+    choice = create(response_format={"type": "json_schema", "json_schema": schema}).choices[0]
+    assert json.loads(choice.message.content) in ("left", "right"), choice
+
+
+@check("demo")
+def scores_and_vectors(client, model):
+    fields = {"model": model, "prompt": "What", "logprobs": 2, "temperature": 0}
+    echoed = client.completions.create(**fields, max_tokens=1, echo=True).choices[0]
+    plain = client.completions.create(**fields, max_tokens=1).choices[0]
+    scores = echoed.logprobs.token_logprobs
+    assert echoed.text == "What" + plain.text, echoed
+    assert scores[0] is None and all(score < 0 for score in scores[1:]), scores
+    assert abs(scores[-1] - plain.logprobs.token_logprobs[0]) < 1e-3, (scores, plain)
+    vectors = [item.embedding for item in client.embeddings.create(model=model, input=["abc", "x y", "abc"]).data]
+    assert vectors[0] == vectors[2] != vectors[1] and len(vectors[0]) == len(vectors[1]), vectors
 
 
 @check("scripted")

@@ -154,7 +154,7 @@ impl Shard {
         let token = match (sampled, self.sequences.get(&sequence)) {
             (Some(sampled), Some(Sequence::Open(spec))) => {
                 let end = end_of(spec, position, sampled.token);
-                let end = end.or_else(|| is_complete.then_some(SequenceEnd::Stop));
+                let end = end.or_else(|| is_complete.then_some(SequenceEnd::Complete));
                 Some((sampled, end))
             }
             _ => None,

@@ -200,6 +200,7 @@ pub fn sampled_token_to_proto(token: &SampledToken) -> Result<proto::SampledToke
             None => proto::SequenceEnd::None,
             Some(SequenceEnd::Stop) => proto::SequenceEnd::Stop,
             Some(SequenceEnd::Length) => proto::SequenceEnd::Length,
+            Some(SequenceEnd::Complete) => proto::SequenceEnd::Complete,
         } as i32,
     })
 }
@@ -211,6 +212,7 @@ pub fn sampled_token_from_proto(token: proto::SampledToken) -> Result<SampledTok
         Ok(proto::SequenceEnd::None) => None,
         Ok(proto::SequenceEnd::Stop) => Some(SequenceEnd::Stop),
         Ok(proto::SequenceEnd::Length) => Some(SequenceEnd::Length),
+        Ok(proto::SequenceEnd::Complete) => Some(SequenceEnd::Complete),
         Err(_) => return Err(WireError::Unknown { name: "end", value: token.end }),
     };
     let top = token.top.into_iter().map(|it| Candidate { token: it.token, logprob: it.logprob }).collect();
@@ -435,7 +437,8 @@ mod tests {
             DriveEvent::Closed { sequence },
             DriveEvent::Failed { sequence, reason: "why".into() },
         ];
-        for end in [None, Some(SequenceEnd::Stop), Some(SequenceEnd::Length)] {
+        let ends = [SequenceEnd::Stop, SequenceEnd::Complete, SequenceEnd::Length].map(Some);
+        for end in ends.into_iter().chain([None]) {
             let sampled = sampled.clone();
             events.push(DriveEvent::Token(SampledToken { sequence, position: 12, sampled, end }));
         }

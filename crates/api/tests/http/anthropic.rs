@@ -118,7 +118,7 @@ async fn errors_have_anthropics_shape() -> Result<()> {
         (say("x", json!({"max_tokens": 0})), 400, "invalid_request_error", "max_tokens"),
         (say("x", json!({"model": "claude"})), 404, "not_found_error", "claude"),
         (say("x", json!({"n": 2})), 400, "invalid_request_error", "n is not a field"),
-        (say("QUEUE FULL", json!({})), 429, "rate_limit_error", "queue"),
+        (say("QUEUE FULL", json!({})), 429, "rate_limit_error", "wait"),
         (json!([]), 400, "invalid_request_error", "object"),
     ];
     for (body, status, kind, words) in cases {

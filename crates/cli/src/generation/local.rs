@@ -301,7 +301,7 @@ impl Model for LocalModel {
         }
         let finish = match summary.end {
             _ if stopped_by_text => Finish::Stop,
-            Some(SequenceEnd::Stop) => Finish::Stop,
+            Some(SequenceEnd::Stop | SequenceEnd::Complete) => Finish::Stop,
             Some(SequenceEnd::Length) => Finish::Length,
             None => Finish::Cancelled,
         };

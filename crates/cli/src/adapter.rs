@@ -18,7 +18,7 @@ pub struct AdapterFlag {
 }
 
 impl AdapterFlag {
-    /// Reads what says whether the adapter fits the model; its weights are read by [`apply`].
+    /// Reads what says whether the adapter fits the model; its weights are read by [`Self::apply`].
     pub fn open(&self, checkpoint: &Checkpoint) -> Result<Option<Adapter>> {
         let Some(folder) = &self.adapter_path else { return Ok(None) };
         Ok(Some(Adapter::open(folder, checkpoint).with_context(|| unusable(folder))?))

@@ -46,7 +46,7 @@ pub struct Join {
     /// Requests to other names are refused, so that no web page can reach the node by a name of its own.
     #[arg(long = "http-host", value_name = "NAME", conflicts_with = "no_http")]
     http_hosts: Vec<String>,
-    /// Origin of a web page that may ask this node, such as https://chat.example; repeat for several.
+    /// Origin of a web page that may ask this node, such as `https://chat.example`; repeat for several.
     #[arg(long = "http-origin", value_name = "ORIGIN", conflicts_with = "no_http")]
     http_origins: Vec<String>,
     /// Ask HTTP clients on this Mac for an API key too, even while the cluster has none (`mlxnode keys`).

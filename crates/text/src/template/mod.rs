@@ -107,7 +107,7 @@ impl ChatTemplate {
     /// fine; what to do without one is the caller's matter ([`TextError::NoChatTemplate`] tells a person). Before all of them
     /// comes a `chat_template_type` in tokenizer_config.json, as in mlx-lm.
     ///
-    /// `sandbox` carries it out. A process that has more to lose than this template takes `mlxnode-sandbox`'s; [`InProcess`]
+    /// `sandbox` carries it out. A process that has more to lose than this template takes `mlxnode-sandbox`'s; [`crate::InProcess`]
     /// ends with a template that asks for more memory than there is.
     ///
     /// # Errors

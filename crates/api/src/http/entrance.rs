@@ -88,6 +88,11 @@ fn refusal(denied: Denied) -> (ApiError, Option<Rejection>, Balance) {
 /// A key that is held to some models does not learn the names of the others.
 fn without_names(response: Response) -> Response {
     match response.extensions().get::<ApiError>() {
+        // Which one is meant is not clear: the text names all.
+        Some(error) if error.kind == ErrorKind::Invalid && error.param.as_deref() == Some("model") => {
+            ApiError::field("model", "name a model; /v1/models lists those that this API key may use")
+                .into_response()
+        }
         Some(error) if error.kind == ErrorKind::NoModel => {
             let message = "there is no model of this name, or this API key may not use it; /v1/models lists those it may";
             ApiError { param: error.param.clone(), ..ApiError::new(ErrorKind::NoModel, message) }

@@ -185,6 +185,14 @@ async fn a_key_that_is_held_to_models_sees_no_others() -> Result<()> {
         told.push(reply.json()?["error"]["message"].clone());
     }
     assert_eq!(told[0], told[1], "what is forbidden and what is not there look the same");
+    // Whoever names none, or one of the others, is not told their names either.
+    for (body, status) in [(r#"{"prompt": "hi"}"#, 400), (r#"{"prompt": "hi", "model": "demo"}"#, 404)] {
+        let headers =
+            format!("authorization: Bearer {}\r\ncontent-type: application/json\r\n", text.reveal());
+        let reply = ask(desk.address, "POST", "/v1/completions", &headers, body).await?;
+        assert_eq!(reply.status, status, "{body}: {reply:?}");
+        assert!(!reply.body.contains("demo"), "{body}: {}", reply.body);
+    }
     desk.stop().await
 }
 

@@ -19,7 +19,7 @@ pub struct RunRequest {
     pub spec: SequenceSpec,
     /// When to give up.
     pub deadline: Option<Instant>,
-    /// Who asks, for fairness between clients and so that none learns from another one's prompts. Empty: the cluster's own people.
+    /// Who asks. Empty: the cluster's own people. Carried for fairness between clients and for prompt caches; nothing reads it yet.
     pub tenant: String,
 }
 

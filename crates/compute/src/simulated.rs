@@ -5,7 +5,8 @@ use crate::{
     Stage, StageError, StageInfo, StageMemory, StepInput,
 };
 use bytes::Bytes;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::path::Path;
 use std::time::Duration;
 
 /// Adds the number of its layers to every element. The first stage starts from the token ids, so that the last one can check
@@ -15,6 +16,7 @@ pub struct SimulatedStage {
     /// How long a token of a chunk takes; the single tokens of a micro-batch take as long as one.
     step_time: Duration,
     sequences: HashMap<SequenceId, Sequence>,
+    adapters: BTreeSet<String>,
 }
 
 struct Sequence {
@@ -30,7 +32,7 @@ struct Sequence {
 impl SimulatedStage {
     /// A stage with these facts whose tokens take `step_time` (slept, not computed).
     pub fn new(info: StageInfo, step_time: Duration) -> Self {
-        Self { info, step_time, sequences: HashMap::new() }
+        Self { info, step_time, sequences: HashMap::new(), adapters: BTreeSet::new() }
     }
 
     /// The token that follows a history with this digest.
@@ -46,7 +48,18 @@ impl SimulatedStage {
 
     /// What a whole pipeline of simulated stages generates: the oracle for tests.
     pub fn expected_tokens(prompt: &[u32], count: usize, vocabulary: usize) -> Vec<u32> {
-        let mut digest = prompt.iter().fold(0, |digest, token| Self::digest(digest, *token));
+        Self::expected_tokens_with(None, prompt, count, vocabulary)
+    }
+
+    /// As [`Self::expected_tokens`], with an adapter: it stands like a secret token before the prompt.
+    pub fn expected_tokens_with(
+        adapter: Option<&str>,
+        prompt: &[u32],
+        count: usize,
+        vocabulary: usize,
+    ) -> Vec<u32> {
+        let start = adapter.map_or(0, Self::adapter_digest);
+        let mut digest = prompt.iter().fold(start, |digest, token| Self::digest(digest, *token));
         let mut tokens = Vec::with_capacity(count);
         for _ in 0..count {
             let token = Self::next_token(digest, vocabulary);
@@ -57,6 +70,12 @@ impl SimulatedStage {
     }
 }
 
+impl SimulatedStage {
+    fn adapter_digest(name: &str) -> u64 {
+        name.bytes().fold(1, |digest, byte| Self::digest(digest, byte.into()))
+    }
+}
+
 impl Stage for SimulatedStage {
     fn info(&self) -> &StageInfo {
         &self.info
@@ -64,9 +83,12 @@ impl Stage for SimulatedStage {
 
     fn open(&mut self, sequence: SequenceId, spec: SequenceSpec) -> Result<(), StageError> {
         spec.check(self.info.vocabulary)?;
+        if let Some(adapter) = spec.adapter.as_ref().filter(|adapter| !self.adapters.contains(*adapter)) {
+            return Err(StageError::Adapter(format!("the adapter {adapter:?} is not loaded")));
+        }
         let state = Sequence {
             position: 0,
-            digest: 0,
+            digest: spec.adapter.as_deref().map_or(0, Self::adapter_digest),
             sum: 0.0,
             is_scored: spec.prompt_logprobs.is_some(),
             is_embedded: spec.output == Output::Embedding,
@@ -113,6 +135,20 @@ impl Stage for SimulatedStage {
 
     fn close(&mut self, sequence: SequenceId) {
         self.sequences.remove(&sequence);
+    }
+
+    fn load_adapter(&mut self, name: &str, folder: &Path) -> Result<(), StageError> {
+        if !folder.is_dir() {
+            return Err(StageError::Adapter(format!("{} is no folder", folder.display())));
+        }
+        match self.adapters.insert(name.to_owned()) {
+            true => Ok(()),
+            false => Err(StageError::Adapter(format!("an adapter named {name:?} is loaded already"))),
+        }
+    }
+
+    fn unload_adapter(&mut self, name: &str) {
+        self.adapters.remove(name);
     }
 
     fn memory(&self) -> StageMemory {

@@ -98,6 +98,10 @@ impl Stage for Timed {
         Ok(BatchOutput { rows, activation })
     }
     fn close(&mut self, _: SequenceId) {}
+    fn load_adapter(&mut self, name: &str, _: &std::path::Path) -> Result<(), StageError> {
+        Err(StageError::Adapter(format!("nothing is computed here that {name} could change")))
+    }
+    fn unload_adapter(&mut self, _: &str) {}
     fn memory(&self) -> StageMemory {
         StageMemory::default()
     }

@@ -14,6 +14,7 @@
 mod compute_thread;
 mod drive;
 mod drive_client;
+mod errand;
 mod error;
 mod hello;
 mod lifeline;

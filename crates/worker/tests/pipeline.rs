@@ -235,6 +235,12 @@ impl Stage for Faulty {
     fn close(&mut self, sequence: SequenceId) {
         self.stage.close(sequence);
     }
+    fn load_adapter(&mut self, name: &str, folder: &std::path::Path) -> Result<(), StageError> {
+        self.stage.load_adapter(name, folder)
+    }
+    fn unload_adapter(&mut self, name: &str) {
+        self.stage.unload_adapter(name);
+    }
     fn memory(&self) -> StageMemory {
         self.stage.memory()
     }

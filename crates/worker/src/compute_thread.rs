@@ -169,6 +169,7 @@ fn work(
     Ok(())
 }
 
+#[expect(clippy::large_enum_variant, reason = "messages are the many, and one exists at a time")]
 enum Next {
     Message(Received),
     Errand(Errand),

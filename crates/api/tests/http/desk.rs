@@ -77,14 +77,11 @@ impl Desk {
             architecture: "llama".into(),
             context_tokens: 512,
             max_sequences: 4,
-            adapters: vec![AdapterView {
-                name: "style".into(),
-                source: "/adapters/style".into(),
-                problem: None,
-            }],
+            adapters: Vec::new(),
         };
+        let style = AdapterView { name: "style".into(), source: "/adapters/style".into(), problem: None };
         let deployments = vec![
-            deployment("demo", "hub/demo", State::Ready),
+            DeploymentView { adapters: vec![style], ..deployment("demo", "hub/demo", State::Ready) },
             deployment("later", "hub/later", State::Loading),
         ];
         let (sender, view) = watch::channel(DeploymentsView { deployments, is_current: true });

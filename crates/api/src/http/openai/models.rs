@@ -32,14 +32,13 @@ pub(in crate::http) struct Model {
 pub(in crate::http) async fn list(State(services): State<HttpServices>, caller: Caller) -> Json<Listing> {
     let deployments = services.front.deployments();
     let shown = deployments.into_iter().filter(|deployment| is_shown(deployment, &caller));
-    let mut data = Vec::new();
+    let (mut data, mut with_adapters) = (Vec::new(), Vec::new());
     for deployment in shown {
         let usable = deployment.adapters.iter().filter(|adapter| adapter.problem.is_none());
-        let adapters: Vec<Model> =
-            usable.map(|adapter| model(&deployment, Some(&adapter.name), &services)).collect();
+        with_adapters.extend(usable.map(|adapter| model(&deployment, Some(&adapter.name), &services)));
         data.push(model(&deployment, None, &services));
-        data.extend(adapters);
     }
+    data.append(&mut with_adapters);
     Json(Listing { object: "list", data })
 }
 

@@ -9,6 +9,7 @@
 use crate::addresses;
 use crate::coordination::{self, RosterRoute};
 use crate::data_dir::{DataDir, DataDirError, DataDirLock, RunningNode};
+use crate::demand::NodeDemand;
 use crate::facts::MachineFacts;
 use crate::household::{LEAVE_TIME, Members, NodeHousehold};
 use crate::joining::become_member;
@@ -247,8 +248,8 @@ impl Node {
         let advertised = addresses::host(reachable.first().map_or("127.0.0.1", String::as_str)).to_owned();
         let workers_options =
             WorkersOptions { command: options.worker_command.clone(), listen: bound.ip(), advertised };
-        let workers =
-            Workers::new(workers_options, identity.clone(), Arc::new(Hub::new(options.hub.clone())));
+        let hub = Arc::new(Hub::new(options.hub.clone()));
+        let workers = Workers::new(workers_options, identity.clone(), hub.clone());
         let sandbox = Arc::new(SandboxProcess::new(SandboxOptions::new(options.worker_command.clone())));
         let schedulers = Schedulers::new(identity.clone(), workers.clone(), sandbox.clone());
 
@@ -307,6 +308,13 @@ impl Node {
         let busy = Arc::new(schedulers.clone());
         let metrics = Arc::new(Metrics::default());
         let front = Front::new(view.clone(), replicas, sandbox).counting(metrics.clone(), None);
+        let front = match options.load_on_demand {
+            None => front,
+            Some(ttl) => {
+                let (route, under_way) = (route.clone(), Default::default());
+                front.demanding(Arc::new(NodeDemand { route, hub, ttl, under_way }))
+            }
+        };
         let observer = Arc::new(NodeObserver {
             deployments: view.clone(),
             schedulers: schedulers.clone(),

@@ -32,6 +32,8 @@ pub struct NodeOptions {
     pub worker_command: PathBuf,
     /// Where models come from.
     pub hub: mlxnode_hub::Options,
+    /// Load models of this machine's cache when somebody asks for them, and unload them when nobody did for so long.
+    pub load_on_demand: Option<Duration>,
     /// How long a stopping node waits for running requests.
     pub drain: Duration,
 }
@@ -56,6 +58,7 @@ impl NodeOptions {
             memory_budget: None,
             worker_command,
             hub,
+            load_on_demand: None,
             drain: Self::DEFAULT_DRAIN,
         }
     }

@@ -2,6 +2,7 @@
 
 use super::FrontError;
 use super::admission::Place;
+use super::routing::Ticket;
 use crate::gate::Gate;
 use crate::metrics::{Finished, Metrics, Rejection, RequestRecord};
 use mlxnode_compute::TraceContext;
@@ -15,11 +16,12 @@ pub(super) struct Submitted {
     prompt_tokens: usize,
     trace: Option<TraceContext>,
     arrived: Instant,
+    ticket: Option<Ticket>,
 }
 
 impl Submitted {
-    pub(super) fn new(run: &RunRequest, arrived: Instant) -> Self {
-        Self { prompt_tokens: run.prompt.len(), trace: run.spec.trace, arrived }
+    pub(super) fn new(run: &RunRequest, arrived: Instant, ticket: Option<Ticket>) -> Self {
+        Self { prompt_tokens: run.prompt.len(), trace: run.spec.trace, arrived, ticket }
     }
 }
 
@@ -37,6 +39,8 @@ pub(super) struct Account {
     arrived: Instant,
     /// When the first step began, and how many tokens of the prompt needed no work; until the first token.
     prefill: Option<(Instant, usize)>,
+    /// The replica that it counts on, where there are several.
+    ticket: Option<Ticket>,
 }
 
 impl Account {
@@ -47,9 +51,9 @@ impl Account {
         gate: Option<(Gate, String)>,
         submitted: Submitted,
     ) -> Self {
-        let Submitted { prompt_tokens, trace, arrived } = submitted;
+        let Submitted { prompt_tokens, trace, arrived, ticket } = submitted;
         let (generated, prefill) = (0, None);
-        Self { place, record, metrics, gate, prompt_tokens, generated, trace, arrived, prefill }
+        Self { place, record, metrics, gate, prompt_tokens, generated, trace, arrived, prefill, ticket }
     }
 
     pub(super) fn prompt_tokens(&self) -> usize {
@@ -89,6 +93,9 @@ impl Account {
         let now = Instant::now();
         self.place.started();
         self.tell("failed", now);
+        if let (RunError::Unavailable(_), Some(ticket)) = (&error, &self.ticket) {
+            ticket.lost();
+        }
         match &error {
             RunError::QueueFull { .. } => self.record.was_never_taken(),
             RunError::Cancelled | RunError::DeadlineExceeded => self.record.ended(Finished::Abort, now),

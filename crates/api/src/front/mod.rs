@@ -8,19 +8,23 @@ mod account;
 mod admission;
 mod answer;
 mod defaults;
+mod demand;
 mod model_text;
 mod names;
 mod output;
 mod prepared;
 mod replicas;
+mod routing;
 
 pub use admission::Admission;
 pub use answer::{Answer, AnswerEvent, Summary};
 pub use defaults::SamplingDefaults;
+pub use demand::Demand;
 pub use model_text::ModelText;
 pub use output::{End, Output, Piece};
 pub use prepared::Prepared;
 pub use replicas::{Replicas, RunEvents};
+pub use routing::{Candidate, ReplicaId, Router};
 
 use crate::deployments::{DeploymentView, DeploymentsView, State, state_name};
 use crate::gate::{Gate, retry_seconds};
@@ -32,10 +36,11 @@ use mlxnode_compute::{ByteCount, TraceContext};
 use mlxnode_coordinator::requests::{Parameters, RequestError, ValidRequest};
 use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
 use mlxnode_text::{ChatRequest, Sandbox, TextError};
+use routing::{Routing, Ticket};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 /// A figure in an answer's last message is worth less than the message itself.
 const MEMORY_PATIENCE: Duration = Duration::from_millis(500);
@@ -120,6 +125,14 @@ pub enum FrontError {
         /// Why not.
         problem: String,
     },
+    /// It was asked for, and cannot be loaded.
+    #[error("{model:?} is not loaded, and cannot be: {reason}")]
+    NotLoaded {
+        /// What was asked for.
+        model: String,
+        /// Why not.
+        reason: String,
+    },
     /// Several are loaded and the request names none.
     #[error("several models are loaded ({0}); name one of them")]
     AmbiguousModel(String),
@@ -162,9 +175,13 @@ pub struct Front {
     door: Door,
     metrics: Arc<Metrics>,
     gate: Option<Gate>,
+    routing: Routing,
+    demand: Option<Arc<dyn Demand>>,
+    /// Requests that wait for their model.
+    waiting: Arc<Semaphore>,
 }
 
-/// By deployment, with the epoch for which they were read: a reload may bring another tokenizer.
+/// By replica, with the epoch for which they were read: a reload may bring another tokenizer.
 type Texts = HashMap<String, (u64, Arc<ModelText>)>;
 
 impl Front {
@@ -175,7 +192,9 @@ impl Front {
         sandbox: Arc<dyn Sandbox>,
     ) -> Self {
         let (texts, door, metrics) = (Arc::default(), Door::default(), Arc::default());
-        Self { deployments, replicas, sandbox, texts, door, metrics, gate: None }
+        let (routing, waiting) = (Routing::default(), Arc::new(Semaphore::new(demand::MAX_WAITING)));
+        let (gate, demand) = (None, None);
+        Self { deployments, replicas, sandbox, texts, door, metrics, gate, routing, demand, waiting }
     }
 
     /// With figures that are read elsewhere too, and a gate at which tokens are counted against the keys that asked for them.
@@ -196,11 +215,11 @@ impl Front {
     pub fn deployment(&self, model: &str) -> Result<DeploymentView, FrontError> {
         let view = self.deployments.borrow();
         let found = match model {
-            "" if view.deployments.len() > 1 => {
+            "" if view.deployments.iter().any(|deployment| deployment.name != view.deployments[0].name) => {
                 return Err(FrontError::AmbiguousModel(names(&view.deployments)));
             }
-            "" => view.deployments.first(),
-            name => view.deployments.iter().find(|deployment| deployment.name == name),
+            "" => best(&view.deployments, |_| true),
+            name => best(&view.deployments, |deployment| deployment.name == name),
         };
         let loaded = match view.deployments.is_empty() {
             true => "nothing is; load a model with `mlxnode load MODEL`".to_owned(),
@@ -214,7 +233,8 @@ impl Front {
     /// # Errors
     /// When the node of the first stage cannot be reached, or its files are no tokenizer.
     pub async fn model_text(&self, deployment: &DeploymentView) -> Result<Arc<ModelText>, FrontError> {
-        let held = self.lock_texts().get(&deployment.name).cloned();
+        let instance = deployment.instance();
+        let held = self.lock_texts().get(&instance).cloned();
         if let Some((epoch, text)) = held
             && epoch == deployment.epoch
         {
@@ -230,9 +250,11 @@ impl Front {
         let mut texts = self.lock_texts();
         let loaded = self.deployments.borrow();
         let is_loaded = |name: &str| loaded.deployments.iter().any(|deployment| deployment.name == name);
-        texts.retain(|name, _| is_loaded(name));
+        let is_there = |instance: &str| loaded.deployments.iter().any(|it| it.instance() == instance);
+        texts.retain(|instance, _| is_there(instance));
         self.door.with(|admission| admission.retain(is_loaded));
-        texts.insert(deployment.name.clone(), (deployment.epoch, Arc::clone(&text)));
+        self.routing.with(|router| router.retain(is_there));
+        texts.insert(instance, (deployment.epoch, Arc::clone(&text)));
         Ok(text)
     }
 
@@ -251,7 +273,7 @@ impl Front {
     /// As [`Front::generate`], and when the replica is lost on the way.
     pub async fn embed(&self, request: EmbeddingRequest) -> Result<(Vec<f32>, usize), FrontError> {
         let arrived = Instant::now();
-        let (deployment, named_adapter) = self.find(&request.model)?;
+        let (deployment, named_adapter) = self.summon(&request.model, |_| true).await?;
         check_ready(&deployment)?;
         let adapter = request.adapter.or(named_adapter);
         names::check_adapter(&deployment, adapter.as_deref())?;
@@ -263,7 +285,8 @@ impl Front {
         let prompt_tokens = valid.prompt.len();
         let (deadline, tenant) = (request.deadline, request.tenant);
         let run = RunRequest { prompt: valid.prompt, spec: valid.spec, deadline, tenant };
-        let mut account = self.account(&deployment, &run, arrived);
+        let (deployment, ticket) = self.route(deployment, &run);
+        let mut account = self.account(&deployment, &run, arrived, ticket);
         let mut events = self.replicas.run(&deployment, run).await.map_err(|error| account.failed(error))?;
         while let Some(event) = events.next().await {
             match event {
@@ -288,11 +311,40 @@ impl Front {
     }
 
     /// The account of a sequence that is about to be submitted.
-    fn account(&self, deployment: &DeploymentView, run: &RunRequest, arrived: Instant) -> Account {
+    fn account(
+        &self,
+        deployment: &DeploymentView,
+        run: &RunRequest,
+        arrived: Instant,
+        ticket: Option<Ticket>,
+    ) -> Account {
         let place = self.door.join(&deployment.name, run.prompt.len());
         let record = self.metrics.request(&deployment.name, run.prompt.len(), arrived);
         let gate = self.gate.clone().map(|gate| (gate, run.tenant.clone()));
-        Account::new(place, record, self.metrics.clone(), gate, Submitted::new(run, arrived))
+        Account::new(place, record, self.metrics.clone(), gate, Submitted::new(run, arrived, ticket))
+    }
+
+    /// The replica of this deployment that shall have the sequence.
+    fn route(&self, deployment: DeploymentView, run: &RunRequest) -> (DeploymentView, Option<Ticket>) {
+        let replicas: Vec<DeploymentView> = {
+            let view = self.deployments.borrow();
+            let ready =
+                view.deployments.iter().filter(|it| it.name == deployment.name && it.state == State::Ready);
+            ready.cloned().collect()
+        };
+        if deployment.replicas <= 1 || replicas.is_empty() {
+            return (deployment, None);
+        }
+        let candidate = |replica: &DeploymentView| Candidate {
+            instance: replica.instance(),
+            epoch: replica.epoch,
+            places: replica.max_sequences,
+        };
+        let candidates: Vec<Candidate> = replicas.iter().map(candidate).collect();
+        let kind = (deployment.name.as_str(), run.spec.adapter.as_deref(), run.tenant.as_str());
+        let (place, ticket) = self.routing.choose(&candidates, &kind, &run.prompt);
+        let chosen = replicas.into_iter().nth(place);
+        (chosen.unwrap_or(deployment), Some(ticket))
     }
 
     /// The largest memory that any stage's MLX held since it was loaded; 0 when no stage says so in time.
@@ -330,5 +382,15 @@ fn fresh_seed() -> u64 {
 }
 
 fn names(deployments: &[DeploymentView]) -> String {
-    deployments.iter().map(|deployment| deployment.name.as_str()).collect::<Vec<_>>().join(", ")
+    let mut names: Vec<&str> = deployments.iter().map(|deployment| deployment.name.as_str()).collect();
+    names.dedup(); // replicas stand beside each other
+    names.join(", ")
+}
+
+/// Of those that are meant a replica that is ready, if there is one.
+fn best(
+    deployments: &[DeploymentView],
+    is_meant: impl Fn(&DeploymentView) -> bool,
+) -> Option<&DeploymentView> {
+    deployments.iter().filter(|it| is_meant(it)).min_by_key(|it| it.state != State::Ready)
 }

@@ -1,6 +1,6 @@
 //! What a client means by `model`: a deployment's name, where its weights come from, or `NAME:ADAPTER`.
 
-use super::{Front, FrontError};
+use super::{Front, FrontError, best};
 use crate::deployments::DeploymentView;
 
 impl Front {
@@ -14,15 +14,14 @@ impl Front {
             Err(error) => error,
         };
         let deployments = self.deployments();
-        if let Some(found) = deployments.iter().find(|deployment| deployment.source == model) {
+        if let Some(found) = best(&deployments, |deployment| deployment.source == model) {
             return Ok((found.clone(), None));
         }
         if let Some((base, adapter)) = model.rsplit_once(':')
-            && let Some(found) = deployments
-                .into_iter()
-                .find(|deployment| deployment.name == base || deployment.source == base)
+            && let Some(found) =
+                best(&deployments, |deployment| deployment.name == base || deployment.source == base)
         {
-            return Ok((found, Some(adapter.to_owned())));
+            return Ok((found.clone(), Some(adapter.to_owned())));
         }
         Err(error)
     }

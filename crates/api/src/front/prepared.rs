@@ -34,7 +34,7 @@ impl Front {
     /// An unknown model, a prompt that cannot be made, a parameter out of its range.
     pub async fn prepare(&self, request: GenerationRequest) -> Result<Prepared, FrontError> {
         let arrived = Instant::now();
-        let (deployment, adapter) = self.find(&request.model)?;
+        let (deployment, adapter) = self.summon(&request.model, |_| true).await?;
         check_ready(&deployment)?;
         let mut parameters = request.parameters;
         parameters.adapter = parameters.adapter.or(adapter);
@@ -69,7 +69,8 @@ impl Front {
         spec.sampling.seed = spec.sampling.seed.wrapping_add(sample);
         let seed = spec.sampling.seed;
         let run = RunRequest { prompt: valid.prompt, spec, deadline, tenant };
-        let mut account = self.account(&deployment, &run, arrived);
+        let (deployment, ticket) = self.route(deployment, &run);
+        let mut account = self.account(&deployment, &run, arrived, ticket);
         let stream = self.replicas.run(&deployment, run).await.map_err(|error| account.failed(error))?;
         Ok(Answer::new(deployment, stream, output, account, seed))
     }

@@ -26,7 +26,7 @@ impl HttpServices {
     /// Finds a model by what the client wrote into `model`: a deployment's name, where its weights come from, or `NAME:ADAPTER`.
     pub(super) async fn model(&self, caller: &Caller, model: &str) -> Result<Model, ApiError> {
         let name = if model == ANY_MODEL { "" } else { model };
-        let (deployment, adapter) = self.front.find(name)?;
+        let (deployment, adapter) = self.front.summon(name, |model| caller.may_use(model)).await?;
         if !caller.may_use(&deployment.name) {
             // Whoever may not use a model need not learn that it is there.
             let error = ApiError::new(ErrorKind::NoModel, format!("no model named {model:?} is loaded"));

@@ -68,6 +68,10 @@ impl Desk {
         });
         let deployment = |name: &str, source: &str, state| DeploymentView {
             name: name.into(),
+            replica: 1,
+            replicas: 1,
+            is_pinned: false,
+            ttl: None,
             source: source.into(),
             epoch: 1,
             state,

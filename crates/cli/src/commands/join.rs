@@ -1,6 +1,6 @@
 //! `mlxnode join`: starts a node on this Mac; the first one makes a cluster, the others come by invite.
 
-use crate::arguments::Global;
+use crate::arguments::{Global, duration};
 use crate::commands::data_dir;
 use crate::output;
 use anyhow::{Context as _, Result, bail};
@@ -64,6 +64,13 @@ pub struct Join {
     /// Name of a cluster that is made now.
     #[arg(long, value_name = "NAME", conflicts_with = "invite")]
     cluster_name: Option<String>,
+    /// Load models that this Mac has when somebody asks for them, and unload them when nobody did for so long (10m when no time is
+    /// given).
+    ///
+    /// What was not used for longest is unloaded when the room is needed; what was loaded with --pin stays. Without this, models are loaded
+    /// by `mlxnode load` only.
+    #[arg(long, value_name = "TIME", num_args = 0..=1, default_missing_value = "10m", value_parser = duration)]
+    load_on_demand: Option<Duration>,
     /// Memory that models may use on this Mac, such as 48GB. Default: three quarters of it.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     memory_budget: Option<ByteCount>,
@@ -112,6 +119,7 @@ impl Join {
         options.peers = self.peers;
         options.discovery = !self.no_discovery;
         options.memory_budget = self.memory_budget;
+        options.load_on_demand = self.load_on_demand;
         // Installed first, so that a signal during the start is not lost.
         let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;

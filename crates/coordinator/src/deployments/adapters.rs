@@ -81,6 +81,31 @@ impl Deployments {
     pub fn load_adapter(&mut self, name: &str, adapter: AdapterWish) -> Result<(Loaded, Vec<Effect>), Error> {
         check_adapter_name(&adapter.name)?;
         check_source(&adapter.source)?;
+        let instances = self.instances(name);
+        if instances.is_empty() {
+            return Err(self.not_found(name));
+        }
+        let mut all = Loaded::Already;
+        for instance in instances {
+            match self.load_adapter_on(&instance, adapter.clone()) {
+                Ok(Loaded::Already) => {}
+                Ok(Loaded::UnderWay) => all = Loaded::UnderWay,
+                Err(error) => {
+                    let (name, adapter) = (instance, adapter.name.clone());
+                    match all {
+                        Loaded::Already => return Err(error),
+                        // Others read it already: who waits for them hears of this.
+                        Loaded::UnderWay => {
+                            self.effects.push(Effect::AdapterSettled { name, adapter, result: Err(error) });
+                        }
+                    }
+                }
+            }
+        }
+        Ok((all, self.take_effects()))
+    }
+
+    fn load_adapter_on(&mut self, name: &str, adapter: AdapterWish) -> Result<Loaded, Error> {
         let not_found = self.not_found(name);
         let entry = self.entries.get_mut(name).ok_or(not_found)?;
         let taken = |source: &str| Error::NameTaken {
@@ -94,7 +119,7 @@ impl Deployments {
                     adapter.name
                 ))),
                 _ if order.adapter != adapter => Err(taken(&order.adapter.source)),
-                _ => Ok((Loaded::UnderWay, Vec::new())),
+                _ => Ok(Loaded::UnderWay),
             };
         }
         if let Some(other) = entry.wish.adapters.iter().find(|other| other.name == adapter.name) {
@@ -102,7 +127,7 @@ impl Deployments {
                 return Err(taken(&other.source));
             }
             if !entry.adapter_problems.contains_key(&adapter.name) {
-                return Ok((Loaded::Already, Vec::new()));
+                return Ok(Loaded::Already);
             }
         } else if entry.wish.adapters.len() + entry.adapter_orders.len() >= MAX_ADAPTERS {
             return Err(Error::TooMany(format!(
@@ -119,7 +144,7 @@ impl Deployments {
         }
         let step = Step::Loading { waiting, problem: None };
         entry.adapter_orders.insert(adapter.name.clone(), Order { adapter, step });
-        Ok((Loaded::UnderWay, self.take_effects()))
+        Ok(Loaded::UnderWay)
     }
 
     /// Nobody wants an adapter any more. [`Effect::AdapterSettled`] tells when it is gone; requests that have it keep it to their end.
@@ -127,11 +152,22 @@ impl Deployments {
     /// # Errors
     /// [`Error::NotFound`], with the names that there are, and [`Error::Unavailable`] while it is being loaded.
     pub fn unload_adapter(&mut self, name: &str, adapter: &str) -> Result<Vec<Effect>, Error> {
+        let instances = self.instances(name);
+        if instances.is_empty() {
+            return Err(self.not_found(name));
+        }
+        for instance in instances {
+            self.unload_adapter_on(&instance, adapter)?;
+        }
+        Ok(self.take_effects())
+    }
+
+    fn unload_adapter_on(&mut self, name: &str, adapter: &str) -> Result<(), Error> {
         let not_found = self.not_found(name);
         let entry = self.entries.get_mut(name).ok_or(not_found)?;
         match entry.adapter_orders.get(adapter).map(|order| &order.step) {
             None => {}
-            Some(Step::RecordingRemoved | Step::Unloading { .. }) => return Ok(Vec::new()),
+            Some(Step::RecordingRemoved | Step::Unloading { .. }) => return Ok(()),
             Some(_) => {
                 return Err(Error::Unavailable(format!(
                     "{adapter} is being loaded; unload it once it is there"
@@ -150,7 +186,7 @@ impl Deployments {
             adapter: adapter.to_owned(),
             record,
         });
-        Ok(self.take_effects())
+        Ok(())
     }
 
     /// The workers are linked: they read the adapters that are wanted.

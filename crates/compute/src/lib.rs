@@ -5,6 +5,7 @@
 //! with the [`simulated`] stage and the engine without a network.
 
 mod activation;
+mod blocks;
 mod cache_options;
 mod grammar;
 mod quantity;
@@ -13,6 +14,7 @@ pub mod simulated;
 mod stage;
 
 pub use activation::{Activation, ActivationError, Dtype};
+pub use blocks::{BLOCK_TOKENS, BlockHash, BlockId, BlockOrder, BlockPlan, BlockStore, BlockUsage, Keep};
 pub use cache_options::{CacheOptions, CacheOptionsError};
 pub use grammar::Grammar;
 pub use quantity::{ByteCount, LayerRange};

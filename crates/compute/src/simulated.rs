@@ -1,8 +1,9 @@
 //! A stage without a model: deterministic tokens, wrong wiring noticed. Tests of the pipeline and the scheduler run on it.
 
 use crate::{
-    Activation, Dtype, Sampled, SequenceId, SequenceSpec, Stage, StageError, StageInfo, StageMemory, Step,
-    StepInput, StepOutput,
+    Activation, BLOCK_TOKENS, BlockHash, BlockId, BlockOrder, BlockStore, BlockUsage, ByteCount, Dtype, Keep,
+    Sampled, SequenceId, SequenceSpec, Stage, StageError, StageInfo, StageMemory, Step, StepInput,
+    StepOutput,
 };
 use bytes::Bytes;
 use std::collections::HashMap;
@@ -15,18 +16,26 @@ pub struct SimulatedStage {
     /// How long a step takes, per token.
     step_time: Duration,
     sequences: HashMap<SequenceId, Sequence>,
+    /// The digest after each block.
+    blocks: HashMap<BlockId, u64>,
+    /// The same on a disk that never fails.
+    files: HashMap<BlockHash, u64>,
 }
 
+#[derive(Default)]
 struct Sequence {
     position: usize,
     /// Sum over everything seen, so that the sampled token depends on the whole history.
     digest: u64,
+    /// The digest at the end of each block.
+    borders: HashMap<usize, u64>,
+    keeps: Vec<Keep>,
 }
 
 impl SimulatedStage {
     /// A stage with these facts whose steps take `step_time` (slept, not computed).
     pub fn new(info: StageInfo, step_time: Duration) -> Self {
-        Self { info, step_time, sequences: HashMap::new() }
+        Self { info, step_time, sequences: HashMap::new(), blocks: HashMap::new(), files: HashMap::new() }
     }
 
     /// The token that follows a history with this digest.
@@ -60,7 +69,7 @@ impl Stage for SimulatedStage {
 
     fn open(&mut self, sequence: SequenceId, spec: SequenceSpec) -> Result<(), StageError> {
         spec.sampling.check(self.info.vocabulary)?;
-        if self.sequences.insert(sequence, Sequence { position: 0, digest: 0 }).is_some() {
+        if self.sequences.insert(sequence, Sequence::default()).is_some() {
             return Err(StageError::AlreadyOpen(sequence));
         }
         Ok(())
@@ -89,9 +98,14 @@ impl Stage for SimulatedStage {
             }
         }
         values.iter_mut().for_each(|value| *value += self.info.layers.len() as f32);
-        sequence.position += step.tokens.len();
-        sequence.digest =
-            step.tokens.iter().fold(sequence.digest, |digest, token| Self::digest(digest, *token));
+        for token in &step.tokens {
+            sequence.position += 1;
+            sequence.digest = Self::digest(sequence.digest, *token);
+            if sequence.position.is_multiple_of(BLOCK_TOKENS) {
+                sequence.borders.insert(sequence.position, sequence.digest);
+            }
+        }
+        sequence.take_blocks(&mut self.blocks);
         if !self.step_time.is_zero() {
             std::thread::sleep(self.step_time * step.tokens.len() as u32);
         }
@@ -112,8 +126,73 @@ impl Stage for SimulatedStage {
         self.sequences.remove(&sequence);
     }
 
+    fn blocks(&mut self) -> Option<&mut dyn BlockStore> {
+        Some(self)
+    }
+
     fn memory(&self) -> StageMemory {
         StageMemory { active: self.info.weights, peak: self.info.weights }
+    }
+}
+
+impl Sequence {
+    /// Takes the blocks that are due.
+    fn take_blocks(&mut self, blocks: &mut HashMap<BlockId, u64>) {
+        let borders = &self.borders;
+        self.keeps.retain(|keep| match borders.get(&((keep.number + 1) * BLOCK_TOKENS)) {
+            Some(digest) => {
+                blocks.insert(keep.block, *digest);
+                false
+            }
+            None => true,
+        });
+    }
+}
+
+impl BlockStore for SimulatedStage {
+    fn begin_with(&mut self, sequence: SequenceId, blocks: &[BlockId]) -> Result<(), StageError> {
+        let state = self.sequences.get_mut(&sequence).ok_or(StageError::UnknownSequence(sequence))?;
+        for (number, block) in blocks.iter().enumerate() {
+            let digest = *self.blocks.get(block).ok_or(StageError::MissingBlock(*block))?;
+            state.borders.insert((number + 1) * BLOCK_TOKENS, digest);
+            state.digest = digest;
+        }
+        state.position = blocks.len() * BLOCK_TOKENS;
+        Ok(())
+    }
+
+    fn keep(&mut self, sequence: SequenceId, keep: Keep) -> Result<(), StageError> {
+        let state = self.sequences.get_mut(&sequence).ok_or(StageError::UnknownSequence(sequence))?;
+        state.keeps.push(keep);
+        state.take_blocks(&mut self.blocks);
+        Ok(())
+    }
+
+    fn order(&mut self, order: BlockOrder) -> Result<(), StageError> {
+        match order {
+            BlockOrder::Drop { block } => {
+                self.blocks.remove(&block);
+            }
+            BlockOrder::Spill { block, hash } => {
+                self.files.extend(self.blocks.get(&block).map(|digest| (hash, *digest)));
+            }
+            BlockOrder::Restore { block, hash } => {
+                self.blocks.extend(self.files.get(&hash).map(|digest| (block, *digest)));
+            }
+            BlockOrder::Erase { hash } => {
+                self.files.remove(&hash);
+            }
+        }
+        Ok(())
+    }
+
+    fn usage(&self) -> BlockUsage {
+        let bytes = |count: usize| ByteCount(8 * count as u64);
+        BlockUsage {
+            blocks: self.blocks.len(),
+            memory: bytes(self.blocks.len()),
+            disk: bytes(self.files.len()),
+        }
     }
 }
 
@@ -168,5 +247,36 @@ mod tests {
             generated.push(sampled.token);
         }
         assert_eq!(generated, SimulatedStage::expected_tokens(&[7, 9], 5, 100));
+    }
+
+    #[test]
+    fn a_sequence_goes_on_after_the_blocks_of_another_one() {
+        let mut stage = stage(0, 4);
+        let tokens: Vec<u32> = (0..2 * BLOCK_TOKENS as u32 + 3).map(|token| token % 90).collect();
+        let spec = SequenceSpec::new(tokens.len(), 1, Default::default());
+        let step = |sequence: u64, position: usize| Step {
+            sequence: SequenceId(sequence),
+            position,
+            tokens: tokens[position..].to_vec(),
+            input: StepInput::Tokens,
+            sample: true,
+        };
+        stage.open(SequenceId(1), spec.clone()).unwrap();
+        for number in 0..2 {
+            let keep = Keep { number, block: BlockId(number as u64), checkpoint: true };
+            stage.keep(SequenceId(1), keep).unwrap();
+        }
+        let cold = stage.step(step(1, 0)).unwrap();
+        stage.close(SequenceId(1));
+        let hash = BlockHash([7; 32]);
+        stage.order(BlockOrder::Spill { block: BlockId(1), hash }).unwrap();
+        stage.order(BlockOrder::Drop { block: BlockId(1) }).unwrap();
+        stage.open(SequenceId(2), spec).unwrap();
+        let missing = stage.begin_with(SequenceId(2), &[BlockId(0), BlockId(1)]);
+        assert!(matches!(missing, Err(StageError::MissingBlock(BlockId(1)))));
+        stage.order(BlockOrder::Restore { block: BlockId(5), hash }).unwrap();
+        stage.begin_with(SequenceId(2), &[BlockId(0), BlockId(5)]).unwrap();
+        assert_eq!(stage.step(step(2, 2 * BLOCK_TOKENS)).unwrap(), cold);
+        assert_eq!(stage.usage().blocks, 2);
     }
 }

@@ -1,8 +1,8 @@
 //! A stage: a contiguous layer range of one model, ready to run.
 
 use crate::{
-    Activation, ActivationError, ByteCount, Dtype, Grammar, LayerRange, LogprobRequest, Sampled, Sampling,
-    SamplingError,
+    Activation, ActivationError, BlockId, BlockStore, ByteCount, Dtype, Grammar, LayerRange, LogprobRequest,
+    Sampled, Sampling, SamplingError,
 };
 
 /// Names a sequence within one replica. Chosen by the scheduler, never used twice.
@@ -143,6 +143,9 @@ pub trait Stage {
     /// Frees a sequence's caches. Unknown sequences are fine: closing twice is not an error.
     fn close(&mut self, sequence: SequenceId);
 
+    /// Where blocks of prompts outlive their sequences; None when this stage keeps none.
+    fn blocks(&mut self) -> Option<&mut dyn BlockStore>;
+
     /// What the device holds now and held at most since loading.
     fn memory(&self) -> StageMemory;
 }
@@ -173,6 +176,9 @@ pub enum StageError {
         /// What the step said.
         actual: usize,
     },
+    /// A sequence was to begin with a block that is not here: it has to be computed from its first token.
+    #[error("block {0:?} is not in this stage")]
+    MissingBlock(BlockId),
     /// A token id outside the vocabulary.
     #[error("token {token} is outside the vocabulary of {vocabulary}")]
     Token {

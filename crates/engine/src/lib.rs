@@ -11,6 +11,7 @@
 mod alternating_updates;
 mod batch;
 mod batch_generator;
+mod blocks;
 mod caches;
 mod decoder;
 mod dense_and_experts;

@@ -13,6 +13,7 @@ pub struct Model {
     pub(crate) decoder: Decoder,
     info: StageInfo,
     spec: ModelSpec,
+    fingerprint: [u8; 32],
 }
 
 impl Model {
@@ -35,7 +36,7 @@ impl Model {
         };
         wire(&device, info.weights);
         tracing::debug!(%layers, weights = %info.weights, "layers loaded");
-        Ok(Self { device, decoder, info, spec })
+        Ok(Self { device, decoder, info, spec, fingerprint: checkpoint.fingerprint() })
     }
 
     /// Loads all layers.
@@ -54,6 +55,11 @@ impl Model {
     /// The whole model as data.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
+    }
+
+    /// Names the checkpoint, see [`Checkpoint::fingerprint`].
+    pub fn fingerprint(&self) -> [u8; 32] {
+        self.fingerprint
     }
 
     /// Do these options fit the layers?

@@ -5,6 +5,7 @@
 //! step comes instead, the caches are cut back and nothing has happened.
 
 use crate::batch::Batch;
+use crate::blocks::{Block, BlockFiles, Blocks, resumed};
 use crate::caches::SequenceCache;
 use crate::decoder::last_token;
 use crate::loader::LoadError;
@@ -13,11 +14,13 @@ use crate::sampler::{Draw, Sampler};
 use bytes::Bytes;
 use mlxnode_checkpoint::Checkpoint;
 use mlxnode_compute::{
-    Activation, ByteCount, CacheOptions, LayerRange, Sampled, SequenceId, SequenceSpec, Stage, StageError,
-    StageInfo, StageMemory, Step, StepInput, StepOutput,
+    Activation, BLOCK_TOKENS, BlockId, BlockOrder, BlockStore, BlockUsage, ByteCount, CacheOptions, Keep,
+    LayerRange, Sampled, SequenceId, SequenceSpec, Stage, StageError, StageInfo, StageMemory, Step,
+    StepInput, StepOutput,
 };
 use mlxnode_mlx::{Array, Device, Dtype, Error};
 use std::collections::HashMap;
+use std::path::Path;
 
 /// How many steps are done between two clean-ups of the device's cache of free buffers, as in mlx-lm.
 const STEPS_PER_CLEAN_UP: u64 = 256;
@@ -44,6 +47,7 @@ pub struct EngineStage {
     model: Model,
     options: StageOptions,
     sequences: HashMap<SequenceId, Sequence>,
+    blocks: Blocks,
     /// Steps done.
     steps: u64,
 }
@@ -62,6 +66,10 @@ struct Sequence {
     sampling: Option<Sampling>,
     /// A step that was queued before anybody asked for it.
     ahead: Option<Ahead>,
+    /// The ids that went through, for the blocks that are kept.
+    ids: Vec<u32>,
+    /// Blocks to keep once their tokens went through.
+    keeps: Vec<Keep>,
 }
 
 /// The step of the token that was sampled last; the caches hold it already.
@@ -96,7 +104,29 @@ impl EngineStage {
         if let Some(positions) = model.spec().positions {
             options.context_tokens = options.context_tokens.min(positions);
         }
-        Self { model, options, sequences: HashMap::new(), steps: 0 }
+        Self { model, options, sequences: HashMap::new(), blocks: Blocks::default(), steps: 0 }
+    }
+
+    /// Blocks go to files in `folder`, too, which is made when it is missing: at most `limit` bytes, those of other stages included.
+    pub fn with_block_files(mut self, folder: &Path, limit: ByteCount) -> std::io::Result<Self> {
+        let mut hasher = blake3::Hasher::new_derive_key("mlxnode stage of block files v1");
+        hasher.update(&self.model.fingerprint());
+        let LayerRange { start, end } = self.model.info().layers;
+        let CacheOptions { max_kv_size, kv_bits, kv_group_size, quantized_kv_start } = self.options.cache;
+        let numbers = [
+            BLOCK_TOKENS,
+            start,
+            end,
+            max_kv_size.unwrap_or(0),
+            usize::from(kv_bits.unwrap_or(0)),
+            kv_group_size,
+            quantized_kv_start,
+        ];
+        for number in numbers {
+            hasher.update(&(number as u64).to_le_bytes());
+        }
+        self.blocks.with_files(BlockFiles::open(folder, *hasher.finalize().as_bytes(), limit)?);
+        Ok(self)
     }
 
     /// The logits `[tokens][vocabulary]` of a sequence's next tokens, for evaluation: runs the step and samples nothing.
@@ -134,10 +164,7 @@ impl EngineStage {
             decoder.forward(device, hidden, &mut Batch::single(&mut sequence.cache, count))
         });
         let hidden = hidden.map_err(device_error)?;
-        sequence.position += step.tokens.len();
-        if let Some(sampling) = &mut sequence.sampling {
-            sampling.remember(&step.tokens);
-        }
+        sequence.went_through(&step.tokens);
         Ok(hidden)
     }
 
@@ -149,10 +176,7 @@ impl EngineStage {
             return Ok(None);
         }
         check(step, self.model.info(), sequence.position, self.options.context_tokens)?;
-        sequence.position += 1;
-        if let Some(sampling) = &mut sequence.sampling {
-            sampling.remember(&step.tokens);
-        }
+        sequence.went_through(&step.tokens);
         Ok(sequence.ahead.take().map(|ahead| ahead.draw))
     }
 
@@ -222,6 +246,32 @@ impl EngineStage {
         self.steps += 1;
         if tokens > 1 || self.steps.is_multiple_of(STEPS_PER_CLEAN_UP) {
             self.model.device.clear_cache().map_err(device_error)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the blocks of a sequence whose tokens went through. One of which a part is lost (a limit on tokens dropped it) is not
+    /// taken, and missing when a sequence wants to begin with it.
+    fn take_blocks(&mut self, id: SequenceId) -> Result<(), StageError> {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return Ok(()) };
+        let position = sequence.position;
+        let is_due = |keep: &Keep| keep.number.saturating_add(1).saturating_mul(BLOCK_TOKENS) <= position;
+        if !sequence.keeps.iter().any(is_due) {
+            return Ok(());
+        }
+        let (due, later) = std::mem::take(&mut sequence.keeps).into_iter().partition(is_due);
+        sequence.keeps = later;
+        let due: Vec<Keep> = due;
+        for Keep { number, block: name, checkpoint } in due {
+            let device = &self.model.device;
+            let block = Block::of(device, &sequence.cache, &sequence.ids, number, checkpoint);
+            let Some(block) = block.map_err(device_error)? else {
+                tracing::debug!(number, "a block could not be kept");
+                continue;
+            };
+            // Now, or the block would hold the caches' buffers, which are then no longer written in place.
+            device.async_eval(block.arrays()).map_err(device_error)?;
+            self.blocks.insert(name, block);
         }
         Ok(())
     }
@@ -303,6 +353,14 @@ impl Sampling {
 }
 
 impl Sequence {
+    fn went_through(&mut self, tokens: &[u32]) {
+        self.position += tokens.len();
+        self.ids.extend_from_slice(tokens);
+        if let Some(sampling) = &mut self.sampling {
+            sampling.remember(tokens);
+        }
+    }
+
     /// Number of the token that is drawn now.
     fn index(&self) -> u64 {
         self.position.saturating_sub(self.prompt) as u64
@@ -344,6 +402,8 @@ impl Stage for EngineStage {
             stop_tokens: spec.stop_tokens,
             sampling,
             ahead: None,
+            ids: Vec::new(),
+            keeps: Vec::new(),
         };
         self.sequences.insert(id, sequence);
         Ok(())
@@ -351,11 +411,13 @@ impl Stage for EngineStage {
 
     fn step(&mut self, step: Step) -> Result<StepOutput, StageError> {
         if let Some(draw) = self.take_ahead(&step)? {
+            self.take_blocks(step.sequence)?;
             let sampled = self.sample(step.sequence, &draw)?;
             self.clean_up(1)?;
             return Ok(StepOutput::Sampled(sampled));
         }
         let hidden = self.run(&step)?;
+        self.take_blocks(step.sequence)?;
         let output = if !self.model.info().is_last() {
             StepOutput::Activation(self.output(&hidden, step.tokens.len())?)
         } else if step.sample {
@@ -376,9 +438,55 @@ impl Stage for EngineStage {
         self.sequences.remove(&id);
     }
 
+    fn blocks(&mut self) -> Option<&mut dyn BlockStore> {
+        Some(self)
+    }
+
     fn memory(&self) -> StageMemory {
         let memory = self.model.device.memory().unwrap_or_default();
         StageMemory { active: ByteCount(memory.active as u64), peak: ByteCount(memory.peak as u64) }
+    }
+}
+
+impl BlockStore for EngineStage {
+    fn begin_with(&mut self, id: SequenceId, blocks: &[BlockId]) -> Result<(), StageError> {
+        let sequence = self.sequences.get_mut(&id).ok_or(StageError::UnknownSequence(id))?;
+        if sequence.position > 0 {
+            return Err(StageError::Position { expected: sequence.position, actual: 0 });
+        }
+        let device = &self.model.device;
+        let found = self.blocks.get(device, blocks).map_err(device_error)?;
+        let found = found.map_err(StageError::MissingBlock)?;
+        let layers = self.model.decoder.layers.len();
+        let fits = |block: &&Block| block.layers.len() == layers && block.tokens.len() == BLOCK_TOKENS;
+        let (Some(last), Some(name)) = (found.last(), blocks.last()) else { return Ok(()) };
+        if !last.is_border || !found.iter().all(fits) {
+            return Err(StageError::MissingBlock(*name));
+        }
+        let tokens = found.len() * BLOCK_TOKENS;
+        if tokens > self.options.context_tokens {
+            return Err(StageError::Full { tokens, limit: self.options.context_tokens });
+        }
+        let room = sequence.prompt.saturating_sub(tokens);
+        sequence.cache = resumed(device, &self.options.cache, &found, room).map_err(device_error)?;
+        for block in found {
+            sequence.went_through(&block.tokens);
+        }
+        Ok(())
+    }
+
+    fn keep(&mut self, id: SequenceId, keep: Keep) -> Result<(), StageError> {
+        let sequence = self.sequences.get_mut(&id).ok_or(StageError::UnknownSequence(id))?;
+        sequence.keeps.push(keep);
+        self.take_blocks(id)
+    }
+
+    fn order(&mut self, order: BlockOrder) -> Result<(), StageError> {
+        self.blocks.order(&self.model.device, order).map_err(device_error)
+    }
+
+    fn usage(&self) -> BlockUsage {
+        self.blocks.usage()
     }
 }
 

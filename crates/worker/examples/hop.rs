@@ -86,6 +86,9 @@ impl Stage for Timed {
         Ok(StepOutput::Activation(activation))
     }
     fn close(&mut self, _: SequenceId) {}
+    fn blocks(&mut self) -> Option<&mut dyn BlockStore> {
+        None
+    }
     fn memory(&self) -> StageMemory {
         StageMemory::default()
     }

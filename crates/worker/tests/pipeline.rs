@@ -218,6 +218,9 @@ impl Stage for Faulty {
     fn close(&mut self, sequence: SequenceId) {
         self.stage.close(sequence);
     }
+    fn blocks(&mut self) -> Option<&mut dyn mlxnode_compute::BlockStore> {
+        self.stage.blocks()
+    }
     fn memory(&self) -> StageMemory {
         self.stage.memory()
     }

@@ -11,10 +11,11 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 /// Which of our crates may depend on which, by short name. `proto` is the package at the top.
-const ALLOWED: [(&str, &[&str]); 18] = [
+const ALLOWED: [(&str, &[&str]); 19] = [
     ("proto", &[]),
     ("compute", &[]),
     ("text", &[]),
+    ("sandbox", &["text"]),
     ("hub", &[]),
     ("xtask", &[]),
     ("cluster", &["proto"]),
@@ -26,7 +27,21 @@ const ALLOWED: [(&str, &[&str]); 18] = [
     ("worker", &["cluster", "compute", "proto"]),
     ("coordinator", &["cluster", "compute", "checkpoint", "hub", "proto"]),
     ("api", &["coordinator", "cluster", "text", "hub", "compute", "proto"]),
-    ("node", &["api", "coordinator", "worker", "cluster", "hub", "text", "checkpoint", "compute", "proto"]),
+    (
+        "node",
+        &[
+            "api",
+            "coordinator",
+            "worker",
+            "cluster",
+            "hub",
+            "sandbox",
+            "text",
+            "checkpoint",
+            "compute",
+            "proto",
+        ],
+    ),
     ("cli", &["*"]),
     // Nothing of ours is built on these: developers and tests use them.
     ("parity", &["engine", "checkpoint", "compute"]),
@@ -34,8 +49,8 @@ const ALLOWED: [(&str, &[&str]); 18] = [
 ];
 
 /// Sync crates: none of them may reach a runtime, not even through others.
-const WITHOUT_RUNTIME: [&str; 7] =
-    ["compute", "mlx", "engine", "training", "quantization", "text", "checkpoint"];
+const WITHOUT_RUNTIME: [&str; 8] =
+    ["compute", "mlx", "engine", "training", "quantization", "text", "sandbox", "checkpoint"];
 const RUNTIMES: [&str; 4] = ["tokio", "tonic", "ractor", "async-std"];
 
 /// Decisions: events and `now` in, effects out. No clock, channel or async inside.

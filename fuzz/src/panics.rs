@@ -16,6 +16,16 @@ pub fn let_guards_catch() {
     }));
 }
 
+/// The same in a process whose parent is the fuzzer: a panic in our code ends it with a code, and not with the signal of an
+/// allocation too many, which is how hostile input is supposed to end there.
+pub fn end_on_ours() {
+    std::panic::set_hook(Box::new(|info| {
+        if is_ours(info) {
+            std::process::exit(77);
+        }
+    }));
+}
+
 /// Ours are compiled from this repository; the paths of libraries and of the standard library have their own folders in them.
 fn is_ours(info: &PanicHookInfo<'_>) -> bool {
     info.location().is_none_or(|place| {

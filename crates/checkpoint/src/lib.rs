@@ -4,6 +4,7 @@
 //! weight file into tensors with our names ([`Weights`]: what files hold, and what has to be made from it); [`Checkpoint::shard_tensors`] picks those of a layer range and checks them
 //! against the spec; [`ModelProfile`] says what they weigh. A plain synchronous library: no MLX, no threads, no open files.
 
+mod adapter;
 pub mod architectures;
 mod checkpoint;
 mod config;
@@ -27,6 +28,7 @@ mod tensor_file;
 mod weights;
 mod writer;
 
+pub use adapter::{Adapter, AdapterError, Change, StoredMatrix};
 pub use checkpoint::{Checkpoint, CheckpointError, TensorEntry};
 pub use config::{Config, ConfigError};
 pub use dtype::TensorDtype;

@@ -18,8 +18,9 @@ pub struct TensorFileHeader {
 
 #[derive(Deserialize)]
 struct Notes {
+    /// MLX writes null when there are none.
     #[serde(rename = "__metadata__", default)]
-    metadata: BTreeMap<String, String>,
+    metadata: Option<BTreeMap<String, String>>,
 }
 
 impl TensorFileHeader {
@@ -32,7 +33,7 @@ impl TensorFileHeader {
             damaged(HeaderError::Malformed { reason: error.to_string().chars().take(200).collect() })
         })?;
         let tensors = tensors.into_iter().map(|tensor| (tensor.name, (tensor.dtype, tensor.shape)));
-        Ok(Self { tensors: tensors.collect(), metadata: notes.metadata })
+        Ok(Self { tensors: tensors.collect(), metadata: notes.metadata.unwrap_or_default() })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::commands::{
     benchmark, cache_prompt, chat, completions, forget, generate, invite, join, leave, load, models,
-    perplexity, plan, status, unload, worker,
+    perplexity, plan, sandbox, status, unload, worker,
 };
 use clap::builder::RangedI64ValueParser;
 use clap::{Args, Parser, Subcommand};
@@ -79,6 +79,8 @@ pub enum Command {
     Benchmark(benchmark::Benchmark),
     Perplexity(perplexity::Perplexity),
     Completions(completions::Completions),
+    #[command(hide = true)]
+    Sandbox(sandbox::Sandbox),
     #[command(hide = true)]
     Worker(worker::Worker),
 }

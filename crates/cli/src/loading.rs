@@ -4,8 +4,9 @@ use crate::{progress, warnings};
 use anyhow::{Context as _, Result};
 use mlxnode_checkpoint::Checkpoint;
 use mlxnode_engine::Model;
-use mlxnode_text::{ChatTemplate, TextFiles, Tokenizer};
+use mlxnode_text::{ChatTemplate, Sandbox, TextFiles, Tokenizer};
 use std::path::Path;
+use std::sync::Arc;
 
 /// A model and what turns text into its tokens. MLX belongs to the thread that loaded it.
 pub struct Loaded {
@@ -15,14 +16,32 @@ pub struct Loaded {
     pub template: Option<ChatTemplate>,
 }
 
+/// Where a model's chat template is carried out. Its process starts while the tokenizer is read.
+#[cfg(not(test))]
+fn sandbox() -> Result<Arc<dyn Sandbox>> {
+    use mlxnode_sandbox::{SandboxOptions, SandboxProcess};
+    let command = std::env::current_exe().context("cannot find my own executable for the sandbox")?;
+    let sandbox = SandboxProcess::new(SandboxOptions::new(command));
+    let starting = sandbox.clone();
+    std::thread::spawn(move || starting.prepare());
+    Ok(Arc::new(sandbox))
+}
+
+/// The program of the unit tests is none that could be started as a sandbox.
+#[cfg(test)]
+fn sandbox() -> Result<Arc<dyn Sandbox>> {
+    Ok(Arc::new(mlxnode_text::InProcess::default()))
+}
+
 /// Loads all of it, with a bar on stderr.
 pub fn load(folder: &Path, quiet: bool) -> Result<Loaded> {
     let unusable = || format!("cannot use the model in {}", folder.display());
     // The small files first: what is wrong with them shows before gigabytes are read.
     let files = TextFiles::read(folder).with_context(unusable)?;
+    let sandbox = sandbox()?;
     let checkpoint = Checkpoint::open(folder).with_context(unusable)?;
     let tokenizer = Tokenizer::from_files(&files).with_context(unusable)?;
-    let template = ChatTemplate::from_files(&files, &tokenizer).with_context(unusable)?;
+    let template = ChatTemplate::from_files(&files, &tokenizer, sandbox).with_context(unusable)?;
     let model = weights(&checkpoint, quiet).with_context(unusable)?;
     Ok(Loaded { model, files, tokenizer, template })
 }

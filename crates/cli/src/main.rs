@@ -31,8 +31,14 @@ mod view;
 mod warnings;
 mod wire;
 
+use cap::Cap;
 use clap::Parser as _;
+use std::alloc::System;
 use std::process::ExitCode;
+
+/// Without a limit in all processes but `mlxnode sandbox`: see `commands::sandbox`.
+#[global_allocator]
+static MEMORY: Cap<System> = Cap::new(System, usize::MAX);
 
 fn main() -> ExitCode {
     let arguments = arguments::Arguments::parse();

@@ -1,7 +1,7 @@
 //! Generation of several sequences at once: in every step each running row gets a token, and waiting prompts get a chunk.
 //!
-//! A row's tokens are those that it would get alone; rows join and leave at any step and nothing is padded. As with a single
-//! sequence the next step is queued before the tokens of this one are read, so a row that a stop token ends has gone one token too
+//! A row's tokens are those that it would get alone; rows join and leave at any step. Those that run go through side by side, see
+//! [`CachePool`], and a prompt's chunk beside them. As with a single sequence the next step is queued before the tokens of this one are read, so a row that a stop token ends has gone one token too
 //! far; that token is taken back and its draw is thrown away.
 //!
 //! ```text
@@ -9,8 +9,9 @@
 //!                     └───────── remove: its cache goes out ─────────┘
 //! ```
 
-use crate::batch::{Batch, Row};
-use crate::caches::SequenceCache;
+use crate::adapters::{AdapterId, Segment};
+use crate::batch::Batch;
+use crate::cache_pool::CachePool;
 use crate::draws::Draws;
 use crate::generator::{GenerateError, TokenEvent, check_tokens, check_whole, most_tokens};
 use crate::model::Model;
@@ -87,6 +88,7 @@ pub struct BatchGenerator {
     options: BatchOptions,
     /// In the order of insertion.
     rows: Vec<Sequence>,
+    caches: CachePool<RowId>,
     next_id: u64,
     queued: Option<Queued>,
     /// Steps done, and steps queued so far.
@@ -97,8 +99,8 @@ pub struct BatchGenerator {
 /// One sequence.
 struct Sequence {
     id: RowId,
-    cache: SequenceCache,
     options: CacheOptions,
+    adapter: Option<AdapterId>,
     sampler: Sampler,
     history: History,
     prompt: Vec<u32>,
@@ -140,7 +142,17 @@ impl BatchGenerator {
     pub fn new(model: Model, options: BatchOptions) -> Result<Self, GenerateError> {
         check_whole(&model)?;
         model.check_cache(&options.cache)?;
-        Ok(Self { model, options, rows: Vec::new(), next_id: 0, queued: None, steps: 0, steps_queued: 0 })
+        let caches = CachePool::new(model.decoder.joins());
+        Ok(Self {
+            model,
+            options,
+            rows: Vec::new(),
+            caches,
+            next_id: 0,
+            queued: None,
+            steps: 0,
+            steps_queued: 0,
+        })
     }
 
     /// The model.
@@ -173,6 +185,7 @@ impl BatchGenerator {
         if spec.max_tokens == 0 {
             return Err(GenerateError::NoTokens);
         }
+        let adapter = self.model.adapters.named(spec.adapter.as_deref())?;
         let most = most_tokens(&self.model, cache.sequence.tokens(), prompt.len())?;
         let sampler = Sampler::new(spec.sampling.clone(), vocabulary)?;
         let id = RowId(self.next_id);
@@ -184,8 +197,8 @@ impl BatchGenerator {
             prompt: prompt.to_vec(),
             done: 0,
             known: cache.sequence.tokens(),
+            adapter,
             options: cache.options(),
-            cache: cache.sequence,
             first_index: prompt.len().saturating_sub(spec.prompt_tokens) as u64,
             max_tokens: spec.max_tokens.min(most),
             stop_tokens: spec.stop_tokens.clone(),
@@ -193,13 +206,14 @@ impl BatchGenerator {
             read: 0,
             next: None,
         });
+        self.caches.insert(id, cache.sequence);
         Ok(id)
     }
 
     /// Takes a row out, whatever it is doing. Its cache holds what went through; None when there is no such row.
-    pub fn remove(&mut self, row: RowId) -> Option<PromptCache> {
-        let place = self.rows.iter().position(|sequence| sequence.id == row)?;
-        Some(self.rows.remove(place).into_cache())
+    pub fn remove(&mut self, row: RowId) -> Result<Option<PromptCache>, GenerateError> {
+        let Some(place) = self.rows.iter().position(|sequence| sequence.id == row) else { return Ok(None) };
+        Ok(self.leave(place)?)
     }
 
     /// Does one step and returns what happened. Nothing when there is no row.
@@ -218,7 +232,7 @@ impl BatchGenerator {
             events.push(BatchEvent::Prompt { row, done, of });
         }
         for (row, sampled) in step.running.into_iter().zip(step.draws.read(&self.model.device)?) {
-            self.report(row, sampled, &mut events);
+            self.report(row, sampled, &mut events)?;
         }
         self.steps += 1;
         if self.steps.is_multiple_of(STEPS_PER_CLEAN_UP) {
@@ -237,13 +251,22 @@ impl BatchGenerator {
             return Ok(None);
         }
         let (device, decoder) = (&self.model.device, &self.model.decoder);
+        let running: Vec<RowId> = plan.running.iter().map(|sequence| sequence.id).collect();
+        plan.put_in_order(&self.caches.arrange(device, &running)?);
+        let active = &self.model.adapters.active;
+        let running_segments = plan.running_segments();
+        active.set(running_segments.iter().copied().chain(plan.chunk_segments()));
         let ids = plan.ids(device)?;
         let hidden = decoder.embed(device, &ids)?;
-        let mut batch = Batch::of(plan.batch_rows())?;
+        let chunks: Vec<(RowId, i32)> =
+            plan.chunks.iter().map(|(sequence, tokens)| (sequence.id, *tokens as i32)).collect();
+        let mut batch = Batch::of(self.caches.rows(&chunks))?;
         let hidden = decoder.forward(device, hidden, &mut batch)?;
         drop(batch);
+        active.set(running_segments);
         let draws = plan.draw(&self.model, &hidden)?;
-        let states = plan.chunks.iter().flat_map(|(sequence, _)| sequence.cache.state());
+        let states =
+            chunks.iter().filter_map(|(row, _)| self.caches.alone(*row)).flat_map(|cache| cache.state());
         device.async_eval(draws.arrays().chain(states))?;
         plan.advance(device, &draws, step)?;
         Ok(Some(Queued {
@@ -258,13 +281,18 @@ impl BatchGenerator {
     }
 
     /// One token of a row, unless the row has left.
-    fn report(&mut self, row: RowId, sampled: Option<Sampled>, events: &mut Vec<BatchEvent>) {
-        let Some(place) = self.rows.iter().position(|sequence| sequence.id == row) else { return };
+    fn report(
+        &mut self,
+        row: RowId,
+        sampled: Option<Sampled>,
+        events: &mut Vec<BatchEvent>,
+    ) -> Result<(), Error> {
+        let Some(place) = self.rows.iter().position(|sequence| sequence.id == row) else { return Ok(()) };
         let sequence = &mut self.rows[place];
         let Some(sampled) = sampled else {
-            self.rows.remove(place);
+            self.leave(place)?;
             events.push(BatchEvent::Failed { row, error: GenerateError::NotANumber });
-            return;
+            return Ok(());
         };
         sequence.read += 1;
         let end = if sequence.stop_tokens.contains(&sampled.token) {
@@ -276,10 +304,21 @@ impl BatchGenerator {
         };
         let event = TokenEvent { index: sequence.read - 1, sampled, from_draft: false, end };
         events.push(BatchEvent::Token { row, event });
-        if let Some(end) = end {
-            let cache = self.rows.remove(place).into_cache();
+        if let Some(end) = end
+            && let Some(cache) = self.leave(place)?
+        {
             events.push(BatchEvent::Ended { row, end, cache });
         }
+        Ok(())
+    }
+
+    /// The row at this place leaves; its cache without what was queued ahead, where that can be taken back.
+    fn leave(&mut self, place: usize) -> Result<Option<PromptCache>, Error> {
+        let sequence = self.rows.remove(place);
+        let Some(mut cache) = self.caches.take(&self.model.device, sequence.id)? else { return Ok(None) };
+        let sure = sequence.done + sequence.read.saturating_sub(1);
+        let _ = cache.truncate(sequence.known.saturating_add(i32::try_from(sure).unwrap_or(i32::MAX)));
+        Ok(Some(PromptCache::of(cache, sequence.options)))
     }
 }
 
@@ -288,22 +327,13 @@ impl Sequence {
     fn is_running(&self) -> bool {
         self.done + 1 >= self.prompt.len()
     }
-
-    /// The cache without what was queued ahead, where that can be taken back.
-    fn into_cache(mut self) -> PromptCache {
-        let sure = self.done + self.read.saturating_sub(1);
-        let _ = self.cache.truncate(self.known.saturating_add(i32::try_from(sure).unwrap_or(i32::MAX)));
-        PromptCache::of(self.cache, self.options)
-    }
 }
 
-/// Which rows a step has: running ones first, those that are drawn in one go at their front, then chunks of prompts.
+/// Which rows a step has: running ones first, then chunks of prompts.
 struct Plan<'a> {
     running: Vec<&'a mut Sequence>,
     /// Sequences and how many tokens of their prompts.
     chunks: Vec<(&'a mut Sequence, usize)>,
-    /// How many of the running are drawn in one go.
-    greedy: usize,
 }
 
 impl<'a> Plan<'a> {
@@ -317,7 +347,7 @@ impl<'a> Plan<'a> {
                 kind.push(sequence);
             }
         }
-        let in_one_go = greedy.len();
+        // Those at the front can be drawn in one go.
         let mut running = greedy;
         running.append(&mut others);
         let mut room = step_tokens.saturating_sub(running.len()).max(1);
@@ -330,7 +360,26 @@ impl<'a> Plan<'a> {
             room -= tokens;
             chunks.push((sequence, tokens));
         }
-        Self { running, chunks, greedy: in_one_go }
+        Self { running, chunks }
+    }
+
+    /// The order in which the running ones go through.
+    fn put_in_order(&mut self, order: &[RowId]) {
+        self.running.sort_by_key(|sequence| order.iter().position(|row| *row == sequence.id));
+    }
+
+    /// Whose tokens the first ones of the step are.
+    fn running_segments(&self) -> Vec<Segment> {
+        self.running.iter().map(|sequence| Segment { adapter: sequence.adapter, tokens: 1 }).collect()
+    }
+
+    /// And those behind them.
+    fn chunk_segments(&self) -> impl Iterator<Item = Segment> {
+        let segment = |(sequence, tokens): &(&mut Sequence, usize)| Segment {
+            adapter: sequence.adapter,
+            tokens: *tokens as i32,
+        };
+        self.chunks.iter().map(segment)
     }
 
     /// The ids of all rows, `[1, tokens]`.
@@ -375,14 +424,6 @@ impl<'a> Plan<'a> {
         same.then(|| first.tokens.clone())
     }
 
-    fn batch_rows(&mut self) -> Vec<Row<'_>> {
-        let running = self.running.iter_mut().map(|sequence| Row { tokens: 1, cache: &mut sequence.cache });
-        let chunks = self.chunks.iter_mut();
-        let chunks =
-            chunks.map(|(sequence, tokens)| Row { tokens: *tokens as i32, cache: &mut sequence.cache });
-        running.chain(chunks).collect()
-    }
-
     /// Draws the next token of each running row from the hidden vectors of all rows.
     fn draw(&mut self, model: &Model, hidden: &Array) -> Result<Draws, Error> {
         let (device, rows) = (&model.device, self.running.len() as i32);
@@ -400,7 +441,8 @@ impl<'a> Plan<'a> {
             true => Ok(logits.clone()),
             false => device.slice(&logits, &[from, 0], &[to, logits.dim(1)]),
         };
-        let greedy = self.greedy as i32;
+        let greedy =
+            self.running.iter().take_while(|sequence| sequence.sampler.is_plainly_greedy()).count() as i32;
         let mut draws = match greedy {
             0 => Draws::default(),
             _ => Draws::greedy(device, &cut(0, greedy)?)?,
@@ -422,6 +464,7 @@ impl<'a> Plan<'a> {
                 draws.push(sequence.sampler.draw(device, logits, sequence.history.tokens(), index)?);
             }
         }
+        draws.close(device)?;
         Ok(draws)
     }
 

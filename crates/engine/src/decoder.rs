@@ -184,8 +184,8 @@ impl Positions {
     /// The vectors of a batch's tokens, `[1, tokens of all rows, hidden]`.
     fn of(&self, device: &Device, batch: &Batch<'_>) -> Result<Array> {
         let mut positions = Vec::new();
-        for row in &batch.rows {
-            let (start, tokens) = (row.cache.tokens(), row.tokens);
+        let rows = batch.rows.iter().flat_map(|row| row.cache.lengths().map(|start| (start, row.tokens)));
+        for (start, tokens) in rows {
             let end = start.saturating_add(tokens);
             if end > self.rows {
                 // Looking up what is not there reads foreign memory.
@@ -225,6 +225,11 @@ impl Decoder {
     /// Empty caches. The options have been checked.
     pub(crate) fn new_cache(&self, options: &CacheOptions) -> SequenceCache {
         SequenceCache::new(self.layers.len(), options)
+    }
+
+    /// Can several sequences go through side by side?
+    pub(crate) fn joins(&self) -> bool {
+        self.layers.iter().all(|layer| layer.mixer.joins())
     }
 
     /// `[1, tokens]` ids to what travels, `[1, tokens, width]`: the hidden vectors, and what a family has besides. The ids are below

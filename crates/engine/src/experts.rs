@@ -1,5 +1,6 @@
 //! Mixtures of experts: a router chooses a few networks for each token.
 
+use crate::adapters::ExpertSlot;
 use crate::feed_forward::{Network, activate, gated};
 use crate::linear::Linear;
 use crate::router::Router;
@@ -33,6 +34,8 @@ pub(crate) struct Matrices {
     pub(crate) weights: MatrixStack,
     /// `[experts, outputs]`.
     pub(crate) biases: Option<Array>,
+    /// What adapters add.
+    pub(crate) changes: ExpertSlot,
 }
 
 /// One matrix for each expert.
@@ -52,8 +55,32 @@ pub(crate) struct SharedExpert {
     pub(crate) balance: Option<Linear>,
 }
 
+/// Which expert works on which token.
+struct Choices<'a> {
+    /// `[1, tokens, per_token]`, or `[choices]` in the order of the experts.
+    experts: &'a Array,
+    /// In the order of the experts?
+    sorted: bool,
+    /// The tokens that the experts were chosen for, `[1, tokens, 1]` or `[choices]`; None when no adapter asks for them.
+    tokens: Option<Array>,
+    /// How many tokens there are.
+    count: i32,
+}
+
 impl Matrices {
-    fn forward(&self, device: &Device, x: &Array, indices: &Array, sorted: bool) -> Result<Array> {
+    /// `places` as [`Choices`] has them.
+    fn forward(&self, device: &Device, x: &Array, choices: &Choices<'_>) -> Result<Array> {
+        let results = self.unchanged(device, x, choices.experts, choices.sorted)?;
+        match &choices.tokens {
+            Some(tokens) if !self.changes.is_idle() => {
+                let places = device.take(&self.changes.places(choices.count)?, tokens, 0)?;
+                self.changes.apply(device, x, results, choices.experts, &places)
+            }
+            _ => Ok(results),
+        }
+    }
+
+    fn unchanged(&self, device: &Device, x: &Array, indices: &Array, sorted: bool) -> Result<Array> {
         let results = match &self.weights {
             MatrixStack::Dense(matrices) => device.gather_mm(x, matrices, indices, sorted)?,
             MatrixStack::Quantized(matrices) => device.gather_qmm(x, matrices, indices, sorted)?,
@@ -137,7 +164,15 @@ impl Networks {
         let choices = tokens * per_token;
         if choices < SORTED_FROM {
             let rows = device.reshape(x, &[1, tokens, 1, 1, hidden])?;
-            let results = self.of(device, &rows, chosen, false)?;
+            let order = match self.up.changes.is_active() {
+                true => {
+                    let all: Vec<u32> = (0..tokens.unsigned_abs()).collect();
+                    Some(Array::from_u32(&all, &[1, tokens, 1])?)
+                }
+                false => None,
+            };
+            let choices = Choices { experts: chosen, sorted: false, tokens: order, count: tokens };
+            let results = self.of(device, &rows, &choices)?;
             return device.reshape(&results, &[1, tokens, per_token, hidden]);
         }
         let chosen = device.reshape(chosen, &[choices])?;
@@ -145,16 +180,18 @@ impl Networks {
         let back = device.argsort(&order, 0)?;
         let token = device.floor_divide(&order, &Array::scalar(per_token as f32, Dtype::U32)?)?;
         let rows = device.take(&device.reshape(x, &[tokens, 1, hidden])?, &token, 0)?;
-        let results = self.of(device, &rows, &device.take(&chosen, &order, 0)?, true)?;
+        let experts = device.take(&chosen, &order, 0)?;
+        let choices = Choices { experts: &experts, sorted: true, tokens: Some(token), count: tokens };
+        let results = self.of(device, &rows, &choices)?;
         device.reshape(&device.take(&results, &back, 0)?, &[1, tokens, per_token, hidden])
     }
 
-    fn of(&self, device: &Device, rows: &Array, chosen: &Array, sorted: bool) -> Result<Array> {
-        let up = self.up.forward(device, rows, chosen, sorted)?;
+    fn of(&self, device: &Device, rows: &Array, choices: &Choices<'_>) -> Result<Array> {
+        let up = self.up.forward(device, rows, choices)?;
         let inner = match &self.gate {
-            Some(gate) => gated(device, self.activation, &gate.forward(device, rows, chosen, sorted)?, &up)?,
+            Some(gate) => gated(device, self.activation, &gate.forward(device, rows, choices)?, &up)?,
             None => activate(device, self.activation, &up)?,
         };
-        self.down.forward(device, &inner, chosen, sorted)
+        self.down.forward(device, &inner, choices)
     }
 }

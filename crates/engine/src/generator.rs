@@ -3,6 +3,7 @@
 //! The prompt goes through in chunks of which only the caches are evaluated; its last token is the first that is sampled after.
 //! Then token n + 1 is queued on the device before token n is read, so that the device never waits for the host.
 
+use crate::adapters::UnknownAdapter;
 use crate::caches::SequenceCache;
 use crate::model::Model;
 use crate::prompt_cache::{ForeignCache, PromptCache};
@@ -117,6 +118,9 @@ pub enum GenerateError {
     /// The cache options do not fit the model.
     #[error(transparent)]
     Cache(#[from] CacheOptionsError),
+    /// It is not loaded.
+    #[error(transparent)]
+    Adapter(#[from] UnknownAdapter),
     /// The prompt cache is another model's.
     #[error(transparent)]
     ForeignCache(#[from] ForeignCache),
@@ -233,6 +237,7 @@ impl Generator {
         self.check_tokens(prompt)?;
         cache.check(&self.model)?;
         most_tokens(&self.model, cache.sequence.tokens(), prompt.len())?;
+        self.model.adapters.active.set_all(None);
         let empty = self.model.decoder.new_cache(&cache.options());
         let mut sequence = std::mem::replace(&mut cache.sequence, empty);
         // The last token goes by itself, as in mlx-lm, whose files these caches become.
@@ -289,6 +294,8 @@ impl Generator {
     ) -> Result<(Summary, SequenceCache), GenerateError> {
         spec.sampling.check(self.model.info().vocabulary)?;
         self.check_tokens(prompt)?;
+        let adapter = self.model.adapters.named(spec.adapter.as_deref())?;
+        self.model.adapters.active.set_all(adapter);
         let start = Instant::now();
         let known = cache.tokens();
         let max_tokens = spec.max_tokens.min(most_tokens(&self.model, known, prompt.len())?);

@@ -8,10 +8,12 @@
 //!
 //! [`ModelSpec`]: mlxnode_checkpoint::ModelSpec
 
+mod adapters;
 mod alternating_updates;
 mod batch;
 mod batch_generator;
 mod blocks;
+mod cache_pool;
 mod caches;
 mod decoder;
 mod dense_and_experts;
@@ -35,6 +37,7 @@ mod speculation;
 mod stage;
 mod widening;
 
+pub use adapters::{AdapterLoadError, UnknownAdapter};
 pub use batch_generator::{BatchEvent, BatchGenerator, BatchOptions, RowId};
 pub use generator::{GenerateError, Generator, GeneratorOptions, Summary, TokenEvent};
 pub use loader::{LoadError, WeightReader};

@@ -1,5 +1,6 @@
 //! Linear maps and embeddings, dense or packed.
 
+use crate::adapters::{Change, EmbeddingSlot, Slot};
 use mlxnode_mlx::{Array, Device, Quantized, Result};
 
 /// `x @ weight.T + bias`.
@@ -7,9 +8,12 @@ pub(crate) struct Linear {
     pub(crate) weight: Weight,
     /// `[outputs]`.
     pub(crate) bias: Option<Array>,
+    /// What adapters add.
+    pub(crate) changes: Slot<Change>,
 }
 
 /// A matrix `[outputs, inputs]`.
+#[derive(Clone)]
 pub(crate) enum Weight {
     /// The transposed view `[inputs, outputs]`, made once.
     Dense(Array),
@@ -28,7 +32,14 @@ impl Weight {
 
 impl Linear {
     /// `[.., inputs]` to `[.., outputs]`.
+    #[inline]
     pub(crate) fn forward(&self, device: &Device, x: &Array) -> Result<Array> {
+        let y = self.unchanged(device, x)?;
+        if self.changes.is_idle() { Ok(y) } else { self.changes.apply(device, x, y) }
+    }
+
+    /// Without what adapters add.
+    fn unchanged(&self, device: &Device, x: &Array) -> Result<Array> {
         match (&self.weight, &self.bias) {
             (Weight::Dense(weight), None) => device.matmul(x, weight),
             (Weight::Dense(weight), Some(bias)) => device.addmm(bias, x, weight),
@@ -85,7 +96,14 @@ impl OfHeads {
 }
 
 /// Token ids to vectors.
-pub(crate) enum Embedding {
+pub(crate) struct Embedding {
+    pub(crate) table: Table,
+    /// What adapters add.
+    pub(crate) changes: EmbeddingSlot,
+}
+
+/// A vector for each id.
+pub(crate) enum Table {
     /// `[vocabulary, hidden]`.
     Dense(Array),
     /// Packed.
@@ -95,18 +113,19 @@ pub(crate) enum Embedding {
 impl Embedding {
     /// `[1, tokens]` ids to `[1, tokens, hidden]`. The caller has checked the ids against the vocabulary.
     pub(crate) fn lookup(&self, device: &Device, ids: &Array) -> Result<Array> {
-        match self {
-            Self::Dense(matrix) => device.take(matrix, ids, 0),
-            Self::Quantized(matrix) => device.dequantize(&device.take_rows(matrix, ids)?),
-        }
+        let vectors = match &self.table {
+            Table::Dense(matrix) => device.take(matrix, ids, 0),
+            Table::Quantized(matrix) => device.dequantize(&device.take_rows(matrix, ids)?),
+        }?;
+        if self.changes.is_idle() { Ok(vectors) } else { self.changes.apply(device, ids, vectors) }
     }
 
     /// The head of a model with tied embeddings: the same weights as a linear map.
-    pub(crate) fn as_linear(&self, device: &Device) -> Result<Linear> {
-        let weight = match self {
-            Self::Dense(matrix) => Weight::dense(device, matrix)?,
-            Self::Quantized(matrix) => Weight::Quantized(matrix.clone()),
+    pub(crate) fn as_linear(&self, device: &Device, changes: Slot<Change>) -> Result<Linear> {
+        let weight = match &self.table {
+            Table::Dense(matrix) => Weight::dense(device, matrix)?,
+            Table::Quantized(matrix) => Weight::Quantized(matrix.clone()),
         };
-        Ok(Linear { weight, bias: None })
+        Ok(Linear { weight, bias: None, changes })
     }
 }

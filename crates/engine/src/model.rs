@@ -1,9 +1,10 @@
 //! A layer range of a model, loaded.
 
+use crate::adapters::{AdapterLoadError, Registry};
 use crate::caches::SequenceCache;
 use crate::decoder::Decoder;
 use crate::loader::{self, LoadError};
-use mlxnode_checkpoint::{Checkpoint, ModelSpec};
+use mlxnode_checkpoint::{Adapter, Checkpoint, ModelSpec};
 use mlxnode_compute::{ByteCount, CacheOptions, CacheOptionsError, LayerRange, StageInfo};
 use mlxnode_mlx::Device;
 
@@ -11,6 +12,8 @@ use mlxnode_mlx::Device;
 pub struct Model {
     pub(crate) device: Device,
     pub(crate) decoder: Decoder,
+    /// Adapters that are loaded, and which of them the running batch uses.
+    pub(crate) adapters: Registry,
     info: StageInfo,
     spec: ModelSpec,
     fingerprint: [u8; 32],
@@ -24,7 +27,7 @@ impl Model {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, LoadError> {
         let device = Device::open()?;
-        let decoder = loader::load(&device, checkpoint, layers, progress)?;
+        let (decoder, adapters) = loader::load(&device, checkpoint, layers, progress)?;
         let spec = checkpoint.spec().clone();
         let info = StageInfo {
             layers,
@@ -36,7 +39,7 @@ impl Model {
         };
         wire(&device, info.weights);
         tracing::debug!(%layers, weights = %info.weights, "layers loaded");
-        Ok(Self { device, decoder, info, spec, fingerprint: checkpoint.fingerprint() })
+        Ok(Self { device, decoder, adapters, info, spec, fingerprint: checkpoint.fingerprint() })
     }
 
     /// Loads all layers.
@@ -60,6 +63,28 @@ impl Model {
     /// Names the checkpoint, see [`Checkpoint::fingerprint`].
     pub fn fingerprint(&self) -> [u8; 32] {
         self.fingerprint
+    }
+
+    /// Loads what an adapter changes in these layers, for sequences that ask for it by `name`. The weights stay as they are, and
+    /// other sequences do not see it.
+    pub fn add_adapter(
+        &mut self,
+        checkpoint: &Checkpoint,
+        name: &str,
+        adapter: &Adapter,
+    ) -> Result<(), AdapterLoadError> {
+        let changes = adapter.within(checkpoint, self.info.layers);
+        self.adapters.add(&self.device, name, adapter, &changes)
+    }
+
+    /// Frees an adapter. No sequence may use it any more. One that is not there is fine.
+    pub fn remove_adapter(&mut self, name: &str) -> Result<(), AdapterLoadError> {
+        Ok(self.adapters.remove(&self.device, name)?)
+    }
+
+    /// The names of the loaded adapters.
+    pub fn adapters(&self) -> impl Iterator<Item = &str> {
+        self.adapters.names()
     }
 
     /// Do these options fit the layers?

@@ -155,7 +155,11 @@ mod tests {
         let identity: Vec<f32> = (0..experts * experts).map(|i| f32::from(i % (experts + 1) == 0)).collect();
         let weight = Array::from_f32(&identity, &[experts, experts]).unwrap();
         let router = Router {
-            linear: Linear { weight: Weight::dense(&device, &weight).unwrap(), bias: None },
+            linear: Linear {
+                weight: Weight::dense(&device, &weight).unwrap(),
+                bias: None,
+                changes: crate::adapters::Slot::new(std::rc::Rc::default()),
+            },
             single_precision: false,
             routing,
             correction: correction.map(|values| Array::from_f32(values, &[experts]).unwrap()),

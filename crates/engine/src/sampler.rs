@@ -17,14 +17,17 @@ pub(crate) struct Sampler {
     protected: Option<Array>,
 }
 
+/// What the host is told in place of a token when the logits are not numbers. No vocabulary is that large.
+pub(super) const NO_TOKEN: u32 = u32::MAX;
+
 /// A token that was chosen on the device.
 pub(crate) struct Draw {
     /// `[1]`, `uint32`.
     pub(crate) token: Array,
     /// Normalised logits `[1, vocabulary]`, when somebody asked for them.
     logprobs: Option<Array>,
-    /// Are the logits numbers? No dimensions.
-    finite: Array,
+    /// The token, or [`NO_TOKEN`] where the logits are not numbers: the host learns both by one read. `[1, 1]`, `uint32`.
+    told: Array,
     /// Ids `[n]` and log-probabilities `[n]` of the likeliest tokens.
     top: Option<(Array, Array)>,
 }
@@ -72,12 +75,13 @@ impl Sampler {
         } else {
             self.random(device, logprobs.clone(), index)?
         };
+        let told = told(device, &finite, &token)?;
         let wanted = self.sampling.logprobs;
         let top = match wanted {
             Some(request) if request.top > 0 => Some(likeliest(device, &logprobs, request.top)?),
             _ => None,
         };
-        Ok(Draw { token, logprobs: wanted.map(|_| logprobs), finite, top })
+        Ok(Draw { token, logprobs: wanted.map(|_| logprobs), told, top })
     }
 
     fn random(&mut self, device: &Device, mut logprobs: Array, index: u64) -> Result<Array> {
@@ -106,15 +110,24 @@ impl Draw {
     /// What must be evaluated before [`Self::read`] returns at once.
     pub(crate) fn arrays(&self) -> impl Iterator<Item = &Array> {
         let top = self.top.iter().flat_map(|(tokens, logprobs)| [tokens, logprobs]);
-        [&self.token, &self.finite].into_iter().chain(self.logprobs.iter()).chain(top)
+        [&self.token, &self.told].into_iter().chain(self.logprobs.iter()).chain(top)
+    }
+
+    /// What the host is told: [`Self::read_told`] takes it.
+    pub(super) fn told(&self) -> &Array {
+        &self.told
     }
 
     /// Waits for the token. None when the logits were not finite numbers.
     pub(crate) fn read(&self, device: &Device) -> Result<Option<Sampled>> {
-        if !self.finite_logits()? {
+        self.read_told(device, self.told.item_u32()?)
+    }
+
+    /// The same when what the host is told was read already, with that of other draws.
+    pub(super) fn read_told(&self, device: &Device, token: u32) -> Result<Option<Sampled>> {
+        if token == NO_TOKEN {
             return Ok(None);
         }
-        let token = self.token.item_u32()?;
         let logprob = match &self.logprobs {
             Some(logprobs) => {
                 let column = token as i32;
@@ -131,11 +144,11 @@ impl Draw {
         }
         Ok(Some(Sampled { token, logprob, top }))
     }
+}
 
-    fn finite_logits(&self) -> Result<bool> {
-        // [1, 1] from the reduction that keeps its axes: still a single element.
-        self.finite.item_bool()
-    }
+/// The tokens where the logits are numbers, else [`NO_TOKEN`]. Only for the host: it is no token to look a vector up for.
+pub(super) fn told(device: &Device, finite: &Array, tokens: &Array) -> Result<Array> {
+    device.select(finite, tokens, &Array::from_u32(&[NO_TOKEN], &[])?)
 }
 
 /// Ids and log-probabilities of the `count` likeliest of `[1, vocabulary]`, in any order.

@@ -258,6 +258,7 @@ fn verify(
         let index = sequence.index + number as u64;
         draws.push(sequence.sampler.draw(device, logits, history.tokens(), index)?);
     }
+    draws.close(device)?;
     Ok(draws)
 }
 

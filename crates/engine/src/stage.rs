@@ -264,7 +264,7 @@ impl EngineStage {
         let due: Vec<Keep> = due;
         for Keep { number, block: name, checkpoint } in due {
             let device = &self.model.device;
-            let block = Block::of(device, &sequence.cache, &sequence.ids, number, checkpoint);
+            let block = Block::of(device, &sequence.cache, 0, &sequence.ids, number, checkpoint);
             let Some(block) = block.map_err(device_error)? else {
                 tracing::debug!(number, "a block could not be kept");
                 continue;

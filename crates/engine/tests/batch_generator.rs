@@ -173,8 +173,8 @@ fn stops_removals_and_caches_leave_the_others_alone() {
         for _ in 0..6 {
             outcome.step(&mut batch);
         }
-        let taken = batch.remove(ids[3]).unwrap();
-        assert!(batch.remove(ids[3]).is_none());
+        let taken = batch.remove(ids[3]).unwrap().unwrap();
+        assert!(batch.remove(ids[3]).unwrap().is_none());
         let seen = outcome.tokens[&ids[3]].len();
         assert_eq!(taken.tokens(), rows[3].0.len() + seen - 1);
         while outcome.step(&mut batch) {}
@@ -200,6 +200,36 @@ fn stops_removals_and_caches_leave_the_others_alone() {
             while outcome.step(&mut batch) {}
             assert_close(&outcome.tokens[&id], &fresh, name);
         }
+    }
+}
+
+/// Sequences that run together are one step of the device, not one each.
+#[test]
+fn rows_side_by_side_take_few_more_operations_than_one() {
+    let root = folder();
+    // Frequencies and factors that depend on the position, and an indexer's choice, are a sequence's own.
+    let apart = ["llama-dynamic", "llama4"];
+    for (name, config) in random_model::more_families().into_iter().chain(random_model::sharing_families()) {
+        let folder = root.path().join(name);
+        random_model::write(&folder, &config, 5);
+        let operations = |lengths: &[usize]| {
+            let mut batch =
+                BatchGenerator::new(random_model::load(&folder), BatchOptions::default()).unwrap();
+            for length in lengths {
+                let input = prompt(*length, VOCABULARY as u64, *length as u64);
+                batch.insert(&input, &spec(&input, 12, Sampling::default())).unwrap();
+            }
+            let mut counts = vec![batch.model().device().counts()];
+            while !batch.step().unwrap().is_empty() {
+                counts.push(batch.model().device().counts());
+            }
+            let last = counts[8] - counts[7];
+            assert_eq!(last.reads, 1, "{name}");
+            last.operations
+        };
+        let (one, several) = (operations(&[9]), operations(&[3, 9, 5, 17, 8]));
+        let most = if apart.contains(&name) { 5 * one } else { one + one / 2 };
+        assert!(several <= most, "{name}: {one} operations for one row, {several} for five");
     }
 }
 

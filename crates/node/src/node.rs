@@ -37,6 +37,7 @@ use mlxnode_coordinator::scheduler::Statistics;
 use mlxnode_hub::Hub;
 use mlxnode_proto::internal::v1::node_control_server::NodeControlServer;
 use mlxnode_proto::internal::v1::replica_server::ReplicaServer;
+use mlxnode_sandbox::{SandboxOptions, SandboxProcess};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -200,7 +201,8 @@ impl Node {
             WorkersOptions { command: options.worker_command.clone(), listen: bound.ip(), advertised };
         let workers =
             Workers::new(workers_options, identity.clone(), Arc::new(Hub::new(options.hub.clone())));
-        let schedulers = Schedulers::new(identity.clone(), workers.clone());
+        let sandbox = Arc::new(SandboxProcess::new(SandboxOptions::new(options.worker_command.clone())));
+        let schedulers = Schedulers::new(identity.clone(), workers.clone(), sandbox.clone());
 
         let nodes = ClusterNodes {
             own,
@@ -250,7 +252,7 @@ impl Node {
         });
         let busy = Arc::new(schedulers.clone());
         let public = public_routes(PublicServices {
-            inference: InferenceService::new(Front::new(view.clone(), replicas)),
+            inference: InferenceService::new(Front::new(view.clone(), replicas, sandbox)),
             models: ModelsService::new(route.clone(), view.clone(), busy.clone()),
             cluster: ClusterService::new(household.clone(), route, view, busy),
         })

@@ -24,7 +24,8 @@ pub struct NodeOptions {
     pub discovery: bool,
     /// How much memory models may use here; [`NodeOptions::DEFAULT_BUDGET_SHARE`] of the machine's when absent.
     pub memory_budget: Option<ByteCount>,
-    /// The executable that is started as `<command> worker` for each shard.
+    /// The executable that is started as `<command> worker` for each shard, and as `<command> sandbox` for what models' files make
+    /// us run.
     pub worker_command: PathBuf,
     /// Where models come from.
     pub hub: mlxnode_hub::Options,

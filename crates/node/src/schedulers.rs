@@ -8,7 +8,7 @@ use mlxnode_coordinator::scheduler::{
     self, Drive, DriveCommand, DriveEvent, Ended, Limits, RunError, RunRequest, RunStream, SchedulerHandle,
     Statistics,
 };
-use mlxnode_text::TextFiles;
+use mlxnode_text::{Sandbox, TextFiles};
 use mlxnode_worker::{DriveClient, DriveError, DriveEvents};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -41,6 +41,7 @@ pub(crate) struct Schedulers {
 struct Shared {
     identity: Arc<Identity>,
     workers: Workers,
+    sandbox: Arc<dyn Sandbox>,
     running: Mutex<BTreeMap<String, Running>>,
 }
 
@@ -70,8 +71,8 @@ const IN_FLIGHT: usize = 64;
 
 impl Schedulers {
     /// None yet.
-    pub(crate) fn new(identity: Arc<Identity>, workers: Workers) -> Self {
-        Self { shared: Arc::new(Shared { identity, workers, running: Mutex::default() }) }
+    pub(crate) fn new(identity: Arc<Identity>, workers: Workers, sandbox: Arc<dyn Sandbox>) -> Self {
+        Self { shared: Arc::new(Shared { identity, workers, sandbox, running: Mutex::default() }) }
     }
 
     /// Starts the scheduler of a replica, in place of an older one.
@@ -140,9 +141,10 @@ impl Schedulers {
     async fn check_text(&self, source: &str) -> Result<(), SchedulersError> {
         let refuse = |error: &dyn std::error::Error| SchedulersError::Text(crate::error::chain(error));
         let folder = self.shared.workers.resolve(source).await?;
+        let sandbox = Arc::clone(&self.shared.sandbox);
         let check = move || {
             let files = TextFiles::read(&folder)?;
-            files.has_tokenizer().then(|| ModelText::new(&files)).transpose().map(|_| ())
+            files.has_tokenizer().then(|| ModelText::new(&files, sandbox)).transpose().map(|_| ())
         };
         match tokio::task::spawn_blocking(check).await {
             Ok(checked) => checked.map_err(|error| refuse(&error)),

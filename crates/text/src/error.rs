@@ -108,11 +108,45 @@ pub enum TextError {
         /// The most it may write.
         limit: usize,
     },
+    /// A template asked for more memory than it may have.
+    #[error(
+        "the model's chat template ({file}) asked for more than {mebibytes} MiB of memory; no honest one does: choose another \
+         conversion of the model"
+    )]
+    TemplateMemory {
+        /// Where the template was found.
+        file: String,
+        /// What it may have.
+        mebibytes: u64,
+    },
+    /// As much work waits for the sandbox as may.
+    #[error("too many conversations wait for their chat template; try again in a moment")]
+    SandboxBusy,
+    /// The process in which strangers' files are tried and templates carried out does not work.
+    #[error("there is no sandbox for the model's chat template and tokenizer: {reason}")]
+    Sandbox {
+        /// Why.
+        reason: String,
+    },
+    /// A tokenizer's files asked for more than any honest ones.
+    #[error(
+        "loading the model's tokenizer takes more than {limit}; no honest one does: choose another conversion of the model"
+    )]
+    TokenizerCost {
+        /// The memory or the time that it may have.
+        limit: String,
+    },
     /// A template argument with the name of something that the request sets by itself.
     #[error("the template argument {name:?} is set by the request itself; leave it out")]
     ReservedArgument {
         /// Its name.
         name: String,
+    },
+    /// Lists and objects of a conversation stand in each other too many times.
+    #[error("the conversation is nested more than {limit} levels deep; flatten its arguments or tools")]
+    TooNested {
+        /// The most levels.
+        limit: usize,
     },
     /// An answer cannot be continued under this template.
     #[error("the chat template does not let an answer be continued: {reason}")]

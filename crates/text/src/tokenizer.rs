@@ -14,7 +14,7 @@ use tokenizers::{
 };
 
 use crate::{
-    StreamingDetokenizer, TextError, TextFiles, conversion,
+    Sandbox, SandboxError, StreamingDetokenizer, TextError, TextFiles, conversion,
     detokenizer::{self, DecoderKind, decoder_kind},
     limits::{self, MAX_VOCABULARY},
     special::{LlamaSpaces, SpecialTokens},
@@ -88,6 +88,21 @@ impl Tokenizer {
             words: OnceLock::new(),
         };
         Ok(Self { shared: Arc::new(shared), eos: Arc::new(eos) })
+    }
+
+    /// The same from files that may be hostile: they are tried in the sandbox first, which costs as much time again.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::from_files`], and [`TextError::TokenizerCost`] when the files ask for more than honest ones.
+    pub fn from_untrusted_files(files: &TextFiles, sandbox: &dyn Sandbox) -> Result<Self, TextError> {
+        let too_much = |limit: String| Err(TextError::TokenizerCost { limit });
+        match sandbox.try_tokenizer(files) {
+            Ok(()) => Self::from_files(files),
+            Err(SandboxError::Memory { mebibytes }) => too_much(format!("{mebibytes} MiB of memory")),
+            Err(SandboxError::Work) => too_much("the time that it may take".to_owned()),
+            Err(SandboxError::Busy) => Err(TextError::SandboxBusy),
+            Err(error) => Err(TextError::Sandbox { reason: error.to_string() }),
+        }
     }
 
     /// Number of tokens, added ones included. The model's own vocabulary may be padded beyond it.

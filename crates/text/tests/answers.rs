@@ -3,12 +3,16 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests are test code, too
 
-use std::{collections::BTreeMap, io::Write, sync::LazyLock};
+use std::{
+    collections::BTreeMap,
+    io::Write,
+    sync::{Arc, LazyLock},
+};
 
 use mlxnode_testkit::oracle;
 use mlxnode_text::{
-    AnswerFormat, ChatRequest, ChatTemplate, Delta, Message, StopStrings, TextError, TextFiles, Tokenizer,
-    ToolCall, ToolFormat,
+    AnswerFormat, ChatRequest, ChatTemplate, Delta, InProcess, Message, StopStrings, TextError, TextFiles,
+    Tokenizer, ToolCall, ToolFormat,
 };
 use proptest::{prelude::*, strategy::ValueTree, test_runner::RngSeed};
 use serde::Deserialize;
@@ -45,7 +49,7 @@ impl Model {
         }
         let files = TextFiles::from_map(files).unwrap();
         let tokenizer = Tokenizer::from_files(&files).unwrap();
-        let template = ChatTemplate::from_files(&files, &tokenizer).unwrap();
+        let template = ChatTemplate::from_files(&files, &tokenizer, Arc::new(InProcess::default())).unwrap();
         Self { files, tokenizer, template }
     }
 

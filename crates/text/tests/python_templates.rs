@@ -2,10 +2,10 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests are test code, too
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use mlxnode_testkit::oracle;
-use mlxnode_text::{ChatRequest, ChatTemplate, Message, TextError, TextFiles, Tokenizer};
+use mlxnode_text::{ChatRequest, ChatTemplate, InProcess, Message, TextError, TextFiles, Tokenizer};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -36,7 +36,7 @@ fn template(config: Value) -> Result<(ChatTemplate, Tokenizer), TextError> {
     ]);
     let files = TextFiles::from_map(files).unwrap();
     let tokenizer = Tokenizer::from_files(&files)?;
-    Ok((ChatTemplate::from_files(&files, &tokenizer)?.unwrap(), tokenizer))
+    Ok((ChatTemplate::from_files(&files, &tokenizer, Arc::new(InProcess::default()))?.unwrap(), tokenizer))
 }
 
 fn deepseek() -> (ChatTemplate, Tokenizer) {

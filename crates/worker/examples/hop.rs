@@ -17,8 +17,8 @@ mod replica;
 
 use bytes::Bytes;
 use mlxnode_compute::{
-    Activation, ByteCount, Dtype, Sampled, SequenceId, SequenceSpec, Stage, StageError, StageInfo,
-    StageMemory, Step, StepOutput,
+    Activation, BlockStore, ByteCount, Dtype, Sampled, SequenceId, SequenceSpec, Stage, StageError,
+    StageInfo, StageMemory, Step, StepOutput,
 };
 use mlxnode_worker::{DriveClient, DriveEvent, DriveEvents, StageFactory};
 use replica::{Model, Replica, spec};

@@ -19,7 +19,7 @@ use futures::StreamExt as _;
 use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::requests::{Parameters, RequestError, ValidRequest};
 use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
-use mlxnode_text::{ChatRequest, TextError};
+use mlxnode_text::{ChatRequest, Sandbox, TextError};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -113,6 +113,7 @@ pub enum FrontError {
 pub struct Front {
     deployments: watch::Receiver<DeploymentsView>,
     replicas: Arc<dyn Replicas>,
+    sandbox: Arc<dyn Sandbox>,
     texts: Arc<Mutex<Texts>>,
 }
 
@@ -120,9 +121,13 @@ pub struct Front {
 type Texts = HashMap<String, (u64, Arc<ModelText>)>;
 
 impl Front {
-    /// A front over this view of the deployments.
-    pub fn new(deployments: watch::Receiver<DeploymentsView>, replicas: Arc<dyn Replicas>) -> Self {
-        Self { deployments, replicas, texts: Arc::default() }
+    /// A front over this view of the deployments. The sandbox carries out what the models' files bring along.
+    pub fn new(
+        deployments: watch::Receiver<DeploymentsView>,
+        replicas: Arc<dyn Replicas>,
+        sandbox: Arc<dyn Sandbox>,
+    ) -> Self {
+        Self { deployments, replicas, sandbox, texts: Arc::default() }
     }
 
     /// The deployment that a request means.
@@ -158,7 +163,8 @@ impl Front {
         }
         let files = self.replicas.text_files(deployment).await?;
         // Building a tokenizer of a hundred thousand merges takes long enough to keep other requests waiting.
-        let text = tokio::task::spawn_blocking(move || ModelText::new(&files))
+        let sandbox = Arc::clone(&self.sandbox);
+        let text = tokio::task::spawn_blocking(move || ModelText::new(&files, sandbox))
             .await
             .map_err(|error| RunError::Failed(format!("reading the tokenizer failed: {error}")))??;
         let text = Arc::new(text);

@@ -4,7 +4,7 @@ use crate::deployments::DeploymentView;
 use crate::front::{FrontError, Input};
 use mlxnode_coordinator::requests::ModelLimits;
 use mlxnode_coordinator::scheduler::RunError;
-use mlxnode_text::{AnswerFormat, ChatRequest, ChatTemplate, TextError, TextFiles, Tokenizer};
+use mlxnode_text::{AnswerFormat, ChatRequest, ChatTemplate, Sandbox, TextError, TextFiles, Tokenizer};
 use std::sync::Arc;
 
 /// What turns text into a model's tokens and back.
@@ -19,12 +19,12 @@ pub struct ModelText {
 }
 
 impl ModelText {
-    /// Reads the files.
+    /// Reads the files. What they make us run runs in the sandbox first: templates always, the tokenizer once. Blocks.
     ///
     /// # Errors
-    /// When a file is missing or is not what its name says.
-    pub fn new(files: &TextFiles) -> Result<Self, TextError> {
-        let tokenizer = Tokenizer::from_files(files)?;
+    /// When a file is missing or is not what its name says, or asks for too much.
+    pub fn new(files: &TextFiles, sandbox: Arc<dyn Sandbox>) -> Result<Self, TextError> {
+        let tokenizer = Tokenizer::from_untrusted_files(files, &*sandbox)?;
         let config: Option<serde_json::Value> =
             files.get("config.json").and_then(|bytes| serde_json::from_slice(bytes).ok());
         let declared = config
@@ -35,7 +35,7 @@ impl ModelText {
             .and_then(serde_json::Value::as_u64)
             .and_then(|size| usize::try_from(size).ok());
         let vocabulary = declared.unwrap_or_else(|| tokenizer.vocabulary_size());
-        let template = ChatTemplate::from_files(files, &tokenizer)?;
+        let template = ChatTemplate::from_files(files, &tokenizer, sandbox)?;
         let answers = AnswerFormat::from_files(files, &tokenizer, template.as_ref())?;
         Ok(Self { tokenizer, vocabulary, answers, template })
     }

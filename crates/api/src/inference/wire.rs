@@ -5,7 +5,7 @@ use mlxnode_compute::{ByteCount, Sampled};
 use mlxnode_coordinator::requests::Parameters;
 use mlxnode_coordinator::scheduler::RunError;
 use mlxnode_proto::v1;
-use mlxnode_text::{ChatRequest, Message};
+use mlxnode_text::{ChatRequest, Message, TextError};
 use serde_json::{Map, Value};
 use std::time::{Duration, Instant};
 use tonic::Status;
@@ -147,6 +147,8 @@ pub(crate) fn status(error: FrontError) -> Status {
     let text = error.to_string();
     match error {
         FrontError::UnknownModel { .. } => Status::not_found(text),
+        FrontError::Text(TextError::SandboxBusy) => Status::resource_exhausted(text),
+        FrontError::Text(TextError::Sandbox { .. }) => Status::unavailable(text),
         FrontError::AmbiguousModel(_) | FrontError::Request(_) | FrontError::Text(_) => {
             Status::invalid_argument(text)
         }

@@ -13,6 +13,7 @@ pub mod load;
 pub mod models;
 pub mod perplexity;
 pub mod plan;
+pub mod sandbox;
 pub mod status;
 pub mod unload;
 pub mod worker;
@@ -41,6 +42,7 @@ pub fn run(arguments: Arguments) -> Result<ExitCode> {
         Command::Perplexity(command) => command.run(global)?,
         Command::CachePrompt(command) => command.run(global)?,
         Command::Completions(command) => command.run()?,
+        Command::Sandbox(command) => command.run()?,
         Command::Worker(command) => return command.run(),
     }
     Ok(ExitCode::SUCCESS)

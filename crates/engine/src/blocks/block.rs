@@ -32,19 +32,25 @@ fn bounds(number: usize) -> Option<(i32, i32)> {
 }
 
 impl Block {
-    /// Block `number` of a sequence whose ids are `ids`, or as many as went through. None when the caches no longer hold what a later
-    /// token would see. With `states` when they are those after the block's last token.
+    /// Block `number` of the sequence in a lane of `cache`, whose ids are `ids`, or as many as went through. None when the cache no longer
+    /// holds what a later token would see. `with_states` takes them if they are those after the block's last token.
     pub(crate) fn of(
         device: &Device,
         cache: &SequenceCache,
+        lane: usize,
         ids: &[u32],
         number: usize,
         with_states: bool,
     ) -> Result<Option<Self>> {
-        let Some((first, end)) = bounds(number).filter(|(_, end)| *end <= cache.tokens()) else {
+        let (Some((first, end)), Some(length)) = (bounds(number), cache.lengths().nth(lane)) else {
             return Ok(None);
         };
-        let Some(tokens) = ids.get(first as usize..end as usize) else { return Ok(None) };
+        let Some(tokens) = ids.get(first as usize..end as usize).filter(|_| end <= length) else {
+            return Ok(None);
+        };
+        // As the longest lane counts.
+        let padding = cache.tokens() - length;
+        let (first, end, lane) = (first + padding, end + padding, lane as i32);
         let mut layers = Vec::with_capacity(cache.layers.len());
         let mut is_border = true;
         for layer in &cache.layers {
@@ -53,11 +59,11 @@ impl Block {
                 if kv.state().next().is_none() {
                     continue;
                 }
-                let Some(stretch) = kv.stretch(device, first, end)? else { return Ok(None) };
+                let Some(stretch) = kv.stretch(device, first, end, lane)? else { return Ok(None) };
                 *kept = Some(stretch);
             }
             match with_states {
-                true => match layer.states.copied_at(device, end)? {
+                true => match layer.states.copied_at(device, end, lane)? {
                     Some(states) => block.states = states,
                     None => is_border = false,
                 },

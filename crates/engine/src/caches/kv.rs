@@ -16,10 +16,12 @@ mod stretch;
 
 pub(crate) use stretch::KvStretch;
 
+use super::lanes::{Lanes, runs};
 use super::planes::Planes;
 use super::ring::Ring;
 use mlxnode_compute::CacheOptions;
 use mlxnode_mlx::{Array, Device, QuantizationMode, QuantizedLayout, Result};
+use std::rc::Rc;
 
 /// Tokens by which a cache grows. A longer step wastes memory, a shorter one copies more often; mlx-lm's value.
 pub(super) const STEP: i32 = 256;
@@ -37,6 +39,8 @@ pub(crate) struct KvCache {
     is_packed: bool,
     /// What the tokens of the step in progress see, for layers that have no keys and values of their own.
     shown: Option<Seen>,
+    /// When several sequences lie side by side: which slots hold their tokens.
+    lanes: Option<Rc<Lanes>>,
 }
 
 /// Which token lies where.
@@ -97,6 +101,8 @@ pub(crate) struct Seen {
     pub(crate) limit: Option<i32>,
     /// Key j is visible to query i only when both are in the same chunk.
     pub(crate) chunk: Option<Chunk>,
+    /// `[lanes, 1, 1, slots]`: is there a token of the lane in the slot? None when there is one in all.
+    pub(crate) taken: Option<Array>,
 }
 
 /// Boundaries that no query sees beyond.
@@ -127,7 +133,8 @@ impl KvCache {
         Self { slots, packing, ..Self::default() }
     }
 
-    /// Appends `[1, heads, tokens, width]`, of which a token sees only the last `window`.
+    /// Appends `[1, heads, tokens, width]`, or one token of each lane, `[lanes, heads, 1, width]`, of which a token sees only the last
+    /// `window`.
     pub(crate) fn extend(
         &mut self,
         device: &Device,
@@ -164,7 +171,11 @@ impl KvCache {
             }
         };
         let planes = self.planes.cut(device, first, last)?;
-        Ok(Seen { planes, layout: self.layout(), before: last - first - tokens, limit, chunk: None })
+        let taken = match &self.lanes {
+            Some(lanes) => lanes.mask(device, self.tokens - (last - first), self.tokens)?,
+            None => None,
+        };
+        Ok(Seen { planes, layout: self.layout(), before: last - first - tokens, limit, chunk: None, taken })
     }
 
     /// Appends `[1, heads, tokens, width]`, of which a token sees only those of its own chunk of `size` tokens.
@@ -309,6 +320,75 @@ impl KvCache {
     /// How keys and values are packed, if they are.
     pub(crate) fn layout(&self) -> Option<QuantizedLayout> {
         self.packing.filter(|_| self.is_packed).map(|packing| packing.layout)
+    }
+
+    /// Can lanes of both lie in one cache? Not with a limit on tokens, and not when keys are or will be packed.
+    pub(super) fn can_join(&self, other: &Self) -> bool {
+        let windows = match (&self.slots, &other.slots) {
+            (Slots::Line { window: one, .. }, Slots::Line { window: other, .. }) => one == other,
+            _ => false,
+        };
+        let is_unused = self.planes.is_empty() && other.planes.is_empty();
+        is_unused
+            || (windows
+                && self.packing.is_none()
+                && other.packing.is_none()
+                && self.planes.are_like(&other.planes))
+    }
+
+    /// A cache of lanes of others, whose sequences have these numbers of tokens.
+    pub(super) fn of_lanes(
+        device: &Device,
+        parts: &[(&Self, &[usize])],
+        lengths: &[i32],
+        lanes: Option<&Rc<Lanes>>,
+    ) -> Result<Self> {
+        let Some((first, _)) = parts.first() else { return Ok(Self::default()) };
+        let Slots::Line { window, .. } = first.slots else { return Ok((*first).clone()) };
+        if first.planes.is_empty() {
+            return Ok((*first).clone());
+        }
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let needed = window.map_or(longest, |window| (window - 1).saturating_add(RESERVE)).min(longest);
+        // A lane that dropped tokens must not seem to have them again, as padding.
+        let (mut slots, mut left) = (needed, lengths);
+        for (kv, chosen) in parts {
+            let (own, rest) = left.split_at(chosen.len().min(left.len()));
+            if own.iter().any(|length| *length > kv.held()) {
+                slots = slots.min(kv.held());
+            }
+            left = rest;
+        }
+        let count = lengths.len() as i32;
+        let mut planes = first.planes.empty(device, count, (slots / STEP + 1) * STEP)?;
+        let mut lane = 0;
+        for (kv, chosen) in parts {
+            let held = kv.held().min(slots);
+            let own = kv.planes.cut(device, kv.stop() - held, kv.stop())?;
+            for (start, length) in runs(chosen) {
+                let own = own.lanes(device, start as i32, length as i32)?;
+                planes = planes.put_lanes(device, &own, lane, slots - held)?;
+                lane += length as i32;
+            }
+        }
+        let slots = Slots::Line { start: 0, stop: slots, window };
+        Ok(Self { planes, tokens: longest, slots, lanes: lanes.cloned(), ..Self::default() })
+    }
+
+    /// Slots that hold a token of the longest lane.
+    fn held(&self) -> i32 {
+        match &self.slots {
+            Slots::Ring(ring) => ring.held(),
+            Slots::Line { start, stop, .. } => stop - start,
+        }
+    }
+
+    /// One past the last slot that holds a token.
+    fn stop(&self) -> i32 {
+        match &self.slots {
+            Slots::Ring(ring) => ring.held(),
+            Slots::Line { stop, .. } => *stop,
+        }
     }
 
     fn clear(&mut self) {

@@ -4,24 +4,29 @@
 //! prompt's beginning is used again, and how a recurrent layer, whose states cannot be taken back, returns to an earlier token.
 
 mod kv;
+mod lanes;
 mod planes;
 mod ring;
 mod states;
 
 pub(crate) use kv::{Chunk, Contents, KvCache, KvStretch, Order, Seen, Stored};
+pub(crate) use lanes::{Lanes, Part};
 pub(crate) use planes::Planes;
 pub(crate) use ring::Ring;
 pub(crate) use states::States;
 
 use mlxnode_compute::CacheOptions;
 use mlxnode_mlx::{Array, Device, Result};
+use std::rc::Rc;
 
-/// The caches of one sequence, one for each layer of a layer range.
+/// The caches of one sequence, one for each layer of a layer range; or of several sequences that run together, a lane each.
 #[derive(Clone)]
 pub(crate) struct SequenceCache {
     /// By layer of the range, not of the model.
     pub(crate) layers: Vec<LayerCache>,
     tokens: i32,
+    /// None for one sequence.
+    lanes: Option<Rc<Lanes>>,
 }
 
 /// What one layer remembers. A layer uses the parts that its mixer needs; the others stay empty and cost nothing.
@@ -69,10 +74,10 @@ impl Snapshot {
 impl SequenceCache {
     /// Empty, for this many layers. The options have been checked.
     pub(crate) fn new(layers: usize, options: &CacheOptions) -> Self {
-        Self { layers: (0..layers).map(|_| LayerCache::new(options)).collect(), tokens: 0 }
+        Self { layers: (0..layers).map(|_| LayerCache::new(options)).collect(), tokens: 0, lanes: None }
     }
 
-    /// How many tokens went through all layers: the position of the next one.
+    /// How many tokens went through all layers: the position of the next one. With several lanes that of the longest.
     pub(crate) fn tokens(&self) -> i32 {
         self.tokens
     }

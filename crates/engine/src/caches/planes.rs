@@ -1,7 +1,8 @@
 //! The arrays of a cache: keys and values as they are, or packed into words, scales and biases each.
 //!
-//! All are `[1, heads, slots, width]`, so that which tokens lie where is one matter and how they are stored another.
+//! All are `[lanes, heads, slots, width]`, with one lane unless several sequences lie side by side, so that which tokens lie where is one matter and how they are stored another.
 
+use super::lanes::are_alike;
 use mlxnode_mlx::{Array, Device, Error, Quantized, QuantizedLayout, Result};
 
 /// Arrays that share their slot axis: two as computed, six when packed; none before the first token.
@@ -58,9 +59,9 @@ impl Planes {
         self.each(|array| device.zeros(&[array.dim(0), array.dim(1), slots, array.dim(3)], array.dtype()))
     }
 
-    /// The same in memory of their own: a slice would keep the whole buffer alive.
-    pub(crate) fn copied(&self, device: &Device) -> Result<Self> {
-        self.each(|array| copied(device, array))
+    /// One lane in memory of its own: a slice would keep the whole buffer alive.
+    pub(crate) fn copied(&self, device: &Device, lane: i32) -> Result<Self> {
+        self.each(|array| copied(device, &lane_of(device, array, lane)?))
     }
 
     /// One after the other along the slots. All must be of one kind.
@@ -79,9 +80,40 @@ impl Planes {
     pub(crate) fn put(self, device: &Device, new: &Self, start: i32) -> Result<Self> {
         let put = |(buffer, new): (Array, &Array)| {
             let (heads, width) = (buffer.dim(1), buffer.dim(3));
-            device.slice_update(&buffer, new, &[0, 0, start, 0], &[1, heads, start + new.dim(SLOTS), width])
+            let stop = [buffer.dim(0), heads, start + new.dim(SLOTS), width];
+            device.slice_update(&buffer, new, &[0, 0, start, 0], &stop)
         };
         Ok(Self { arrays: self.arrays.into_iter().zip(&new.arrays).map(put).collect::<Result<_>>()? })
+    }
+
+    /// Zeros of the same kind for this many lanes and slots.
+    pub(crate) fn empty(&self, device: &Device, lanes: i32, slots: i32) -> Result<Self> {
+        self.each(|array| device.zeros(&[lanes, array.dim(1), slots, array.dim(3)], array.dtype()))
+    }
+
+    /// With `new`, which are lanes of the same kind, written at lane `lane` and slot `start`. Takes the arrays over like
+    /// [`Self::put`].
+    pub(crate) fn put_lanes(self, device: &Device, new: &Self, lane: i32, start: i32) -> Result<Self> {
+        let put = |(buffer, new): (Array, &Array)| {
+            let stop = [lane + new.dim(0), buffer.dim(1), start + new.dim(SLOTS), buffer.dim(3)];
+            device.slice_update(&buffer, new, &[lane, 0, start, 0], &stop)
+        };
+        Ok(Self { arrays: self.arrays.into_iter().zip(&new.arrays).map(put).collect::<Result<_>>()? })
+    }
+
+    /// `count` lanes from lane `first` on.
+    pub(crate) fn lanes(&self, device: &Device, first: i32, count: i32) -> Result<Self> {
+        self.each(|array| match (first, count) == (0, array.dim(0)) {
+            true => Ok(array.clone()),
+            false => device.slice_axis(array, 0, first, first + count, 1),
+        })
+    }
+
+    /// Do they differ in lanes and slots at most?
+    pub(crate) fn are_like(&self, other: &Self) -> bool {
+        let mut pairs = self.arrays.iter().zip(&other.arrays);
+        self.arrays.len() == other.arrays.len()
+            && pairs.all(|(one, other)| are_alike(one, other, SLOTS as usize))
     }
 
     /// The packed form of keys and values as computed.
@@ -117,6 +149,14 @@ impl Planes {
 
     fn each(&self, mut change: impl FnMut(&Array) -> Result<Array>) -> Result<Self> {
         Ok(Self { arrays: self.arrays.iter().map(&mut change).collect::<Result<_>>()? })
+    }
+}
+
+/// One of the lanes that lie along the first axis.
+pub(super) fn lane_of(device: &Device, array: &Array, lane: i32) -> Result<Array> {
+    match array.dim(0) {
+        1 => Ok(array.clone()),
+        _ => device.slice_axis(array, 0, lane, lane + 1, 1),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::matrices::Matrix;
 use super::{LoadError, Source, arrays, size};
+use crate::adapters::{ExpertSlot, Target};
 use crate::dense_and_experts::DenseAndExperts;
 use crate::experts::{Experts, Matrices, MatrixStack, Networks, SharedExpert};
 use crate::feed_forward::{FeedForward, Network, Up, Xielu};
@@ -210,6 +211,13 @@ impl Source<'_> {
                 MatrixStack::Quantized(matrices)
             }
         };
-        Ok(Matrices { weights, biases })
+        let experts = match &weights {
+            MatrixStack::Dense(matrices) => matrices.dim(0),
+            MatrixStack::Quantized(matrices) => matrices.weight.dim(0),
+        };
+        let changes = ExpertSlot::new(self.active(), experts);
+        let target = Target::Experts { slot: changes.clone(), path: path.to_owned() };
+        self.registry.borrow_mut().push(target);
+        Ok(Matrices { weights, biases, changes })
     }
 }

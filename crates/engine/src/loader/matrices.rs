@@ -1,9 +1,11 @@
 //! Linear maps, alone and stacked, and the embedding.
 
 use super::{LoadError, Source, arrays, layout, size};
-use crate::linear::{Embedding, Linear, Stacked, Weight};
+use crate::adapters::{Active, Part, Slot, Target};
+use crate::linear::{Embedding, Linear, Stacked, Table, Weight};
 use mlxnode_checkpoint::Tensor;
 use mlxnode_mlx::{Array, Device, Dtype, Error, Quantized};
+use std::rc::Rc;
 
 /// On the CPU backend one token times a dense matrix is a general matrix product. OpenBLAS has a direct kernel for up to 10^6
 /// multiplications; beyond it copies the whole matrix first, which took 8% of all CPU time at 400 M parameters. So matrices are
@@ -16,17 +18,30 @@ pub(super) enum Matrix {
     Quantized(Quantized),
 }
 
+impl Matrix {
+    /// How many outputs it has.
+    fn outputs(&self) -> i32 {
+        match self {
+            Self::Dense(matrix) => matrix.dim(0),
+            Self::Quantized(matrix) => matrix.weight.dim(0),
+        }
+    }
+}
+
 /// A linear map as it is stored.
 pub(super) struct Stored {
     pub(super) matrix: Matrix,
     pub(super) bias: Option<Array>,
+    /// The module, and which of its outputs these are; None: all.
+    path: String,
+    order: Option<Vec<u32>>,
 }
 
 impl Stored {
     /// The same map with its outputs in another order: output `i` is what was output `order[i]`.
     pub(super) fn reordered(self, device: &Device, order: &[i32]) -> Result<Self, Error> {
-        let order: Vec<u32> = order.iter().map(|row| row.unsigned_abs()).collect();
-        let order = Array::from_u32(&order, &[size(order.len())])?;
+        let numbers: Vec<u32> = order.iter().map(|row| row.unsigned_abs()).collect();
+        let order = Array::from_u32(&numbers, &[size(numbers.len())])?;
         let rows = |array: &Array| device.take(array, &order, 0);
         let matrix = match &self.matrix {
             Matrix::Dense(matrix) => Matrix::Dense(rows(matrix)?),
@@ -37,7 +52,8 @@ impl Stored {
                 layout: matrix.layout,
             }),
         };
-        Ok(Self { matrix, bias: self.bias.as_ref().map(rows).transpose()? })
+        let bias = self.bias.as_ref().map(rows).transpose()?;
+        Ok(Self { matrix, bias, path: self.path, order: Some(numbers) })
     }
 
     /// The maps with the outputs up to `first` and after it.
@@ -56,13 +72,40 @@ impl Stored {
                     layout: matrix.layout,
                 }),
             };
-            Ok::<_, Error>(Self { matrix, bias: self.bias.as_ref().map(rows).transpose()? })
+            let all: Vec<u32> = match &self.order {
+                Some(order) => order.clone(),
+                None => (0..self.matrix.outputs().unsigned_abs()).collect(),
+            };
+            let (before, behind) = all.split_at((first.max(0) as usize).min(all.len()));
+            let order = Some(if after { behind } else { before }.to_vec());
+            let bias = self.bias.as_ref().map(rows).transpose()?;
+            Ok::<_, Error>(Self { matrix, bias, path: self.path.clone(), order })
         };
         Ok([part(false)?, part(true)?])
     }
 }
 
+/// All of a module's outputs.
+fn whole(path: &str, outputs: i32) -> Part {
+    Part { path: path.to_owned(), start: 0, count: outputs, rows: None }
+}
+
+/// Parts of one map, each behind the one before.
+fn one_after_the_other(mut parts: Vec<Part>) -> Vec<Part> {
+    let mut start = 0;
+    for part in &mut parts {
+        part.start = start;
+        start += part.count;
+    }
+    parts
+}
+
 impl Source<'_> {
+    /// Which tokens go with which adapter, for the maps that are being made.
+    pub(super) fn active(&self) -> Rc<Active> {
+        Rc::clone(&self.registry.borrow().active)
+    }
+
     pub(super) fn matrix(&mut self, path: &str) -> Result<Matrix, LoadError> {
         let weight = self.tensor(&format!("{path}.weight"))?;
         let Some(setting) = self.shard.quantization_of(path) else { return Ok(Matrix::Dense(weight)) };
@@ -73,15 +116,18 @@ impl Source<'_> {
 
     /// A table of vectors, read.
     pub(super) fn embedding(&mut self, path: &str) -> Result<Embedding, LoadError> {
-        let embedding = match self.matrix(path)? {
-            Matrix::Dense(matrix) => Embedding::Dense(matrix),
-            Matrix::Quantized(matrix) => Embedding::Quantized(matrix),
+        let table = match self.matrix(path)? {
+            Matrix::Dense(matrix) => Table::Dense(matrix),
+            Matrix::Quantized(matrix) => Table::Quantized(matrix),
         };
-        match &embedding {
-            Embedding::Dense(matrix) => self.queue([matrix]),
-            Embedding::Quantized(matrix) => self.queue(arrays(matrix)),
+        match &table {
+            Table::Dense(matrix) => self.queue([matrix]),
+            Table::Quantized(matrix) => self.queue(arrays(matrix)),
         }
-        Ok(embedding)
+        let changes = Slot::new(self.active());
+        let target = Target::Embedding { slot: changes.clone(), path: path.to_owned() };
+        self.registry.borrow_mut().push(target);
+        Ok(Embedding { table, changes })
     }
 
     /// A linear map, read.
@@ -89,10 +135,13 @@ impl Source<'_> {
         let bias = self.optional(&format!("{path}.bias"))?;
         let matrix = self.matrix(path)?;
         self.queue(bias.iter());
-        self.linear_of(matrix, bias)
+        let parts = vec![whole(path, matrix.outputs())];
+        self.linear_of(matrix, bias, parts)
     }
 
-    pub(super) fn linear_of(&self, matrix: Matrix, bias: Option<Array>) -> Result<Linear, LoadError> {
+    /// `parts` are the modules whose outputs it has.
+    fn linear_of(&self, matrix: Matrix, bias: Option<Array>, parts: Vec<Part>) -> Result<Linear, LoadError> {
+        let outputs = matrix.outputs();
         let weight = match matrix {
             Matrix::Dense(matrix) => {
                 self.queue([&matrix]);
@@ -111,12 +160,21 @@ impl Source<'_> {
                 }
             }
         };
-        Ok(Linear { weight, bias })
+        let changes = Slot::new(self.active());
+        self.registry.borrow_mut().push(Target::Linear {
+            slot: changes.clone(),
+            weight: weight.clone(),
+            bias: bias.clone(),
+            outputs,
+            parts,
+        });
+        Ok(Linear { weight, bias, changes })
     }
 
     /// A map as it is stored, not read yet.
     pub(super) fn stored(&mut self, path: &str) -> Result<Stored, LoadError> {
-        Ok(Stored { matrix: self.matrix(path)?, bias: self.optional(&format!("{path}.bias"))? })
+        let bias = self.optional(&format!("{path}.bias"))?;
+        Ok(Stored { matrix: self.matrix(path)?, bias, path: path.to_owned(), order: None })
     }
 
     /// Maps of the same input with these numbers of outputs, stacked when they are of one kind.
@@ -140,8 +198,10 @@ impl Source<'_> {
             (None, _) => return Err(self.missing(&format!("{path}.weight"))),
         };
         // Only the stacked matrix and views of it live.
-        let views = self.views(parts, &matrix, bias.as_ref())?;
-        Ok(Stacked { whole: Some(self.linear_of(matrix, bias)?), parts: views })
+        let parts: Vec<_> = parts.iter().map(|(path, outputs)| whole(path, *outputs)).collect();
+        let views = self.views(&parts, &matrix, bias.as_ref())?;
+        let stacked = self.linear_of(matrix, bias, one_after_the_other(parts))?;
+        Ok(Stacked { whole: Some(stacked), parts: views })
     }
 
     /// Are the maps of one kind, and does it pay to stack them?
@@ -166,22 +226,29 @@ impl Source<'_> {
 
     /// The same of maps at hand, whose outputs were put into another order: stacked by a copy.
     pub(super) fn stacked_of(&self, stored: Vec<(Stored, i32)>) -> Result<Stacked, LoadError> {
-        let parts: Vec<_> = stored.iter().map(|(_, outputs)| (String::new(), *outputs)).collect();
+        let part = |(stored, outputs): &(Stored, i32)| Part {
+            path: stored.path.clone(),
+            start: 0,
+            count: *outputs,
+            rows: stored.order.clone(),
+        };
+        let parts: Vec<Part> = stored.iter().map(part).collect();
         let maps: Vec<Stored> = stored.into_iter().map(|(stored, _)| stored).collect();
-        let Some(Stored { matrix, bias }) = self.stack(&maps)? else {
+        let Some((matrix, bias)) = self.stack(&maps)? else {
             let mut linears = Vec::with_capacity(maps.len());
-            for Stored { matrix, bias } in maps {
+            for (Stored { matrix, bias, .. }, part) in maps.into_iter().zip(parts) {
                 self.queue(bias.iter());
-                linears.push(self.linear_of(matrix, bias)?);
+                linears.push(self.linear_of(matrix, bias, vec![part])?);
             }
             return Ok(Stacked { whole: None, parts: linears });
         };
         let views = self.views(&parts, &matrix, bias.as_ref())?;
-        Ok(Stacked { whole: Some(self.linear_of(matrix, bias)?), parts: views })
+        let stacked = self.linear_of(matrix, bias, one_after_the_other(parts))?;
+        Ok(Stacked { whole: Some(stacked), parts: views })
     }
 
     /// The maps one under the other; None when they differ in kind, or when it does not pay.
-    fn stack(&self, maps: &[Stored]) -> Result<Option<Stored>, LoadError> {
+    fn stack(&self, maps: &[Stored]) -> Result<Option<(Matrix, Option<Array>)>, LoadError> {
         let device = self.device;
         let join = |arrays: &[&Array]| device.concatenate(arrays.iter().copied(), 0);
         let biases: Vec<&Array> = maps.iter().filter_map(|map| map.bias.as_ref()).collect();
@@ -214,7 +281,7 @@ impl Source<'_> {
             Matrix::Dense(matrix) => self.queue([matrix].into_iter().chain(&bias)),
             Matrix::Quantized(matrix) => self.queue(arrays(matrix).chain(&bias)),
         }
-        Ok(Some(Stored { matrix, bias }))
+        Ok(Some((matrix, bias)))
     }
 
     /// Maps with these numbers of outputs that are stored as one matrix.
@@ -232,26 +299,35 @@ impl Source<'_> {
                 true
             }
         };
-        let parts: Vec<_> = outputs.iter().map(|outputs| (path.to_owned(), *outputs)).collect();
+        let mut first = 0;
+        let part = |count: &i32| {
+            let rows = first..first + count;
+            first += count;
+            let rows = Some(rows.map(i32::unsigned_abs).collect());
+            Part { path: path.to_owned(), start: 0, count: *count, rows }
+        };
+        let parts: Vec<Part> = outputs.iter().map(part).collect();
         let views = self.views(&parts, &matrix, bias.as_ref())?;
-        let whole = if pays { Some(self.linear_of(matrix, bias)?) } else { None };
-        Ok(Stacked { whole, parts: views })
+        let all = vec![whole(path, matrix.outputs())];
+        let stacked = if pays { Some(self.linear_of(matrix, bias, all)?) } else { None };
+        Ok(Stacked { whole: stacked, parts: views })
     }
 
     /// The maps whose rows lie one under the other in `matrix`.
     pub(super) fn views(
         &self,
-        parts: &[(String, i32)],
+        parts: &[Part],
         matrix: &Matrix,
         bias: Option<&Array>,
     ) -> Result<Vec<Linear>, LoadError> {
         let mut views = Vec::new();
         let mut start = 0;
-        for (_, outputs) in parts {
-            let (matrix, bias) = self.rows(matrix, bias, start, start + outputs)?;
+        for part in parts {
+            let (matrix, bias) = self.rows(matrix, bias, start, start + part.count)?;
             self.queue(bias.iter());
-            views.push(self.linear_of(matrix, bias)?);
-            start += outputs;
+            let part = Part { path: part.path.clone(), rows: part.rows.clone(), ..*part };
+            start += part.count;
+            views.push(self.linear_of(matrix, bias, vec![part])?);
         }
         Ok(views)
     }

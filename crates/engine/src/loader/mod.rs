@@ -17,6 +17,7 @@ mod widening;
 
 pub use weights::WeightReader;
 
+use crate::adapters::{Registry, Slot, Target};
 use crate::decoder::{Decoder, Head, Positions};
 use crate::widening::Widened;
 use mlxnode_checkpoint::layout::{EMBEDDING, FINAL_NORM, HEAD, POSITIONS};
@@ -92,7 +93,7 @@ pub(crate) fn load(
     checkpoint: &Checkpoint,
     layers: LayerRange,
     progress: &mut dyn FnMut(u64, u64),
-) -> Result<Decoder, LoadError> {
+) -> Result<(Decoder, Registry), LoadError> {
     let spec = checkpoint.spec();
     for cut in [layers.start, layers.end] {
         if cut < spec.layer_count() && !spec.can_split_before(cut) {
@@ -126,7 +127,12 @@ pub(crate) fn load(
             let norm = source.norm(FINAL_NORM, spec)?;
             source.queue(norm.arrays());
             let linear = match &embedding {
-                Some(embedding) if spec.tied_embeddings => embedding.as_linear(device)?,
+                Some(embedding) if spec.tied_embeddings => {
+                    let changes = Slot::new(source.active());
+                    let target = Target::TiedHead { slot: changes.clone(), path: EMBEDDING.to_owned() };
+                    source.registry.borrow_mut().push(target);
+                    embedding.as_linear(device, changes)?
+                }
                 _ => source.linear(HEAD)?,
             };
             let exit = source.exit(spec)?;
@@ -137,7 +143,7 @@ pub(crate) fn load(
     source.advance()?;
     device.clear_cache()?;
     progress(total, total);
-    Ok(Decoder {
+    let decoder = Decoder {
         embedding: embedding.filter(|_| layers.is_first()),
         embedding_scale: spec.embedding_scale,
         embedding_norm: spec.embedding_norm.then_some(spec.norm_eps),
@@ -151,7 +157,8 @@ pub(crate) fn load(
         },
         layers: modules,
         head,
-    })
+    };
+    Ok((decoder, source.registry.take()))
 }
 
 /// What modules are made from.
@@ -161,6 +168,8 @@ struct Source<'a> {
     weights: WeightReader<'a>,
     /// Element type of the hidden vectors.
     dtype: Dtype,
+    /// Where the modules lie in the maps.
+    registry: RefCell<Registry>,
     /// What is to be computed next.
     queued: RefCell<Vec<Array>>,
     /// What is being computed.
@@ -172,8 +181,8 @@ struct Source<'a> {
 impl<'a> Source<'a> {
     fn open(device: &'a Device, shard: &'a ShardTensors, dtype: Dtype) -> Result<Self, LoadError> {
         let weights = WeightReader::open(device, shard.tensors.values())?;
-        let (queued, started) = (RefCell::default(), Vec::new());
-        Ok(Self { device, shard, weights, dtype, queued, started, loaded: 0 })
+        let (registry, queued, started) = (RefCell::default(), RefCell::default(), Vec::new());
+        Ok(Self { device, shard, weights, dtype, registry, queued, started, loaded: 0 })
     }
 
     /// A tensor that is there by the checkpoint's checks; it is read and computed when it is evaluated.

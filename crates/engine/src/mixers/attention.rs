@@ -106,6 +106,18 @@ impl Attention {
         }
     }
 
+    /// Does it work on sequences side by side?
+    pub(crate) fn joins(&self) -> bool {
+        self.goes_by_row() && self.core.chunk.is_none()
+    }
+
+    /// Can tokens at different positions be arranged at once? Not where a factor or the frequencies depend on the position.
+    fn goes_by_row(&self) -> bool {
+        self.temperature.is_none()
+            && self.growth.is_none()
+            && self.rope.as_ref().is_none_or(RotaryEmbedding::goes_by_row)
+    }
+
     /// `[1, tokens, hidden]` to the same; this is layer `layer` of the range.
     pub(crate) fn forward(
         &self,
@@ -115,7 +127,7 @@ impl Attention {
         batch: &mut Batch<'_>,
     ) -> Result<Array> {
         let (mixed, gate) = match batch.rows.as_mut_slice() {
-            [row] => {
+            [row] if row.cache.lanes() == 1 => {
                 let offset = row.cache.tokens();
                 let whole = self.projections.whole.as_ref().filter(|_| !self.projects_for_others);
                 let (parts, gate) = match whole {
@@ -145,8 +157,8 @@ impl Attention {
         self.output.forward(device, &apply(device, self.result_norm.as_ref(), mixed)?)
     }
 
-    /// Several rows, those with one token first and these at `positions`: what their tokens see, `[1, tokens, heads * head_dim]`,
-    /// and the gate on it.
+    /// Several sequences, those with one token first and these at `positions`: what their tokens see,
+    /// `[1, tokens, heads * head_dim]`, and the gate on it.
     fn forward_rows(
         &self,
         device: &Device,
@@ -156,12 +168,10 @@ impl Attention {
         positions: Option<&Array>,
         handed: &mut Vec<Array>,
     ) -> Result<(Array, Option<Array>)> {
-        let goes_by_row =
-            self.temperature.is_none() && self.rope.as_ref().is_none_or(RotaryEmbedding::goes_by_row);
-        let positions = positions.filter(|_| goes_by_row);
-        let singles = positions.map_or(0, |positions| positions.dim(0) as usize);
-        let (singles, others) = rows.split_at_mut(singles.min(rows.len()));
-        let count = singles.len() as i32;
+        let positions = positions.filter(|_| self.goes_by_row());
+        let count = positions.map_or(0, |positions| positions.dim(0));
+        let singles = rows.iter().take_while(|row| count > 0 && row.tokens == 1).count();
+        let (singles, others) = rows.split_at_mut(singles);
         let (projected, gate) = match &self.projections.whole {
             Some(whole) if others.is_empty() && !self.projects_for_others => {
                 self.project_whole(device, whole, x)?
@@ -180,7 +190,7 @@ impl Attention {
         }
         let mut start = count;
         for row in others {
-            let stop = start + row.tokens;
+            let stop = start + row.span();
             let parts = projected.iter().map(|part| cut(part, start, stop)).collect::<Result<Vec<_>>>()?;
             let parts = self.arranged(device, parts, row.cache.tokens())?;
             mixed.push(self.mix(device, parts, layer, row.cache)?);
@@ -192,27 +202,35 @@ impl Attention {
         }
     }
 
-    /// The parts `[rows, heads, 1, head_dim]` of rows with one token to what these see, `[1, rows, heads * head_dim]`.
+    /// The parts `[sequences, heads, 1, head_dim]` of rows with one token each to what these see, `[1, sequences, heads * head_dim]`.
     fn mix_by_row(&self, device: &Device, parts: Parts, layer: usize, rows: &mut [Row<'_>]) -> Result<Array> {
-        let row_of = |array: &Array, row: i32| {
-            device.slice(array, &[row, 0, 0, 0], &[row + 1, array.dim(1), 1, array.dim(3)])
-        };
-        let count = rows.len() as i32;
+        let count = parts.queries.dim(0);
         let mut mixed = Vec::with_capacity(rows.len());
-        for (number, row) in (0..).zip(rows) {
-            let queries = row_of(&parts.queries, number)?;
+        let mut start = 0;
+        for row in rows {
+            let stop = start + row.span();
+            let of_row = |array: &Array| match (start, stop) == (0, count) {
+                true => Ok(array.clone()),
+                false => device.slice_axis(array, 0, start, stop, 1),
+            };
+            let queries = of_row(&parts.queries)?;
             let caches = &mut row.cache.layers;
             mixed.push(match (&parts.keys_values, self.source) {
                 (Some((keys, values)), _) => {
-                    let (keys, values) = (row_of(keys, number)?, row_of(values, number)?);
+                    let (keys, values) = (of_row(keys)?, of_row(values)?);
                     self.core.forward(device, &queries, &keys, &values, &mut caches[layer].kv)?
                 }
                 (None, Source::Layer(owner)) => self.core.again(device, &queries, &caches[owner].kv)?,
                 (None, _) => return Err(wrong_projections()),
             });
+            start = stop;
         }
-        // With one token [row, heads, 1, width] is [row, heads * width].
-        device.reshape(&device.concatenate(&mixed, 0)?, &[1, count, self.heads * self.head_dim])
+        let mixed = match mixed.as_slice() {
+            [only] => only.clone(),
+            _ => device.concatenate(&mixed, 0)?,
+        };
+        // With one token [sequence, heads, 1, width] is [sequence, heads * width].
+        device.reshape(&mixed, &[1, count, self.heads * self.head_dim])
     }
 
     /// Projections `[1, rows, heads * head_dim]` of one token each to `[rows, heads, 1, head_dim]`, normed and rotated.

@@ -5,7 +5,8 @@ use crate::caches::LayerCache;
 use mlxnode_mlx::{Array, Device, Result};
 
 /// Cuts arrays `[1, tokens of all rows, ..]` by rows, lets `mix` work on each row's parts and what layer `layer` remembers of it,
-/// and puts the results `[1, tokens, ..]` together again. A single row is neither cut nor put together.
+/// and puts the results `[1, tokens, ..]` together again. A single row is neither cut nor put together. Of sequences side by side a row
+/// has `[lanes, 1, ..]`.
 pub(super) fn by_row<const N: usize>(
     device: &Device,
     arrays: [Array; N],
@@ -13,21 +14,42 @@ pub(super) fn by_row<const N: usize>(
     batch: &mut Batch<'_>,
     mut mix: impl FnMut([Array; N], &mut LayerCache) -> Result<Array>,
 ) -> Result<Array> {
-    if let [row] = batch.rows.as_mut_slice() {
+    if let [row] = batch.rows.as_mut_slice()
+        && row.cache.lanes() == 1
+    {
         return mix(arrays, &mut row.cache.layers[layer]);
     }
+    let is_only = batch.rows.len() == 1;
     let mut mixed = Vec::with_capacity(batch.rows.len());
     let mut start = 0;
     for row in &mut batch.rows {
-        let stop = start + row.tokens;
+        let (stop, lanes) = (start + row.span(), row.cache.lanes() as i32);
         let mut parts = arrays.clone();
         for part in &mut parts {
-            *part = tokens(device, part, start, stop)?;
+            if !is_only {
+                *part = tokens(device, part, start, stop)?;
+            }
+            if lanes > 1 {
+                *part = turned(device, part)?;
+            }
         }
-        mixed.push(mix(parts, &mut row.cache.layers[layer])?);
+        let seen = mix(parts, &mut row.cache.layers[layer])?;
+        mixed.push(if lanes > 1 { turned(device, &seen)? } else { seen });
         start = stop;
     }
-    device.concatenate(&mixed, 1)
+    match mixed.as_slice() {
+        [only] => Ok(only.clone()),
+        _ => device.concatenate(&mixed, 1),
+    }
+}
+
+/// `[1, lanes, ..]` as `[lanes, 1, ..]`, and back.
+fn turned(device: &Device, array: &Array) -> Result<Array> {
+    let mut shape = array.shape().to_vec();
+    if let [first, second, ..] = shape.as_mut_slice() {
+        std::mem::swap(first, second);
+    }
+    device.reshape(array, &shape)
 }
 
 /// The entries `start..stop` along the second axis.

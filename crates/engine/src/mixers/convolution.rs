@@ -45,7 +45,7 @@ impl CausalConvolution {
         let (count, kept) = (x.dim(1), self.weight.dim(1) - 1);
         let whole = match before {
             Some(before) => device.concatenate([before, x], 1)?,
-            None => device.concatenate([&device.zeros(&[1, kept, x.dim(2)], x.dtype())?, x], 1)?,
+            None => device.concatenate([&device.zeros(&[x.dim(0), kept, x.dim(2)], x.dtype())?, x], 1)?,
         };
         let last = tokens(device, &whole, count, count + kept)?;
         // A view of a prompt would keep all of it in memory.

@@ -16,7 +16,7 @@ pub(crate) struct DeltaRule {
     kernel: Option<MetalKernel>,
 }
 
-/// What a row's tokens bring.
+/// What a row's tokens bring; with several lanes in place of the first 1 one token of each.
 pub(crate) struct Inputs {
     /// `[1, tokens, key_heads, key_dim]`.
     pub(crate) queries: Array,
@@ -50,7 +50,7 @@ impl DeltaRule {
         let (tokens, key_dim) = (inputs.keys.dim(1), inputs.keys.dim(3));
         let memory = match memory {
             Some(memory) => memory.clone(),
-            None => device.zeros(&[1, heads, value_dim, key_dim], Dtype::F32)?,
+            None => device.zeros(&[inputs.values.dim(0), heads, value_dim, key_dim], Dtype::F32)?,
         };
         match &self.kernel {
             Some(kernel) if key_dim % LANES == 0 => on_metal(device, kernel, inputs, &memory),
@@ -64,27 +64,27 @@ impl DeltaRule {
 fn step(device: &Device, inputs: &Inputs, memory: &Array) -> Result<(Array, Array)> {
     let Inputs { queries, keys, values, log_decay, strength } = inputs;
     let (key_heads, key_dim) = (keys.dim(2), keys.dim(3));
-    let (heads, value_dim) = (values.dim(2), values.dim(3));
+    let (lanes, heads, value_dim) = (values.dim(0), values.dim(2), values.dim(3));
     let shared = heads / key_heads; // value heads of a key head
-    let decay = device.reshape(&device.exp(log_decay)?, &[1, heads, 1, -1])?;
+    let decay = device.reshape(&device.exp(log_decay)?, &[lanes, heads, 1, -1])?;
     let faded = device.multiply(memory, &decay)?;
     // The memories of one key head lie one under the other: one product for all of them.
-    let rows = [1, key_heads, shared * value_dim, key_dim];
+    let rows = [lanes, key_heads, shared * value_dim, key_dim];
     let faded = device.reshape(&faded, &rows)?;
-    let row = [1, key_heads, 1, key_dim];
+    let row = [lanes, key_heads, 1, key_dim];
     let keys = device.cast(&device.reshape(keys, &row)?, Dtype::F32)?;
     let queries32 = device.cast(queries, Dtype::F32)?;
-    let column = [1, key_heads, key_dim, 1];
+    let column = [lanes, key_heads, key_dim, 1];
     let known = device.matmul(&faded, &device.reshape(&keys, &column)?)?;
-    let known = device.reshape(&known, &[1, heads, value_dim])?;
-    let values = device.reshape(values, &[1, heads, value_dim])?;
-    let strength = device.reshape(strength, &[1, heads, 1])?;
+    let known = device.reshape(&known, &[lanes, heads, value_dim])?;
+    let values = device.reshape(values, &[lanes, heads, value_dim])?;
+    let strength = device.reshape(strength, &[lanes, heads, 1])?;
     let correction = device.multiply(&device.subtract(&values, &known)?, &strength)?;
-    let correction = device.reshape(&correction, &[1, key_heads, shared * value_dim, 1])?;
+    let correction = device.reshape(&correction, &[lanes, key_heads, shared * value_dim, 1])?;
     let memory = device.add(&faded, &device.multiply(&correction, &keys)?)?;
     let read = device.matmul(&memory, &device.reshape(&queries32, &column)?)?;
-    let read = device.cast(&device.reshape(&read, &[1, 1, heads, value_dim])?, queries.dtype())?;
-    Ok((read, device.reshape(&memory, &[1, heads, value_dim, key_dim])?))
+    let read = device.cast(&device.reshape(&read, &[lanes, 1, heads, value_dim])?, queries.dtype())?;
+    Ok((read, device.reshape(&memory, &[lanes, heads, value_dim, key_dim])?))
 }
 
 /// Threads of a SIMD group, which share the channels of a key.
@@ -97,18 +97,21 @@ const KERNEL: &str = r"
     constexpr uint WIDTH = KEY_DIM / 32;
     const uint lane = thread_position_in_threadgroup.x;
     const uint row = thread_position_in_grid.y;
-    const uint head = thread_position_in_grid.z;
+    const uint each = thread_position_in_grid.z; // head by head, sequence by sequence
+    const uint sequence = each / HEADS;
+    const uint head = each % HEADS;
     const uint key_head = head / (HEADS / KEY_HEADS);
     const uint first = lane * WIDTH;
-    const uint place = (head * VALUE_DIM + row) * KEY_DIM + first;
+    const uint place = (each * VALUE_DIM + row) * KEY_DIM + first;
 
     float memory[WIDTH];
     for (uint i = 0; i < WIDTH; ++i) {
         memory[i] = before[place + i];
     }
     for (int token = 0; token < tokens; ++token) {
-        const uint of_head = token * HEADS + head;
-        const uint of_key = (token * KEY_HEADS + key_head) * KEY_DIM + first;
+        const uint number = sequence * tokens + token;
+        const uint of_head = number * HEADS + head;
+        const uint of_key = (number * KEY_HEADS + key_head) * KEY_DIM + first;
         float known = 0.0f;
         for (uint i = 0; i < WIDTH; ++i) {
             memory[i] *= BY_CHANNEL ? decay[of_head * KEY_DIM + first + i] : decay[of_head];
@@ -153,7 +156,7 @@ fn on_metal(
             (c"HEADS", Constant::Int(heads)),
             (c"BY_CHANNEL", Constant::Int(by_channel)),
         ],
-        grid: [LANES, value_dim, heads],
+        grid: [LANES, value_dim, values.dim(0) * heads],
         group: [LANES, 4, 1],
         outputs: &[(values.shape(), queries.dtype()), (memory.shape(), Dtype::F32)],
     };

@@ -137,26 +137,28 @@ impl GatedDeltaNet {
         device.multiply(&self.decay.rate, &softplus)
     }
 
-    /// One row's tokens into its memories; what they read, `[1, tokens, value_heads, value_dim]`.
+    /// One row's tokens into its memories; what they read, `[1, tokens, value_heads, value_dim]`. Of sequences side by side a token
+    /// of each, `[lanes, 1, ..]`.
     fn remember(
         &self,
         device: &Device,
         [mixed, decay, strength]: [Array; 3],
         cache: &mut LayerCache,
     ) -> Result<Array> {
-        let (count, states) = (mixed.dim(1), &mut cache.states);
+        let (lanes, count, states) = (mixed.dim(0), mixed.dim(1), &mut cache.states);
         let (before, memory) = (states.arrays().first(), states.arrays().get(1));
         let (convolved, last) = self.convolution.forward(device, &mixed, before)?;
         let convolved = activate(device, Activation::Silu, &convolved)?;
         let (heads, width) = (self.key_heads, self.key_dim);
         let keys = 2 * heads * width;
         let both = channels(device, &convolved, 0, keys)?;
-        let both = device.reshape(&both, &[1, count, 2 * heads, width])?;
+        let both = device.reshape(&both, &[lanes, count, 2 * heads, width])?;
         let eps = (NORM_EPS / f64::from(width)) as f32; // the norm adds it to the mean of squares
         let both = device.multiply(&device.rms_normalize(&both, eps)?, &self.scales)?;
-        let of_heads = |from: i32| device.slice(&both, &[0, 0, from, 0], &[1, count, from + heads, width]);
+        let of_heads =
+            |from: i32| device.slice(&both, &[0, 0, from, 0], &[lanes, count, from + heads, width]);
         let values = channels(device, &convolved, keys, convolved.dim(2))?;
-        let values = device.reshape(&values, &[1, count, self.value_heads, self.value_dim])?;
+        let values = device.reshape(&values, &[lanes, count, self.value_heads, self.value_dim])?;
         let inputs = super::delta_rule::Inputs {
             queries: of_heads(0)?,
             keys: of_heads(heads)?,

@@ -89,10 +89,18 @@ struct Projected {
     expanded: Option<Array>,
 }
 
-/// One sequence's queries, `[1, heads, tokens, ..]`.
+/// One sequence's queries, `[1, heads, tokens, ..]`, or a token's of each of several, `[lanes, heads, 1, ..]`.
 struct Queries {
     still: Array,
     rotated: Array,
+}
+
+/// Where tokens are.
+enum Place {
+    /// One after the other from this position on.
+    From(i32),
+    /// One token of each lane, at its own of the positions `[lanes]`.
+    Each(Array),
 }
 
 impl LatentAttention {
@@ -106,16 +114,27 @@ impl LatentAttention {
     ) -> Result<Array> {
         let projected = self.project(device, x)?;
         let mixed = match batch.rows.as_mut_slice() {
-            [row] => {
-                let offset = row.cache.tokens();
-                self.mix(device, x, &projected, offset, &mut row.cache.layers[layer])?
+            [row] if row.cache.lanes() == 1 => {
+                let place = Place::From(row.cache.tokens());
+                self.mix(device, x, &projected, place, &mut row.cache.layers[layer])?
             }
             rows => {
+                let total = x.dim(1);
                 let mut mixed = Vec::with_capacity(rows.len());
                 let mut start = 0;
                 for row in rows {
-                    let stop = start + row.tokens;
-                    let cut = |array: &Array| device.slice(array, &[0, start, 0], &[1, stop, array.dim(2)]);
+                    let stop = start + row.span();
+                    let (lanes, tokens) = (row.cache.lanes() as i32, row.tokens);
+                    let cut = |array: &Array| {
+                        let own = match (start, stop) == (0, total) {
+                            true => array.clone(),
+                            false => device.slice(array, &[0, start, 0], &[1, stop, array.dim(2)])?,
+                        };
+                        match lanes {
+                            1 => Ok(own),
+                            _ => device.reshape(&own, &[lanes, tokens, own.dim(2)]),
+                        }
+                    };
                     let part = Projected {
                         queries: cut(&projected.queries)?,
                         latents: cut(&projected.latents)?,
@@ -123,11 +142,26 @@ impl LatentAttention {
                         narrow: projected.narrow.as_ref().map(cut).transpose()?,
                         expanded: projected.expanded.as_ref().map(cut).transpose()?,
                     };
-                    let offset = row.cache.tokens();
-                    mixed.push(self.mix(device, &cut(x)?, &part, offset, &mut row.cache.layers[layer])?);
+                    let place = match (lanes, &batch.positions) {
+                        (2.., Some(positions)) if stop - start == positions.dim(0) => {
+                            Place::Each(positions.clone())
+                        }
+                        (2.., Some(positions)) => {
+                            Place::Each(device.slice_axis(positions, 0, start, stop, 1)?)
+                        }
+                        _ => Place::From(row.cache.tokens()),
+                    };
+                    let seen = self.mix(device, &cut(x)?, &part, place, &mut row.cache.layers[layer])?;
+                    mixed.push(match lanes {
+                        1 => seen,
+                        _ => device.reshape(&seen, &[1, lanes * tokens, seen.dim(2)])?,
+                    });
                     start = stop;
                 }
-                device.concatenate(&mixed, 1)?
+                match mixed.as_slice() {
+                    [only] => only.clone(),
+                    _ => device.concatenate(&mixed, 1)?,
+                }
             }
         };
         self.output.forward(device, &mixed)
@@ -165,44 +199,54 @@ impl LatentAttention {
         Ok(Projected { queries, latents, keys, narrow, expanded })
     }
 
-    /// Rotated, in a family in which positions enter so. `x` begins at position `offset`.
-    fn rotated(&self, device: &Device, x: Array, offset: i32) -> Result<Array> {
-        match &self.rope {
-            Some(rope) => rope.apply(device, &x, offset),
-            None => Ok(x),
+    /// Rotated, in a family in which positions enter so.
+    fn rotated(&self, device: &Device, x: Array, place: &Place) -> Result<Array> {
+        match (&self.rope, place) {
+            (Some(rope), Place::From(offset)) => rope.apply(device, &x, *offset),
+            (Some(rope), Place::Each(positions)) => rope.apply_by_row(device, &x, positions),
+            (None, _) => Ok(x),
         }
     }
 
-    /// What one sequence's tokens see, `[1, tokens, heads * value_dims]`. `x` is their input.
+    /// Does it work on sequences side by side? Not where the queries' factor depends on the position, nor with an indexer, which
+    /// chooses keys for one sequence.
+    pub(super) fn joins(&self) -> bool {
+        self.growth.is_none()
+            && self.indexer.is_none()
+            && self.rope.as_ref().is_none_or(RotaryEmbedding::goes_by_row)
+    }
+
+    /// What one sequence's tokens see, `[1, tokens, heads * value_dims]`; or one token of each of several, `[lanes, 1, ..]`. `x` is
+    /// their input.
     fn mix(
         &self,
         device: &Device,
         x: &Array,
         projected: &Projected,
-        offset: i32,
+        place: Place,
         cache: &mut LayerCache,
     ) -> Result<Array> {
-        let tokens = x.dim(1);
-        let queries = self.queries(device, &projected.queries, offset)?;
-        // One head: the same elements in the same order as [1, tokens, 1, dims] turned.
-        let keys = device.reshape(&projected.keys, &[1, 1, tokens, self.rotated_dims])?;
-        let keys = self.rotated(device, keys, offset)?;
+        let (lanes, tokens) = (x.dim(0), x.dim(1));
+        let queries = self.queries(device, &projected.queries, &place)?;
+        // One head: the same elements in the same order as [lanes, tokens, 1, dims] turned.
+        let keys = device.reshape(&projected.keys, &[lanes, 1, tokens, self.rotated_dims])?;
+        let keys = self.rotated(device, keys, &place)?;
         let mixed = match (&self.expansion, &projected.expanded) {
             (Expansion::Expanded { core, .. }, Some(expanded)) => {
                 let expanded = self.by_heads(device, expanded, self.still_dims + self.value_dims)?;
                 let cut = |from, to| part(device, &expanded, from, to);
-                let keys = device.broadcast(&keys, &[1, self.heads, tokens, self.rotated_dims])?;
+                let keys = device.broadcast(&keys, &[lanes, self.heads, tokens, self.rotated_dims])?;
                 let keys = device.concatenate([&cut(0, self.still_dims)?, &keys], 3)?;
                 let queries = device.concatenate([&queries.still, &queries.rotated], 3)?;
                 let values = cut(self.still_dims, self.still_dims + self.value_dims)?;
                 core.forward(device, &queries, &keys, &values, &mut cache.kv)?
             }
             (Expansion::Absorbed(absorbed), _) => {
-                let latents = device.reshape(&projected.latents, &[1, 1, tokens, self.latent])?;
+                let latents = device.reshape(&projected.latents, &[lanes, 1, tokens, self.latent])?;
                 let held = cache.kv.extend(device, &latents, &keys, None)?;
-                let selection = match (&self.indexer, &projected.narrow) {
-                    (Some(indexer), Some(narrow)) => {
-                        indexer.select(device, x, narrow, offset, &mut cache.indexer)?
+                let selection = match (&self.indexer, &projected.narrow, &place) {
+                    (Some(indexer), Some(narrow), Place::From(offset)) => {
+                        indexer.select(device, x, narrow, *offset, &mut cache.indexer)?
                     }
                     _ => Selection::All,
                 };
@@ -215,7 +259,7 @@ impl LatentAttention {
         };
         let width = self.heads * self.value_dims;
         if tokens == 1 {
-            return device.reshape(&mixed, &[1, 1, width]);
+            return device.reshape(&mixed, &[lanes, 1, width]);
         }
         device.reshape(&device.transpose(&mixed, &[0, 2, 1, 3])?, &[1, tokens, width])
     }
@@ -238,6 +282,13 @@ impl LatentAttention {
             Selection::All | Selection::Visible(_) => (latents, keys),
         };
         let scores = self.rotated_scores(device, &queries.rotated, &keys)?;
+        let scores = match &held.taken {
+            Some(taken) => {
+                let never = Array::scalar(scores.dtype().lowest(), scores.dtype())?;
+                device.select(taken, &scores, &never)?
+            }
+            None => scores,
+        };
         let query = absorbed.embed_query.forward(device, &queries.still)?;
         let seen = device.attention(&query, &latents, &latents, self.scale, Mask::Array(&scores))?;
         absorbed.unembed.forward(device, &seen)
@@ -284,7 +335,7 @@ impl LatentAttention {
     }
 
     /// Queries `[1, tokens, heads * dims]`, cut and rotated.
-    fn queries(&self, device: &Device, queries: &Array, offset: i32) -> Result<Queries> {
+    fn queries(&self, device: &Device, queries: &Array, place: &Place) -> Result<Queries> {
         let dims = self.still_dims + self.rotated_dims;
         let queries = self.by_heads(device, queries, dims)?;
         let queries = match self.query_factor {
@@ -292,12 +343,13 @@ impl LatentAttention {
             None => queries,
         };
         let still = part(device, &queries, 0, self.still_dims)?;
-        let rotated = self.rotated(device, part(device, &queries, self.still_dims, dims)?, offset)?;
-        let last = f64::from(offset + queries.dim(2) - 1);
-        match self.growth {
+        let rotated = self.rotated(device, part(device, &queries, self.still_dims, dims)?, place)?;
+        match (self.growth, place) {
             // Up to there the factor is one.
-            Some(growth) if last >= growth.original_max_positions => {
-                let factors = growing(device, growth, queries.dim(2), offset, queries.dtype())?;
+            (Some(growth), Place::From(offset))
+                if f64::from(offset + queries.dim(2) - 1) >= growth.original_max_positions =>
+            {
+                let factors = growing(device, growth, queries.dim(2), *offset, queries.dtype())?;
                 let (still, rotated) =
                     (device.multiply(&still, &factors)?, device.multiply(&rotated, &factors)?);
                 Ok(Queries { still, rotated })
@@ -306,19 +358,19 @@ impl LatentAttention {
         }
     }
 
-    /// `[1, tokens, heads * dims]` to `[1, heads, tokens, dims]`.
+    /// `[lanes, tokens, heads * dims]` to `[lanes, heads, tokens, dims]`; only one lane has several tokens.
     fn by_heads(&self, device: &Device, x: &Array, dims: i32) -> Result<Array> {
         let tokens = x.dim(1);
         if tokens == 1 {
-            return device.reshape(x, &[1, self.heads, 1, dims]);
+            return device.reshape(x, &[x.dim(0), self.heads, 1, dims]);
         }
         device.transpose(&device.reshape(x, &[1, tokens, self.heads, dims])?, &[0, 2, 1, 3])
     }
 }
 
-/// Dimensions `from..to` of `[1, heads, tokens, dims]`.
+/// Dimensions `from..to` of `[lanes, heads, tokens, dims]`.
 fn part(device: &Device, x: &Array, from: i32, to: i32) -> Result<Array> {
-    device.slice(x, &[0, 0, 0, from], &[1, x.dim(1), x.dim(2), to])
+    device.slice(x, &[0, 0, 0, from], &[x.dim(0), x.dim(1), x.dim(2), to])
 }
 
 /// The factors on the queries of `tokens` positions from `offset` on, `[tokens, 1]`.
@@ -363,7 +415,11 @@ mod tests {
     }
 
     fn linear(device: &Device, inputs: i32, outputs: i32, seed: f32) -> Linear {
-        Linear { weight: Weight::dense(device, &numbers(&[outputs, inputs], seed)).unwrap(), bias: None }
+        Linear {
+            weight: Weight::dense(device, &numbers(&[outputs, inputs], seed)).unwrap(),
+            bias: None,
+            changes: crate::adapters::Slot::new(std::rc::Rc::default()),
+        }
     }
 
     fn of_heads(device: &Device, inputs: i32, outputs: i32, seed: f32) -> OfHeads {

@@ -48,20 +48,21 @@ impl Mamba2 {
         self.output.forward(device, &self.gated(device, &gate, mixed)?)
     }
 
-    /// One row's tokens into its states; what they read, `[1, tokens, heads * head_dim]`.
+    /// One row's tokens into its states; what they read, `[1, tokens, heads * head_dim]`. Of sequences side by side a token of each,
+    /// `[lanes, 1, ..]`.
     fn remember(
         &self,
         device: &Device,
         [inputs, steps]: [Array; 2],
         cache: &mut LayerCache,
     ) -> Result<Array> {
-        let (count, states) = (inputs.dim(1), &mut cache.states);
+        let (lanes, count, states) = (inputs.dim(0), inputs.dim(1), &mut cache.states);
         let (before, state) = (states.arrays().first(), states.arrays().get(1));
         let (convolved, last) = self.convolution.forward(device, &inputs, before)?;
         let convolved = activate(device, Activation::Silu, &convolved)?;
         let (width, shared) = (self.heads * self.head_dim, self.groups * self.state);
         let part = |from: i32, to: i32, heads: i32, size: i32| {
-            device.reshape(&channels(device, &convolved, from, to)?, &[1, count, heads, size])
+            device.reshape(&channels(device, &convolved, from, to)?, &[lanes, count, heads, size])
         };
         let x = part(0, width, self.heads, self.head_dim)?;
         let b = part(width, width + shared, self.groups, self.state)?;
@@ -69,7 +70,7 @@ impl Mamba2 {
         let inputs = super::state_space::Inputs { x, b, c, steps };
         let (read, state) = self.core.forward(device, &inputs, state)?;
         states.replace(vec![last, state], count);
-        device.reshape(&read, &[1, count, width])
+        device.reshape(&read, &[lanes, count, width])
     }
 
     fn gated(&self, device: &Device, gate: &Array, mixed: Array) -> Result<Array> {

@@ -78,6 +78,18 @@ impl Mixer {
         }
     }
 
+    /// Does it work on sequences side by side?
+    pub(crate) fn joins(&self) -> bool {
+        match self {
+            Self::Attention(attention) => attention.joins(),
+            Self::Latent(latent) => latent.joins(),
+            Self::Shortcut(shortcut) => shortcut.halves.iter().all(|half| half.attention.joins()),
+            Self::Mamba2AndAttention(both) => both.1.joins(),
+            Self::GatedDelta(_) | Self::Mamba2(_) | Self::ShortConvolution(_) => true,
+            Self::Linear(_) | Self::Absent => true,
+        }
+    }
+
     /// `[1, tokens of all rows, hidden]` to the same; this is layer `layer` of the range. One result for each branch, in the order in
     /// which they are added to the hidden vectors: none when the mixer is absent.
     #[inline]

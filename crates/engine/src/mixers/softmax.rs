@@ -39,7 +39,8 @@ impl SoftmaxAttention {
     }
 
     /// Queries `[1, heads, tokens, head_dim]` of the tokens after those in the cache, whose keys and values
-    /// `[1, kv_heads, tokens, width]` it takes up, to what they see, `[1, heads, tokens, width of the values]`.
+    /// `[1, kv_heads, tokens, width]` it takes up, to what they see, `[1, heads, tokens, width of the values]`. With sequences side by
+    /// side a token of each, `[lanes, .., 1, ..]`.
     pub(crate) fn forward(
         &self,
         device: &Device,
@@ -92,10 +93,11 @@ impl SoftmaxAttention {
         self.mix(device, queries, &keys, &values, mask)
     }
 
-    /// What each of several queries sees, where that is not simply everything up to itself; one query sees all that is left.
+    /// What each of several queries sees, where that is not simply everything up to itself; one query sees all that is left, and
+    /// of sequences side by side all but the padding.
     fn mask(&self, device: &Device, tokens: i32, seen: &Seen) -> Result<Option<Array>> {
         if tokens == 1 {
-            return Ok(None);
+            return Ok(seen.taken.clone());
         }
         let limit = seen.limit.map(|limit| limit.saturating_add(self.wider));
         let limit = limit.filter(|limit| seen.tokens() > *limit);
@@ -183,20 +185,24 @@ impl SoftmaxAttention {
         cap: f32,
     ) -> Result<Array> {
         let number = |value: f32| Array::scalar(value, queries.dtype());
-        let (heads, tokens, width) = (queries.dim(1), queries.dim(2), queries.dim(3));
+        let (lanes, heads, tokens, width) = (queries.dim(0), queries.dim(1), queries.dim(2), queries.dim(3));
         let (groups, total) = (keys.dim(1), keys.dim(2));
         let queries = device.multiply(queries, &number(self.scale)?)?;
-        let queries = device.reshape(&queries, &[1, groups, heads / groups, tokens, width])?;
-        let grouped = |array: &Array| device.reshape(array, &[1, groups, 1, total, array.dim(3)]);
+        let queries = device.reshape(&queries, &[lanes, groups, heads / groups, tokens, width])?;
+        let grouped = |array: &Array| device.reshape(array, &[lanes, groups, 1, total, array.dim(3)]);
         let keys = device.transpose(&grouped(keys)?, &[0, 1, 2, 4, 3])?;
         let scores = device.divide(&device.matmul(&queries, &keys)?, &number(cap)?)?;
         let scores = device.multiply(&device.tanh(&scores)?, &number(cap)?)?;
         let scores = match mask {
-            Mask::Array(mask) => device.select(mask, &scores, &number(f32::NEG_INFINITY)?)?,
+            Mask::Array(mask) => {
+                // Of lanes: over groups of heads and heads of a group.
+                let mask = if mask.shape().len() == 4 { device.expand(mask, 2)? } else { mask.clone() };
+                device.select(&mask, &scores, &number(f32::NEG_INFINITY)?)?
+            }
             Mask::Full | Mask::Causal => scores,
         };
         let mixed = device.matmul(&device.softmax(&scores, -1, true)?, &grouped(values)?)?;
-        device.reshape(&mixed, &[1, heads, tokens, values.dim(3)])
+        device.reshape(&mixed, &[lanes, heads, tokens, values.dim(3)])
     }
 }
 

@@ -24,7 +24,7 @@ pub(crate) struct StateSpace {
     pub(crate) kernel: Option<MetalKernel>,
 }
 
-/// What a row's tokens bring.
+/// What a row's tokens bring; with several lanes in place of the first 1 one token of each.
 pub(crate) struct Inputs {
     /// `[1, tokens, heads, head_dim]`.
     pub(crate) x: Array,
@@ -52,7 +52,7 @@ impl StateSpace {
         state: Option<&Array>,
     ) -> Result<(Array, Array)> {
         let steps = self.steps(device, &inputs.steps)?;
-        let count = inputs.x.dim(1);
+        let (lanes, count) = (inputs.x.dim(0), inputs.x.dim(1));
         if let (1, Some(state), Some(kernel)) = (count, state, &self.kernel)
             && state.dim(3) % LANES == 0
         {
@@ -60,7 +60,7 @@ impl StateSpace {
         }
         let decay = device.multiply(&steps, &self.rate)?;
         let heads = inputs.x.dim(2);
-        let taken = device.multiply(&device.reshape(&steps, &[1, count, heads, 1])?, &inputs.x)?;
+        let taken = device.multiply(&device.reshape(&steps, &[lanes, count, heads, 1])?, &inputs.x)?;
         let (read, state) = match count {
             1 => step(device, inputs, &taken, &decay, state)?,
             _ => chunks(device, inputs, &taken, &decay, state)?,
@@ -92,7 +92,7 @@ impl StateSpace {
         steps: &Array,
         state: &Array,
     ) -> Result<(Array, Array)> {
-        let (heads, head_dim) = (state.dim(1), state.dim(2));
+        let (lanes, heads, head_dim) = (state.dim(0), state.dim(1), state.dim(2));
         let launch = Launch {
             constants: &[
                 (c"ELEMENT", Constant::Type(inputs.x.dtype())),
@@ -101,7 +101,7 @@ impl StateSpace {
                 (c"HEAD_DIM", Constant::Int(head_dim)),
                 (c"STATE", Constant::Int(state.dim(3))),
             ],
-            grid: [LANES, head_dim, heads],
+            grid: [LANES, head_dim, lanes * heads],
             group: [LANES, 8, 1],
             outputs: &[(inputs.x.shape(), inputs.x.dtype()), (state.shape(), Dtype::F32)],
         };
@@ -122,13 +122,14 @@ const KERNEL: &str = r"
     constexpr uint WIDTH = STATE / 32;
     const uint lane = thread_position_in_threadgroup.x;
     const uint channel = thread_position_in_grid.y;
-    const uint head = thread_position_in_grid.z;
-    const uint shared = (head / (HEADS / GROUPS)) * STATE + lane * WIDTH;
-    const uint place = (head * HEAD_DIM + channel) * STATE + lane * WIDTH;
+    const uint each = thread_position_in_grid.z; // head by head, sequence by sequence
+    const uint head = each % HEADS;
+    const uint shared = ((each / HEADS) * GROUPS + head / (HEADS / GROUPS)) * STATE + lane * WIDTH;
+    const uint place = (each * HEAD_DIM + channel) * STATE + lane * WIDTH;
 
-    const float value = static_cast<float>(x[head * HEAD_DIM + channel]);
-    const float left = metal::exp(rate[head] * steps[head]);
-    const float taken = value * steps[head];
+    const float value = static_cast<float>(x[each * HEAD_DIM + channel]);
+    const float left = metal::exp(rate[head] * steps[each]);
+    const float taken = value * steps[each];
     float sum = 0.0f;
     for (uint i = 0; i < WIDTH; ++i) {
         const float next = left * before[place + i] + taken * static_cast<float>(b[shared + i]);
@@ -137,7 +138,7 @@ const KERNEL: &str = r"
     }
     sum = simd_sum(sum);
     if (lane == 0) {
-        read[head * HEAD_DIM + channel] = static_cast<ELEMENT>(sum + value * static_cast<float>(skip[head]));
+        read[each * HEAD_DIM + channel] = static_cast<ELEMENT>(sum + value * static_cast<float>(skip[head]));
     }
 ";
 
@@ -149,24 +150,24 @@ fn step(
     decay: &Array,
     state: Option<&Array>,
 ) -> Result<(Array, Array)> {
-    let (heads, head_dim) = (taken.dim(2), taken.dim(3));
+    let (lanes, heads, head_dim) = (taken.dim(0), taken.dim(2), taken.dim(3));
     let (groups, size) = (inputs.b.dim(2), inputs.b.dim(3));
     let shared = heads / groups; // heads of a group
-    let b = device.reshape(&inputs.b, &[1, groups, 1, size])?;
-    let c = device.reshape(&inputs.c, &[1, groups, size, 1])?;
-    let score = device.matmul(&b, &c)?; // [1, groups, 1, 1]
-    let taken = device.reshape(taken, &[1, groups, shared * head_dim, 1])?;
+    let b = device.reshape(&inputs.b, &[lanes, groups, 1, size])?;
+    let c = device.reshape(&inputs.c, &[lanes, groups, size, 1])?;
+    let score = device.matmul(&b, &c)?; // [lanes, groups, 1, 1]
+    let taken = device.reshape(taken, &[lanes, groups, shared * head_dim, 1])?;
     let mut read = device.multiply(&score, &taken)?;
     let mut next = device.multiply(&taken, &b)?;
     if let Some(state) = state {
-        let left = device.reshape(&device.exp(decay)?, &[1, heads, 1, 1])?;
-        let rows = [1, groups, shared * head_dim, size];
+        let left = device.reshape(&device.exp(decay)?, &[lanes, heads, 1, 1])?;
+        let rows = [lanes, groups, shared * head_dim, size];
         let faded = device.reshape(&device.multiply(&left, state)?, &rows)?;
         next = device.add(&next, &faded)?;
         read = device.add(&read, &device.matmul(&faded, &c)?)?;
     }
-    let read = device.cast(&device.reshape(&read, &[1, 1, heads, head_dim])?, inputs.x.dtype())?;
-    Ok((read, device.reshape(&next, &[1, heads, head_dim, size])?))
+    let read = device.cast(&device.reshape(&read, &[lanes, 1, heads, head_dim])?, inputs.x.dtype())?;
+    Ok((read, device.reshape(&next, &[lanes, heads, head_dim, size])?))
 }
 
 /// Several tokens; arguments and results as in [`step`].

@@ -31,16 +31,22 @@ struct Expectations {
 
 /// Runs the oracle on models as `oracle.py` describes them. Panics with what to do when there is no oracle.
 pub fn ask_oracle(folder: &Path, models: &[Value]) -> Vec<ExpectedModel> {
+    let expectations: Expectations = ask("oracle.py", folder, &json!({ "models": models }));
+    expectations.models
+}
+
+/// Runs one of the oracle's scripts on a request. Panics with what to do when there is no oracle.
+pub fn ask<T: serde::de::DeserializeOwned>(script: &str, folder: &Path, request: &Value) -> T {
     let python = std::env::var_os("MLXNODE_ORACLE_PYTHON").expect(
         "this test compares with mlx-lm: set MLXNODE_ORACLE_PYTHON to a Python that has mlx-lm 0.32.2, \
          or run it by `cargo xtask test`, which makes one",
     );
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testkit/oracle/oracle.py");
-    let request = folder.join("request.json");
-    std::fs::write(&request, json!({ "models": models }).to_string()).unwrap();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testkit/oracle").join(script);
+    let file = folder.join("request.json");
+    std::fs::write(&file, request.to_string()).unwrap();
     let output = Command::new(python)
         .arg(script)
-        .arg(request)
+        .arg(file)
         .env("MLX_DISABLE_COMPILE", "1")
         .env("HF_HUB_OFFLINE", "1")
         .env("TMPDIR", folder)
@@ -48,9 +54,8 @@ pub fn ask_oracle(folder: &Path, models: &[Value]) -> Vec<ExpectedModel> {
         .expect("MLXNODE_ORACLE_PYTHON does not start");
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "the oracle failed: {errors}");
-    let expectations: Expectations = serde_json::from_slice(&output.stdout)
-        .unwrap_or_else(|error| panic!("the oracle did not answer in JSON: {error}; it said {errors}"));
-    expectations.models.into_iter().collect()
+    serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|error| panic!("the oracle did not answer in JSON: {error}; it said {errors}"))
 }
 
 /// Token ids that look random and are the same everywhere.

@@ -55,7 +55,7 @@ impl AnswerFormat {
             (Some(name), _) if !name.is_null() => Some(named(name)?),
             (_, Some("deepseek_v32")) => Some(ToolFormat::DeepSeekV32),
             _ if model_default.is_some() => Some(ToolFormat::MuseSpark),
-            _ => ToolFormat::inferred(template.and_then(ChatTemplate::source).as_deref(), has_token),
+            _ => ToolFormat::inferred(template.and_then(ChatTemplate::source), has_token),
         };
         let messages = match (template_type.as_deref(), tools) {
             (Some(MUSE_SPARK), _) => Some(Messages::MuseSpark),

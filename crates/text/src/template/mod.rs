@@ -2,31 +2,32 @@
 //!
 //! Templates are programs written by strangers, in the Jinja of Python's transformers. They run in an environment that
 //! imitates that one and that has nothing to reach: no files, no network, no other templates. Work is bounded by fuel,
-//! output by the size of the conversation, and each rendering has a thread of its own, because a hostile template can
-//! build values so deep that dropping them needs more stack than a caller has.
+//! output by the size of the conversation; memory and time by the [`Sandbox`] that carries them out.
 
 mod control_tokens;
 mod deepseek_v32;
 mod environment;
 mod json;
+mod program;
 mod python;
 
-use std::{collections::BTreeMap, io::Write, sync::Arc, thread};
+use std::{collections::BTreeMap, sync::Arc};
 
 use control_tokens::ControlTokens;
-use minijinja::{Environment, Error, ErrorKind};
+pub(crate) use program::Program;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::{ChatRequest, Message, TextError, TextFiles, Tokenizer, reasoning};
+use crate::{ChatRequest, Message, Sandbox, SandboxError, TextError, TextFiles, Tokenizer, reasoning};
 
 /// The largest honest template has about 30 KiB.
 const MAX_TEMPLATE: usize = 256 << 10;
 /// Output may be this much longer than four times the conversation.
 const OUTPUT_ALLOWANCE: usize = 1 << 20;
-/// Address space, not memory: only what a rendering touches becomes real. A million units of fuel can nest values
-/// about 250,000 deep, and dropping one level takes some hundred bytes of stack.
-const RENDER_STACK: usize = 256 << 20;
+/// Names of templates, where there are several: for requests with tools, and for all others.
+const USED: [&str; 2] = ["tool_use", "default"];
+/// Brackets within brackets of a conversation. Readers of JSON give up at 128.
+const MAX_NESTING: usize = 100;
 /// What the request sets by itself.
 const RESERVED: [&str; 10] = [
     "messages",
@@ -46,28 +47,35 @@ const CONTINUATION_MARK: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
 /// A model's chat template, ready to render. Cheap to clone, usable from many threads.
 #[derive(Clone)]
 pub struct ChatTemplate {
-    compiled: Arc<Compiled>,
+    parts: Arc<Parts>,
 }
 
-struct Compiled {
-    environment: Environment<'static>,
-    /// Where each template was found, by its name.
-    files: BTreeMap<String, String>,
+struct Parts {
+    templates: BTreeMap<String, Template>,
+    sandbox: Arc<dyn Sandbox>,
     /// Longest source, part of the output bound.
     source_bytes: usize,
-    /// Stands in for a template: formats that models have as Python only.
-    renderer: Option<Renderer>,
     special_tokens: Map<String, Value>,
     control_tokens: ControlTokens,
     has_thinking: bool,
 }
 
-/// From a template's variables to the prompt, in at most so many bytes.
-type Renderer = fn(&Value, usize) -> Result<String, TextError>;
+struct Template {
+    /// Where it was found, for people.
+    place: String,
+    written: Source,
+}
+
+enum Source {
+    Jinja(String),
+    /// A format that models have as Python only; code of ours stands in for it.
+    DeepSeekV32,
+}
 
 impl std::fmt::Debug for ChatTemplate {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ChatTemplate").field("files", &self.compiled.files).finish_non_exhaustive()
+        let places: Vec<&str> = self.parts.templates.values().map(|one| one.place.as_str()).collect();
+        f.debug_struct("ChatTemplate").field("places", &places).finish_non_exhaustive()
     }
 }
 
@@ -98,10 +106,20 @@ impl ChatTemplate {
     /// Finds the model's template: chat_template.jinja, or else tokenizer_config.json, or else chat_template.json. None is
     /// fine; what to do without one is the caller's matter ([`TextError::NoChatTemplate`] tells a person). Before all of them
     /// comes a `chat_template_type` in tokenizer_config.json, as in mlx-lm.
-    pub fn from_files(files: &TextFiles, tokenizer: &Tokenizer) -> Result<Option<Self>, TextError> {
+    ///
+    /// `sandbox` carries it out. A process that has more to lose than this template takes `mlxnode-sandbox`'s; [`InProcess`]
+    /// ends with a template that asks for more memory than there is.
+    ///
+    /// # Errors
+    /// [`TextError`] when a file cannot be read, or its template is too large or does not compile.
+    pub fn from_files(
+        files: &TextFiles,
+        tokenizer: &Tokenizer,
+        sandbox: Arc<dyn Sandbox>,
+    ) -> Result<Option<Self>, TextError> {
         let config: Option<InJson> = files.json("tokenizer_config.json")?;
         match config.and_then(|config| config.chat_template_type).as_deref() {
-            Some("deepseek_v32") => return Self::deepseek_v32(tokenizer).map(Some),
+            Some("deepseek_v32") => return Ok(Some(Self::deepseek_v32(tokenizer, sandbox))),
             // Muse Spark's name stands for how its answers are read; its prompts have a template.
             None | Some("muse_spark") => {}
             Some(other) => {
@@ -115,7 +133,7 @@ impl ChatTemplate {
         }
         if let Some(source) = files.text("chat_template.jinja")? {
             let sources = [("default".to_owned(), source.to_owned())];
-            return Self::compile("chat_template.jinja", sources.into(), tokenizer).map(Some);
+            return Self::compile("chat_template.jinja", sources.into(), tokenizer, sandbox).map(Some);
         }
         for file in ["tokenizer_config.json", "chat_template.json"] {
             let found: Option<InJson> = files.json(file)?;
@@ -126,34 +144,35 @@ impl ChatTemplate {
                     list.into_iter().map(|one| (one.name, one.template)).collect()
                 }
             };
-            return Self::compile(file, sources, tokenizer).map(Some);
+            return Self::compile(file, sources, tokenizer, sandbox).map(Some);
         }
         Ok(None)
     }
 
-    fn deepseek_v32(tokenizer: &Tokenizer) -> Result<Self, TextError> {
+    fn deepseek_v32(tokenizer: &Tokenizer, sandbox: Arc<dyn Sandbox>) -> Self {
         let control = deepseek_v32::CONTROL.map(str::to_owned);
-        let compiled = Compiled {
-            environment: environment::hugging_face(),
-            files: BTreeMap::from([("default".to_owned(), "chat_template_type deepseek_v32".to_owned())]),
+        let template =
+            Template { place: "chat_template_type deepseek_v32".to_owned(), written: Source::DeepSeekV32 };
+        let parts = Parts {
+            templates: BTreeMap::from([("default".to_owned(), template)]),
+            sandbox,
             source_bytes: MAX_TEMPLATE / 16, // its longest text of its own has 1.6 KiB, once for each system message
-            renderer: Some(deepseek_v32::render),
             special_tokens: tokenizer.special().named.clone(),
             control_tokens: ControlTokens::of(tokenizer, control.iter()),
             has_thinking: reasoning::has_thinking(tokenizer),
         };
-        Ok(Self { compiled: Arc::new(compiled) })
+        Self { parts: Arc::new(parts) }
     }
 
     fn compile(
         file: &str,
         sources: BTreeMap<String, String>,
         tokenizer: &Tokenizer,
+        sandbox: Arc<dyn Sandbox>,
     ) -> Result<Self, TextError> {
-        let mut environment = environment::hugging_face();
-        let mut files = BTreeMap::new();
-        let mut source_bytes = 0;
         let control_tokens = ControlTokens::of(tokenizer, sources.values());
+        let mut templates = BTreeMap::new();
+        let mut source_bytes = 0;
         for (name, source) in sources {
             let place =
                 if name == "default" { file.to_owned() } else { format!("{file} (template {name:?})") };
@@ -161,22 +180,22 @@ impl ChatTemplate {
                 let (bytes, limit) = (source.len() as u64, MAX_TEMPLATE as u64);
                 return Err(TextError::FileTooLarge { file: place, bytes, limit });
             }
-            source_bytes = source_bytes.max(source.len());
-            environment
-                .add_template_owned(name.clone(), environment::without_generation_tags(&source))
-                .map_err(|error| template_error(&error, &place, 0))?;
-            files.insert(name, place);
+            // The others are never chosen.
+            if USED.contains(&name.as_str()) {
+                sandbox.compile(&source).map_err(|error| text_error(error, &place, 0))?;
+                source_bytes = source_bytes.max(source.len());
+            }
+            templates.insert(name, Template { place, written: Source::Jinja(source) });
         }
-        let compiled = Compiled {
-            environment,
-            files,
+        let parts = Parts {
+            templates,
+            sandbox,
             source_bytes,
-            renderer: None,
             special_tokens: tokenizer.special().named.clone(),
             control_tokens,
             has_thinking: reasoning::has_thinking(tokenizer),
         };
-        Ok(Self { compiled: Arc::new(compiled) })
+        Ok(Self { parts: Arc::new(parts) })
     }
 
     /// Renders the conversation. The text still has to be encoded, without adding special tokens; that is what mlx-lm does,
@@ -206,14 +225,16 @@ impl ChatTemplate {
     }
 
     /// The text of the template that a request with tools gets.
-    pub(crate) fn source(&self) -> Option<String> {
-        let name =
-            ["tool_use", "default"].into_iter().find(|name| self.compiled.files.contains_key(*name))?;
-        Some(self.compiled.environment.get_template(name).ok()?.source().to_owned())
+    pub(crate) fn source(&self) -> Option<&str> {
+        let template = USED.iter().find_map(|name| self.parts.templates.get(*name))?;
+        match &template.written {
+            Source::Jinja(source) => Some(source),
+            Source::DeepSeekV32 => None,
+        }
     }
 
     fn marked(&self, mut request: ChatRequest) -> ChatRequest {
-        let tokens = &self.compiled.control_tokens;
+        let tokens = &self.parts.control_tokens;
         for message in &mut request.messages {
             message.role = tokens.mark(&message.role);
             message
@@ -229,13 +250,17 @@ impl ChatTemplate {
     }
 
     fn render_request(&self, request: ChatRequest) -> Result<String, TextError> {
-        let (name, place) = self.choose(&request)?;
+        let template = self.choose(&request)?;
         let context = self.context(&request)?;
-        let limit = 4 * (context.to_string().len() + self.compiled.source_bytes) + OUTPUT_ALLOWANCE;
+        let variables = context.to_string();
+        let limit = 4 * (variables.len() + self.parts.source_bytes) + OUTPUT_ALLOWANCE;
 
-        let text = match self.compiled.renderer {
-            Some(render) => render(&context, limit)?,
-            None => self.render_template(name, place, &context, limit)?,
+        let text = match &template.written {
+            Source::Jinja(source) => {
+                let rendered = self.parts.sandbox.render(source, &variables, limit);
+                rendered.map_err(|error| text_error(error, &template.place, limit))?
+            }
+            Source::DeepSeekV32 => deepseek_v32::render(&context, limit)?,
         };
         match &request.continue_final {
             None => Ok(text),
@@ -243,43 +268,13 @@ impl ChatTemplate {
         }
     }
 
-    fn render_template(
-        &self,
-        name: &str,
-        place: &str,
-        context: &Value,
-        limit: usize,
-    ) -> Result<String, TextError> {
-        let compiled = &self.compiled;
-        let rendered = thread::scope(|scope| {
-            let render = || {
-                // The context is converted and dropped in here: both recurse as deep as the values are nested.
-                let mut output = BoundedText { bytes: Vec::new(), limit };
-                let template = compiled.environment.get_template(name);
-                let result = template.and_then(|template| {
-                    template.render_captured_to(json::to_template(context), &mut output).map(drop)
-                });
-                result.map(|()| output.bytes).map_err(|error| template_error(&error, place, limit))
-            };
-            let builder = thread::Builder::new().name("chat-template".to_owned()).stack_size(RENDER_STACK);
-            let no_thread = |reason: String| TextError::Template { file: place.to_owned(), line: 0, reason };
-            let handle = builder
-                .spawn_scoped(scope, render)
-                .map_err(|error| no_thread(format!("no thread to render it: {error}")))?;
-            handle.join().unwrap_or_else(|_| Err(no_thread("the template engine failed on it".to_owned())))
-        })?;
-        Ok(String::from_utf8_lossy(&rendered).into_owned())
-    }
-
     /// With tools, the template for tools if there is one; else the default.
-    fn choose(&self, request: &ChatRequest) -> Result<(&str, &str), TextError> {
-        let files = &self.compiled.files;
-        let wanted =
-            if request.tools.is_some() && files.contains_key("tool_use") { "tool_use" } else { "default" };
-        files
-            .get_key_value(wanted)
-            .map(|(name, place)| (name.as_str(), place.as_str()))
-            .ok_or_else(|| TextError::NoDefaultTemplate { names: files.keys().cloned().collect() })
+    fn choose(&self, request: &ChatRequest) -> Result<&Template, TextError> {
+        let templates = &self.parts.templates;
+        let for_tools = request.tools.as_ref().and_then(|_| templates.get("tool_use"));
+        for_tools
+            .or_else(|| templates.get("default"))
+            .ok_or_else(|| TextError::NoDefaultTemplate { names: templates.keys().cloned().collect() })
     }
 
     fn context(&self, request: &ChatRequest) -> Result<Value, TextError> {
@@ -293,8 +288,8 @@ impl ChatTemplate {
         }
         let add_generation_prompt = request.add_generation_prompt && request.continue_final.is_none();
 
-        let mut context = self.compiled.special_tokens.clone();
-        let thinking = request.thinking.unwrap_or(self.compiled.has_thinking);
+        let mut context = self.parts.special_tokens.clone();
+        let thinking = request.thinking.unwrap_or(self.parts.has_thinking);
         context.insert("enable_thinking".to_owned(), Value::Bool(thinking));
         if request.thinking.is_some() {
             // What DeepSeek-V3.1, Kimi and Granite call it. Not set on our own account: mlx-lm does not, and their
@@ -307,11 +302,26 @@ impl ChatTemplate {
         context.insert("tools".to_owned(), request.tools.clone().map_or(Value::Null, Value::Array));
         context.insert("documents".to_owned(), request.documents.clone().map_or(Value::Null, Value::Array));
         context.insert("add_generation_prompt".to_owned(), Value::Bool(add_generation_prompt));
-        Ok(Value::Object(context))
+        let context = Value::Object(context);
+        if is_deeper(&context, MAX_NESTING) {
+            return Err(TextError::TooNested { limit: MAX_NESTING });
+        }
+        Ok(context)
     }
 }
 
-/// The message as templates see it. Reasoning goes by several names; templates read `reasoning_content`, some `thinking`.
+fn is_deeper(value: &Value, levels: usize) -> bool {
+    let inside = |value: &Value| levels == 0 || is_deeper(value, levels - 1);
+    match value {
+        Value::Array(items) => items.iter().any(inside),
+        Value::Object(fields) => fields.values().any(inside),
+        _ => false,
+    }
+}
+
+/// The message as templates see it: what is null is not there, as in transformers (clients send `"content": null` beside tool
+/// calls, and many templates would write "None"). Reasoning goes by several names; templates read `reasoning_content`, some
+/// `thinking`.
 fn message_value(message: &Message) -> Value {
     let mut fields = Map::new();
     fields.insert("role".to_owned(), Value::String(message.role.clone()));
@@ -319,9 +329,9 @@ fn message_value(message: &Message) -> Value {
         fields.insert("content".to_owned(), content.clone());
     }
     fields.extend(message.extra.clone());
-    let reasoning = ["reasoning_content", "thinking", "reasoning"]
-        .iter()
-        .find_map(|name| fields.get(*name).filter(|value| !value.is_null()).cloned());
+    fields.retain(|_, value| !value.is_null());
+    let reasoning =
+        ["reasoning_content", "thinking", "reasoning"].iter().find_map(|name| fields.get(*name).cloned());
     if let Some(reasoning) = reasoning {
         fields.entry("thinking").or_insert_with(|| reasoning.clone());
         fields.insert("reasoning_content".to_owned(), reasoning);
@@ -346,45 +356,18 @@ fn cut_at_mark(mut text: String, answer: &str) -> Result<String, TextError> {
     Ok(text)
 }
 
-/// An error of the template engine in our words.
-fn template_error(error: &Error, file: &str, limit: usize) -> TextError {
-    // A refusal may come out of a macro or an include, wrapped once or more.
-    let mut cause: Option<&dyn std::error::Error> = Some(error);
-    while let Some(one) = cause {
-        if let Some(refused) = one.downcast_ref::<environment::Refused>() {
-            return TextError::Refused { reason: refused.0.clone() };
+/// A sandbox's error with the place of the template; `limit` bounded its output.
+fn text_error(error: SandboxError, place: &str, limit: usize) -> TextError {
+    let file = place.to_owned();
+    match error {
+        SandboxError::Wrong { line, reason } => {
+            TextError::Template { file, line: usize::try_from(line).unwrap_or(0), reason }
         }
-        if one.downcast_ref::<std::io::Error>().is_some() {
-            return TextError::TemplateOutput { file: file.to_owned(), limit };
-        }
-        if one.downcast_ref::<Error>().is_some_and(|inner| inner.kind() == ErrorKind::OutOfFuel) {
-            return TextError::TemplateTooSlow { file: file.to_owned() };
-        }
-        cause = one.source();
-    }
-    let reason = match error.detail() {
-        Some(detail) => detail.to_owned(),
-        None => error.kind().to_string(),
-    };
-    TextError::Template { file: file.to_owned(), line: error.line().unwrap_or(0), reason }
-}
-
-/// Collects output up to a limit.
-struct BoundedText {
-    bytes: Vec<u8>,
-    limit: usize,
-}
-
-impl Write for BoundedText {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        if self.bytes.len() + bytes.len() > self.limit {
-            return Err(std::io::Error::other("too much output"));
-        }
-        self.bytes.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
+        SandboxError::Refused(reason) => TextError::Refused { reason },
+        SandboxError::Work => TextError::TemplateTooSlow { file },
+        SandboxError::Output => TextError::TemplateOutput { file, limit },
+        SandboxError::Memory { mebibytes } => TextError::TemplateMemory { file, mebibytes },
+        SandboxError::Busy => TextError::SandboxBusy,
+        SandboxError::Unavailable(reason) => TextError::Sandbox { reason },
     }
 }

@@ -17,7 +17,7 @@ import string
 from pathlib import Path
 
 from mlx_lm.tokenizer_utils import load
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 HERE = Path(__file__).parent
 
@@ -29,7 +29,7 @@ def write(name, value):
 
 
 def rendered():
-    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = load(HERE / "tokenizers" / "sentence_piece")._tokenizer  # whose <s> and </s> the templates get
     results = {}
     for case in json.loads((HERE / "conversations.json").read_text()):
         source = (HERE / "templates" / f"{case['template']}.jinja").read_text()
@@ -41,10 +41,10 @@ def rendered():
             request["add_generation_prompt"] = False
         arguments = request.pop("arguments", {})
         try:
-            texts, _ = render_jinja_template(
-                [messages], chat_template=source, continue_final_message=answer is not None,
-                **{"enable_thinking": False, **special, **request, **arguments})
-            results[case["name"]] = {"text": texts[0]}
+            text = tokenizer.apply_chat_template(
+                messages, chat_template=source, tokenize=False, continue_final_message=answer is not None,
+                **{"enable_thinking": False, **request, **arguments})
+            results[case["name"]] = {"text": text}
         except Exception as error:
             results[case["name"]] = {"error": str(error)}
     write("rendered.json", results)

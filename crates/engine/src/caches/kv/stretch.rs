@@ -17,9 +17,15 @@ pub(crate) struct KvStretch {
 }
 
 impl KvCache {
-    /// Copies the tokens from position `first` to `end`, or as many of the last ones as a token at `end` sees. None when some of those
-    /// are dropped already.
-    pub(crate) fn stretch(&self, device: &Device, first: i32, end: i32) -> Result<Option<KvStretch>> {
+    /// Copies a lane's tokens from position `first` to `end`, as the longest lane counts them, or as many of the last ones as a token
+    /// at `end` sees. None when some of those are dropped already.
+    pub(crate) fn stretch(
+        &self,
+        device: &Device,
+        first: i32,
+        end: i32,
+        lane: i32,
+    ) -> Result<Option<KvStretch>> {
         let (start, stop, window) = match &self.slots {
             Slots::Ring(ring) if ring.held() == self.tokens && ring.is_in_order() => (0, ring.held(), None),
             Slots::Ring(_) => return Ok(None),
@@ -31,7 +37,7 @@ impl KvCache {
             return Ok(None);
         }
         let planes = match to > from {
-            true => self.planes.cut(device, from, to)?.copied(device)?,
+            true => self.planes.cut(device, from, to)?.copied(device, lane)?,
             false => Planes::default(),
         };
         Ok(Some(KvStretch { planes, layout: self.layout(), window }))

@@ -106,8 +106,26 @@ pub struct BlockUsage {
     pub disk: ByteCount,
 }
 
+/// What one stage has for blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BlockCapacity {
+    /// Bytes of a block's keys and values, at most.
+    pub block: ByteCount,
+    /// Bytes more when the states of recurrent layers are in it.
+    pub checkpoint: ByteCount,
+    /// All blocks in memory may take so much.
+    pub memory: ByteCount,
+    /// All blocks on the disk may take so much. 0: there is no disk.
+    pub disk: ByteCount,
+    /// Names what the stage computes: model, layers and options. Files of one stage mean nothing to another.
+    pub fingerprint: [u8; 32],
+}
+
 /// The part of a stage that keeps blocks.
 pub trait BlockStore {
+    /// Frees all blocks in memory, and says what there is room for: the first word of whoever is to decide from now on.
+    fn reset(&mut self) -> BlockCapacity;
+
     /// Lets an open sequence, through which nothing went yet, begin after these blocks. When one is not there it ends in
     /// [`StageError::MissingBlock`], and the sequence is as it was.
     fn begin_with(&mut self, sequence: SequenceId, blocks: &[BlockId]) -> Result<(), StageError>;

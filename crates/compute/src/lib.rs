@@ -14,7 +14,9 @@ pub mod simulated;
 mod stage;
 
 pub use activation::{Activation, ActivationError, Dtype};
-pub use blocks::{BLOCK_TOKENS, BlockHash, BlockId, BlockOrder, BlockPlan, BlockStore, BlockUsage, Keep};
+pub use blocks::{
+    BLOCK_TOKENS, BlockCapacity, BlockHash, BlockId, BlockOrder, BlockPlan, BlockStore, BlockUsage, Keep,
+};
 pub use cache_options::{CacheOptions, CacheOptionsError};
 pub use grammar::Grammar;
 pub use quantity::{ByteCount, LayerRange};

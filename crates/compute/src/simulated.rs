@@ -1,13 +1,16 @@
 //! A stage without a model: deterministic tokens, wrong wiring noticed. Tests of the pipeline and the scheduler run on it.
 
 use crate::{
-    Activation, BLOCK_TOKENS, BlockHash, BlockId, BlockOrder, BlockStore, BlockUsage, ByteCount, Dtype, Keep,
-    Sampled, SequenceId, SequenceSpec, Stage, StageError, StageInfo, StageMemory, Step, StepInput,
-    StepOutput,
+    Activation, BLOCK_TOKENS, BlockCapacity, BlockHash, BlockId, BlockOrder, BlockStore, BlockUsage,
+    ByteCount, Dtype, Keep, Sampled, SequenceId, SequenceSpec, Stage, StageError, StageInfo, StageMemory,
+    Step, StepInput, StepOutput,
 };
 use bytes::Bytes;
 use std::collections::HashMap;
 use std::time::Duration;
+
+/// Blocks that a simulated stage keeps in memory, and on its disk.
+pub const SIMULATED_BLOCKS: u64 = 64;
 
 /// Adds the number of its layers to every element. The first stage starts from the token ids, so that the last one can check
 /// that each activation went through exactly the layers before it, once and in order.
@@ -150,6 +153,13 @@ impl Sequence {
 }
 
 impl BlockStore for SimulatedStage {
+    fn reset(&mut self) -> BlockCapacity {
+        self.blocks.clear();
+        let room = ByteCount(8 * SIMULATED_BLOCKS);
+        let fingerprint = [self.info.layers.start as u8; 32];
+        BlockCapacity { block: ByteCount(8), checkpoint: ByteCount(0), memory: room, disk: room, fingerprint }
+    }
+
     fn begin_with(&mut self, sequence: SequenceId, blocks: &[BlockId]) -> Result<(), StageError> {
         let state = self.sequences.get_mut(&sequence).ok_or(StageError::UnknownSequence(sequence))?;
         for (number, block) in blocks.iter().enumerate() {

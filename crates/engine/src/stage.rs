@@ -12,11 +12,11 @@ use crate::loader::LoadError;
 use crate::model::Model;
 use crate::sampler::{Draw, Sampler};
 use bytes::Bytes;
-use mlxnode_checkpoint::Checkpoint;
+use mlxnode_checkpoint::{Checkpoint, ModelProfile};
 use mlxnode_compute::{
-    Activation, BLOCK_TOKENS, BlockId, BlockOrder, BlockStore, BlockUsage, ByteCount, CacheOptions, Keep,
-    LayerRange, Sampled, SequenceId, SequenceSpec, Stage, StageError, StageInfo, StageMemory, Step,
-    StepInput, StepOutput,
+    Activation, BLOCK_TOKENS, BlockCapacity, BlockId, BlockOrder, BlockStore, BlockUsage, ByteCount,
+    CacheOptions, Keep, LayerRange, Sampled, SequenceId, SequenceSpec, Stage, StageError, StageInfo,
+    StageMemory, Step, StepInput, StepOutput,
 };
 use mlxnode_mlx::{Array, Device, Dtype, Error};
 use std::collections::HashMap;
@@ -107,10 +107,13 @@ impl EngineStage {
         Self { model, options, sequences: HashMap::new(), blocks: Blocks::default(), steps: 0 }
     }
 
-    /// Blocks go to files in `folder`, too, which is made when it is missing: at most `limit` bytes, those of other stages included.
-    pub fn with_block_files(mut self, folder: &Path, limit: ByteCount) -> std::io::Result<Self> {
-        let mut hasher = blake3::Hasher::new_derive_key("mlxnode stage of block files v1");
-        hasher.update(&self.model.fingerprint());
+    /// Blocks take `memory` bytes at most, and with `files` as many more in that folder, which is made when it is missing: blocks of
+    /// other stages that are there count as well.
+    pub fn with_blocks(
+        mut self,
+        memory: ByteCount,
+        files: Option<(&Path, ByteCount)>,
+    ) -> std::io::Result<Self> {
         let LayerRange { start, end } = self.model.info().layers;
         let CacheOptions { max_kv_size, kv_bits, kv_group_size, quantized_kv_start } = self.options.cache;
         let numbers = [
@@ -122,10 +125,22 @@ impl EngineStage {
             kv_group_size,
             quantized_kv_start,
         ];
+        let mut hasher = blake3::Hasher::new_derive_key("mlxnode stage of blocks v1");
+        hasher.update(&self.model.fingerprint());
         for number in numbers {
             hasher.update(&(number as u64).to_le_bytes());
         }
-        self.blocks.with_files(BlockFiles::open(folder, *hasher.finalize().as_bytes(), limit)?);
+        let fingerprint = *hasher.finalize().as_bytes();
+        let files = match files.filter(|(_, limit)| limit.0 > 0) {
+            Some((folder, limit)) => Some(BlockFiles::open(folder, fingerprint, limit)?),
+            None => None,
+        };
+        let layers = LayerRange { start, end };
+        let (block, checkpoint) = ModelProfile::stretch_bytes(self.model.spec(), layers, BLOCK_TOKENS);
+        let ids = ByteCount(size_of::<[u32; BLOCK_TOKENS]>() as u64);
+        let disk = ByteCount(0); // as much as the files allow
+        let capacity = BlockCapacity { block: block + ids, checkpoint, memory, disk, fingerprint };
+        self.blocks = Blocks::new(capacity, files);
         Ok(self)
     }
 
@@ -449,6 +464,10 @@ impl Stage for EngineStage {
 }
 
 impl BlockStore for EngineStage {
+    fn reset(&mut self) -> BlockCapacity {
+        self.blocks.reset()
+    }
+
     fn begin_with(&mut self, id: SequenceId, blocks: &[BlockId]) -> Result<(), StageError> {
         let sequence = self.sequences.get_mut(&id).ok_or(StageError::UnknownSequence(id))?;
         if sequence.position > 0 {

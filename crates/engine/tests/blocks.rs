@@ -153,6 +153,7 @@ fn every_family_goes_on_after_blocks_as_if_it_had_computed_them() {
         random_model::write(&path, &config, 5);
         let mut pipeline = Pipeline::load(&path, &cuts, CacheOptions::default());
         check(name, &mut pipeline);
+        check_capacity(name, &mut pipeline, false);
     }
 }
 
@@ -173,7 +174,30 @@ fn packed_and_limited_caches_go_on_as_well() {
         for options in [packed(8, 0), packed(4, 300), packed(4, 512), limited] {
             let mut pipeline = Pipeline::load(&path, &[1], options);
             check(&format!("{family} {options:?}"), &mut pipeline);
+            check_capacity(&format!("{family} {options:?}"), &mut pipeline, true);
         }
+    }
+}
+
+/// What the stages say of a block is what it takes, or a little more.
+fn check_capacity(name: &str, pipeline: &mut Pipeline, has_packing: bool) {
+    let stages = std::mem::take(&mut pipeline.stages);
+    for stage in stages {
+        let mut stage = stage.with_blocks(ByteCount(1 << 30), None).unwrap();
+        let capacity = stage.blocks().unwrap().reset();
+        assert_eq!((capacity.memory.0, capacity.disk.0), (1 << 30, 0));
+        pipeline.stages.push(stage);
+    }
+    let tokens = prompt(2 * B, 300, 17);
+    pipeline.run(9, &tokens, (&[], &[keep(0, 1, false), keep(1, 2, true)]), &[B], 1).unwrap();
+    for stage in &mut pipeline.stages {
+        let store = stage.blocks().unwrap();
+        let found = store.usage().memory.0;
+        let capacity = store.reset();
+        let said = 2 * capacity.block.0 + capacity.checkpoint.0;
+        assert!(found <= said, "{name}: {found} of {said} bytes");
+        assert!(has_packing || 2 * found >= said, "{name}: {found} of {said} bytes");
+        assert_eq!(store.usage().blocks, 0);
     }
 }
 
@@ -269,7 +293,9 @@ fn blocks_come_back_from_the_disk_and_what_is_damaged_is_missing() {
     let load = |limit: u64| {
         let mut pipeline = Pipeline::load(model.path(), &[], CacheOptions::default());
         let stage = pipeline.stages.pop().unwrap();
-        pipeline.stages.push(stage.with_block_files(&files, ByteCount(limit)).unwrap());
+        pipeline
+            .stages
+            .push(stage.with_blocks(ByteCount(1 << 30), Some((&files, ByteCount(limit)))).unwrap());
         pipeline
     };
     let spill = |pipeline: &mut Pipeline| {

@@ -1,6 +1,6 @@
 //! How many blocks fit: bytes per block in each stage against the stage's limits.
 
-use mlxnode_compute::ByteCount;
+use mlxnode_compute::{BlockCapacity, ByteCount};
 
 /// Where a block is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,23 +11,10 @@ pub enum Tier {
     Disk,
 }
 
-/// What one stage has for blocks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct StageCapacity {
-    /// Bytes of a block's keys and values.
-    pub block: ByteCount,
-    /// Bytes more when the states of recurrent layers are in it.
-    pub checkpoint: ByteCount,
-    /// All blocks in memory take at most so much.
-    pub memory: ByteCount,
-    /// All blocks on the disk take at most so much. 0: there is no disk.
-    pub disk: ByteCount,
-}
-
 /// What the stages have.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Capacity {
-    stages: Vec<StageCapacity>,
+    stages: Vec<BlockCapacity>,
     has_checkpoints: bool,
 }
 
@@ -40,9 +27,18 @@ pub(super) struct Counts {
 
 impl Capacity {
     /// Of these stages, in order. Models with recurrent layers are those of which a stage has a `checkpoint`.
-    pub fn new(stages: Vec<StageCapacity>) -> Self {
+    pub fn new(stages: Vec<BlockCapacity>) -> Self {
         let has_checkpoints = stages.iter().any(|stage| stage.checkpoint.0 > 0);
         Self { stages, has_checkpoints }
+    }
+
+    /// Names what the stages compute together.
+    pub fn fingerprint(&self) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new_derive_key("mlxnode stages of blocks v1");
+        self.stages.iter().for_each(|stage| {
+            hasher.update(&stage.fingerprint);
+        });
+        *hasher.finalize().as_bytes()
     }
 
     /// Can a sequence go on only after blocks with states?
@@ -64,7 +60,7 @@ impl Capacity {
                 Tier::Memory => stage.memory,
                 Tier::Disk => stage.disk,
             };
-            stage.bytes(Counts { blocks, checkpoints }) <= limit
+            bytes(stage, Counts { blocks, checkpoints }) <= limit
         })
     }
 
@@ -75,13 +71,12 @@ impl Capacity {
 
     /// What these take in all stages together.
     pub(super) fn bytes(&self, counts: Counts) -> ByteCount {
-        self.stages.iter().map(|stage| stage.bytes(counts)).sum()
+        self.stages.iter().map(|stage| bytes(stage, counts)).sum()
     }
 }
 
-impl StageCapacity {
-    fn bytes(&self, counts: Counts) -> ByteCount {
-        let times = |bytes: ByteCount, count: usize| ByteCount(bytes.0.saturating_mul(count as u64));
-        times(self.block, counts.blocks) + times(self.checkpoint, counts.checkpoints)
-    }
+/// What these take in one stage.
+fn bytes(stage: &BlockCapacity, counts: Counts) -> ByteCount {
+    let times = |bytes: ByteCount, count: usize| ByteCount(bytes.0.saturating_mul(count as u64));
+    times(stage.block, counts.blocks) + times(stage.checkpoint, counts.checkpoints)
 }

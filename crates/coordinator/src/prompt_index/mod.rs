@@ -25,7 +25,7 @@ mod hash;
 mod stored;
 mod tree;
 
-pub use capacity::{Capacity, StageCapacity, Tier};
+pub use capacity::{Capacity, Tier};
 pub use hash::root;
 pub use stored::StoredError;
 
@@ -86,13 +86,15 @@ pub struct Statistics {
 #[derive(Debug)]
 pub struct PromptIndex {
     capacity: Capacity,
-    /// Of the model, so that no other one's files are found.
+    /// Of the stages, so that no other ones' files are found.
     fingerprint: [u8; 32],
     tree: Tree,
     running: BTreeMap<SequenceId, Running>,
     next_block: u64,
     prompt_tokens: u64,
     cached_tokens: u64,
+    /// Changes with what [`PromptIndex::is_being_computed`] depends on.
+    version: u64,
     effects: Vec<Effect>,
 }
 
@@ -104,6 +106,8 @@ struct Running {
     path: Vec<BlockHash>,
     /// How many of them it began with.
     reused: usize,
+    /// How many of them are there: those that it began with, and those that all stages computed since.
+    finished: usize,
     /// The block whose tokens are being generated.
     growing: Option<Growing>,
     /// Tokens that may go through, prompt included.
@@ -117,16 +121,17 @@ struct Growing {
 }
 
 impl PromptIndex {
-    /// Empty, for a model with this fingerprint.
-    pub fn new(capacity: Capacity, fingerprint: [u8; 32]) -> Self {
+    /// Empty, for these stages.
+    pub fn new(capacity: Capacity) -> Self {
         Self {
             tree: Tree::default(),
+            fingerprint: capacity.fingerprint(),
             capacity,
-            fingerprint,
             running: BTreeMap::new(),
             next_block: 1,
             prompt_tokens: 0,
             cached_tokens: 0,
+            version: 1,
             effects: Vec::new(),
         }
     }
@@ -149,6 +154,11 @@ impl PromptIndex {
         is_pending
     }
 
+    /// Another one when [`Self::is_being_computed`] may give another answer.
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
     /// A sequence is about to be opened: what it begins with and what is kept of it. The effects come before the opening.
     /// Sequences that the index should not know, such as those whose whole prompt is scored, are simply never told to it.
     pub fn begin(&mut self, sequence: SequenceId, prompt: Prompt<'_>) -> (BlockPlan, Vec<Effect>) {
@@ -163,6 +173,7 @@ impl PromptIndex {
             root,
             path: Vec::with_capacity(all.len()),
             reused: 0,
+            finished: 0,
             growing: None,
             most_tokens: prompt.tokens.len() + prompt.max_tokens.saturating_sub(1),
         };
@@ -191,7 +202,7 @@ impl PromptIndex {
         for (hash, _) in &all[reused..wanted] {
             self.tree.release(hash);
         }
-        running.reused = reused;
+        (running.reused, running.finished) = (reused, reused);
         running.path.extend(all[..reused].iter().map(|(hash, _)| *hash));
         let last_full = all.len().checked_sub(1);
         for (number, (hash, tokens)) in all.iter().enumerate().skip(reused) {
@@ -217,14 +228,20 @@ impl PromptIndex {
         self.prompt_tokens += prompt.tokens.len() as u64;
         self.cached_tokens += plan.cached_tokens() as u64;
         self.running.insert(sequence, running);
+        self.version += 1;
         (plan, self.take_effects())
     }
 
     /// All stages computed the first `tokens` tokens of a sequence's prompt.
     pub fn went_through(&mut self, sequence: SequenceId, tokens: usize) -> Vec<Effect> {
-        let Some(running) = self.running.get(&sequence) else { return Vec::new() };
+        let Some(running) = self.running.get_mut(&sequence) else { return Vec::new() };
         let done = running.path.len().min(tokens / BLOCK_TOKENS);
-        for hash in running.path.get(running.reused..done).unwrap_or_default() {
+        if done <= running.finished {
+            return Vec::new();
+        }
+        self.version += 1;
+        let before = std::mem::replace(&mut running.finished, done);
+        for hash in running.path.get(before..done).unwrap_or_default() {
             let Some(block) = self.tree.finish(hash, sequence) else { continue };
             self.effects.push(Effect::Order(BlockOrder::Drop { block }));
         }
@@ -251,6 +268,7 @@ impl PromptIndex {
     /// The stages closed a sequence: nothing of it is on its way any more. Unknown ones are fine.
     pub fn end(&mut self, sequence: SequenceId) -> Vec<Effect> {
         let Some(running) = self.running.remove(&sequence) else { return Vec::new() };
+        self.version += 1;
         if let Some(growing) = running.growing {
             self.tree.unreserve(growing.keep.checkpoint);
             self.effects.push(Effect::Order(BlockOrder::Drop { block: growing.keep.block }));
@@ -268,6 +286,7 @@ impl PromptIndex {
     /// other ([`Self::end`]) and may begin anew.
     pub fn missed(&mut self, sequence: SequenceId) -> Vec<Effect> {
         let Some(running) = self.running.get(&sequence) else { return Vec::new() };
+        self.version += 1;
         for hash in running.path[..running.reused].iter().rev() {
             let (block, was_on_disk) = self.tree.forget(hash);
             self.effects.extend(block.map(|block| Effect::Order(BlockOrder::Drop { block })));
@@ -409,6 +428,8 @@ impl PromptIndex {
         if self.tree.insert_held(&hash, &parent, &tokens, keep.block, keep.checkpoint) {
             self.tree.hold(&hash);
             running.path.push(hash);
+            running.finished = running.path.len();
+            self.version += 1;
             self.tree.touch(&running.path);
         } else {
             // Another sequence went the same way. This one does not follow it: its next blocks would hang on what it does not hold.

@@ -1,6 +1,7 @@
 //! The index against stages that do exactly as they are told.
 
 use super::*;
+use mlxnode_compute::BlockCapacity;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 
@@ -34,20 +35,20 @@ struct Sequence {
 }
 
 const B: usize = BLOCK_TOKENS;
-const FINGERPRINT: [u8; 32] = [7; 32];
 
 impl World {
     fn new(blocks: u64, disk_blocks: u64, checkpoint: u64) -> Self {
-        let stage = StageCapacity {
+        let stage = BlockCapacity {
             block: ByteCount(10),
             checkpoint: ByteCount(checkpoint),
             memory: ByteCount(10 * blocks),
             disk: ByteCount(10 * disk_blocks),
+            fingerprint: [1; 32],
         };
-        let small = StageCapacity { block: ByteCount(1), checkpoint: ByteCount(0), ..stage };
+        let small = BlockCapacity { block: ByteCount(1), checkpoint: ByteCount(0), ..stage };
         let capacity = Capacity::new(vec![small, stage]);
         Self {
-            index: PromptIndex::new(capacity.clone(), FINGERPRINT),
+            index: PromptIndex::new(capacity.clone()),
             capacity,
             stage: Stage::default(),
             running: BTreeMap::new(),
@@ -270,25 +271,20 @@ fn what_is_used_least_recently_goes_to_the_disk_and_comes_back() {
     world.end(4);
     // A start later.
     let bytes = world.index.store();
-    let mut next = PromptIndex::new(world.capacity.clone(), FINGERPRINT);
+    let mut next = PromptIndex::new(world.capacity.clone());
     assert_eq!(next.load(&bytes), Ok(vec![]));
     std::mem::swap(&mut world.index, &mut next);
     world.stage.memory.clear();
     world.names.clear();
     assert_eq!(world.begin(9, "a", &tokens(&[1, 2], 1), 1).reuse.len(), 2);
-    assert_eq!(PromptIndex::new(world.capacity.clone(), [0; 32]).load(&bytes), Err(StoredError::Foreign));
+    let other = Capacity::new(vec![BlockCapacity { fingerprint: [2; 32], ..Default::default() }]);
+    assert_eq!(PromptIndex::new(other).load(&bytes), Err(StoredError::Foreign));
     for cut in [0, 1, 50, bytes.len() - 1] {
-        assert_eq!(
-            PromptIndex::new(world.capacity.clone(), FINGERPRINT).load(&bytes[..cut]),
-            Err(StoredError::Damaged)
-        );
+        assert_eq!(PromptIndex::new(world.capacity.clone()).load(&bytes[..cut]), Err(StoredError::Damaged));
     }
     let mut changed = bytes.clone();
     changed[60] ^= 1;
-    assert_eq!(
-        PromptIndex::new(world.capacity.clone(), FINGERPRINT).load(&changed),
-        Err(StoredError::Damaged)
-    );
+    assert_eq!(PromptIndex::new(world.capacity.clone()).load(&changed), Err(StoredError::Damaged));
     // A smaller disk.
     let mut small = World::new(4, 1, 0);
     let erased = small.index.load(&bytes).unwrap();
@@ -394,7 +390,7 @@ proptest! {
                         world.end(id);
                     }
                     let bytes = world.index.store();
-                    world.index = PromptIndex::new(world.capacity.clone(), FINGERPRINT);
+                    world.index = PromptIndex::new(world.capacity.clone());
                     let effects = world.index.load(&bytes).unwrap();
                     // What the file does not name is not found again; a stage's own limit lets it go.
                     world.stage = Stage { memory: HashMap::new(), disk: std::mem::take(&mut world.stage.disk) };

@@ -67,6 +67,11 @@ impl BlockFiles {
         Ok(Self { folder, requests: Some(requests), waiting_writes, thread: Some(thread) })
     }
 
+    /// Most bytes of all files.
+    pub(super) fn limit(&self) -> ByteCount {
+        ByteCount(self.folder.limit)
+    }
+
     /// Bytes of all files, as of the last one that was written.
     pub(super) fn bytes(&self) -> ByteCount {
         ByteCount(self.folder.bytes.load(Ordering::Relaxed))

@@ -19,7 +19,7 @@ pub(crate) use block::{Block, resumed};
 pub(crate) use files::BlockFiles;
 
 use files::Reading;
-use mlxnode_compute::{BlockId, BlockOrder, BlockUsage, ByteCount};
+use mlxnode_compute::{BlockCapacity, BlockId, BlockOrder, BlockUsage, ByteCount};
 use mlxnode_mlx::{Device, Result};
 use plain::PlainBlock;
 use std::collections::HashMap;
@@ -31,12 +31,22 @@ pub(crate) struct Blocks {
     bytes: u64,
     reading: HashMap<BlockId, Reading>,
     files: Option<BlockFiles>,
+    capacity: BlockCapacity,
 }
 
 impl Blocks {
-    /// From now on with files.
-    pub(crate) fn with_files(&mut self, files: BlockFiles) {
-        self.files = Some(files);
+    /// None yet, with this room; on the disk as much as `files` allow.
+    pub(crate) fn new(capacity: BlockCapacity, files: Option<BlockFiles>) -> Self {
+        let disk = files.as_ref().map_or(ByteCount(0), BlockFiles::limit);
+        Self { capacity: BlockCapacity { disk, ..capacity }, files, ..Self::default() }
+    }
+
+    /// Frees all in memory.
+    pub(crate) fn reset(&mut self) -> BlockCapacity {
+        self.held.clear();
+        self.reading.clear();
+        self.bytes = 0;
+        self.capacity
     }
 
     pub(crate) fn insert(&mut self, id: BlockId, block: Block) {

@@ -1,6 +1,7 @@
 //! What travels from stage to stage.
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use std::ops::Range;
 
 /// The element types a model computes in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -23,7 +24,7 @@ impl Dtype {
     }
 }
 
-/// Hidden vectors of consecutive tokens of one sequence, outside MLX: `[tokens, hidden]`, row-major, little-endian.
+/// Hidden vectors of the tokens of one or several sequences, outside MLX: `[tokens, hidden]`, row-major, little-endian.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Activation {
     tokens: usize,
@@ -47,6 +48,29 @@ impl Activation {
             return Err(ActivationError::Length { tokens, hidden, expected, actual: bytes.len() });
         }
         Ok(Self { tokens, hidden, dtype, bytes })
+    }
+
+    /// Some of the rows, in order. No copy when it is a single range.
+    ///
+    /// # Errors
+    /// [`ActivationError::Rows`] when there are no such rows.
+    pub fn rows(&self, ranges: &[Range<usize>]) -> Result<Self, ActivationError> {
+        if let Some(range) = ranges.iter().find(|range| range.start > range.end || range.end > self.tokens) {
+            return Err(ActivationError::Rows { end: range.end, tokens: self.tokens });
+        }
+        let width = self.hidden * self.dtype.size();
+        let tokens = ranges.iter().map(ExactSizeIterator::len).sum();
+        let bytes = match ranges {
+            [range] => self.bytes.slice(range.start * width..range.end * width),
+            ranges => {
+                let mut bytes = BytesMut::with_capacity(tokens * width);
+                for range in ranges {
+                    bytes.extend_from_slice(&self.bytes[range.start * width..range.end * width]);
+                }
+                bytes.freeze()
+            }
+        };
+        Self::new(tokens, self.hidden, self.dtype, bytes)
     }
 
     /// Number of rows.
@@ -81,6 +105,14 @@ pub enum ActivationError {
         /// Width.
         hidden: usize,
     },
+    /// Rows that are not there.
+    #[error("rows up to {end} of an activation that has {tokens}")]
+    Rows {
+        /// One past the last one that was asked for.
+        end: usize,
+        /// How many there are.
+        tokens: usize,
+    },
     /// Shape and length disagree.
     #[error("an activation of {tokens} x {hidden} needs {expected} bytes but has {actual}")]
     Length {
@@ -106,6 +138,11 @@ mod tests {
             Activation::new(2, 3, Dtype::F32, Bytes::from(vec![0; 12])),
             Err(ActivationError::Length { expected: 24, actual: 12, .. })
         ));
+        let rows = Activation::new(3, 1, Dtype::F16, Bytes::from(vec![1, 1, 2, 2, 3, 3])).unwrap();
+        assert_eq!(rows.rows(&[0..1, 2..3]).unwrap().bytes(), &[1, 1, 3, 3][..]);
+        assert_eq!(rows.rows(&[1..3]).unwrap().bytes(), &[2, 2, 3, 3][..]);
+        assert_eq!(rows.rows(&[]).unwrap().tokens(), 0);
+        assert_eq!(rows.rows(&[2..4]), Err(ActivationError::Rows { end: 4, tokens: 3 }));
         assert!(matches!(
             Activation::new(usize::MAX, 2, Dtype::F32, Bytes::new()),
             Err(ActivationError::TooLarge { .. })

@@ -18,10 +18,10 @@ pub use blocks::{
     BLOCK_TOKENS, BlockCapacity, BlockHash, BlockId, BlockOrder, BlockPlan, BlockStore, BlockUsage, Keep,
 };
 pub use cache_options::{CacheOptions, CacheOptionsError};
-pub use grammar::Grammar;
+pub use grammar::{Grammar, GrammarError, Grammars, TokenConstraint};
 pub use quantity::{ByteCount, LayerRange};
 pub use sampling::{Candidate, LogprobRequest, Penalty, Sampled, Sampling, SamplingError, Xtc};
 pub use stage::{
-    Output, SequenceEnd, SequenceId, SequenceSpec, Stage, StageError, StageInfo, StageMemory, Step,
-    StepInput, StepOutput,
+    BatchOutput, MicroBatch, Output, Row, RowOutput, SequenceEnd, SequenceId, SequenceSpec, Stage,
+    StageError, StageInfo, StageMemory, Step, StepInput, StepOutput,
 };

@@ -113,6 +113,20 @@ pub struct SamplingError {
     pub allowed: String,
 }
 
+impl LogprobRequest {
+    /// Checks the number of candidates against a vocabulary of `vocabulary` tokens; `parameter` is how the request spells it.
+    ///
+    /// # Errors
+    /// When it is out of its range.
+    pub fn check(&self, parameter: &'static str, vocabulary: usize) -> Result<(), SamplingError> {
+        if self.top <= 20 && self.top < vocabulary {
+            return Ok(());
+        }
+        let allowed = "at most 20 and below the vocabulary size".to_owned();
+        Err(SamplingError { parameter, value: self.top.to_string(), allowed })
+    }
+}
+
 impl Sampling {
     /// Checks every range against a vocabulary of `vocabulary` tokens.
     pub fn check(&self, vocabulary: usize) -> Result<(), SamplingError> {
@@ -171,12 +185,10 @@ impl Sampling {
                 return refuse(name, &penalty.strength, "a finite number");
             }
         }
-        if let Some(request) = self.logprobs
-            && (request.top > 20 || request.top >= vocabulary)
-        {
-            return refuse("top_logprobs", &request.top, "at most 20 and below the vocabulary size");
+        match self.logprobs {
+            Some(request) => request.check("top_logprobs", vocabulary),
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 

@@ -1,9 +1,9 @@
 //! A stage without a model: deterministic tokens, wrong wiring noticed. Tests of the pipeline and the scheduler run on it.
 
 use crate::{
-    Activation, BLOCK_TOKENS, BlockCapacity, BlockHash, BlockId, BlockOrder, BlockStore, BlockUsage,
-    ByteCount, Dtype, Keep, Sampled, SequenceId, SequenceSpec, Stage, StageError, StageInfo, StageMemory,
-    Step, StepInput, StepOutput,
+    Activation, BLOCK_TOKENS, BatchOutput, BlockCapacity, BlockHash, BlockId, BlockOrder, BlockStore, BlockUsage,
+    ByteCount, Dtype, Keep, MicroBatch, Output, Row, RowOutput, Sampled, SequenceId, SequenceSpec, Stage,
+    StageError, StageInfo, StageMemory, StepInput,
 };
 use bytes::Bytes;
 use std::collections::HashMap;
@@ -16,7 +16,7 @@ pub const SIMULATED_BLOCKS: u64 = 64;
 /// that each activation went through exactly the layers before it, once and in order.
 pub struct SimulatedStage {
     info: StageInfo,
-    /// How long a step takes, per token.
+    /// How long a token of a chunk takes; the single tokens of a micro-batch take as long as one.
     step_time: Duration,
     sequences: HashMap<SequenceId, Sequence>,
     /// The digest after each block.
@@ -33,10 +33,14 @@ struct Sequence {
     /// The digest at the end of each block.
     borders: HashMap<usize, u64>,
     keeps: Vec<Keep>,
+    /// Sum of the tokens, for the vector of an embedding.
+    sum: f32,
+    is_scored: bool,
+    is_embedded: bool,
 }
 
 impl SimulatedStage {
-    /// A stage with these facts whose steps take `step_time` (slept, not computed).
+    /// A stage with these facts whose tokens take `step_time` (slept, not computed).
     pub fn new(info: StageInfo, step_time: Duration) -> Self {
         Self { info, step_time, sequences: HashMap::new(), blocks: HashMap::new(), files: HashMap::new() }
     }
@@ -71,58 +75,50 @@ impl Stage for SimulatedStage {
     }
 
     fn open(&mut self, sequence: SequenceId, spec: SequenceSpec) -> Result<(), StageError> {
-        spec.sampling.check(self.info.vocabulary)?;
-        if self.sequences.insert(sequence, Sequence::default()).is_some() {
+        spec.check(self.info.vocabulary)?;
+        let state = Sequence {
+            is_scored: spec.prompt_logprobs.is_some(),
+            is_embedded: spec.output == Output::Embedding,
+            ..Sequence::default()
+        };
+        if self.sequences.insert(sequence, state).is_some() {
             return Err(StageError::AlreadyOpen(sequence));
         }
         Ok(())
     }
 
-    fn step(&mut self, step: Step) -> Result<StepOutput, StageError> {
-        let sequence =
-            self.sequences.get_mut(&step.sequence).ok_or(StageError::UnknownSequence(step.sequence))?;
-        if step.position != sequence.position {
-            return Err(StageError::Position { expected: sequence.position, actual: step.position });
-        }
-        let mut values = match &step.input {
+    fn run(&mut self, batch: &MicroBatch) -> Result<BatchOutput, StageError> {
+        let values = match &batch.input {
             StepInput::Tokens => {
-                step.tokens.iter().flat_map(|token| vec![*token as f32; self.info.hidden]).collect()
+                let tokens = batch.rows.iter().flat_map(|row| &row.tokens);
+                tokens.flat_map(|token| vec![*token as f32; self.info.hidden]).collect()
             }
             StepInput::Activation(activation) => read(activation),
         };
-        let expected_rows = step.tokens.len() * self.info.hidden;
-        if values.len() != expected_rows {
-            return Err(StageError::Input(format!("{} values for {expected_rows}", values.len())));
+        let expected = batch.tokens() * self.info.hidden;
+        if values.len() != expected {
+            return Err(StageError::Input(format!("{} values for {expected}", values.len())));
         }
-        for (row, token) in values.chunks(self.info.hidden).zip(&step.tokens) {
-            let expected = *token as f32 + self.info.layers.start as f32;
-            if row.iter().any(|value| *value != expected) {
-                return Err(StageError::Input(format!("expected {expected} for token {token}, got {row:?}")));
+        let (mut rows, mut handed_on, mut rest) = (Vec::new(), Vec::new(), values.as_slice());
+        for row in &batch.rows {
+            let (own, after) = rest.split_at(row.tokens.len() * self.info.hidden);
+            rest = after;
+            let output = self.row(row, own);
+            if output.is_ok() {
+                handed_on.extend(own.iter().map(|value| value + self.info.layers.len() as f32));
             }
+            rows.push(output);
         }
-        values.iter_mut().for_each(|value| *value += self.info.layers.len() as f32);
-        for token in &step.tokens {
-            sequence.position += 1;
-            sequence.digest = Self::digest(sequence.digest, *token);
-            if sequence.position.is_multiple_of(BLOCK_TOKENS) {
-                sequence.borders.insert(sequence.position, sequence.digest);
+        self.take_time(&batch.rows);
+        let activation = match self.info.is_last() || handed_on.is_empty() {
+            true => None,
+            false => {
+                let bytes = handed_on.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+                let (tokens, hidden) = (handed_on.len() / self.info.hidden, self.info.hidden);
+                Some(Activation::new(tokens, hidden, Dtype::F32, Bytes::from(bytes))?)
             }
-        }
-        sequence.take_blocks(&mut self.blocks);
-        if !self.step_time.is_zero() {
-            std::thread::sleep(self.step_time * step.tokens.len() as u32);
-        }
-        if !self.info.is_last() {
-            let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
-            let activation =
-                Activation::new(step.tokens.len(), self.info.hidden, Dtype::F32, Bytes::from(bytes))?;
-            return Ok(StepOutput::Activation(activation));
-        }
-        if !step.sample {
-            return Ok(StepOutput::Nothing);
-        }
-        let token = Self::next_token(sequence.digest, self.info.vocabulary);
-        Ok(StepOutput::Sampled(Sampled { token, logprob: None, top: Vec::new() }))
+        };
+        Ok(BatchOutput { rows, activation })
     }
 
     fn close(&mut self, sequence: SequenceId) {
@@ -206,6 +202,63 @@ impl BlockStore for SimulatedStage {
     }
 }
 
+impl SimulatedStage {
+    fn row(&mut self, row: &Row, values: &[f32]) -> Result<RowOutput, StageError> {
+        let Self { info, sequences, blocks, .. } = self;
+        let sequence = sequences.get_mut(&row.sequence).ok_or(StageError::UnknownSequence(row.sequence))?;
+        if row.position != sequence.position {
+            return Err(StageError::Position { expected: sequence.position, actual: row.position });
+        }
+        for (vector, token) in values.chunks(info.hidden).zip(&row.tokens) {
+            let expected = *token as f32 + info.layers.start as f32;
+            if vector.iter().any(|value| *value != expected) {
+                return Err(StageError::Input(format!(
+                    "expected {expected} for token {token}, got {vector:?}"
+                )));
+            }
+        }
+        let mut output = RowOutput::default();
+        for token in &row.tokens {
+            if sequence.is_scored && sequence.position > 0 {
+                output.scores.push(Self::score(sequence.digest, *token));
+            }
+            sequence.digest = Self::digest(sequence.digest, *token);
+            sequence.sum += *token as f32;
+            sequence.position += 1;
+            if sequence.position.is_multiple_of(BLOCK_TOKENS) {
+                sequence.borders.insert(sequence.position, sequence.digest);
+            }
+        }
+        sequence.take_blocks(blocks);
+        if !info.is_last() {
+            return Ok(RowOutput::default());
+        }
+        if row.sample && sequence.is_embedded {
+            output.embedding = Some(vec![sequence.sum / sequence.position as f32; info.hidden]);
+        } else if row.sample {
+            let token = Self::next_token(sequence.digest, info.vocabulary);
+            sequence.is_scored = false; // the prompt is over
+            output.sampled = Some(Sampled { token, logprob: None, top: Vec::new() });
+        }
+        Ok(output)
+    }
+
+    /// The score of a token that comes after a history with this digest.
+    pub fn score(digest: u64, token: u32) -> Sampled {
+        let logprob = -((digest % 1000) as f32) / 100.0;
+        Sampled { token, logprob: Some(logprob), top: Vec::new() }
+    }
+
+    fn take_time(&self, rows: &[Row]) {
+        let chunks: usize = rows.iter().map(|row| row.tokens.len()).filter(|tokens| *tokens > 1).sum();
+        let singles = usize::from(rows.iter().any(|row| row.tokens.len() == 1));
+        let time = self.step_time * (chunks + singles) as u32;
+        if !time.is_zero() {
+            std::thread::sleep(time);
+        }
+    }
+}
+
 fn read(activation: &Activation) -> Vec<f32> {
     activation
         .bytes()
@@ -217,7 +270,7 @@ fn read(activation: &Activation) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{ByteCount, LayerRange};
+    use crate::{ByteCount, LayerRange, Step, StepOutput};
 
     fn stage(start: usize, end: usize) -> SimulatedStage {
         let info = StageInfo {
@@ -288,5 +341,34 @@ mod tests {
         stage.begin_with(SequenceId(2), &[BlockId(0), BlockId(5)]).unwrap();
         assert_eq!(stage.step(step(2, 2 * BLOCK_TOKENS)).unwrap(), cold);
         assert_eq!(stage.usage().blocks, 2);
+    }
+
+    #[test]
+    fn a_row_that_fails_spares_the_others() {
+        let (mut first, mut last) = (stage(0, 2), stage(2, 4));
+        for sequence in [1, 2] {
+            for stage in [&mut first, &mut last] {
+                stage.open(SequenceId(sequence), SequenceSpec::new(2, 5, Default::default())).unwrap();
+            }
+        }
+        let row = |sequence, position, tokens: &[u32]| Row {
+            sequence: SequenceId(sequence),
+            position,
+            tokens: tokens.to_vec(),
+            sample: true,
+        };
+        let rows = vec![row(1, 0, &[4]), row(9, 0, &[5, 6]), row(2, 0, &[7, 8, 9])];
+        let output = first.run(&MicroBatch { rows: rows.clone(), input: StepInput::Tokens }).unwrap();
+        assert!(matches!(output.rows[1], Err(StageError::UnknownSequence(SequenceId(9)))));
+        let activation = output.activation.unwrap();
+        assert_eq!(activation.tokens(), 4);
+        let mut batch = MicroBatch { rows, input: StepInput::Tokens };
+        batch.retain(|row| row.sequence.0 != 9).unwrap();
+        let output = last.run(&MicroBatch { input: StepInput::Activation(activation), ..batch }).unwrap();
+        let tokens: Vec<u32> =
+            output.rows.into_iter().map(|row| row.unwrap().sampled.unwrap().token).collect();
+        let expected =
+            [&[4][..], &[7, 8, 9]].map(|prompt| SimulatedStage::expected_tokens(prompt, 1, 100)[0]);
+        assert_eq!(tokens, expected);
     }
 }

@@ -1,7 +1,7 @@
 //! A stage: a contiguous layer range of one model, ready to run.
 
 use crate::{
-    Activation, ActivationError, BlockId, BlockStore, ByteCount, Dtype, Grammar, LayerRange, LogprobRequest,
+    Activation, ActivationError, BlockId, BlockStore, ByteCount, Dtype, Grammar, GrammarError, LayerRange, LogprobRequest,
     Sampled, Sampling, SamplingError,
 };
 
@@ -54,6 +54,18 @@ impl SequenceSpec {
             adapter: None,
         }
     }
+
+    /// Checks what is asked against a vocabulary of `vocabulary` tokens.
+    ///
+    /// # Errors
+    /// Names the parameter that is out of its range.
+    pub fn check(&self, vocabulary: usize) -> Result<(), SamplingError> {
+        self.sampling.check(vocabulary)?;
+        match self.prompt_logprobs {
+            Some(request) => request.check("prompt_logprobs", vocabulary),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Why a sequence has no further token.
@@ -94,28 +106,122 @@ impl StageInfo {
     }
 }
 
-/// One sequence's part of a step: consecutive tokens, all at once through this stage's layers.
+/// What goes through a stage at once: parts of one or several sequences, so that a weight is read once for all of them.
+///
+/// A sequence has at most one row. Rows of a single token come first, and among them those that are drawn alike can be drawn
+/// together; a row's result does not depend on the others.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Step {
+pub struct MicroBatch {
+    /// The sequences' parts, at least one.
+    pub rows: Vec<Row>,
+    /// What the layers work on, for all rows.
+    pub input: StepInput,
+}
+
+/// One sequence's part of a micro-batch: consecutive tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Row {
     /// Whose tokens.
     pub sequence: SequenceId,
     /// Position of the first one; equals the number of tokens that went through before.
     pub position: usize,
     /// The ids. Every stage gets them: the first embeds them, the last needs them for the penalties.
     pub tokens: Vec<u32>,
-    /// What the layers work on.
-    pub input: StepInput,
-    /// Shall the last stage sample after the last token? False for all but the last chunk of a prompt.
+    /// Is something made of the last token: the next token sampled, or the prompt's vector? False for all but the last chunk of
+    /// a prompt.
     pub sample: bool,
+}
+
+impl Row {
+    /// One past the position of its last token.
+    pub fn end(&self) -> usize {
+        self.position.saturating_add(self.tokens.len())
+    }
+}
+
+impl MicroBatch {
+    /// Tokens of all rows.
+    pub fn tokens(&self) -> usize {
+        self.rows.iter().map(|row| row.tokens.len()).sum()
+    }
+
+    /// Leaves only the rows for which `keeps` says so, and their part of the activation. Copies when that is not all of it.
+    ///
+    /// # Errors
+    /// An activation that has not one vector for each token.
+    pub fn retain(&mut self, mut keeps: impl FnMut(&Row) -> bool) -> Result<(), ActivationError> {
+        let kept: Vec<bool> = self.rows.iter().map(&mut keeps).collect();
+        if kept.iter().all(|kept| *kept) {
+            return Ok(());
+        }
+        if let StepInput::Activation(activation) = &self.input {
+            let (mut ranges, mut start) = (Vec::new(), 0);
+            for (row, kept) in self.rows.iter().zip(&kept) {
+                let end = start + row.tokens.len();
+                if *kept {
+                    ranges.push(start..end);
+                }
+                start = end;
+            }
+            self.input = StepInput::Activation(activation.rows(&ranges)?);
+        }
+        let mut kept = kept.into_iter();
+        self.rows.retain(|_| kept.next().unwrap_or(true));
+        Ok(())
+    }
 }
 
 /// Where the hidden vectors come from.
 #[derive(Clone, Debug, PartialEq)]
 pub enum StepInput {
-    /// First stage: embed the step's tokens.
+    /// First stage: embed the rows' tokens.
     Tokens,
-    /// The output of the stage before, `[tokens, hidden]`.
+    /// The output of the stage before, `[tokens of all rows, hidden]`.
     Activation(Activation),
+}
+
+/// What a stage made of a micro-batch.
+#[derive(Debug)]
+pub struct BatchOutput {
+    /// For each row, in order.
+    pub rows: Vec<Result<RowOutput, StageError>>,
+    /// Input for the next stage, of the rows without an error. None on the last stage, and when there is no such row.
+    pub activation: Option<Activation>,
+}
+
+/// What the last stage made of a row; other stages leave it empty.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RowOutput {
+    /// The tokens of the row with their log-probabilities, when the prompt is scored: all but the sequence's first token.
+    pub scores: Vec<Sampled>,
+    /// With `sample`: the next token.
+    pub sampled: Option<Sampled>,
+    /// The grammar's sentence is complete with that token: the sequence ends.
+    pub is_complete: bool,
+    /// With `sample`, for a sequence that is embedded: its vector.
+    pub embedding: Option<Vec<f32>>,
+}
+
+/// A micro-batch of a single sequence, for whoever runs one by itself.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// Whose tokens.
+    pub sequence: SequenceId,
+    /// As [`Row::position`].
+    pub position: usize,
+    /// As [`Row::tokens`].
+    pub tokens: Vec<u32>,
+    /// What the layers work on.
+    pub input: StepInput,
+    /// As [`Row::sample`].
+    pub sample: bool,
+}
+
+impl From<Step> for MicroBatch {
+    fn from(step: Step) -> Self {
+        let Step { sequence, position, tokens, input, sample } = step;
+        Self { rows: vec![Row { sequence, position, tokens, sample }], input }
+    }
 }
 
 /// What a stage made of a step.
@@ -137,8 +243,11 @@ pub trait Stage {
     /// Makes the caches of a new sequence. Checks the sampling parameters against the vocabulary.
     fn open(&mut self, sequence: SequenceId, spec: SequenceSpec) -> Result<(), StageError>;
 
-    /// Runs one step of one sequence.
-    fn step(&mut self, step: Step) -> Result<StepOutput, StageError>;
+    /// Runs a micro-batch. A row that cannot be done has an error of its own and spares the others.
+    ///
+    /// # Errors
+    /// [`StageError::Device`]: no sequence can go on. What the input is wrong about as a whole.
+    fn run(&mut self, batch: &MicroBatch) -> Result<BatchOutput, StageError>;
 
     /// Frees a sequence's caches. Unknown sequences are fine: closing twice is not an error.
     fn close(&mut self, sequence: SequenceId);
@@ -148,6 +257,20 @@ pub trait Stage {
 
     /// What the device holds now and held at most since loading.
     fn memory(&self) -> StageMemory;
+
+    /// Runs a micro-batch of one row, of a sequence that generates tokens.
+    ///
+    /// # Errors
+    /// As [`Stage::run`], and the row's own.
+    fn step(&mut self, step: Step) -> Result<StepOutput, StageError> {
+        let output = self.run(&step.into())?;
+        let row = output.rows.into_iter().next().unwrap_or_else(|| Ok(RowOutput::default()))?;
+        Ok(match (output.activation, row.sampled) {
+            (Some(activation), _) => StepOutput::Activation(activation),
+            (None, Some(sampled)) => StepOutput::Sampled(sampled),
+            (None, None) => StepOutput::Nothing,
+        })
+    }
 }
 
 /// Memory of the device that a stage runs on.
@@ -196,6 +319,9 @@ pub enum StageError {
     /// A sampling parameter is out of range.
     #[error(transparent)]
     Sampling(#[from] SamplingError),
+    /// The answer's grammar cannot be followed.
+    #[error("grammar: {0}")]
+    Grammar(#[from] GrammarError),
     /// The sequence is longer than the memory reserved for it.
     #[error("the sequence is full: {tokens} tokens of {limit}")]
     Full {
@@ -204,7 +330,10 @@ pub enum StageError {
         /// Most it may have.
         limit: usize,
     },
-    /// The arithmetic failed (out of memory, not-a-number, the device is gone). The worker should end.
+    /// The sequence's logits are not finite numbers.
+    #[error("the model computed logits that are not numbers; its weights may be damaged")]
+    NotANumber,
+    /// The arithmetic failed (out of memory, the device is gone). The worker should end.
     #[error("{0}")]
     Device(String),
 }

@@ -56,6 +56,26 @@ impl<K: Copy + Eq> CachePool<K> {
         self.entries.get(place).map(|entry| &entry.cache).filter(|cache| cache.lanes() == 1)
     }
 
+    /// The cache that a sequence lies in, alone or with others.
+    pub(crate) fn of(&self, key: K) -> Option<&SequenceCache> {
+        self.find(key).and_then(|(place, _)| self.entries.get(place)).map(|entry| &entry.cache)
+    }
+
+    /// The cache that a sequence lies in, and its lane.
+    pub(crate) fn lane_of(&self, key: K) -> Option<(&SequenceCache, usize)> {
+        let (place, lane) = self.find(key)?;
+        self.entries.get(place).map(|entry| (&entry.cache, lane))
+    }
+
+    /// Forgets a sequence.
+    pub(crate) fn remove(&mut self, key: K) {
+        let Some((place, lane)) = self.find(key) else { return };
+        self.entries[place].keys[lane] = None;
+        if self.entries[place].keys.iter().all(Option::is_none) {
+            self.entries.remove(place);
+        }
+    }
+
     /// Takes a sequence out; its cache is its own again. None when there is no such sequence.
     pub(crate) fn take(&mut self, device: &Device, key: K) -> Result<Option<SequenceCache>> {
         let Some((place, lane)) = self.find(key) else { return Ok(None) };

@@ -81,6 +81,16 @@ pub(crate) struct Head {
     pub(crate) logits: Logits,
 }
 
+impl Head {
+    #[inline]
+    fn normed(&self, device: &Device, hidden: &Array) -> Result<Array> {
+        match &self.exit {
+            Some(exit) => self.norm.forward(device, &exit.merge(device, hidden)?),
+            None => self.norm.forward(device, hidden),
+        }
+    }
+}
+
 impl Layer {
     /// `[1, tokens, hidden]` to the same, or several of them; this is layer `index` of the range.
     fn forward(
@@ -280,15 +290,20 @@ impl Decoder {
         Ok(hidden)
     }
 
+    /// Hidden vectors `[1, tokens, hidden]` after the last norm.
+    pub(crate) fn normed(&self, device: &Device, hidden: &Array) -> Result<Array> {
+        match &self.head {
+            Some(head) => head.normed(device, hidden),
+            None => Err(mlxnode_mlx::Error::Mlx("this layer range has no head".to_owned())),
+        }
+    }
+
     /// Logits `[tokens, vocabulary]` of hidden vectors `[1, tokens, hidden]`.
     pub(crate) fn logits(&self, device: &Device, hidden: &Array) -> Result<Array> {
         let Some(head) = &self.head else {
             return Err(mlxnode_mlx::Error::Mlx("this layer range has no head".to_owned()));
         };
-        let normed = match &head.exit {
-            Some(exit) => head.norm.forward(device, &exit.merge(device, hidden)?)?,
-            None => head.norm.forward(device, hidden)?,
-        };
+        let normed = head.normed(device, hidden)?;
         let normed = match head.logits {
             Logits::OfDivided(divisor) => device.divide(&normed, &Array::scalar(divisor, normed.dtype())?)?,
             _ => normed,

@@ -66,7 +66,24 @@ impl Sampler {
         history: Option<&Array>,
         index: u64,
     ) -> Result<Draw> {
+        self.draw_among(device, logits, history, index, None)
+    }
+
+    /// The same among the tokens that `allowed` `[1, vocabulary]` says are possible; None for all. The others have no probability
+    /// at all, whatever the penalties.
+    pub(crate) fn draw_among(
+        &mut self,
+        device: &Device,
+        logits: Array,
+        history: Option<&Array>,
+        index: u64,
+        allowed: Option<&Array>,
+    ) -> Result<Draw> {
         let logits = self.penalties.apply(device, logits, history)?;
+        let logits = match allowed {
+            Some(allowed) => device.select(allowed, &logits, &minus_infinity(&logits)?)?,
+            None => logits,
+        };
         let norm = device.logsumexp_all(&logits)?;
         let logprobs = device.subtract(&logits, &norm)?;
         let finite = device.is_finite(&norm)?;

@@ -17,8 +17,8 @@ mod replica;
 
 use bytes::Bytes;
 use mlxnode_compute::{
-    Activation, BlockStore, ByteCount, Dtype, Sampled, SequenceId, SequenceSpec, Stage, StageError,
-    StageInfo, StageMemory, Step, StepOutput,
+    Activation, BatchOutput, BlockStore, ByteCount, Dtype, MicroBatch, Row, RowOutput, Sampled, SequenceId, SequenceSpec,
+    Stage, StageError, StageInfo, StageMemory,
 };
 use mlxnode_worker::{DriveClient, DriveEvent, DriveEvents, StageFactory};
 use replica::{Model, Replica, spec};
@@ -69,7 +69,7 @@ impl Stage for Timed {
     fn open(&mut self, _: SequenceId, _: SequenceSpec) -> Result<(), StageError> {
         Ok(())
     }
-    fn step(&mut self, step: Step) -> Result<StepOutput, StageError> {
+    fn run(&mut self, batch: &MicroBatch) -> Result<BatchOutput, StageError> {
         if !self.info.is_first() {
             let arrived = Instant::now();
             let mut clock = self.clock.lock().unwrap();
@@ -77,13 +77,25 @@ impl Stage for Timed {
                 clock.hops.push(arrived - returned);
             }
         }
-        self.load.carry();
-        if self.info.is_last() {
-            return Ok(StepOutput::Sampled(Sampled { token: 1, logprob: None, top: vec![] }));
+        let tokens = batch.tokens();
+        (0..tokens).for_each(|_| self.load.carry());
+        let is_last = self.info.is_last();
+        let sampled = |row: &Row| is_last && row.sample;
+        let output = |row: &Row| RowOutput {
+            sampled: sampled(row).then(|| Sampled { token: 1, logprob: None, top: vec![] }),
+            ..RowOutput::default()
+        };
+        let rows = batch.rows.iter().map(|row| Ok(output(row))).collect();
+        if is_last {
+            return Ok(BatchOutput { rows, activation: None });
         }
-        let activation = Activation::new(step.tokens.len(), HIDDEN, Dtype::F32, self.row.clone())?;
+        let bytes = match tokens {
+            1 => self.row.clone(),
+            tokens => Bytes::from(self.row.repeat(tokens)),
+        };
+        let activation = Some(Activation::new(tokens, HIDDEN, Dtype::F32, bytes)?);
         self.clock.lock().unwrap().returned = Some(Instant::now());
-        Ok(StepOutput::Activation(activation))
+        Ok(BatchOutput { rows, activation })
     }
     fn close(&mut self, _: SequenceId) {}
     fn blocks(&mut self) -> Option<&mut dyn BlockStore> {

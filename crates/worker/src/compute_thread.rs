@@ -11,7 +11,7 @@ use crate::message::Message;
 use crate::progress::Progress;
 use crate::queue::StepQueue;
 use crate::shard::Shard;
-use mlxnode_compute::{LayerRange, Stage, StageInfo};
+use mlxnode_compute::{ByteCount, LayerRange, Stage, StageInfo};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -33,6 +33,26 @@ pub struct LoadShard {
     pub max_sequences: usize,
     /// Longest prefill chunk, in tokens.
     pub prefill_chunk: usize,
+    /// What blocks of prompts may take; None: they are not kept.
+    pub blocks: Option<BlockRoom>,
+}
+
+/// What blocks of prompts may take in one worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockRoom {
+    /// In memory.
+    pub memory: ByteCount,
+    /// On the disk; 0: they are not there.
+    pub disk: ByteCount,
+    /// Where their files lie, with those of other workers.
+    pub folder: PathBuf,
+}
+
+impl LoadShard {
+    /// Most tokens of one batch: a chunk beside a token of every sequence.
+    pub(crate) fn most_tokens(&self) -> usize {
+        self.prefill_chunk.min(self.context_tokens).saturating_add(self.max_sequences)
+    }
 }
 
 /// Why a stage could not be loaded; its text reaches the person who asked for the model.
@@ -118,27 +138,28 @@ fn work(
     let mut queue = StepQueue::new();
     while !lifeline.is_ended() {
         while let Ok(received) = messages.try_recv() {
-            queue.push(received.message, received.credit);
+            queue.push(received.message, (received.credit, received.arrived));
         }
-        let Some((message, credit)) = queue.pop() else {
+        let Some((message, (credit, arrived))) = queue.pop() else {
             let Some(received) = messages.blocking_recv() else { break };
-            queue.push(received.message, received.credit);
+            queue.push(received.message, (received.credit, received.arrived));
             continue;
         };
         drop(credit);
-        let is_step = matches!(message, Message::Step(_));
-        if is_step {
-            progress.step_begins();
-        }
+        let step = match &message {
+            Message::Batch(batch) => Some(progress.step_begins(&batch.micro, arrived.elapsed())),
+            _ => None,
+        };
         let result = shard.handle(message);
-        if is_step {
-            progress.step_ended();
-        }
+        let times = step.map(|step| progress.step_ended(step));
         progress.holds(shard.open_sequences(), shard.memory());
-        if let Some(message) = result?
-            && results.blocking_send(message).is_err()
-        {
-            break;
+        for mut message in result? {
+            if let Some(times) = times {
+                message.took(times);
+            }
+            if results.blocking_send(message).is_err() {
+                return Ok(());
+            }
         }
     }
     Ok(())

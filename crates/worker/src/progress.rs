@@ -1,6 +1,7 @@
 //! What a shard has done and holds, as counters that any thread may read while it computes.
 
-use mlxnode_compute::StageMemory;
+use crate::message::StageTimes;
+use mlxnode_compute::{MicroBatch, StageMemory};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,12 @@ pub(crate) struct Progress {
     steps: AtomicU64,
     open_sequences: AtomicU64,
     compute_nanos: AtomicU64,
+    wait_nanos: AtomicU64,
+    send_nanos: AtomicU64,
+    /// What the last message took to the next stage.
+    last_send_nanos: AtomicU64,
+    prompt_tokens: AtomicU64,
+    decode_tokens: AtomicU64,
     active_bytes: AtomicU64,
     peak_bytes: AtomicU64,
     /// Nanoseconds after `origin` at which the step under way began, plus one; 0 when none is.
@@ -32,6 +39,21 @@ pub struct ShardStats {
     pub compute_time: Duration,
     /// How long the step under way has been running; zero when none is.
     pub step_time: Duration,
+    /// Total time that batches waited before they were computed.
+    pub wait_time: Duration,
+    /// Total time that they took to the next stage.
+    pub send_time: Duration,
+    /// Tokens of prompts that went through.
+    pub prompt_tokens: u64,
+    /// Generated tokens that went through.
+    pub decode_tokens: u64,
+}
+
+/// A step under way.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StepUnderWay {
+    began: u64,
+    waited: Duration,
 }
 
 impl Progress {
@@ -41,20 +63,46 @@ impl Progress {
             steps: AtomicU64::new(0),
             open_sequences: AtomicU64::new(0),
             compute_nanos: AtomicU64::new(0),
+            wait_nanos: AtomicU64::new(0),
+            send_nanos: AtomicU64::new(0),
+            last_send_nanos: AtomicU64::new(0),
+            prompt_tokens: AtomicU64::new(0),
+            decode_tokens: AtomicU64::new(0),
             active_bytes: AtomicU64::new(0),
             peak_bytes: AtomicU64::new(0),
             step_began: AtomicU64::new(0),
         }
     }
 
-    pub(crate) fn step_begins(&self) {
-        self.step_began.store(self.now() + 1, Relaxed);
+    /// A batch is begun that waited for so long.
+    pub(crate) fn step_begins(&self, batch: &MicroBatch, waited: Duration) -> StepUnderWay {
+        let began = self.now();
+        self.step_began.store(began + 1, Relaxed);
+        let chunks = batch.rows.iter().filter(|row| row.tokens.len() > 1 || !row.sample);
+        let prompt: usize = chunks.map(|row| row.tokens.len()).sum();
+        self.prompt_tokens.fetch_add(prompt as u64, Relaxed);
+        self.decode_tokens.fetch_add((batch.tokens() - prompt) as u64, Relaxed);
+        StepUnderWay { began, waited }
     }
 
-    pub(crate) fn step_ended(&self) {
-        let began = self.step_began.swap(0, Relaxed).saturating_sub(1);
-        self.compute_nanos.fetch_add(self.now().saturating_sub(began), Relaxed);
+    /// It is done; what it took.
+    pub(crate) fn step_ended(&self, step: StepUnderWay) -> StageTimes {
+        self.step_began.store(0, Relaxed);
+        let compute = self.now().saturating_sub(step.began);
+        self.compute_nanos.fetch_add(compute, Relaxed);
+        self.wait_nanos.fetch_add(nanos(step.waited), Relaxed);
         self.steps.fetch_add(1, Relaxed);
+        StageTimes {
+            compute: Duration::from_nanos(compute),
+            wait: step.waited,
+            send: Duration::from_nanos(self.last_send_nanos.load(Relaxed)),
+        }
+    }
+
+    /// A message took so long to the next stage.
+    pub(crate) fn sent(&self, within: Duration) {
+        self.last_send_nanos.store(nanos(within), Relaxed);
+        self.send_nanos.fetch_add(nanos(within), Relaxed);
     }
 
     pub(crate) fn holds(&self, open_sequences: usize, memory: StageMemory) {
@@ -73,10 +121,18 @@ impl Progress {
             open_sequences: self.open_sequences.load(Relaxed).min(u64::from(u32::MAX)) as u32,
             compute_time: Duration::from_nanos(self.compute_nanos.load(Relaxed)),
             step_time: Duration::from_nanos(step_nanos),
+            wait_time: Duration::from_nanos(self.wait_nanos.load(Relaxed)),
+            send_time: Duration::from_nanos(self.send_nanos.load(Relaxed)),
+            prompt_tokens: self.prompt_tokens.load(Relaxed),
+            decode_tokens: self.decode_tokens.load(Relaxed),
         }
     }
 
     fn now(&self) -> u64 {
         self.origin.elapsed().as_nanos() as u64
     }
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }

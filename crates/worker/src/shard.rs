@@ -1,13 +1,15 @@
-//! A loaded stage and its sequences: one message in, at most one message out.
+//! A loaded stage and its sequences: messages in, messages out.
 //!
 //! Knows where in the pipeline the stage stands: the last stage counts tokens, ends sequences and answers round the ring; every
-//! other one hands on. Errors of one sequence become `Failed` and spare the others; an error of the device ends the worker.
+//! other one hands on. Errors of one sequence become `Failed`, before the batch, and spare the others; an error of the device ends
+//! the worker.
 //! Pure but for the stage: no channel, no clock, no thread.
 
 use crate::error::Fault;
-use crate::message::{Message, SampledToken};
+use crate::message::{Batch, Message, Results, RowResult};
 use mlxnode_compute::{
-    SequenceEnd, SequenceId, SequenceSpec, Stage, StageError, StageInfo, Step, StepInput, StepOutput,
+    BlockPlan, Keep, MicroBatch, Row, RowOutput, SequenceEnd, SequenceId, SequenceSpec, Stage, StageError, StageInfo,
+    StepInput,
 };
 use std::collections::HashMap;
 
@@ -17,6 +19,8 @@ pub(crate) struct Shard {
     info: StageInfo,
     max_sequences: usize,
     sequences: HashMap<SequenceId, Sequence>,
+    /// The largest id that was ever opened; ids grow.
+    newest: Option<SequenceId>,
 }
 
 enum Sequence {
@@ -28,7 +32,7 @@ enum Sequence {
 impl Shard {
     pub(crate) fn new(stage: Box<dyn Stage>, max_sequences: usize) -> Self {
         let info = stage.info().clone();
-        Self { stage, info, max_sequences, sequences: HashMap::new() }
+        Self { stage, info, max_sequences, sequences: HashMap::new(), newest: None }
     }
 
     pub(crate) fn info(&self) -> &StageInfo {
@@ -45,23 +49,43 @@ impl Shard {
     }
 
     /// Works on one message from the stage before, or from the driver. What comes back is for the stage after.
-    pub(crate) fn handle(&mut self, message: Message) -> Result<Option<Message>, Fault> {
+    pub(crate) fn handle(&mut self, message: Message) -> Result<Vec<Message>, Fault> {
         match message {
-            Message::Open { sequence, spec, stages } => self.open(sequence, spec, stages).map(Some),
-            Message::Step(step) => self.step(step),
+            Message::Open { sequence, spec, stages, blocks } => {
+                Ok(vec![self.open(sequence, spec, stages, blocks)?])
+            }
+            Message::Batch(batch) => self.run(batch),
             Message::Close { sequence } => {
                 self.sequences.remove(&sequence);
                 self.stage.close(sequence);
-                Ok(Some(Message::Close { sequence }))
+                Ok(vec![Message::Close { sequence }])
             }
-            Message::Failed { sequence, reason } => Ok(Some(self.give_up(sequence, reason))),
-            Message::Opened { .. } | Message::Sampled(_) | Message::Done { .. } => {
+            Message::Failed { sequence, reason } => Ok(vec![self.give_up(sequence, reason)]),
+            Message::Missing { sequence } => Ok(vec![self.miss(sequence)]),
+            Message::Keep { sequence, keep } => self.keep(sequence, keep),
+            Message::Blocks(order) => {
+                if let Some(store) = self.stage.blocks() {
+                    store.order(order).map_err(|error| Fault::Device(error.to_string()))?;
+                }
+                Ok(self.handed_on(Message::Blocks(order)))
+            }
+            Message::Reset { mut capacities } => {
+                capacities.push(self.stage.blocks().map(|store| store.reset()).unwrap_or_default());
+                Ok(vec![Message::Reset { capacities }])
+            }
+            Message::Opened { .. } | Message::Results(_) => {
                 Err(Fault::Protocol("a message of the ring came down the pipeline".into()))
             }
         }
     }
 
-    fn open(&mut self, sequence: SequenceId, spec: SequenceSpec, stages: u32) -> Result<Message, Fault> {
+    fn open(
+        &mut self,
+        sequence: SequenceId,
+        spec: SequenceSpec,
+        stages: u32,
+        blocks: BlockPlan,
+    ) -> Result<Message, Fault> {
         if self.sequences.contains_key(&sequence) {
             return Err(Fault::Protocol(format!("sequence {} was opened twice", sequence.0)));
         }
@@ -69,49 +93,116 @@ impl Shard {
             let limit = self.max_sequences;
             return Err(Fault::Protocol(format!("more than {limit} sequences were opened at once")));
         }
-        match self.stage.open(sequence, spec.clone()) {
+        self.newest = self.newest.max(Some(sequence));
+        let opened = self.stage.open(sequence, spec.clone());
+        match opened.and_then(|()| self.begin(sequence, &blocks)) {
             Ok(()) => {
                 self.sequences.insert(sequence, Sequence::Open(Box::new(spec.clone())));
                 let stages = stages.saturating_add(1);
                 if self.info.is_last() {
                     Ok(Message::Opened { sequence, stages })
                 } else {
-                    Ok(Message::Open { sequence, spec, stages })
+                    Ok(Message::Open { sequence, spec, stages, blocks })
                 }
             }
+            Err(StageError::MissingBlock(_)) => Ok(self.miss(sequence)),
             Err(error) => self.refuse(sequence, error),
         }
     }
 
-    fn step(&mut self, step: Step) -> Result<Option<Message>, Fault> {
-        let (sequence, position, sample) = (step.sequence, step.position, step.sample);
-        let spec = match self.sequences.get(&sequence) {
-            Some(Sequence::Open(spec)) => spec,
-            Some(Sequence::Failed) => return Ok(None),
-            None => {
-                return Err(Fault::Protocol(format!("a step of sequence {} which is not open", sequence.0)));
+    /// What the sequence begins with, and what is kept of it.
+    fn begin(&mut self, sequence: SequenceId, plan: &BlockPlan) -> Result<(), StageError> {
+        if plan.is_empty() {
+            return Ok(());
+        }
+        let Some(store) = self.stage.blocks() else {
+            return Err(StageError::Input("this stage keeps no blocks of prompts".to_owned()));
+        };
+        store.begin_with(sequence, &plan.reuse)?;
+        plan.keep.iter().try_for_each(|keep| store.keep(sequence, *keep))
+    }
+
+    fn keep(&mut self, sequence: SequenceId, keep: Keep) -> Result<Vec<Message>, Fault> {
+        let is_open = matches!(self.sequences.get(&sequence), Some(Sequence::Open(_)));
+        if let Some(store) = self.stage.blocks().filter(|_| is_open) {
+            // Only the device can refuse; a block that could not be taken is missing later.
+            store.keep(sequence, keep).map_err(|error| Fault::Device(error.to_string()))?;
+        }
+        Ok(self.handed_on(Message::Keep { sequence, keep }))
+    }
+
+    /// For the next stage, if there is one.
+    fn handed_on(&self, message: Message) -> Vec<Message> {
+        if self.info.is_last() { Vec::new() } else { vec![message] }
+    }
+
+    /// A stage does not have what the sequence was to begin with.
+    fn miss(&mut self, sequence: SequenceId) -> Message {
+        let _ = self.give_up(sequence, String::new());
+        Message::Missing { sequence }
+    }
+
+    fn run(&mut self, batch: Batch) -> Result<Vec<Message>, Fault> {
+        let Batch { number, mut micro, times } = batch;
+        let unknown =
+            micro.rows.iter().map(|row| row.sequence).find(|sequence| Some(*sequence) > self.newest);
+        if let Some(sequence) = unknown {
+            return Err(Fault::Protocol(format!("a row of sequence {} which was never opened", sequence.0)));
+        }
+        // A row of a sequence that was closed or given up meanwhile, which overtakes batches, is of no use to anybody.
+        let is_open = |row: &Row| matches!(self.sequences.get(&row.sequence), Some(Sequence::Open(_)));
+        micro.retain(is_open).map_err(|error| Fault::Protocol(error.to_string()))?;
+        let is_last = self.info.is_last();
+        if micro.rows.is_empty() {
+            return Ok(vec![match is_last {
+                true => Message::Results(Results { number, rows: Vec::new(), times }),
+                false => Message::Batch(Batch { number, micro: no_rows(), times }),
+            }]);
+        }
+        let output = self.stage.run(&micro).map_err(|error| match error {
+            StageError::Device(reason) => Fault::Device(reason),
+            error => Fault::Protocol(error.to_string()),
+        })?;
+        if output.rows.len() != micro.rows.len() {
+            return Err(Fault::Device("the stage answered with another number of rows".into()));
+        }
+        let mut messages = Vec::with_capacity(1);
+        let (mut results, mut rows) = (Vec::new(), Vec::new());
+        for (row, outcome) in micro.rows.into_iter().zip(output.rows) {
+            match outcome {
+                Ok(output) if is_last => results.push(self.result(&row, output)?),
+                Ok(_) => rows.push(row),
+                Err(error) => messages.push(self.refuse(row.sequence, error)?),
             }
-        };
-        // Later stages need the ids; the first stage's own input is replaced by the activation below.
-        let tokens = step.tokens.clone();
-        let next_position = position + tokens.len();
-        let output = match self.stage.step(step) {
-            Ok(output) => output,
-            Err(error) => return self.refuse(sequence, error).map(Some),
-        };
-        let message = match (output, self.info.is_last()) {
-            (StepOutput::Activation(activation), false) => {
+        }
+        messages.push(match (is_last, output.activation) {
+            (true, _) => Message::Results(Results { number, rows: results, times }),
+            (false, Some(activation)) => {
                 let input = StepInput::Activation(activation);
-                Message::Step(Step { sequence, position, tokens, input, sample })
+                Message::Batch(Batch { number, micro: MicroBatch { rows, input }, times })
             }
-            (StepOutput::Sampled(sampled), true) if sample => {
-                let end = end_of(spec, next_position, sampled.token);
-                Message::Sampled(SampledToken { sequence, position: next_position, sampled, end })
+            (false, None) if rows.is_empty() => Message::Batch(Batch { number, micro: no_rows(), times }),
+            (false, None) => return Err(Fault::Device("the stage handed nothing on".into())),
+        });
+        Ok(messages)
+    }
+
+    /// What the last stage tells of a row.
+    fn result(&self, row: &Row, output: RowOutput) -> Result<RowResult, Fault> {
+        let (sequence, position) = (row.sequence, row.end());
+        let RowOutput { scores, sampled, is_complete, embedding } = output;
+        if (sampled.is_some() || embedding.is_some()) != row.sample {
+            return Err(Fault::Device("the stage answered a row with the wrong kind of output".into()));
+        }
+        let token = match (sampled, self.sequences.get(&sequence)) {
+            (Some(sampled), Some(Sequence::Open(spec))) => {
+                let end = end_of(spec, position, sampled.token);
+                let end = end.or_else(|| is_complete.then_some(SequenceEnd::Stop));
+                Some((sampled, end))
             }
-            (StepOutput::Nothing, true) if !sample => Message::Done { sequence, position: next_position },
-            _ => return Err(Fault::Device("the stage answered a step with the wrong kind of output".into())),
+            _ => None,
         };
-        Ok(Some(message))
+        Ok(RowResult { sequence, position, token, scores, embedding })
     }
 
     /// An error of the device ends the worker, any other one only this sequence.
@@ -129,6 +220,11 @@ impl Shard {
         }
         Message::Failed { sequence, reason }
     }
+}
+
+/// What is left of a batch whose sequences all failed or were closed.
+fn no_rows() -> MicroBatch {
+    MicroBatch { rows: Vec::new(), input: StepInput::Tokens }
 }
 
 /// Does the sequence end with `token` at `position`?

@@ -193,7 +193,14 @@ impl ShardState {
         let ring = if let (Some(next), Some((_, previous_pin))) = (next, previous) {
             let target = LinkTarget { address: next.0, pin: next.1, deadline: self.link_deadline };
             let (identity, end) = (self.identity.clone(), self.lifeline.token().clone());
-            self.spawn_until_fault(link::send(target, identity, loaded.epoch, outbox, end));
+            self.spawn_until_fault(link::send(
+                target,
+                identity,
+                loaded.epoch,
+                outbox,
+                self.progress.clone(),
+                end,
+            ));
             self.expect_previous();
             let (ring_inbox, ring) = mpsc::channel(WINDOW_FRAMES as usize);
             let inbox = if is_first { ring_inbox } else { inbox.clone() };
@@ -315,7 +322,8 @@ fn plan_of(loaded: &LoadedShard, is_first: bool) -> LinkPlan {
         direction: if is_first { Direction::Ring } else { Direction::Down },
         hidden: loaded.info.hidden,
         dtype: loaded.info.dtype,
-        prefill_chunk: loaded.shard.prefill_chunk,
+        most_tokens: loaded.shard.most_tokens(),
+        most_rows: loaded.shard.max_sequences,
         context_tokens: loaded.shard.context_tokens,
     }
 }

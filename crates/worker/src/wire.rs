@@ -3,12 +3,17 @@
 //! Numbers that are optional in [`Sampling`] travel as zero when absent: a penalty of strength 0 and an XTC of probability 0 change
 //! nothing, so nothing is lost.
 
-use crate::message::{DriveCommand, DriveEvent, SampledToken};
+use crate::blocks_wire::{
+    block_order_from_proto, block_order_to_proto, block_plan_from_proto, block_plan_to_proto,
+    capacities_from_proto, capacities_to_proto, keep_from_proto, keep_to_proto,
+};
+use crate::message::{DriveCommand, DriveEvent, RowResult, SampledToken, StageTimes};
 use mlxnode_compute::{
     Candidate, Dtype, Grammar, LogprobRequest, Output, Penalty, Sampled, Sampling, SequenceEnd, SequenceId,
     SequenceSpec, Xtc,
 };
 use mlxnode_proto::internal::v1 as proto;
+use std::time::Duration;
 
 /// Most stop tokens, special tokens, biased tokens or candidates that one message may list.
 const LONGEST_LIST: usize = 4096;
@@ -156,27 +161,31 @@ pub fn scores_to_proto(
     position: usize,
     scores: &[Sampled],
 ) -> Result<proto::PromptScores, WireError> {
-    let candidate = |it: &Candidate| proto::Candidate { token: it.token, logprob: it.logprob };
-    let tokens = scores.iter().map(|score| proto::TokenScore {
-        token: score.token,
-        logprob: score.logprob.unwrap_or(f32::NEG_INFINITY),
-        top: score.top.iter().map(candidate).collect(),
-    });
     Ok(proto::PromptScores {
         sequence: sequence.0,
         position: number("position", position)?,
-        tokens: tokens.collect(),
+        tokens: scores.iter().map(score_to_proto).collect(),
     })
+}
+
+fn score_to_proto(score: &Sampled) -> proto::TokenScore {
+    let candidate = |it: &Candidate| proto::Candidate { token: it.token, logprob: it.logprob };
+    proto::TokenScore {
+        token: score.token,
+        logprob: score.logprob.unwrap_or(f32::NEG_INFINITY),
+        top: score.top.iter().map(candidate).collect(),
+    }
+}
+
+fn score_from_proto(score: proto::TokenScore) -> Result<Sampled, WireError> {
+    short("top", score.top.len())?;
+    let top = score.top.into_iter().map(|it| Candidate { token: it.token, logprob: it.logprob });
+    Ok(Sampled { token: score.token, logprob: Some(score.logprob), top: top.collect() })
 }
 
 /// Scored tokens of a prompt from the wire: the position of the first one, and the tokens.
 pub fn scores_from_proto(scores: proto::PromptScores) -> Result<(usize, Vec<Sampled>), WireError> {
-    let score = |score: proto::TokenScore| {
-        short("top", score.top.len())?;
-        let top = score.top.into_iter().map(|it| Candidate { token: it.token, logprob: it.logprob });
-        Ok(Sampled { token: score.token, logprob: Some(score.logprob), top: top.collect() })
-    };
-    let tokens = scores.tokens.into_iter().map(score).collect::<Result<_, _>>()?;
+    let tokens = scores.tokens.into_iter().map(score_from_proto).collect::<Result<_, _>>()?;
     Ok((scores.position as usize, tokens))
 }
 
@@ -211,6 +220,57 @@ pub fn sampled_token_from_proto(token: proto::SampledToken) -> Result<SampledTok
     Ok(SampledToken { sequence: SequenceId(token.sequence), position: token.position as usize, sampled, end })
 }
 
+/// What became of a row, for the wire.
+pub(crate) fn row_result_to_proto(row: &RowResult) -> Result<proto::RowResult, WireError> {
+    let (sequence, position) = (row.sequence, row.position);
+    let token = row.token.clone().map(|(sampled, end)| SampledToken { sequence, position, sampled, end });
+    Ok(proto::RowResult {
+        sequence: sequence.0,
+        position: number("position", position)?,
+        token: token.as_ref().map(sampled_token_to_proto).transpose()?,
+        scores: row.scores.iter().map(score_to_proto).collect(),
+        embedding: row
+            .embedding
+            .as_ref()
+            .map(|values| proto::Embedding { sequence: sequence.0, values: values.clone() }),
+    })
+}
+
+/// What became of a row, from the wire.
+pub(crate) fn row_result_from_proto(row: proto::RowResult) -> Result<RowResult, WireError> {
+    let token = row.token.map(sampled_token_from_proto).transpose()?;
+    Ok(RowResult {
+        sequence: SequenceId(row.sequence),
+        position: row.position as usize,
+        token: token.map(|token| (token.sampled, token.end)),
+        scores: row.scores.into_iter().map(score_from_proto).collect::<Result<_, _>>()?,
+        embedding: row.embedding.map(|embedding| embedding.values),
+    })
+}
+
+/// Times for the wire.
+pub(crate) fn times_to_proto(times: &[StageTimes]) -> Vec<proto::StageTimes> {
+    let micros = |time: Duration| u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
+    let stage = |times: &StageTimes| proto::StageTimes {
+        compute: micros(times.compute),
+        wait: micros(times.wait),
+        send: micros(times.send),
+    };
+    times.iter().map(stage).collect()
+}
+
+/// Times from the wire.
+pub(crate) fn times_from_proto(times: &[proto::StageTimes]) -> Result<Vec<StageTimes>, WireError> {
+    short("times", times.len())?;
+    let micros = |time: u32| Duration::from_micros(u64::from(time));
+    let stage = |times: &proto::StageTimes| StageTimes {
+        compute: micros(times.compute),
+        wait: micros(times.wait),
+        send: micros(times.send),
+    };
+    Ok(times.iter().map(stage).collect())
+}
+
 /// An element type for the wire.
 pub fn dtype_to_proto(dtype: Dtype) -> proto::Dtype {
     match dtype {
@@ -233,10 +293,15 @@ pub fn dtype_from_proto(dtype: i32) -> Result<Dtype, WireError> {
 /// A scheduler's command for the wire.
 pub fn drive_command_to_proto(command: DriveCommand) -> Result<proto::DriveCommand, WireError> {
     let command = match command {
-        DriveCommand::Open { sequence, prompt, spec } => {
+        DriveCommand::Open { sequence, prompt, spec, blocks } => {
             let spec = Some(sequence_spec_to_proto(&spec)?);
-            proto::drive_command::Command::Open(proto::DriveOpen { sequence: sequence.0, prompt, spec })
+            let blocks = block_plan_to_proto(&blocks)?;
+            proto::drive_command::Command::Open(proto::DriveOpen { sequence: sequence.0, prompt, spec, blocks })
         }
+        DriveCommand::Keep { sequence, keep } => {
+            proto::drive_command::Command::Keep(keep_to_proto(sequence, keep)?)
+        }
+        DriveCommand::Blocks(order) => proto::drive_command::Command::Blocks(block_order_to_proto(order)),
         DriveCommand::Cancel { sequence } => {
             proto::drive_command::Command::Cancel(proto::CloseSequence { sequence: sequence.0 })
         }
@@ -250,8 +315,14 @@ pub fn drive_command_from_proto(command: proto::DriveCommand) -> Result<DriveCom
         proto::drive_command::Command::Open(open) => {
             let spec = open.spec.ok_or(WireError::Missing("the sequence's parameters"))?;
             let spec = sequence_spec_from_proto(spec, open.prompt.len())?;
-            Ok(DriveCommand::Open { sequence: SequenceId(open.sequence), prompt: open.prompt, spec })
+            let (sequence, blocks) = (SequenceId(open.sequence), block_plan_from_proto(open.blocks)?);
+            Ok(DriveCommand::Open { sequence, prompt: open.prompt, spec, blocks })
         }
+        proto::drive_command::Command::Keep(keep) => {
+            let (sequence, keep) = keep_from_proto(&keep)?;
+            Ok(DriveCommand::Keep { sequence, keep })
+        }
+        proto::drive_command::Command::Blocks(order) => Ok(DriveCommand::Blocks(block_order_from_proto(order)?)),
         proto::drive_command::Command::Cancel(close) => {
             Ok(DriveCommand::Cancel { sequence: SequenceId(close.sequence) })
         }
@@ -266,6 +337,12 @@ pub fn drive_event_to_proto(event: &DriveEvent) -> Result<proto::DriveEvent, Wir
             sequence: sequence.0,
             cached_tokens: number("cached_tokens", *cached_tokens)?,
         }),
+        DriveEvent::Capacity { stages } => Event::Capacities(capacities_to_proto(stages)),
+        DriveEvent::Progress { sequence, tokens } => Event::Progress(proto::DriveProgress {
+            sequence: sequence.0,
+            tokens: number("tokens", *tokens)?,
+        }),
+        DriveEvent::Missing { sequence } => Event::Missing(proto::CloseSequence { sequence: sequence.0 }),
         DriveEvent::Scores { sequence, position, scores } => {
             Event::Scores(scores_to_proto(*sequence, *position, scores)?)
         }
@@ -289,6 +366,12 @@ pub fn drive_event_from_proto(event: proto::DriveEvent) -> Result<DriveEvent, Wi
             sequence: SequenceId(started.sequence),
             cached_tokens: started.cached_tokens as usize,
         },
+        Event::Capacities(capacities) => DriveEvent::Capacity { stages: capacities_from_proto(&capacities)? },
+        Event::Progress(progress) => DriveEvent::Progress {
+            sequence: SequenceId(progress.sequence),
+            tokens: progress.tokens as usize,
+        },
+        Event::Missing(missing) => DriveEvent::Missing { sequence: SequenceId(missing.sequence) },
         Event::Scores(scores) => {
             let sequence = SequenceId(scores.sequence);
             let (position, scores) = scores_from_proto(scores)?;
@@ -317,6 +400,7 @@ fn short(name: &'static str, length: usize) -> Result<(), WireError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use mlxnode_compute::{BlockCapacity, BlockHash, BlockId, BlockOrder, BlockPlan, ByteCount, Keep};
 
     fn rich_spec() -> SequenceSpec {
         SequenceSpec {
@@ -350,9 +434,12 @@ mod tests {
             grammar: Some(Grammar::JsonObject),
             ..SequenceSpec::new(3, 17, Sampling::default())
         };
+        let keep = Keep { number: 3, block: BlockId(7), checkpoint: true };
         let commands = [
-            DriveCommand::Open { sequence: SequenceId(4), prompt: vec![1, 2, 3], spec: rich_spec() },
-            DriveCommand::Open { sequence: SequenceId(5), prompt: vec![0, 0, 0], spec: greedy },
+            DriveCommand::Open { sequence: SequenceId(4), prompt: vec![1, 2, 3], spec: rich_spec(), blocks: BlockPlan { reuse: vec![BlockId(1)], keep: vec![keep] } },
+            DriveCommand::Keep { sequence: SequenceId(4), keep },
+            DriveCommand::Blocks(BlockOrder::Erase { hash: BlockHash([3; 32]) }),
+            DriveCommand::Open { sequence: SequenceId(5), prompt: vec![0, 0, 0], spec: greedy, blocks: BlockPlan::default() },
             DriveCommand::Cancel { sequence: SequenceId(u64::MAX) },
         ];
         for command in commands {
@@ -373,6 +460,9 @@ mod tests {
             DriveEvent::Started { sequence, cached_tokens: 256 },
             DriveEvent::Scores { sequence, position: 1, scores: vec![sampled.clone()] },
             DriveEvent::Embedding { sequence, values: vec![0.5, -1.0] },
+            DriveEvent::Capacity { stages: vec![BlockCapacity { memory: ByteCount(5), ..BlockCapacity::default() }; 2] },
+            DriveEvent::Progress { sequence, tokens: 512 },
+            DriveEvent::Missing { sequence },
             DriveEvent::Closed { sequence },
             DriveEvent::Failed { sequence, reason: "why".into() },
         ];

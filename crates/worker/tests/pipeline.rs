@@ -5,7 +5,9 @@ mod replica;
 
 use mlxnode_compute::SequenceId;
 use mlxnode_compute::simulated::SimulatedStage;
-use mlxnode_compute::{SequenceEnd, Stage, StageError, StageInfo, StageMemory, Step, StepOutput};
+use mlxnode_compute::{
+    BatchOutput, MicroBatch, Row, RowOutput, SequenceEnd, Stage, StageError, StageInfo, StageMemory,
+};
 use mlxnode_worker::{DriveError, DriveEvent, Fault};
 use replica::{Heard, Model, Replica, VOCABULARY, prompt, spec};
 use std::time::{Duration, Instant};
@@ -196,10 +198,10 @@ async fn the_death_of_a_middle_worker_fails_everything_within_a_second() {
     tokio::time::timeout(Duration::from_secs(5), refused).await.expect("commands go nowhere now");
 }
 
-/// Works until it is asked to step, then does its worst.
+/// Works until a row comes to its fifth position, then does its worst with that row.
 struct Faulty {
     stage: SimulatedStage,
-    fault: fn() -> Result<StepOutput, StageError>,
+    fault: fn() -> Result<RowOutput, StageError>,
 }
 
 impl Stage for Faulty {
@@ -209,11 +211,23 @@ impl Stage for Faulty {
     fn open(&mut self, sequence: SequenceId, spec: mlxnode_compute::SequenceSpec) -> Result<(), StageError> {
         self.stage.open(sequence, spec)
     }
-    fn step(&mut self, step: Step) -> Result<StepOutput, StageError> {
-        if step.position >= 4 {
-            return (self.fault)();
+    fn run(&mut self, batch: &MicroBatch) -> Result<BatchOutput, StageError> {
+        let is_well = |row: &Row| row.position < 4;
+        let mut well = batch.clone();
+        well.retain(is_well)?;
+        let output = self.stage.run(&well)?;
+        let mut outcomes = output.rows.into_iter();
+        let mut rows = Vec::new();
+        for row in &batch.rows {
+            rows.push(match is_well(row) {
+                true => outcomes.next().unwrap(),
+                false => match (self.fault)() {
+                    Err(error @ StageError::Device(_)) => return Err(error),
+                    outcome => outcome,
+                },
+            });
         }
-        self.stage.step(step)
+        Ok(BatchOutput { rows, activation: output.activation })
     }
     fn close(&mut self, sequence: SequenceId) {
         self.stage.close(sequence);
@@ -227,7 +241,7 @@ impl Stage for Faulty {
 }
 
 /// A replica of three stages whose middle one fails at the fifth position.
-async fn with_fault(fault: fn() -> Result<StepOutput, StageError>) -> Replica {
+async fn with_fault(fault: fn() -> Result<RowOutput, StageError>) -> Replica {
     let model = Model::default();
     let faulty: mlxnode_worker::StageFactory = Box::new(move |shard, _| {
         let info = StageInfo {
@@ -261,8 +275,8 @@ async fn a_sequence_that_fails_in_one_stage_spares_the_others() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_device_that_fails_or_panics_ends_its_worker_with_the_reason() {
-    let failing: fn() -> Result<StepOutput, StageError> = || Err(StageError::Device("out of memory".into()));
-    let panicking: fn() -> Result<StepOutput, StageError> = || panic!("index out of range");
+    let failing: fn() -> Result<RowOutput, StageError> = || Err(StageError::Device("out of memory".into()));
+    let panicking: fn() -> Result<RowOutput, StageError> = || panic!("index out of range");
     for (fault, reason) in [(failing, "out of memory"), (panicking, "index out of range")] {
         let mut replica = with_fault(fault).await;
         let (client, mut events) = replica.drive().await;

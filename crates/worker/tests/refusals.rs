@@ -58,33 +58,40 @@ fn frame(epoch: u64, body: Body) -> proto::Frame {
     proto::Frame { epoch, body: Some(body) }
 }
 
-fn step() -> proto::StepFrame {
-    proto::StepFrame {
-        sequence: 1,
-        position: 0,
-        tokens: vec![1, 2],
-        sample: true,
+fn batch() -> proto::BatchFrame {
+    let row = |sequence| proto::BatchRow { sequence, position: 0, tokens: vec![1], sample: true };
+    proto::BatchFrame {
+        number: 1,
+        rows: vec![row(1), row(2)],
         dtype: proto::Dtype::F32 as i32,
         shape: vec![2, 4],
         data: Bytes::from(vec![0; 32]),
-        offset: 0,
+        ..proto::BatchFrame::default()
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn frames_that_do_not_fit_end_the_link_and_the_worker() {
     let close = || Body::Close(proto::CloseSequence { sequence: 1 });
-    let oversized = proto::StepFrame { data: Bytes::from(vec![0; 2 << 20]), ..step() };
-    let huge = proto::StepFrame { shape: vec![2, u32::MAX], ..step() };
-    let too_many = proto::StepFrame { tokens: vec![0; 513], shape: vec![513, 4], ..step() };
-    let token = Body::Token(proto::SampledToken::default());
+    let oversized = proto::BatchFrame { data: Bytes::from(vec![0; 2 << 20]), ..batch() };
+    let huge = proto::BatchFrame { shape: vec![2, u32::MAX], ..batch() };
+    let mut too_many = batch();
+    too_many.rows[1].tokens = vec![0; 600];
+    let mut twice = batch();
+    twice.rows[1].sequence = 1;
+    let results = Body::Results(proto::BatchResults::default());
     let cases = [
         (frame(EPOCH - 1, close()), Code::FailedPrecondition, "a frame of epoch 4 at a worker of epoch 5"),
         (frame(EPOCH + 1, close()), Code::FailedPrecondition, "a frame of epoch 6 at a worker of epoch 5"),
-        (frame(EPOCH, Body::Step(oversized)), Code::InvalidArgument, "a frame carries 2097152 bytes"),
-        (frame(EPOCH, Body::Step(huge)), Code::InvalidArgument, "an activation has shape [2, 4294967295]"),
-        (frame(EPOCH, Body::Step(too_many)), Code::InvalidArgument, "a step has 513 tokens"),
-        (frame(EPOCH, token), Code::InvalidArgument, "a token does not travel in this direction"),
+        (frame(EPOCH, Body::Batch(oversized)), Code::InvalidArgument, "a frame carries 2097152 bytes"),
+        (frame(EPOCH, Body::Batch(huge)), Code::InvalidArgument, "an activation has shape [2, 4294967295]"),
+        (frame(EPOCH, Body::Batch(too_many)), Code::InvalidArgument, "a batch has 601 tokens"),
+        (frame(EPOCH, Body::Batch(twice)), Code::InvalidArgument, "a batch has 2 rows, expected at most"),
+        (
+            frame(EPOCH, results),
+            Code::InvalidArgument,
+            "what became of a batch does not travel in this direction",
+        ),
         (proto::Frame { epoch: EPOCH, body: None }, Code::InvalidArgument, "a frame has no body"),
     ];
     for (frame, code, text) in cases {
@@ -98,14 +105,14 @@ async fn frames_that_do_not_fit_end_the_link_and_the_worker() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn steps_of_unopened_sequences_end_the_worker() {
+async fn rows_of_unopened_sequences_end_the_worker() {
     let mut middle = middle(LayerRange::new(2, 4), WorkerOptions::default()).await;
     let (code, message) =
-        code_of_link(&middle, &middle.previous, vec![frame(EPOCH, Body::Step(step()))]).await;
+        code_of_link(&middle, &middle.previous, vec![frame(EPOCH, Body::Batch(batch()))]).await;
     assert_eq!(code, Code::Unavailable);
-    assert!(message.contains("a step of sequence 1 which is not open"), "{message}");
+    assert!(message.contains("a row of sequence 1 which was never opened"), "{message}");
     let ended = middle.member.worker.ended().await;
-    assert!(matches!(&ended, Err(Fault::Protocol(reason)) if reason.contains("not open")), "{ended:?}");
+    assert!(matches!(&ended, Err(Fault::Protocol(reason)) if reason.contains("never opened")), "{ended:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

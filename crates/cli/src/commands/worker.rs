@@ -35,5 +35,10 @@ fn load(
         max_sequences: shard.max_sequences,
         ..StageOptions::default()
     };
-    Ok(Box::new(EngineStage::load(&checkpoint, shard.layers, options, progress)?))
+    let stage = EngineStage::load(&checkpoint, shard.layers, options, progress)?;
+    let stage = match &shard.blocks {
+        Some(room) => stage.with_blocks(room.memory, Some((&room.folder, room.disk)))?,
+        None => stage,
+    };
+    Ok(Box::new(stage))
 }

@@ -5,13 +5,15 @@
 //!  refused: failed, closed   └──────────────────────┴─────▶ Closing ──close came round the ring──▶ closed, forgotten
 //! ```
 //!
-//! A sequence in decoding has one step on its way, so several sequences together keep the stages busy. Prefill chunks do not
-//! wait for each other, but at most one per stage plus one are on their way: more would only make decode steps wait. Sequences
-//! take turns with their chunks. The order in which a stage works on what it was given is `queue`'s matter.
+//! Sequences go through the pipeline together, in batches that keep their order: a decoding sequence has one row in one batch on its
+//! way, a prompt may have a chunk in each. At most one batch per stage and one more are on their way, so that the stages stay busy
+//! and a newcomer waits for few. Rows that came back together go on together, so that a stage meets the same ones step after step;
+//! newcomers go to the end. How many rows a batch has, and how many tokens of prompts go along, [`Pace`] says.
 
-use crate::message::{DriveCommand, DriveEvent, Message, SampledToken};
-use mlxnode_compute::{Output, SequenceId, SequenceSpec, Step, StepInput};
-use std::collections::{BTreeMap, VecDeque};
+use super::pace::{Load, Pace, Room};
+use crate::message::{Batch, DriveCommand, DriveEvent, Message, Results, RowResult, SampledToken};
+use mlxnode_compute::{BLOCK_TOKENS, BlockPlan, Keep, MicroBatch, Output, Row, SequenceId, SequenceSpec, StepInput};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// What the replica has room for.
 #[derive(Clone, Copy, Debug)]
@@ -37,8 +39,23 @@ pub(crate) struct Driver {
     decodable: VecDeque<(SequenceId, u32)>,
     /// Sequences with chunks left, next one first.
     prefilling: VecDeque<SequenceId>,
-    chunks_on_their_way: usize,
+    /// Batches in the pipeline, oldest first.
+    flights: VecDeque<Flight>,
+    next_batch: u64,
+    /// Tokens of prompts may follow the batch that entered last.
+    may_follow: bool,
+    pace: Pace,
     events: VecDeque<DriveEvent>,
+    /// Schedulers that came and that the stages have not all heard of.
+    resets: usize,
+}
+
+/// A batch in the pipeline.
+struct Flight {
+    number: u64,
+    load: Load,
+    /// Its rows: whose, and one past the last token.
+    rows: Vec<(SequenceId, usize)>,
 }
 
 struct Sequence {
@@ -47,8 +64,17 @@ struct Sequence {
     prompt: Vec<u32>,
     /// Tokens that entered the pipeline; where the next step begins.
     entered: usize,
-    chunks_on_their_way: usize,
-    /// A step that will be sampled is on its way.
+    /// Tokens that need no work.
+    cached: usize,
+    /// Its first chunk is on its way.
+    has_started: bool,
+    /// Blocks of its prompt that the scheduler knows to be through.
+    progress: usize,
+    /// Where a chunk must end, because states are kept there.
+    borders: BTreeSet<usize>,
+    /// Nothing is sampled.
+    is_embedded: bool,
+    /// A row that will be sampled is on its way.
     awaits_token: bool,
     /// Its scheduler is gone; the next one does not know it.
     orphaned: bool,
@@ -61,13 +87,28 @@ enum Phase {
     Closing,
 }
 
+impl Sequence {
+    /// A block of it is kept.
+    fn note(&mut self, keep: &Keep) {
+        if keep.checkpoint {
+            self.borders.insert(keep.number.saturating_add(1).saturating_mul(BLOCK_TOKENS));
+        }
+    }
+}
+
 /// The scheduler or the last stage did what cannot be: the pipeline's state is not what this one believes.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub(crate) enum Violation {
     #[error("sequence {0} was opened twice")]
     OpenedTwice(u64),
-    #[error("{what} at position {actual} of sequence {sequence}, expected {expected}")]
-    Position { what: &'static str, sequence: u64, expected: usize, actual: usize },
+    #[error("the results of batch {actual}, expected {expected:?}")]
+    Batch { expected: Option<u64>, actual: u64 },
+    #[error("a row of sequence {sequence} at position {actual}, expected {expected:?}")]
+    Row { sequence: u64, expected: Option<usize>, actual: usize },
+    #[error("batch {batch} came back without sequence {sequence}, which neither failed nor was closed")]
+    Missing { batch: u64, sequence: u64 },
+    #[error("a row of sequence {sequence} came back with {what}")]
+    Kind { sequence: u64, what: &'static str },
     #[error("{what} of sequence {sequence}, which is not in the pipeline")]
     Unknown { what: &'static str, sequence: u64 },
     #[error("{0} came round the ring")]
@@ -83,15 +124,31 @@ impl Driver {
             controls: VecDeque::new(),
             decodable: VecDeque::new(),
             prefilling: VecDeque::new(),
-            chunks_on_their_way: 0,
+            flights: VecDeque::new(),
+            next_batch: 1,
+            may_follow: false,
+            pace: Pace::default(),
             events: VecDeque::new(),
+            resets: 0,
         }
     }
 
     /// Takes the scheduler's command.
     pub(crate) fn command(&mut self, command: DriveCommand) -> Result<(), Violation> {
         match command {
-            DriveCommand::Open { sequence, prompt, spec } => self.open(sequence, prompt, spec),
+            DriveCommand::Open { sequence, prompt, spec, blocks } => self.open(sequence, prompt, spec, blocks),
+            DriveCommand::Keep { sequence, keep } => {
+                let state = self.sequences.get_mut(&sequence);
+                if let Some(state) = state.filter(|state| state.phase != Phase::Closing) {
+                    state.note(&keep);
+                    self.controls.push_back(Message::Keep { sequence, keep });
+                }
+                Ok(())
+            }
+            DriveCommand::Blocks(order) => {
+                self.controls.push_back(Message::Blocks(order));
+                Ok(())
+            }
             DriveCommand::Cancel { sequence } => {
                 self.close(sequence);
                 Ok(())
@@ -102,8 +159,7 @@ impl Driver {
     /// Takes a message of the ring.
     pub(crate) fn ring(&mut self, message: Message) -> Result<(), Violation> {
         match message {
-            Message::Sampled(token) => self.sampled(token),
-            Message::Done { sequence, position } => self.done(sequence, position),
+            Message::Results(results) => self.results(results),
             Message::Close { sequence } => self.closed(sequence),
             Message::Failed { sequence, reason } => {
                 self.known("a failure", sequence)?;
@@ -115,9 +171,29 @@ impl Driver {
                 self.stages = (stages as usize).clamp(1, 1024);
                 Ok(())
             }
+            Message::Missing { sequence } => {
+                self.known("a missing block", sequence)?;
+                self.missing(sequence);
+                Ok(())
+            }
+            Message::Reset { capacities } => {
+                self.resets = self.resets.saturating_sub(1);
+                // Only what the last scheduler asked for is for it.
+                if self.resets == 0 {
+                    self.events.push_back(DriveEvent::Capacity { stages: capacities });
+                }
+                Ok(())
+            }
+            Message::Keep { .. } | Message::Blocks(_) => Err(Violation::Direction("an order for a block")),
             Message::Open { .. } => Err(Violation::Direction("a new sequence")),
-            Message::Step(_) => Err(Violation::Direction("a step")),
+            Message::Batch(_) => Err(Violation::Direction("a batch")),
         }
+    }
+
+    /// A scheduler comes: the blocks of the one before mean nothing to it.
+    pub(crate) fn welcome(&mut self) {
+        self.resets += 1;
+        self.controls.push_back(Message::Reset { capacities: Vec::new() });
     }
 
     /// The next message for the pipeline, if any may enter now. Call until `None` after every command, message and taken event.
@@ -128,14 +204,7 @@ impl Driver {
         if self.events.len() >= WAITING_EVENTS {
             return None;
         }
-        if let Some((sequence, token)) = self.decodable.pop_front() {
-            return self.decode(sequence, token);
-        }
-        if self.chunks_on_their_way <= self.stages {
-            let sequence = self.prefilling.pop_front()?;
-            return self.prefill(sequence);
-        }
-        None
+        self.batch().map(Message::Batch)
     }
 
     /// The next event for the scheduler.
@@ -176,14 +245,20 @@ impl Driver {
         self.controls.clear();
         self.decodable.clear();
         self.prefilling.clear();
-        self.chunks_on_their_way = 0;
+        self.flights.clear();
     }
 
-    fn open(&mut self, sequence: SequenceId, prompt: Vec<u32>, spec: SequenceSpec) -> Result<(), Violation> {
+    fn open(
+        &mut self,
+        sequence: SequenceId,
+        prompt: Vec<u32>,
+        spec: SequenceSpec,
+        blocks: BlockPlan,
+    ) -> Result<(), Violation> {
         if self.sequences.contains_key(&sequence) {
             return Err(Violation::OpenedTwice(sequence.0));
         }
-        if let Err(reason) = self.check(&prompt, &spec) {
+        if let Err(reason) = self.check(&prompt, &spec, &blocks) {
             self.events.push_back(DriveEvent::Failed { sequence, reason });
             self.events.push_back(DriveEvent::Closed { sequence });
             return Ok(());
@@ -191,36 +266,40 @@ impl Driver {
         let room = self.limits.context_tokens - prompt.len();
         let max_tokens = spec.max_tokens.min(room);
         let spec = SequenceSpec { prompt_tokens: prompt.len(), max_tokens, ..spec };
-        self.controls.push_back(Message::Open { sequence, spec, stages: 0 });
-        self.prefilling.push_back(sequence);
-        let state = Sequence {
+        let spec_is_embedded = spec.output == Output::Embedding;
+        let entered = blocks.cached_tokens();
+        let mut state = Sequence {
             phase: Phase::Prefilling,
             prompt,
-            entered: 0,
-            chunks_on_their_way: 0,
+            entered,
+            cached: entered,
+            has_started: false,
+            progress: entered / BLOCK_TOKENS,
+            borders: BTreeSet::new(),
+            is_embedded: spec_is_embedded,
             awaits_token: false,
             orphaned: false,
         };
+        blocks.keep.iter().for_each(|keep| state.note(keep));
+        self.controls.push_back(Message::Open { sequence, spec, stages: 0, blocks });
+        self.prefilling.push_back(sequence);
         self.sequences.insert(sequence, state);
         Ok(())
     }
 
-    fn check(&self, prompt: &[u32], spec: &SequenceSpec) -> Result<(), String> {
+    fn check(&self, prompt: &[u32], spec: &SequenceSpec, blocks: &BlockPlan) -> Result<(), String> {
         let limits = &self.limits;
         if prompt.is_empty() {
             return Err("the prompt has no tokens".into());
         }
+        if blocks.cached_tokens() >= prompt.len() {
+            return Err("the sequence begins with blocks of its whole prompt, which leaves nothing to compute".into());
+        }
         if spec.max_tokens == 0 {
             return Err("max_tokens is 0, but must be 1 or more".into());
         }
-        let unserved = [
-            ("prompt_logprobs", spec.prompt_logprobs.is_some()),
-            ("embedding", spec.output == Output::Embedding),
-            ("grammar", spec.grammar.is_some()),
-            ("adapter", spec.adapter.is_some()),
-        ];
-        if let Some((field, _)) = unserved.iter().find(|(_, is_asked)| *is_asked) {
-            return Err(format!("{field} is not served by this release's workers"));
+        if spec.adapter.is_some() {
+            return Err("adapter is not served by this release's workers".into());
         }
         if prompt.len() >= limits.context_tokens {
             return Err(format!(
@@ -245,91 +324,177 @@ impl Driver {
         Ok(())
     }
 
-    fn prefill(&mut self, sequence: SequenceId) -> Option<Message> {
-        let state = self.sequences.get_mut(&sequence)?;
-        let chunk_end = state.prompt.len().min(state.entered + self.limits.prefill_chunk);
-        let is_last = chunk_end == state.prompt.len();
-        let step = Step {
-            sequence,
-            position: state.entered,
-            tokens: state.prompt[state.entered..chunk_end].to_vec(),
-            input: StepInput::Tokens,
-            sample: is_last,
-        };
-        if state.entered == 0 {
-            self.events.push_back(DriveEvent::Started { sequence, cached_tokens: 0 });
+    /// The next batch, if one may enter now.
+    fn batch(&mut self) -> Option<Batch> {
+        if self.flights.len() > self.stages {
+            return None;
         }
-        state.entered = chunk_end;
-        state.chunks_on_their_way += 1;
-        self.chunks_on_their_way += 1;
-        if is_last {
+        let decoding = self.sequences.values().filter(|state| state.phase == Phase::Decoding).count();
+        let count = self.pace.micro_batches(decoding, self.stages + 1);
+        let mut rows = self.decode_rows(decoding, count);
+        let load = Load { rows: rows.len(), tokens: 0 };
+        let room = self.prompt_room(load.rows, decoding, count);
+        self.prompt_rows(room, &mut rows);
+        if rows.is_empty() {
+            return None;
+        }
+        let tokens = rows.iter().skip(load.rows).map(|row| row.tokens.len()).sum();
+        let load = Load { tokens, ..load };
+        let number = self.next_batch;
+        self.next_batch += 1;
+        self.flights.push_back(Flight {
+            number,
+            load,
+            rows: rows.iter().map(|row| (row.sequence, row.end())).collect(),
+        });
+        let micro = MicroBatch { rows, input: StepInput::Tokens };
+        Some(Batch { number, micro, times: Vec::new() })
+    }
+
+    /// The decoding rows of the next batch, none when it is better to wait for others to come back.
+    fn decode_rows(&mut self, decoding: usize, count: usize) -> Vec<Row> {
+        let on_their_way = self.flights.iter().filter(|flight| flight.load.rows > 0).count();
+        let share = decoding.div_ceil(count);
+        let is_enough = on_their_way == 0 || (on_their_way < count && 2 * self.decodable.len() >= share);
+        if !is_enough {
+            return Vec::new();
+        }
+        let taken: Vec<(SequenceId, u32)> = self.decodable.drain(..share.min(self.decodable.len())).collect();
+        let mut rows = Vec::with_capacity(taken.len());
+        for (sequence, token) in taken {
+            let Some(state) = self.sequences.get_mut(&sequence) else { continue };
+            let position = state.entered;
+            state.entered += 1;
             state.awaits_token = true;
-            state.phase = Phase::Decoding;
-            state.prompt = Vec::new();
-        } else {
-            self.prefilling.push_back(sequence);
+            rows.push(Row { sequence, position, tokens: vec![token], sample: true });
         }
-        Some(Message::Step(step))
+        rows
     }
 
-    fn decode(&mut self, sequence: SequenceId, token: u32) -> Option<Message> {
-        let state = self.sequences.get_mut(&sequence)?;
-        let position = state.entered;
-        state.entered += 1;
-        state.awaits_token = true;
-        let tokens = vec![token];
-        Some(Message::Step(Step { sequence, position, tokens, input: StepInput::Tokens, sample: true }))
+    /// How many tokens of prompts the next batch may have.
+    fn prompt_room(&mut self, rows: usize, decoding: usize, count: usize) -> usize {
+        let follows = std::mem::take(&mut self.may_follow);
+        let chunk = self.limits.prefill_chunk;
+        if self.prefilling.is_empty() {
+            return 0;
+        }
+        if decoding == 0 {
+            return chunk;
+        }
+        match self.pace.room(decoding, count) {
+            Room::Along(tokens) if rows > 0 => tokens.min(chunk),
+            Room::Behind(tokens) if rows == 0 && follows => tokens.min(chunk),
+            Room::Behind(_) if rows > 0 => {
+                self.may_follow = self.flights.iter().all(|flight| flight.load.rows > 0);
+                0
+            }
+            _ => 0,
+        }
     }
 
-    fn sampled(&mut self, token: SampledToken) -> Result<(), Violation> {
-        let sequence = token.sequence;
-        let Some(state) = self.sequences.get_mut(&sequence) else {
-            return Err(Violation::Unknown { what: "a token", sequence: sequence.0 });
+    /// Chunks of prompts, of `room` tokens in all, behind the rows that are there.
+    fn prompt_rows(&mut self, mut room: usize, rows: &mut Vec<Row>) {
+        let mut unfinished = Vec::new();
+        while room > 0
+            && let Some(sequence) = self.prefilling.pop_front()
+        {
+            let Some(state) = self.sequences.get_mut(&sequence) else { continue };
+            let border = state.borders.range(state.entered + 1..).next().copied().unwrap_or(usize::MAX);
+            let end = state.prompt.len().min(state.entered.saturating_add(room)).min(border);
+            let (position, sample) = (state.entered, end == state.prompt.len());
+            let tokens = state.prompt[position..end].to_vec();
+            if !std::mem::replace(&mut state.has_started, true) {
+                let cached_tokens = state.cached;
+                self.events.push_back(DriveEvent::Started { sequence, cached_tokens });
+            }
+            room -= tokens.len();
+            state.entered = end;
+            if sample {
+                state.awaits_token = true;
+                state.phase = Phase::Decoding;
+                state.prompt = Vec::new();
+            } else {
+                unfinished.push(sequence);
+            }
+            rows.push(Row { sequence, position, tokens, sample });
+        }
+        self.prefilling.extend(unfinished);
+    }
+
+    /// A batch came round.
+    fn results(&mut self, results: Results) -> Result<(), Violation> {
+        let Results { number, rows, times } = results;
+        let expected = self.flights.front().map(|flight| flight.number);
+        let Some(flight) = self.flights.pop_front().filter(|flight| flight.number == number) else {
+            return Err(Violation::Batch { expected, actual: number });
         };
+        let mut came: BTreeMap<SequenceId, RowResult> =
+            rows.into_iter().map(|row| (row.sequence, row)).collect();
+        let mut is_whole = true;
+        for (sequence, end) in flight.rows {
+            let Some(row) = came.remove(&sequence) else {
+                is_whole = false;
+                // It failed or was closed on the way; otherwise nobody would ever take it further.
+                match self.sequences.get(&sequence) {
+                    Some(state) if state.phase != Phase::Closing => {
+                        return Err(Violation::Missing { batch: number, sequence: sequence.0 });
+                    }
+                    _ => continue,
+                }
+            };
+            if row.position != end {
+                let (sequence, actual) = (sequence.0, row.position);
+                return Err(Violation::Row { sequence, expected: Some(end), actual });
+            }
+            self.row(row)?;
+        }
+        if let Some((sequence, row)) = came.pop_first() {
+            return Err(Violation::Row { sequence: sequence.0, expected: None, actual: row.position });
+        }
+        if is_whole {
+            self.pace.observe(flight.load, &times);
+        }
+        Ok(())
+    }
+
+    /// What became of a row.
+    fn row(&mut self, row: RowResult) -> Result<(), Violation> {
+        let RowResult { sequence, position, token, scores, embedding } = row;
+        let Some(state) = self.sequences.get_mut(&sequence) else { return Ok(()) };
         if state.phase == Phase::Closing {
             return Ok(()); // it was on its way when the sequence was closed
         }
-        let expected = state.entered;
-        if token.position != expected || !std::mem::take(&mut state.awaits_token) {
-            let (sequence, actual) = (sequence.0, token.position);
-            return Err(Violation::Position { what: "a token", sequence, expected, actual });
+        let kind = |what| Err(Violation::Kind { sequence: sequence.0, what });
+        if !scores.is_empty() {
+            if scores.len() >= position {
+                return kind("more scores than tokens");
+            }
+            self.events.push_back(DriveEvent::Scores { sequence, position: position - scores.len(), scores });
         }
-        self.chunk_arrived(sequence); // the prompt's last chunk, if this is the first token
-        let (next, end) = (token.sampled.token, token.end);
-        self.events.push_back(DriveEvent::Token(token));
-        if end.is_some() {
-            self.close(sequence);
-        } else {
-            self.decodable.push_back((sequence, next));
+        let is_last = state.awaits_token && position == state.entered;
+        if !is_last && position / BLOCK_TOKENS > state.progress {
+            state.progress = position / BLOCK_TOKENS;
+            self.events.push_back(DriveEvent::Progress { sequence, tokens: position });
+        }
+        match (token, embedding) {
+            (None, None) if is_last => return kind("nothing"),
+            (None, None) => {}
+            (Some((sampled, end)), None) if is_last && !state.is_embedded => {
+                state.awaits_token = false;
+                let next = sampled.token;
+                self.events.push_back(DriveEvent::Token(SampledToken { sequence, position, sampled, end }));
+                match end {
+                    Some(_) => self.close(sequence),
+                    None => self.decodable.push_back((sequence, next)),
+                }
+            }
+            (None, Some(values)) if is_last && state.is_embedded => {
+                self.events.push_back(DriveEvent::Embedding { sequence, values });
+                self.close(sequence);
+            }
+            _ => return kind("what was not asked for"),
         }
         Ok(())
-    }
-
-    fn done(&mut self, sequence: SequenceId, position: usize) -> Result<(), Violation> {
-        let state = self.known("a finished chunk", sequence)?;
-        if state.phase == Phase::Closing {
-            return Ok(());
-        }
-        if position > state.entered || state.chunks_on_their_way == 0 {
-            let (sequence, expected) = (sequence.0, state.entered);
-            return Err(Violation::Position {
-                what: "a finished chunk",
-                sequence,
-                expected,
-                actual: position,
-            });
-        }
-        self.chunk_arrived(sequence);
-        Ok(())
-    }
-
-    fn chunk_arrived(&mut self, sequence: SequenceId) {
-        if let Some(state) = self.sequences.get_mut(&sequence)
-            && state.chunks_on_their_way > 0
-        {
-            state.chunks_on_their_way -= 1;
-            self.chunks_on_their_way -= 1;
-        }
     }
 
     fn fail(&mut self, sequence: SequenceId, reason: String) {
@@ -339,7 +504,14 @@ impl Driver {
         }
     }
 
-    /// Sends a close after the sequence. Its chunks may never arrive now, since stages drop what waits.
+    fn missing(&mut self, sequence: SequenceId) {
+        if self.sequences.get(&sequence).is_some_and(|state| state.phase != Phase::Closing) {
+            self.events.push_back(DriveEvent::Missing { sequence });
+            self.close(sequence);
+        }
+    }
+
+    /// Sends a close after the sequence. Its rows may not come back now, since stages drop them.
     fn close(&mut self, sequence: SequenceId) {
         let Some(state) = self.sequences.get_mut(&sequence) else { return };
         if state.phase == Phase::Closing {
@@ -347,7 +519,6 @@ impl Driver {
         }
         state.phase = Phase::Closing;
         state.prompt = Vec::new();
-        self.chunks_on_their_way -= std::mem::take(&mut state.chunks_on_their_way);
         self.prefilling.retain(|waiting| *waiting != sequence);
         self.decodable.retain(|(waiting, _)| *waiting != sequence);
         self.controls.push_back(Message::Close { sequence });

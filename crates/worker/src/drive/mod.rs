@@ -1,7 +1,8 @@
 //! What only the first stage does: it takes sequences from the scheduler, feeds their prompts and tokens into the pipeline, and
 //! hears on the ring what the last stage made of them.
 //!
-//! [`driver`] decides and is pure; [`session`] moves the messages.
+//! [`driver`] decides with what [`pace`] knows, and both are pure; [`session`] moves the messages.
 
 pub(crate) mod driver;
+mod pace;
 pub(crate) mod session;

@@ -10,7 +10,7 @@ use crate::link::{Granted, Received};
 use crate::message::{DriveEvent, Message};
 use crate::wire::{drive_command_from_proto, drive_event_to_proto};
 use mlxnode_proto::internal::v1 as proto;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
 use tracing::{debug, info};
@@ -59,7 +59,7 @@ pub(crate) async fn run(
         while waiting_work.is_none()
             && let Some(message) = driver.next_work()
         {
-            let received = Received { message, credit: Granted::without_link() };
+            let received = Received { message, credit: Granted::without_link(), arrived: Instant::now() };
             if let Err(mpsc::error::TrySendError::Full(received)) = work.try_send(received) {
                 waiting_work = Some(received.message);
             }
@@ -79,7 +79,8 @@ pub(crate) async fn run(
             },
             Ok(permit) = work.reserve(), if waiting_work.is_some() => {
                 if let Some(message) = waiting_work.take() {
-                    permit.send(Received { message, credit: Granted::without_link() });
+                    let (credit, arrived) = (Granted::without_link(), Instant::now());
+                    permit.send(Received { message, credit, arrived });
                 }
             },
             room = reserve(events), if driver.has_events() => match room {
@@ -96,6 +97,7 @@ pub(crate) async fn run(
                         driver.cancel_all();
                         let _ = old.events.try_send(Err(Status::aborted("another scheduler took over")));
                     }
+                    driver.welcome();
                 }
             },
             command = next_command(&mut session), if session.is_some() && driver.accepts_commands() => {

@@ -1,12 +1,18 @@
 //! Frames back into messages, checked against what this stage expects. What does not fit strikes the sender.
 
 use super::FRAME_BYTES;
-use crate::message::Message;
-use crate::wire::{WireError, dtype_from_proto, sampled_token_from_proto, sequence_spec_from_proto};
+use crate::message::{Batch, Message, Results};
+use crate::blocks_wire::{
+    block_order_from_proto, block_plan_from_proto, capacities_from_proto, keep_from_proto,
+};
+use crate::wire::{
+    WireError, dtype_from_proto, row_result_from_proto, sequence_spec_from_proto, times_from_proto,
+};
 use bytes::{Bytes, BytesMut};
-use mlxnode_compute::{Activation, ActivationError, Dtype, SequenceId, Step, StepInput};
+use mlxnode_compute::{Activation, ActivationError, Dtype, MicroBatch, Row, SequenceId, StepInput};
 use mlxnode_proto::internal::v1 as proto;
 use mlxnode_proto::internal::v1::frame::Body;
+use std::collections::HashSet;
 
 /// Which way a link goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +30,10 @@ pub(crate) struct LinkPlan {
     pub(crate) direction: Direction,
     pub(crate) hidden: usize,
     pub(crate) dtype: Dtype,
-    pub(crate) prefill_chunk: usize,
+    /// Most tokens of a batch.
+    pub(crate) most_tokens: usize,
+    /// Most sequences of a batch.
+    pub(crate) most_rows: usize,
     pub(crate) context_tokens: usize,
 }
 
@@ -37,9 +46,11 @@ pub(crate) enum FrameError {
     Empty,
     #[error("{0} does not travel in this direction")]
     Direction(&'static str),
-    #[error("a step has {actual} tokens, expected 1 to {limit}")]
+    #[error("a batch has {actual} tokens, expected 1 to {limit}")]
     Tokens { actual: usize, limit: usize },
-    #[error("a step ends at position {end}, beyond the context of {limit} tokens")]
+    #[error("a batch has {actual} rows, expected at most {limit}, each of another sequence and with a token")]
+    Rows { actual: usize, limit: usize },
+    #[error("a row ends at position {end}, beyond the context of {limit} tokens")]
     Position { end: usize, limit: usize },
     #[error("an activation has shape {actual:?}, expected {expected:?}")]
     Shape { actual: Vec<u32>, expected: [usize; 2] },
@@ -66,8 +77,8 @@ pub(crate) struct Assembler {
 }
 
 struct Partial {
-    /// The step but for its input.
-    step: Step,
+    /// The batch but for its activation.
+    batch: Batch,
     bytes: BytesMut,
     total: usize,
 }
@@ -85,7 +96,7 @@ impl Assembler {
         let body = frame.body.ok_or(FrameError::Empty)?;
         if let Some(partial) = self.partial.take() {
             return match body {
-                Body::Step(frame) => self.continue_step(partial, &frame),
+                Body::Batch(frame) => self.continue_batch(partial, &frame),
                 _ => Err(FrameError::Interrupted),
             };
         }
@@ -93,9 +104,23 @@ impl Assembler {
             (Body::Open(open), Direction::Down) => {
                 let spec = open.spec.ok_or(WireError::Missing("the sequence's parameters"))?;
                 let spec = sequence_spec_from_proto(spec, open.prompt_tokens as usize)?;
-                Ok(Some(Message::Open { sequence: SequenceId(open.sequence), spec, stages: open.stages }))
+                let (sequence, blocks) = (SequenceId(open.sequence), block_plan_from_proto(open.blocks)?);
+                Ok(Some(Message::Open { sequence, spec, stages: open.stages, blocks }))
             }
-            (Body::Step(frame), Direction::Down) => self.begin_step(frame),
+            (Body::Keep(keep), Direction::Down) => {
+                let (sequence, keep) = keep_from_proto(&keep)?;
+                Ok(Some(Message::Keep { sequence, keep }))
+            }
+            (Body::Blocks(order), Direction::Down) => {
+                Ok(Some(Message::Blocks(block_order_from_proto(order)?)))
+            }
+            (Body::Capacities(capacities), _) => {
+                Ok(Some(Message::Reset { capacities: capacities_from_proto(&capacities)? }))
+            }
+            (Body::Missing(missing), _) => {
+                Ok(Some(Message::Missing { sequence: SequenceId(missing.sequence) }))
+            }
+            (Body::Batch(frame), Direction::Down) => self.begin_batch(frame),
             (Body::Close(close), _) => Ok(Some(Message::Close { sequence: SequenceId(close.sequence) })),
             (Body::Failed(failed), _) => {
                 let reason = crate::error::shortened(&failed.reason);
@@ -105,30 +130,46 @@ impl Assembler {
                 let (sequence, stages) = (SequenceId(opened.sequence), opened.stages);
                 Ok(Some(Message::Opened { sequence, stages }))
             }
-            (Body::Token(token), Direction::Ring) => {
-                Ok(Some(Message::Sampled(sampled_token_from_proto(token)?)))
-            }
-            (Body::Done(done), Direction::Ring) => {
-                let (sequence, position) = (SequenceId(done.sequence), done.position as usize);
-                Ok(Some(Message::Done { sequence, position }))
-            }
+            (Body::Results(results), Direction::Ring) => self.results(results).map(Some),
+            (Body::Keep(_) | Body::Blocks(_), Direction::Ring) => Err(FrameError::Direction("an order for a block")),
             (Body::Open(_), Direction::Ring) => Err(FrameError::Direction("a new sequence")),
-            (Body::Step(_), Direction::Ring) => Err(FrameError::Direction("a step")),
+            (Body::Batch(_), Direction::Ring) => Err(FrameError::Direction("a batch")),
             (Body::Opened(_), Direction::Down) => Err(FrameError::Direction("an opened sequence")),
-            (Body::Token(_), Direction::Down) => Err(FrameError::Direction("a token")),
-            (Body::Done(_), Direction::Down) => Err(FrameError::Direction("a finished step")),
+            (Body::Results(_), Direction::Down) => Err(FrameError::Direction("what became of a batch")),
         }
     }
 
-    fn begin_step(&mut self, frame: proto::StepFrame) -> Result<Option<Message>, FrameError> {
-        let plan = &self.plan;
-        let tokens = frame.tokens.len();
-        if tokens == 0 || tokens > plan.prefill_chunk {
-            return Err(FrameError::Tokens { actual: tokens, limit: plan.prefill_chunk });
+    fn results(&self, results: proto::BatchResults) -> Result<Message, FrameError> {
+        let (actual, limit) = (results.rows.len(), self.plan.most_rows);
+        if actual > limit {
+            return Err(FrameError::Rows { actual, limit });
         }
-        let end = frame.position as usize + tokens;
-        if end > plan.context_tokens {
-            return Err(FrameError::Position { end, limit: plan.context_tokens });
+        let rows = results.rows.into_iter().map(row_result_from_proto).collect::<Result<_, _>>()?;
+        let times = times_from_proto(&results.times)?;
+        Ok(Message::Results(Results { number: results.number, rows, times }))
+    }
+
+    fn begin_batch(&mut self, frame: proto::BatchFrame) -> Result<Option<Message>, FrameError> {
+        let plan = &self.plan;
+        let times = times_from_proto(&frame.times)?;
+        if frame.rows.is_empty() && frame.data.is_empty() {
+            let micro = MicroBatch { rows: Vec::new(), input: StepInput::Tokens };
+            return Ok(Some(Message::Batch(Batch { number: frame.number, micro, times })));
+        }
+        let mut tokens = 0_usize;
+        let mut sequences = HashSet::with_capacity(frame.rows.len().min(plan.most_rows));
+        for row in &frame.rows {
+            if row.tokens.is_empty() || sequences.len() >= plan.most_rows || !sequences.insert(row.sequence) {
+                return Err(FrameError::Rows { actual: frame.rows.len(), limit: plan.most_rows });
+            }
+            let end = row.position as usize + row.tokens.len();
+            if end > plan.context_tokens {
+                return Err(FrameError::Position { end, limit: plan.context_tokens });
+            }
+            tokens += row.tokens.len();
+        }
+        if tokens == 0 || tokens > plan.most_tokens {
+            return Err(FrameError::Tokens { actual: tokens, limit: plan.most_tokens });
         }
         let expected = [tokens, plan.hidden];
         if frame.shape.len() != 2
@@ -148,15 +189,18 @@ impl Assembler {
         if frame.data.len() > FRAME_BYTES {
             return Err(FrameError::FrameTooLarge(frame.data.len()));
         }
-        let step = Step {
-            sequence: SequenceId(frame.sequence),
-            position: frame.position as usize,
-            tokens: frame.tokens,
-            input: StepInput::Tokens, // replaced when the activation is complete
-            sample: frame.sample,
+        let row = |row: proto::BatchRow| Row {
+            sequence: SequenceId(row.sequence),
+            position: row.position as usize,
+            tokens: row.tokens,
+            sample: row.sample,
         };
+        let rows = frame.rows.into_iter().map(row).collect();
+        // The input is replaced when the activation is complete.
+        let micro = MicroBatch { rows, input: StepInput::Tokens };
+        let batch = Batch { number: frame.number, micro, times };
         if frame.data.len() == total {
-            return self.complete(step, frame.data);
+            return self.complete(batch, frame.data);
         }
         if frame.offset != 0 || frame.data.is_empty() || frame.data.len() > total {
             return Err(FrameError::Continuation {
@@ -168,17 +212,16 @@ impl Assembler {
         }
         let mut bytes = BytesMut::with_capacity(total);
         bytes.extend_from_slice(&frame.data);
-        self.partial = Some(Partial { step, bytes, total });
+        self.partial = Some(Partial { batch, bytes, total });
         Ok(None)
     }
 
-    fn continue_step(
+    fn continue_batch(
         &mut self,
         mut partial: Partial,
-        frame: &proto::StepFrame,
+        frame: &proto::BatchFrame,
     ) -> Result<Option<Message>, FrameError> {
-        let (sequence, position) = (SequenceId(frame.sequence), frame.position as usize);
-        if (sequence, position) != (partial.step.sequence, partial.step.position) {
+        if frame.number != partial.batch.number {
             return Err(FrameError::Interrupted);
         }
         if frame.data.len() > FRAME_BYTES {
@@ -195,15 +238,16 @@ impl Assembler {
         }
         partial.bytes.extend_from_slice(&frame.data);
         if partial.bytes.len() == partial.total {
-            return self.complete(partial.step, partial.bytes.freeze());
+            return self.complete(partial.batch, partial.bytes.freeze());
         }
         self.partial = Some(partial);
         Ok(None)
     }
 
-    fn complete(&self, step: Step, bytes: Bytes) -> Result<Option<Message>, FrameError> {
-        let activation = Activation::new(step.tokens.len(), self.plan.hidden, self.plan.dtype, bytes)?;
-        Ok(Some(Message::Step(Step { input: StepInput::Activation(activation), ..step })))
+    fn complete(&self, mut batch: Batch, bytes: Bytes) -> Result<Option<Message>, FrameError> {
+        let activation = Activation::new(batch.micro.tokens(), self.plan.hidden, self.plan.dtype, bytes)?;
+        batch.micro.input = StepInput::Activation(activation);
+        Ok(Some(Message::Batch(batch)))
     }
 }
 
@@ -211,28 +255,38 @@ impl Assembler {
 mod tests {
     use super::super::Frames;
     use super::*;
-    use mlxnode_compute::{Sampled, SequenceSpec};
+    use crate::message::{RowResult, StageTimes};
+    use mlxnode_compute::{BlockCapacity, BlockHash, BlockId, BlockOrder, BlockPlan, ByteCount, Keep, Sampled, SequenceEnd, SequenceSpec};
+    use std::time::Duration;
 
     const PLAN: LinkPlan = LinkPlan {
         epoch: 7,
         direction: Direction::Down,
         hidden: 1024,
         dtype: Dtype::F32,
-        prefill_chunk: 700,
+        most_tokens: 700,
+        most_rows: 4,
         context_tokens: 10_000,
     };
     const RING: LinkPlan = LinkPlan { direction: Direction::Ring, ..PLAN };
 
-    fn step(tokens: usize) -> Message {
+    /// A chunk, and two rows of single tokens when there are more than two.
+    fn batch(tokens: usize) -> Message {
         let bytes: Vec<u8> = (0..tokens * 4096).map(|at| (at % 251) as u8).collect();
         let activation = Activation::new(tokens, 1024, Dtype::F32, Bytes::from(bytes)).unwrap();
-        Message::Step(Step {
-            sequence: SequenceId(3),
+        let row = |sequence: u64, tokens: std::ops::Range<usize>| Row {
+            sequence: SequenceId(sequence),
             position: 11,
-            tokens: (0..tokens as u32).collect(),
-            input: StepInput::Activation(activation),
-            sample: tokens == 1,
-        })
+            sample: tokens.len() == 1,
+            tokens: tokens.map(|token| token as u32).collect(),
+        };
+        let rows = match tokens {
+            1 | 2 => vec![row(3, 0..tokens)],
+            _ => vec![row(3, 0..1), row(4, 1..2), row(5, 2..tokens)],
+        };
+        let times = vec![StageTimes { compute: Duration::from_micros(5), ..StageTimes::default() }];
+        let micro = MicroBatch { rows, input: StepInput::Activation(activation) };
+        Message::Batch(Batch { number: 8, micro, times })
     }
 
     fn assembled(
@@ -256,19 +310,44 @@ mod tests {
         let sequence = SequenceId(9);
         let spec = SequenceSpec { stop_tokens: vec![1], ..SequenceSpec::new(5, 6, Default::default()) };
         let sampled = Sampled { token: 4, logprob: None, top: vec![] };
-        let token = SampledToken { sequence, position: 5, sampled, end: None };
-        let both = [Message::Close { sequence }, Message::Failed { sequence, reason: "full".into() }];
-        let down = [Message::Open { sequence, spec, stages: 1 }, step(1), step(256), step(257), step(700)];
+        let token = Some((sampled.clone(), Some(SequenceEnd::Stop)));
+        let scores = vec![Sampled { logprob: Some(-1.5), ..sampled }];
+        let row = |token, scores, embedding| RowResult { sequence, position: 5, token, scores, embedding };
+        let rows = vec![row(token, scores, None), row(None, vec![], Some(vec![0.5]))];
+        let times = vec![StageTimes::default(); 3];
+        let none = MicroBatch { rows: vec![], input: StepInput::Tokens };
+        let keep = Keep { number: 2, block: BlockId(9), checkpoint: true };
+        let hash = BlockHash([5; 32]);
+        let capacity = BlockCapacity { block: ByteCount(3), fingerprint: [7; 32], ..BlockCapacity::default() };
+        let both = [Message::Missing { sequence }, Message::Reset { capacities: vec![capacity; 2] }, Message::Close { sequence }, Message::Failed { sequence, reason: "full".into() }];
+        let down = [
+            Message::Open {
+                sequence,
+                spec,
+                stages: 1,
+                blocks: BlockPlan { reuse: vec![BlockId(4), BlockId(u64::MAX)], keep: vec![keep] },
+            },
+            Message::Keep { sequence, keep },
+            Message::Blocks(BlockOrder::Drop { block: BlockId(1) }),
+            Message::Blocks(BlockOrder::Spill { block: BlockId(2), hash }),
+            Message::Blocks(BlockOrder::Restore { block: BlockId(3), hash }),
+            Message::Blocks(BlockOrder::Erase { hash }),
+            batch(1),
+            batch(256),
+            batch(257),
+            batch(700),
+            Message::Batch(Batch { number: 9, micro: none, times: vec![] }),
+        ];
         let ring = [
             Message::Opened { sequence, stages: 3 },
-            Message::Sampled(token),
-            Message::Done { sequence, position: 512 },
+            Message::Results(Results { number: 8, rows, times }),
+            Message::Results(Results { number: 9, rows: vec![], times: vec![] }),
         ];
         for (plan, messages) in [(PLAN, down.iter().chain(&both)), (RING, ring.iter().chain(&both))] {
             for message in messages {
                 let frames: Vec<_> = Frames::of(7, message.clone()).unwrap().collect();
                 let largest = frames.iter().filter_map(|frame| match &frame.body {
-                    Some(Body::Step(step)) => Some(step.data.len()),
+                    Some(Body::Batch(batch)) => Some(batch.data.len()),
                     _ => None,
                 });
                 assert!(largest.max().unwrap_or(0) <= FRAME_BYTES);
@@ -283,15 +362,13 @@ mod tests {
         }
     }
 
-    use crate::message::SampledToken;
-
-    /// The frames of a step of 700 tokens (three of them), with one changed.
-    fn spoiled(which: usize, change: impl Fn(&mut proto::Frame, &mut proto::StepFrame)) -> FrameError {
-        let mut frames: Vec<_> = Frames::of(7, step(700)).unwrap().collect();
-        let Some(Body::Step(mut body)) = frames[which].body.take() else { panic!("a step") };
+    /// The frames of a batch of 700 tokens (three of them), with one changed.
+    fn spoiled(which: usize, change: impl Fn(&mut proto::Frame, &mut proto::BatchFrame)) -> FrameError {
+        let mut frames: Vec<_> = Frames::of(7, batch(700)).unwrap().collect();
+        let Some(Body::Batch(mut body)) = frames[which].body.take() else { panic!("a batch") };
         change(&mut frames[which], &mut body);
         if frames[which].body.is_none() {
-            frames[which].body = Some(Body::Step(body));
+            frames[which].body = Some(Body::Batch(body));
         }
         assembled(PLAN, frames).expect_err("spoiled frames")
     }
@@ -301,31 +378,47 @@ mod tests {
         let bytes = |length| Bytes::from(vec![0; length]);
         assert_eq!(spoiled(0, |frame, _| frame.epoch = 6), FrameError::Epoch { frame: 6, worker: 7 });
         assert_eq!(spoiled(2, |frame, _| frame.epoch = 8), FrameError::Epoch { frame: 8, worker: 7 });
-        assert!(matches!(spoiled(0, |_, step| step.shape[1] = 1 << 30), FrameError::Shape { .. }));
-        assert!(matches!(spoiled(0, |_, step| step.shape.clear()), FrameError::Shape { .. }));
-        assert!(matches!(spoiled(0, |_, step| step.tokens.push(0)), FrameError::Tokens { actual: 701, .. }));
-        assert!(matches!(spoiled(0, |_, step| step.tokens.clear()), FrameError::Tokens { actual: 0, .. }));
-        assert!(matches!(spoiled(0, |_, step| step.position = u32::MAX), FrameError::Position { .. }));
-        assert!(matches!(spoiled(0, |_, step| step.dtype = 2), FrameError::Dtype { .. }));
-        assert!(matches!(spoiled(0, |_, step| step.dtype = 99), FrameError::Wire(_)));
-        assert!(matches!(spoiled(0, |_, step| step.offset = 4), FrameError::Continuation { .. }));
-        assert!(matches!(spoiled(0, |_, step| step.data = bytes(0)), FrameError::Continuation { .. }));
+        assert!(matches!(spoiled(0, |_, batch| batch.shape[1] = 1 << 30), FrameError::Shape { .. }));
+        assert!(matches!(spoiled(0, |_, batch| batch.shape.clear()), FrameError::Shape { .. }));
         assert!(matches!(
-            spoiled(0, |_, step| step.data = bytes(FRAME_BYTES + 1)),
-            FrameError::FrameTooLarge(_)
-        ));
-        assert!(matches!(spoiled(1, |_, step| step.data = bytes(0)), FrameError::Continuation { .. }));
-        assert!(matches!(spoiled(1, |_, step| step.offset += 1), FrameError::Continuation { .. }));
-        assert!(matches!(
-            spoiled(1, |_, step| step.data = bytes(FRAME_BYTES + 1)),
-            FrameError::FrameTooLarge(_)
+            spoiled(0, |_, batch| batch.rows[0].tokens.push(0)),
+            FrameError::Tokens { actual: 701, .. }
         ));
         assert!(matches!(
-            spoiled(2, |_, step| step.data = bytes(FRAME_BYTES)),
+            spoiled(0, |_, batch| batch.rows[1].tokens.clear()),
+            FrameError::Rows { actual: 3, .. }
+        ));
+        assert!(
+            matches!(spoiled(0, |_, batch| batch.rows[1].sequence = 3), FrameError::Rows { .. }),
+            "twice"
+        );
+        assert!(matches!(
+            spoiled(0, |_, batch| batch.rows = vec![batch.rows[0].clone(); 5]),
+            FrameError::Rows { actual: 5, limit: 4 }
+        ));
+        assert!(matches!(
+            spoiled(0, |_, batch| batch.rows[2].position = u32::MAX),
+            FrameError::Position { .. }
+        ));
+        assert!(matches!(spoiled(0, |_, batch| batch.dtype = 2), FrameError::Dtype { .. }));
+        assert!(matches!(spoiled(0, |_, batch| batch.dtype = 99), FrameError::Wire(_)));
+        assert!(matches!(spoiled(0, |_, batch| batch.offset = 4), FrameError::Continuation { .. }));
+        assert!(matches!(spoiled(0, |_, batch| batch.data = bytes(0)), FrameError::Continuation { .. }));
+        assert!(matches!(
+            spoiled(0, |_, batch| batch.data = bytes(FRAME_BYTES + 1)),
+            FrameError::FrameTooLarge(_)
+        ));
+        assert!(matches!(spoiled(1, |_, batch| batch.data = bytes(0)), FrameError::Continuation { .. }));
+        assert!(matches!(spoiled(1, |_, batch| batch.offset += 1), FrameError::Continuation { .. }));
+        assert!(matches!(
+            spoiled(1, |_, batch| batch.data = bytes(FRAME_BYTES + 1)),
+            FrameError::FrameTooLarge(_)
+        ));
+        assert!(matches!(
+            spoiled(2, |_, batch| batch.data = bytes(FRAME_BYTES)),
             FrameError::Continuation { .. }
         ));
-        assert_eq!(spoiled(1, |_, step| step.sequence = 4), FrameError::Interrupted);
-        assert_eq!(spoiled(1, |_, step| step.position = 4), FrameError::Interrupted);
+        assert_eq!(spoiled(1, |_, batch| batch.number = 4), FrameError::Interrupted);
         let interrupting = Body::Close(proto::CloseSequence { sequence: 3 });
         assert_eq!(spoiled(1, |frame, _| frame.body = Some(interrupting.clone())), FrameError::Interrupted);
         assert_eq!(assembled(PLAN, [proto::Frame { epoch: 7, body: None }]), Err(FrameError::Empty));

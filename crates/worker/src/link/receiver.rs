@@ -5,6 +5,7 @@ use crate::error::{Fault, Side};
 use crate::message::Message;
 use mlxnode_proto::internal::v1::{Credit, Frame};
 use std::sync::Arc;
+use std::time::Instant;
 use tokio::sync::mpsc;
 use tokio_stream::{Stream, StreamExt};
 use tonic::Status;
@@ -14,6 +15,7 @@ use tonic::Status;
 pub(crate) struct Received {
     pub(crate) message: Message,
     pub(crate) credit: Granted,
+    pub(crate) arrived: Instant,
 }
 
 /// Reads the link until it ends, which is always a fault: it lives as long as the replica. A frame that does not fit is answered
@@ -48,7 +50,7 @@ pub(crate) async fn receive(
                     if let Some(earlier) = earlier.take() {
                         credit.absorb(earlier);
                     }
-                    match inbox.send(Received { message, credit }).await {
+                    match inbox.send(Received { message, credit, arrived: Instant::now() }).await {
                         Ok(()) => continue,
                         Err(_) => return Fault::Device("the compute thread has ended".into()),
                     }

@@ -3,6 +3,7 @@
 use super::Frames;
 use crate::error::{Fault, Side};
 use crate::message::Message;
+use crate::progress::Progress;
 use mlxnode_cluster::{ConnectError, ConnectOptions, ExpectedKey, Identity, KeyPin, connect};
 use mlxnode_proto::internal::v1::Frame;
 use mlxnode_proto::internal::v1::stage_client::StageClient;
@@ -38,6 +39,7 @@ pub(crate) async fn send(
     identity: Arc<Identity>,
     epoch: u64,
     outbox: mpsc::Receiver<Message>,
+    progress: Arc<Progress>,
     end: CancellationToken,
 ) -> Fault {
     let channel = match reach(&target, &identity, end).await {
@@ -46,7 +48,15 @@ pub(crate) async fn send(
     };
     let credits = Arc::new(Semaphore::new(0));
     let broken = Arc::new(OnceLock::new());
-    let outgoing = Outgoing { outbox, epoch, frames: None, credits: credits.clone(), broken: broken.clone() };
+    let outgoing = Outgoing {
+        outbox,
+        epoch,
+        frames: None,
+        credits: credits.clone(),
+        broken: broken.clone(),
+        progress,
+        began: None,
+    };
     let mut client = StageClient::new(channel);
     let mut grants = match tokio::time::timeout(ATTEMPT, client.link(outgoing.into_stream())).await {
         Ok(Ok(response)) => response.into_inner(),
@@ -106,6 +116,9 @@ struct Outgoing {
     credits: Arc<Semaphore>,
     /// Why the stream ended from this side.
     broken: Arc<OnceLock<String>>,
+    progress: Arc<Progress>,
+    /// When the message under way was taken.
+    began: Option<Instant>,
 }
 
 impl Outgoing {
@@ -122,7 +135,12 @@ impl Outgoing {
                 self.credits.acquire().await.ok()?.forget();
                 return Some(frame);
             }
+            // Asked for more: the transport has taken the message before.
+            if let Some(began) = self.began.take() {
+                self.progress.sent(began.elapsed());
+            }
             let message = self.outbox.recv().await?;
+            self.began = Some(Instant::now());
             match Frames::of(self.epoch, message) {
                 Ok(frames) => self.frames = Some(frames),
                 Err(error) => {

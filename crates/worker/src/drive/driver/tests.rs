@@ -1,10 +1,13 @@
 //! A whole pipeline without network, threads or time: the driver and the stages of a replica, each moving when the test says.
 
 use super::*;
+use crate::message::StageTimes;
 use crate::queue::StepQueue;
 use crate::shard::Shard;
 use mlxnode_compute::simulated::SimulatedStage;
-use mlxnode_compute::{ByteCount, Dtype, LayerRange, Sampling, SequenceEnd, StageInfo};
+use mlxnode_compute::{BlockPlan, 
+    ByteCount, Dtype, LayerRange, LogprobRequest, Sampled, Sampling, SequenceEnd, StageInfo,
+};
 use proptest::prelude::*;
 use std::collections::HashMap;
 use std::time::Duration;
@@ -32,9 +35,19 @@ fn expected(prompt: &[u32], max_tokens: usize, stop_tokens: &[u32]) -> (Vec<u32>
     }
 }
 
+/// What a batch of these rows takes.
+fn times([fixed, single, token]: [u64; 3], rows: &[Row]) -> StageTimes {
+    let singles = rows.iter().filter(|row| row.tokens.len() == 1).count() as u64;
+    let tokens: usize = rows.iter().map(|row| row.tokens.len()).filter(|tokens| *tokens > 1).sum();
+    let compute = Duration::from_micros(fixed + single * singles + token * tokens as u64);
+    StageTimes { compute, ..StageTimes::default() }
+}
+
 struct Pipeline {
     driver: Driver,
     stages: Vec<(StepQueue<()>, Shard)>,
+    /// What a batch, a row of a single token and a token of a chunk take in each stage, in microseconds. Nothing is waited for.
+    costs: Vec<[u64; 3]>,
     ring: VecDeque<Message>,
     heard: HashMap<u64, Heard>,
 }
@@ -43,6 +56,8 @@ struct Pipeline {
 struct Heard {
     started: usize,
     tokens: Vec<u32>,
+    scores: Vec<Sampled>,
+    embeddings: Vec<Vec<f32>>,
     end: Option<SequenceEnd>,
     failures: Vec<String>,
     closed: usize,
@@ -65,6 +80,7 @@ impl Pipeline {
         Self {
             driver: Driver::new(limits(prefill_chunk)),
             stages: (0..stage_count).map(stage).collect(),
+            costs: vec![[1000, 100, 20]; stage_count],
             ring: VecDeque::new(),
             heard: HashMap::new(),
         }
@@ -72,7 +88,7 @@ impl Pipeline {
 
     fn open(&mut self, sequence: u64, prompt: Vec<u32>, spec: SequenceSpec) {
         let sequence = SequenceId(sequence);
-        self.driver.command(DriveCommand::Open { sequence, prompt, spec }).unwrap();
+        self.driver.command(DriveCommand::Open { sequence, prompt, spec, blocks: BlockPlan::default() }).unwrap();
     }
 
     fn cancel(&mut self, sequence: u64) {
@@ -88,14 +104,19 @@ impl Pipeline {
         } else if part == last + 1 {
             let Some(work) = self.driver.next_work() else { return false };
             self.stages[0].0.push(work, ());
-            assert!(self.driver.chunks_on_their_way <= last + 1, "more chunks than stages and one");
+            assert!(self.driver.flights.len() <= last + 1, "more batches than stages and one");
         } else if part == last + 2 {
             let Some(event) = self.driver.next_event() else { return false };
             self.hear(event);
         } else {
             let (queue, shard) = &mut self.stages[part];
             let Some((message, ())) = queue.pop() else { return false };
-            if let Some(message) = shard.handle(message).unwrap() {
+            let times = match &message {
+                Message::Batch(batch) => times(self.costs[part], &batch.micro.rows),
+                _ => StageTimes::default(),
+            };
+            for mut message in shard.handle(message).unwrap() {
+                message.took(times);
                 match self.stages.get_mut(part + 1) {
                     Some((queue, _)) => queue.push(message, ()),
                     None => self.ring.push_back(message),
@@ -114,7 +135,14 @@ impl Pipeline {
                 heard.tokens.push(token.sampled.token);
                 heard.end = token.end;
             }
-            DriveEvent::Scores { .. } | DriveEvent::Embedding { .. } => panic!("nobody asked: {event:?}"),
+            DriveEvent::Scores { sequence, position, scores } => {
+                let heard = self.heard.entry(sequence.0).or_default();
+                assert_eq!((heard.started, position), (1, 1 + heard.scores.len()));
+                heard.scores.extend(scores);
+            }
+            DriveEvent::Embedding { sequence, values } => {
+                self.heard.entry(sequence.0).or_default().embeddings.push(values);
+            }
             DriveEvent::Failed { sequence, reason } => {
                 self.heard.entry(sequence.0).or_default().failures.push(reason);
             }
@@ -125,7 +153,7 @@ impl Pipeline {
     /// Everything that can still happen, in a fixed order.
     fn finish(&mut self) {
         while (0..self.stages.len() + 3).any(|part| self.advance(part)) {}
-        assert_eq!(self.driver.chunks_on_their_way, 0);
+        assert_eq!(self.driver.flights.len(), 0);
         assert!(self.driver.sequences.is_empty());
         assert!(self.stages.iter().all(|(_, shard)| shard.open_sequences() == 0));
     }
@@ -233,23 +261,216 @@ fn a_lost_pipeline_fails_every_sequence() {
 fn a_broken_ring_is_noticed() {
     let mut driver = Driver::new(limits(8));
     let sequence = SequenceId(1);
-    let sampled = mlxnode_compute::Sampled { token: 1, logprob: None, top: vec![] };
-    let token =
-        |position| Message::Sampled(SampledToken { sequence, position, sampled: sampled.clone(), end: None });
-    assert!(matches!(driver.ring(token(1)), Err(Violation::Unknown { .. })));
-    driver.command(DriveCommand::Open { sequence, prompt: vec![1; 3], spec: spec(5, vec![]) }).unwrap();
-    assert!(matches!(driver.ring(token(3)), Err(Violation::Position { .. })), "before the prompt went in");
-    while driver.next_work().is_some() {}
-    assert!(matches!(driver.ring(token(4)), Err(Violation::Position { expected: 3, actual: 4, .. })));
-    assert_eq!(driver.ring(token(3)), Ok(()));
-    assert!(matches!(driver.ring(token(3)), Err(Violation::Position { .. })), "twice");
-    assert!(matches!(driver.ring(Message::Done { sequence, position: 3 }), Err(Violation::Position { .. })));
-    assert!(
-        matches!(driver.ring(Message::Close { sequence }), Err(Violation::Unknown { .. })),
-        "not asked for"
+    let token = Some((Sampled { token: 1, logprob: None, top: vec![] }, None));
+    let row = |position, token: &Option<_>| RowResult {
+        sequence,
+        position,
+        token: Option::clone(token),
+        scores: vec![],
+        embedding: None,
+    };
+    let results = |number, rows| Message::Results(Results { number, rows, times: vec![] });
+    let run = |results: &[Message]| {
+        let mut driver = Driver::new(limits(2));
+        driver.command(DriveCommand::Open { sequence, prompt: vec![1; 3], spec: spec(5, vec![]), blocks: BlockPlan::default() }).unwrap();
+        while driver.next_work().is_some() {}
+        results.iter().try_for_each(|message| driver.ring(message.clone()))
+    };
+    assert_eq!(
+        driver.ring(results(1, vec![row(1, &token)])),
+        Err(Violation::Batch { expected: None, actual: 1 })
     );
-    let again = DriveCommand::Open { sequence, prompt: vec![1], spec: spec(1, vec![]) };
+    // Batch 1 has two tokens of the prompt, batch 2 the third one.
+    let first = results(1, vec![row(2, &None)]);
+    assert_eq!(run(&[first.clone(), results(2, vec![row(3, &token)])]), Ok(()));
+    let wrong = [
+        (vec![results(2, vec![row(3, &token)])], "a batch was lost"),
+        (vec![first.clone(), first.clone()], "twice"),
+        (vec![results(1, vec![row(2, &token)])], "a token before the prompt went in"),
+        (vec![first.clone(), results(2, vec![row(4, &token)])], "another position"),
+        (vec![first.clone(), results(2, vec![row(3, &None)])], "no token"),
+        (vec![results(1, vec![])], "without its row"),
+        (vec![first, results(2, vec![row(3, &token), row_of_another()])], "a row too many"),
+        (vec![Message::Close { sequence }], "a close that nobody asked for"),
+    ];
+    for (messages, what) in wrong {
+        assert!(run(&messages).is_err(), "{what}");
+    }
+    driver.command(DriveCommand::Open { sequence, prompt: vec![1; 3], spec: spec(5, vec![]), blocks: BlockPlan::default() }).unwrap();
+    let again = DriveCommand::Open { sequence, prompt: vec![1], spec: spec(1, vec![]), blocks: BlockPlan::default() };
     assert_eq!(driver.command(again), Err(Violation::OpenedTwice(1)));
+}
+
+fn row_of_another() -> RowResult {
+    RowResult { sequence: SequenceId(7), position: 1, token: None, scores: vec![], embedding: None }
+}
+
+#[test]
+fn prompts_are_scored_and_embedded_chunk_by_chunk() {
+    let prompt: Vec<u32> = (0..23).map(|at| at * 3 % 17).collect();
+    for (stage_count, chunk) in [(1, 64), (2, 4), (3, 1)] {
+        let mut pipeline = Pipeline::new(stage_count, chunk);
+        let scored = SequenceSpec { prompt_logprobs: Some(LogprobRequest { top: 0 }), ..spec(4, vec![]) };
+        pipeline.open(1, prompt.clone(), scored);
+        pipeline.open(2, prompt.clone(), SequenceSpec { output: Output::Embedding, ..spec(1, vec![]) });
+        pipeline.finish();
+        let heard = &pipeline.heard[&1];
+        assert_eq!(heard.tokens, expected(&prompt, 4, &[]).0);
+        let mut digest = 0;
+        let mut scores = Vec::new();
+        for token in &prompt {
+            scores.push(SimulatedStage::score(digest, *token));
+            digest = SimulatedStage::digest(digest, *token);
+        }
+        assert_eq!(heard.scores, scores[1..]);
+        let heard = &pipeline.heard[&2];
+        let mean = prompt.iter().sum::<u32>() as f32 / prompt.len() as f32;
+        assert_eq!((&heard.embeddings, heard.tokens.len(), heard.closed), (&vec![vec![mean; 2]], 0, 1));
+    }
+}
+
+/// Runs a pipeline by the clock that its costs give: stages work at the same time, each on one batch. Returns the times at which
+/// tokens came, by sequence.
+fn timed(
+    pipeline: &mut Pipeline,
+    mut openings: Vec<(u64, u64, Vec<u32>, SequenceSpec)>,
+) -> HashMap<u64, Vec<u64>> {
+    let mut tokens: HashMap<u64, Vec<u64>> = HashMap::new();
+    let stage_count = pipeline.stages.len();
+    // When each stage is free, and what it hands on then.
+    let mut busy: Vec<Option<(u64, Vec<Message>)>> = (0..stage_count).map(|_| None).collect();
+    let mut now = 0;
+    loop {
+        while let Some(at) = openings.iter().position(|(at, ..)| *at <= now) {
+            let (_, sequence, prompt, spec) = openings.remove(at);
+            pipeline.open(sequence, prompt, spec);
+        }
+        let mut moved = true;
+        while moved {
+            moved = false;
+            while pipeline.advance(stage_count) || pipeline.advance(stage_count + 1) {
+                moved = true;
+            }
+            let heard: HashMap<u64, usize> =
+                pipeline.heard.iter().map(|(sequence, heard)| (*sequence, heard.tokens.len())).collect();
+            while pipeline.advance(stage_count + 2) {
+                moved = true;
+            }
+            for (sequence, now_heard) in &pipeline.heard {
+                let before = heard.get(sequence).copied().unwrap_or(0);
+                tokens.entry(*sequence).or_default().extend(vec![now; now_heard.tokens.len() - before]);
+            }
+            for part in 0..stage_count {
+                if busy[part].as_ref().is_some_and(|(free, _)| *free <= now)
+                    && let Some((_, messages)) = busy[part].take()
+                {
+                    moved = true;
+                    for message in messages {
+                        match pipeline.stages.get_mut(part + 1) {
+                            Some((queue, _)) => queue.push(message, ()),
+                            None => pipeline.ring.push_back(message),
+                        }
+                    }
+                }
+                if busy[part].is_none() {
+                    let (queue, shard) = &mut pipeline.stages[part];
+                    if let Some((message, ())) = queue.pop() {
+                        moved = true;
+                        let times = match &message {
+                            Message::Batch(batch) => times(pipeline.costs[part], &batch.micro.rows),
+                            _ => StageTimes::default(),
+                        };
+                        let mut messages = shard.handle(message).unwrap();
+                        messages.iter_mut().for_each(|message| message.took(times));
+                        busy[part] = Some((now + times.compute.as_micros() as u64, messages));
+                    }
+                }
+            }
+        }
+        let next =
+            busy.iter().flatten().map(|(free, _)| *free).chain(openings.iter().map(|(at, ..)| *at)).min();
+        match next {
+            Some(next) => now = next,
+            None => return tokens,
+        }
+    }
+}
+
+fn roomy() -> Limits {
+    Limits { context_tokens: 100_000, max_sequences: 32, prefill_chunk: 512, vocabulary: VOCABULARY }
+}
+
+fn roomy_pipeline(costs: &[[u64; 3]]) -> Pipeline {
+    let mut pipeline = Pipeline::new(costs.len(), 512);
+    pipeline.driver = Driver::new(roomy());
+    for (_, shard) in &mut pipeline.stages {
+        let stage = SimulatedStage::new(shard.info().clone(), Duration::ZERO);
+        *shard = Shard::new(Box::new(stage), roomy().max_sequences);
+    }
+    pipeline.costs = costs.to_vec();
+    pipeline
+}
+
+#[test]
+fn a_long_prompt_makes_the_others_wait_at_most_twice_as_long() {
+    let shapes: [&[[u64; 3]]; 4] = [
+        &[[10_000, 100, 200]],
+        &[[5_000, 500, 100], [5_000, 500, 100]],
+        &[[4_000, 50, 150], [9_000, 90, 300], [2_000, 20, 80]],
+        &[[1_000, 800, 400]; 4],
+    ];
+    for costs in shapes {
+        for rows in [1_u64, 8] {
+            let mut pipeline = roomy_pipeline(costs);
+            let short = |seed: u64| (0..5).map(|at| ((at + seed) % 50) as u32).collect::<Vec<_>>();
+            let mut openings: Vec<_> = (0..rows)
+                .map(|sequence| (sequence * 40_000, sequence, short(sequence), spec(400, vec![])))
+                .collect();
+            let arrival = 2_500_000;
+            openings.push((arrival, 100, vec![1; 4000], spec(1, vec![])));
+            let tokens = timed(&mut pipeline, openings);
+            let loaded = tokens[&100][0];
+            let gaps = |from: u64, to: u64| {
+                let of = |times: &Vec<u64>| {
+                    let pairs = times.windows(2).filter(|pair| pair[0] >= from && pair[1] <= to);
+                    pairs.map(|pair| pair[1] - pair[0]).collect::<Vec<_>>()
+                };
+                let mut all: Vec<u64> = (0..rows).flat_map(|sequence| of(&tokens[&sequence])).collect();
+                all.sort_unstable();
+                all
+            };
+            let (before, during) = (gaps(arrival - 1_000_000, arrival), gaps(arrival, loaded));
+            assert!(
+                before.len() > 20 && during.len() > 20,
+                "{costs:?}: {} and {}",
+                before.len(),
+                during.len()
+            );
+            let usual = before[before.len() / 2];
+            // The very first chunk may be a guess.
+            let worst = during[during.len() * 98 / 100];
+            assert!(worst <= 2 * usual, "{costs:?}, {rows} rows: {usual} us became {worst} us");
+            let total: usize = pipeline.heard.values().map(|heard| heard.tokens.len()).sum();
+            assert_eq!(total as u64, rows * 400 + 1);
+        }
+    }
+}
+
+#[test]
+fn rows_go_together_and_split_only_where_that_is_faster() {
+    // Tokens in the same time, with a pipeline that is nearly all weights and one that is nearly all rows.
+    for (costs, most_batches) in [([10_000, 10, 10], 1), ([10, 1_000, 100], 4)] {
+        let mut pipeline = roomy_pipeline(&[costs; 4]);
+        let openings = (0..12_u64).map(|sequence| (sequence * 1000, sequence, vec![1, 2], spec(200, vec![])));
+        let tokens = timed(&mut pipeline, openings.collect());
+        let end = tokens.values().filter_map(|times| times.last()).max().unwrap();
+        let [fixed, row, _] = costs;
+        // From token to token: all stages one after the other, or the slowest one for all batches.
+        let share = 12 / most_batches;
+        let cycle = (4 * (fixed + row * share)).max(most_batches * (fixed + row * share));
+        let ideal = 200 * cycle;
+        assert!(*end < ideal * 13 / 10, "{costs:?}: {end} us, {ideal} us would do");
+    }
 }
 
 /// One sequence of the property test: when it is opened and, perhaps, cancelled, in moves.

@@ -1,9 +1,9 @@
 //! A stage without a model: deterministic tokens, wrong wiring noticed. Tests of the pipeline and the scheduler run on it.
 
 use crate::{
-    Activation, BLOCK_TOKENS, BatchOutput, BlockCapacity, BlockHash, BlockId, BlockOrder, BlockStore, BlockUsage,
-    ByteCount, Dtype, Keep, MicroBatch, Output, Row, RowOutput, Sampled, SequenceId, SequenceSpec, Stage,
-    StageError, StageInfo, StageMemory, StepInput,
+    Activation, BLOCK_TOKENS, BatchOutput, BlockCapacity, BlockHash, BlockId, BlockOrder, BlockStore,
+    BlockUsage, ByteCount, Dtype, Keep, MicroBatch, Output, Row, RowOutput, Sampled, SequenceId,
+    SequenceSpec, Stage, StageError, StageInfo, StageMemory, StepInput,
 };
 use bytes::Bytes;
 use std::collections::HashMap;

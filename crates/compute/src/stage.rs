@@ -1,8 +1,8 @@
 //! A stage: a contiguous layer range of one model, ready to run.
 
 use crate::{
-    Activation, ActivationError, BlockId, BlockStore, ByteCount, Dtype, Grammar, GrammarError, LayerRange, LogprobRequest,
-    Sampled, Sampling, SamplingError,
+    Activation, ActivationError, BlockId, BlockStore, ByteCount, Dtype, Grammar, GrammarError, LayerRange,
+    LogprobRequest, Sampled, Sampling, SamplingError,
 };
 
 /// Names a sequence within one replica. Chosen by the scheduler, never used twice.

@@ -17,8 +17,8 @@ mod replica;
 
 use bytes::Bytes;
 use mlxnode_compute::{
-    Activation, BatchOutput, BlockStore, ByteCount, Dtype, MicroBatch, Row, RowOutput, Sampled, SequenceId, SequenceSpec,
-    Stage, StageError, StageInfo, StageMemory,
+    Activation, BatchOutput, BlockStore, ByteCount, Dtype, MicroBatch, Row, RowOutput, Sampled, SequenceId,
+    SequenceSpec, Stage, StageError, StageInfo, StageMemory,
 };
 use mlxnode_worker::{DriveClient, DriveEvent, DriveEvents, StageFactory};
 use replica::{Model, Replica, spec};

@@ -1,7 +1,9 @@
 //! Blocks of prompts between the plain types of the seam and the messages of the contract.
 
 use crate::wire::{WireError, number};
-use mlxnode_compute::{BlockCapacity, BlockHash, BlockId, BlockOrder, BlockPlan, ByteCount, Keep, SequenceId};
+use mlxnode_compute::{
+    BlockCapacity, BlockHash, BlockId, BlockOrder, BlockPlan, ByteCount, Keep, SequenceId,
+};
 use mlxnode_proto::internal::v1 as proto;
 
 /// Most blocks that one message may list: a million tokens.
@@ -49,7 +51,8 @@ pub(crate) fn keep_from_proto(keep: &proto::KeepBlock) -> Result<(SequenceId, Ke
 
 pub(crate) fn block_order_to_proto(order: BlockOrder) -> proto::BlockOrder {
     use proto::block_order::Order;
-    let file = |block: BlockId, hash: BlockHash| proto::BlockFile { block: block.0, hash: hash.0.to_vec().into() };
+    let file =
+        |block: BlockId, hash: BlockHash| proto::BlockFile { block: block.0, hash: hash.0.to_vec().into() };
     let order = match order {
         BlockOrder::Drop { block } => Order::Drop(block.0),
         BlockOrder::Spill { block, hash } => Order::Spill(file(block, hash)),
@@ -80,7 +83,9 @@ pub(crate) fn capacities_to_proto(capacities: &[BlockCapacity]) -> proto::BlockC
     proto::BlockCapacities { stages: capacities.iter().map(stage).collect() }
 }
 
-pub(crate) fn capacities_from_proto(capacities: &proto::BlockCapacities) -> Result<Vec<BlockCapacity>, WireError> {
+pub(crate) fn capacities_from_proto(
+    capacities: &proto::BlockCapacities,
+) -> Result<Vec<BlockCapacity>, WireError> {
     if capacities.stages.len() > MOST_BLOCKS {
         return Err(WireError::TooLong { name: "stages", length: capacities.stages.len() });
     }

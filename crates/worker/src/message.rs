@@ -4,7 +4,9 @@
 //! `Results`, `Close` and `Failed`. Batches keep their order everywhere, and so do the other messages; a close may overtake batches,
 //! whose rows of that sequence are then dropped. A batch comes round even when it has no row left.
 
-use mlxnode_compute::{BlockCapacity, BlockOrder, BlockPlan, Keep, MicroBatch, Sampled, SequenceEnd, SequenceId, SequenceSpec};
+use mlxnode_compute::{
+    BlockCapacity, BlockOrder, BlockPlan, Keep, MicroBatch, Sampled, SequenceEnd, SequenceId, SequenceSpec,
+};
 use std::time::Duration;
 
 /// One message between neighbouring stages.

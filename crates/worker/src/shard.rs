@@ -8,8 +8,8 @@
 use crate::error::Fault;
 use crate::message::{Batch, Message, Results, RowResult};
 use mlxnode_compute::{
-    BlockPlan, Keep, MicroBatch, Row, RowOutput, SequenceEnd, SequenceId, SequenceSpec, Stage, StageError, StageInfo,
-    StepInput,
+    BlockPlan, Keep, MicroBatch, Row, RowOutput, SequenceEnd, SequenceId, SequenceSpec, Stage, StageError,
+    StageInfo, StepInput,
 };
 use std::collections::HashMap;
 

@@ -296,7 +296,12 @@ pub fn drive_command_to_proto(command: DriveCommand) -> Result<proto::DriveComma
         DriveCommand::Open { sequence, prompt, spec, blocks } => {
             let spec = Some(sequence_spec_to_proto(&spec)?);
             let blocks = block_plan_to_proto(&blocks)?;
-            proto::drive_command::Command::Open(proto::DriveOpen { sequence: sequence.0, prompt, spec, blocks })
+            proto::drive_command::Command::Open(proto::DriveOpen {
+                sequence: sequence.0,
+                prompt,
+                spec,
+                blocks,
+            })
         }
         DriveCommand::Keep { sequence, keep } => {
             proto::drive_command::Command::Keep(keep_to_proto(sequence, keep)?)
@@ -322,7 +327,9 @@ pub fn drive_command_from_proto(command: proto::DriveCommand) -> Result<DriveCom
             let (sequence, keep) = keep_from_proto(&keep)?;
             Ok(DriveCommand::Keep { sequence, keep })
         }
-        proto::drive_command::Command::Blocks(order) => Ok(DriveCommand::Blocks(block_order_from_proto(order)?)),
+        proto::drive_command::Command::Blocks(order) => {
+            Ok(DriveCommand::Blocks(block_order_from_proto(order)?))
+        }
         proto::drive_command::Command::Cancel(close) => {
             Ok(DriveCommand::Cancel { sequence: SequenceId(close.sequence) })
         }
@@ -338,10 +345,9 @@ pub fn drive_event_to_proto(event: &DriveEvent) -> Result<proto::DriveEvent, Wir
             cached_tokens: number("cached_tokens", *cached_tokens)?,
         }),
         DriveEvent::Capacity { stages } => Event::Capacities(capacities_to_proto(stages)),
-        DriveEvent::Progress { sequence, tokens } => Event::Progress(proto::DriveProgress {
-            sequence: sequence.0,
-            tokens: number("tokens", *tokens)?,
-        }),
+        DriveEvent::Progress { sequence, tokens } => {
+            Event::Progress(proto::DriveProgress { sequence: sequence.0, tokens: number("tokens", *tokens)? })
+        }
         DriveEvent::Missing { sequence } => Event::Missing(proto::CloseSequence { sequence: sequence.0 }),
         DriveEvent::Scores { sequence, position, scores } => {
             Event::Scores(scores_to_proto(*sequence, *position, scores)?)
@@ -367,10 +373,9 @@ pub fn drive_event_from_proto(event: proto::DriveEvent) -> Result<DriveEvent, Wi
             cached_tokens: started.cached_tokens as usize,
         },
         Event::Capacities(capacities) => DriveEvent::Capacity { stages: capacities_from_proto(&capacities)? },
-        Event::Progress(progress) => DriveEvent::Progress {
-            sequence: SequenceId(progress.sequence),
-            tokens: progress.tokens as usize,
-        },
+        Event::Progress(progress) => {
+            DriveEvent::Progress { sequence: SequenceId(progress.sequence), tokens: progress.tokens as usize }
+        }
         Event::Missing(missing) => DriveEvent::Missing { sequence: SequenceId(missing.sequence) },
         Event::Scores(scores) => {
             let sequence = SequenceId(scores.sequence);
@@ -436,10 +441,20 @@ mod tests {
         };
         let keep = Keep { number: 3, block: BlockId(7), checkpoint: true };
         let commands = [
-            DriveCommand::Open { sequence: SequenceId(4), prompt: vec![1, 2, 3], spec: rich_spec(), blocks: BlockPlan { reuse: vec![BlockId(1)], keep: vec![keep] } },
+            DriveCommand::Open {
+                sequence: SequenceId(4),
+                prompt: vec![1, 2, 3],
+                spec: rich_spec(),
+                blocks: BlockPlan { reuse: vec![BlockId(1)], keep: vec![keep] },
+            },
             DriveCommand::Keep { sequence: SequenceId(4), keep },
             DriveCommand::Blocks(BlockOrder::Erase { hash: BlockHash([3; 32]) }),
-            DriveCommand::Open { sequence: SequenceId(5), prompt: vec![0, 0, 0], spec: greedy, blocks: BlockPlan::default() },
+            DriveCommand::Open {
+                sequence: SequenceId(5),
+                prompt: vec![0, 0, 0],
+                spec: greedy,
+                blocks: BlockPlan::default(),
+            },
             DriveCommand::Cancel { sequence: SequenceId(u64::MAX) },
         ];
         for command in commands {
@@ -460,7 +475,9 @@ mod tests {
             DriveEvent::Started { sequence, cached_tokens: 256 },
             DriveEvent::Scores { sequence, position: 1, scores: vec![sampled.clone()] },
             DriveEvent::Embedding { sequence, values: vec![0.5, -1.0] },
-            DriveEvent::Capacity { stages: vec![BlockCapacity { memory: ByteCount(5), ..BlockCapacity::default() }; 2] },
+            DriveEvent::Capacity {
+                stages: vec![BlockCapacity { memory: ByteCount(5), ..BlockCapacity::default() }; 2],
+            },
             DriveEvent::Progress { sequence, tokens: 512 },
             DriveEvent::Missing { sequence },
             DriveEvent::Closed { sequence },

@@ -24,8 +24,8 @@ use crate::model::Model;
 use crate::sampler::Sampler;
 use mlxnode_checkpoint::Checkpoint;
 use mlxnode_compute::{
-    BatchOutput, BlockStore, ByteCount, CacheOptions, Grammar, GrammarError, Grammars, LayerRange, MicroBatch, Output,
-    SequenceId, SequenceSpec, Stage, StageError, StageInfo, StageMemory, Step,
+    BatchOutput, BlockStore, ByteCount, CacheOptions, Grammar, GrammarError, Grammars, LayerRange,
+    MicroBatch, Output, SequenceId, SequenceSpec, Stage, StageError, StageInfo, StageMemory, Step,
 };
 use mlxnode_mlx::Error;
 use std::collections::HashMap;
@@ -82,7 +82,16 @@ impl EngineStage {
         }
         let caches = CachePool::new(model.decoder.joins());
         let sequences = HashMap::new();
-        Self { model, options, sequences, caches, queued: None, grammars: None, blocks: Blocks::default(), steps: 0 }
+        Self {
+            model,
+            options,
+            sequences,
+            caches,
+            queued: None,
+            grammars: None,
+            blocks: Blocks::default(),
+            steps: 0,
+        }
     }
 
     /// With grammars for the model's tokenizer; without them a sequence with a grammar is refused.

@@ -12,7 +12,9 @@
 
 use super::pace::{Load, Pace, Room};
 use crate::message::{Batch, DriveCommand, DriveEvent, Message, Results, RowResult, SampledToken};
-use mlxnode_compute::{BLOCK_TOKENS, BlockPlan, Keep, MicroBatch, Output, Row, SequenceId, SequenceSpec, StepInput};
+use mlxnode_compute::{
+    BLOCK_TOKENS, BlockPlan, Keep, MicroBatch, Output, Row, SequenceId, SequenceSpec, StepInput,
+};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// What the replica has room for.
@@ -136,7 +138,9 @@ impl Driver {
     /// Takes the scheduler's command.
     pub(crate) fn command(&mut self, command: DriveCommand) -> Result<(), Violation> {
         match command {
-            DriveCommand::Open { sequence, prompt, spec, blocks } => self.open(sequence, prompt, spec, blocks),
+            DriveCommand::Open { sequence, prompt, spec, blocks } => {
+                self.open(sequence, prompt, spec, blocks)
+            }
             DriveCommand::Keep { sequence, keep } => {
                 let state = self.sequences.get_mut(&sequence);
                 if let Some(state) = state.filter(|state| state.phase != Phase::Closing) {
@@ -293,7 +297,9 @@ impl Driver {
             return Err("the prompt has no tokens".into());
         }
         if blocks.cached_tokens() >= prompt.len() {
-            return Err("the sequence begins with blocks of its whole prompt, which leaves nothing to compute".into());
+            return Err(
+                "the sequence begins with blocks of its whole prompt, which leaves nothing to compute".into(),
+            );
         }
         if spec.max_tokens == 0 {
             return Err("max_tokens is 0, but must be 1 or more".into());

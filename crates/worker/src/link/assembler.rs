@@ -1,10 +1,10 @@
 //! Frames back into messages, checked against what this stage expects. What does not fit strikes the sender.
 
 use super::FRAME_BYTES;
-use crate::message::{Batch, Message, Results};
 use crate::blocks_wire::{
     block_order_from_proto, block_plan_from_proto, capacities_from_proto, keep_from_proto,
 };
+use crate::message::{Batch, Message, Results};
 use crate::wire::{
     WireError, dtype_from_proto, row_result_from_proto, sequence_spec_from_proto, times_from_proto,
 };
@@ -131,7 +131,9 @@ impl Assembler {
                 Ok(Some(Message::Opened { sequence, stages }))
             }
             (Body::Results(results), Direction::Ring) => self.results(results).map(Some),
-            (Body::Keep(_) | Body::Blocks(_), Direction::Ring) => Err(FrameError::Direction("an order for a block")),
+            (Body::Keep(_) | Body::Blocks(_), Direction::Ring) => {
+                Err(FrameError::Direction("an order for a block"))
+            }
             (Body::Open(_), Direction::Ring) => Err(FrameError::Direction("a new sequence")),
             (Body::Batch(_), Direction::Ring) => Err(FrameError::Direction("a batch")),
             (Body::Opened(_), Direction::Down) => Err(FrameError::Direction("an opened sequence")),
@@ -256,7 +258,10 @@ mod tests {
     use super::super::Frames;
     use super::*;
     use crate::message::{RowResult, StageTimes};
-    use mlxnode_compute::{BlockCapacity, BlockHash, BlockId, BlockOrder, BlockPlan, ByteCount, Keep, Sampled, SequenceEnd, SequenceSpec};
+    use mlxnode_compute::{
+        BlockCapacity, BlockHash, BlockId, BlockOrder, BlockPlan, ByteCount, Keep, Sampled, SequenceEnd,
+        SequenceSpec,
+    };
     use std::time::Duration;
 
     const PLAN: LinkPlan = LinkPlan {
@@ -318,8 +323,14 @@ mod tests {
         let none = MicroBatch { rows: vec![], input: StepInput::Tokens };
         let keep = Keep { number: 2, block: BlockId(9), checkpoint: true };
         let hash = BlockHash([5; 32]);
-        let capacity = BlockCapacity { block: ByteCount(3), fingerprint: [7; 32], ..BlockCapacity::default() };
-        let both = [Message::Missing { sequence }, Message::Reset { capacities: vec![capacity; 2] }, Message::Close { sequence }, Message::Failed { sequence, reason: "full".into() }];
+        let capacity =
+            BlockCapacity { block: ByteCount(3), fingerprint: [7; 32], ..BlockCapacity::default() };
+        let both = [
+            Message::Missing { sequence },
+            Message::Reset { capacities: vec![capacity; 2] },
+            Message::Close { sequence },
+            Message::Failed { sequence, reason: "full".into() },
+        ];
         let down = [
             Message::Open {
                 sequence,

@@ -1,8 +1,8 @@
 //! A message as the frames that carry it.
 
 use super::FRAME_BYTES;
-use crate::message::{Batch, Message};
 use crate::blocks_wire::{block_order_to_proto, block_plan_to_proto, capacities_to_proto, keep_to_proto};
+use crate::message::{Batch, Message};
 use crate::wire::{
     WireError, dtype_to_proto, number, row_result_to_proto, sequence_spec_to_proto, times_to_proto,
 };

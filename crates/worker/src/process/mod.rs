@@ -194,7 +194,9 @@ impl WorkerProcess {
         };
         let text = |path: &std::path::Path| {
             let text = path.to_str().map(str::to_owned);
-            text.ok_or_else(|| ProcessError::Refused(format!("the path {} is not valid UTF-8", path.display())))
+            text.ok_or_else(|| {
+                ProcessError::Refused(format!("the path {} is not valid UTF-8", path.display()))
+            })
         };
         let blocks = match &shard.blocks {
             Some(room) => Some(proto::BlockRoom {

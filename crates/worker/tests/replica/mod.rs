@@ -104,7 +104,12 @@ impl Member {
         &mut self,
         shard: proto::ShardSpec,
     ) -> Result<Vec<proto::LoadShardProgress>, tonic::Status> {
-        let request = proto::LoadShardRequest { folder: "/model".into(), shard: Some(shard), epoch: EPOCH, blocks: None };
+        let request = proto::LoadShardRequest {
+            folder: "/model".into(),
+            shard: Some(shard),
+            epoch: EPOCH,
+            blocks: None,
+        };
         let mut reports = self.client.load(request).await?.into_inner();
         let mut all = Vec::new();
         while let Some(report) = reports.message().await? {

@@ -5,8 +5,8 @@ use crate::message::StageTimes;
 use crate::queue::StepQueue;
 use crate::shard::Shard;
 use mlxnode_compute::simulated::SimulatedStage;
-use mlxnode_compute::{BlockPlan, 
-    ByteCount, Dtype, LayerRange, LogprobRequest, Sampled, Sampling, SequenceEnd, StageInfo,
+use mlxnode_compute::{
+    BlockPlan, ByteCount, Dtype, LayerRange, LogprobRequest, Sampled, Sampling, SequenceEnd, StageInfo,
 };
 use proptest::prelude::*;
 use std::collections::HashMap;
@@ -88,7 +88,9 @@ impl Pipeline {
 
     fn open(&mut self, sequence: u64, prompt: Vec<u32>, spec: SequenceSpec) {
         let sequence = SequenceId(sequence);
-        self.driver.command(DriveCommand::Open { sequence, prompt, spec, blocks: BlockPlan::default() }).unwrap();
+        self.driver
+            .command(DriveCommand::Open { sequence, prompt, spec, blocks: BlockPlan::default() })
+            .unwrap();
     }
 
     fn cancel(&mut self, sequence: u64) {
@@ -272,7 +274,14 @@ fn a_broken_ring_is_noticed() {
     let results = |number, rows| Message::Results(Results { number, rows, times: vec![] });
     let run = |results: &[Message]| {
         let mut driver = Driver::new(limits(2));
-        driver.command(DriveCommand::Open { sequence, prompt: vec![1; 3], spec: spec(5, vec![]), blocks: BlockPlan::default() }).unwrap();
+        driver
+            .command(DriveCommand::Open {
+                sequence,
+                prompt: vec![1; 3],
+                spec: spec(5, vec![]),
+                blocks: BlockPlan::default(),
+            })
+            .unwrap();
         while driver.next_work().is_some() {}
         results.iter().try_for_each(|message| driver.ring(message.clone()))
     };
@@ -296,8 +305,16 @@ fn a_broken_ring_is_noticed() {
     for (messages, what) in wrong {
         assert!(run(&messages).is_err(), "{what}");
     }
-    driver.command(DriveCommand::Open { sequence, prompt: vec![1; 3], spec: spec(5, vec![]), blocks: BlockPlan::default() }).unwrap();
-    let again = DriveCommand::Open { sequence, prompt: vec![1], spec: spec(1, vec![]), blocks: BlockPlan::default() };
+    driver
+        .command(DriveCommand::Open {
+            sequence,
+            prompt: vec![1; 3],
+            spec: spec(5, vec![]),
+            blocks: BlockPlan::default(),
+        })
+        .unwrap();
+    let again =
+        DriveCommand::Open { sequence, prompt: vec![1], spec: spec(1, vec![]), blocks: BlockPlan::default() };
     assert_eq!(driver.command(again), Err(Violation::OpenedTwice(1)));
 }
 

@@ -6,10 +6,12 @@
 //!
 //! - [`sequence`]: what is kept of an open sequence
 //! - [`step`]: a micro-batch on its way through the layers
+//! - [`blocks`]: what outlives sequences
 //! - [`scores`]: what is made of prompts themselves
 //! - [`adapters`]: which rows go with which adapter, and adapters that come and go meanwhile
 
 mod adapters;
+mod blocks;
 mod scores;
 mod sequence;
 mod step;
@@ -18,14 +20,15 @@ use self::adapters::Retired;
 use self::scores::{Scoring, VectorSum};
 use self::sequence::{Constraint, Purpose, Sampling, Sequence};
 use self::step::Queued;
+use crate::blocks::Blocks;
 use crate::cache_pool::CachePool;
 use crate::loader::LoadError;
 use crate::model::Model;
 use crate::sampler::Sampler;
 use mlxnode_checkpoint::Checkpoint;
 use mlxnode_compute::{
-    BatchOutput, ByteCount, CacheOptions, Grammar, GrammarError, Grammars, LayerRange, MicroBatch, Output,
-    SequenceId, SequenceSpec, Stage, StageError, StageInfo, StageMemory, Step,
+    BatchOutput, BlockStore, ByteCount, CacheOptions, Grammar, GrammarError, Grammars, LayerRange,
+    MicroBatch, Output, SequenceId, SequenceSpec, Stage, StageError, StageInfo, StageMemory, Step,
 };
 use mlxnode_mlx::Error;
 use std::collections::HashMap;
@@ -60,6 +63,7 @@ pub struct EngineStage {
     /// The step that was queued before anybody asked for it.
     queued: Option<Queued>,
     grammars: Option<Box<dyn Grammars>>,
+    blocks: Blocks,
     /// The model's folder, against whose files adapters are checked. None: the model was loaded elsewhere.
     folder: Option<PathBuf>,
     retired: Retired,
@@ -86,8 +90,18 @@ impl EngineStage {
         }
         let caches = CachePool::new(model.decoder.joins());
         let sequences = HashMap::new();
-        let (folder, retired) = (None, Retired::default());
-        Self { model, options, sequences, caches, queued: None, grammars: None, folder, retired, steps: 0 }
+        Self {
+            model,
+            options,
+            sequences,
+            caches,
+            queued: None,
+            grammars: None,
+            blocks: Blocks::default(),
+            folder: None,
+            retired: Retired::default(),
+            steps: 0,
+        }
     }
 
     /// With grammars for the model's tokenizer; without them a sequence with a grammar is refused.
@@ -165,6 +179,8 @@ impl Stage for EngineStage {
             adapter,
             purpose,
             scoring: spec.prompt_logprobs.filter(|_| is_last).map(Scoring::new),
+            ids: Vec::new(),
+            keeps: Vec::new(),
         };
         self.sequences.insert(id, sequence);
         Ok(())
@@ -173,6 +189,9 @@ impl Stage for EngineStage {
     fn run(&mut self, batch: &MicroBatch) -> Result<BatchOutput, StageError> {
         let has_chunk = batch.rows.iter().any(|row| row.tokens.len() > 1);
         let output = self.run_rows(batch)?;
+        for row in &batch.rows {
+            self.take_blocks(row.sequence)?;
+        }
         self.clean_up(has_chunk)?;
         Ok(output)
     }
@@ -191,6 +210,10 @@ impl Stage for EngineStage {
 
     fn unload_adapter(&mut self, name: &str) {
         self.retire_adapter(name);
+    }
+
+    fn blocks(&mut self) -> Option<&mut dyn BlockStore> {
+        Some(self)
     }
 
     fn memory(&self) -> StageMemory {

@@ -53,31 +53,30 @@ impl Front {
         loop {
             let mut news = self.deployments.clone();
             news.borrow_and_update();
-            let unknown = match self.find(model) {
+            let is_loaded = match self.find(model) {
                 Ok((found, adapter)) => match found.state {
                     State::Ready | State::Failed => return Ok((found, adapter)),
                     _ if !may_use(&found.name) || Instant::now() >= deadline => return Ok((found, adapter)),
-                    State::Loading | State::Recovering | State::Unloading => None,
+                    State::Loading | State::Recovering | State::Unloading => true,
                 },
-                Err(error @ FrontError::UnknownModel { .. }) => Some(error),
+                Err(error @ FrontError::UnknownModel { .. }) => {
+                    if !may_use(model) || !demand.knows(model).await {
+                        return Err(error);
+                    }
+                    false
+                }
                 Err(error) => return Err(error),
             };
-            if let Some(error) = unknown.take_if(|_| !may_use(model)) {
-                return Err(error);
-            }
-            if unknown.is_some() && !demand.knows(model).await {
-                return Err(unknown.take().unwrap_or_else(|| FrontError::AmbiguousModel(model.to_owned())));
-            }
             if waits.is_none() {
                 let place = self.waiting.clone().try_acquire_owned();
                 let busy = |_| FrontError::Busy { model: model.to_owned(), retry_after: COME_BACK };
                 waits = Some(place.map_err(busy)?);
             }
-            match unknown {
-                None => {
+            match is_loaded {
+                true => {
                     let _ = tokio::time::timeout_at(deadline, news.changed()).await;
                 }
-                Some(_) => {
+                false => {
                     let loading = || FrontError::NotReady {
                         model: model.to_owned(),
                         state: "loading",

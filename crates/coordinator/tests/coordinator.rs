@@ -183,7 +183,7 @@ impl Nodes for FakeNodes {
             if adapter.source == "/adapters/other" {
                 return Err(Error::Refused("the adapter is for another model".into()));
             }
-            let key = (node.as_bytes()[0], attempt.epoch, adapter.name);
+            let key = (node.as_bytes()[0], attempt.epoch, adapter.key());
             nodes.with(|fakes| fakes.adapters.insert(key));
             Ok(())
         }

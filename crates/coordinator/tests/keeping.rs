@@ -172,7 +172,7 @@ fn replicas_run_on_different_nodes_and_live_apart() {
     // What is asked again is there; fewer are no wish to unload.
     let (loaded, _) = machine.deployments.load(DeploymentWish { replicas: 2, ..wish("a") }).unwrap();
     assert_eq!((loaded, names(&machine).len()), (Loaded::Already, 3));
-    let adapter = AdapterWish { name: "poet".into(), source: "/adapters/poet".into() };
+    let adapter = AdapterWish::new("poet", "/adapters/poet");
     machine.load_adapter("a", adapter);
     assert_eq!(machine.adapters.len(), 3);
     let restored = Deployments::restore(machine.log.clone());

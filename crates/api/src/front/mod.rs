@@ -275,8 +275,7 @@ impl Front {
         let arrived = Instant::now();
         let (deployment, named_adapter) = self.summon(&request.model, |_| true).await?;
         check_ready(&deployment)?;
-        let adapter = request.adapter.or(named_adapter);
-        names::check_adapter(&deployment, adapter.as_deref())?;
+        let adapter = names::adapter_key(&deployment, request.adapter.or(named_adapter).as_deref())?;
         let _place = self.enter(&deployment.name, arrived)?;
         let text = self.model_text(&deployment).await?;
         let prompt = text.clone().tokenize_blocking(request.input).await?;

@@ -35,16 +35,19 @@ impl Front {
         deployment: &DeploymentView,
         adapter: Option<&str>,
     ) -> Result<(), FrontError> {
-        check_adapter(deployment, adapter)
+        adapter_key(deployment, adapter).map(drop)
     }
 }
 
-/// Has the deployment the adapter that a request asks for?
+/// What the workers call the adapter that a request asks for.
 ///
 /// # Errors
 /// [`FrontError::UnknownAdapter`], with those that there are, and [`FrontError::BrokenAdapter`].
-pub(super) fn check_adapter(deployment: &DeploymentView, adapter: Option<&str>) -> Result<(), FrontError> {
-    let Some(name) = adapter else { return Ok(()) };
+pub(super) fn adapter_key(
+    deployment: &DeploymentView,
+    adapter: Option<&str>,
+) -> Result<Option<String>, FrontError> {
+    let Some(name) = adapter else { return Ok(None) };
     let model = deployment.name.clone();
     let Some(found) = deployment.adapters.iter().find(|adapter| adapter.name == name) else {
         let names: Vec<&str> = deployment.adapters.iter().map(|adapter| adapter.name.as_str()).collect();
@@ -55,7 +58,7 @@ pub(super) fn check_adapter(deployment: &DeploymentView, adapter: Option<&str>) 
         return Err(FrontError::UnknownAdapter { model, adapter: name.to_owned(), loaded });
     };
     match &found.problem {
-        None => Ok(()),
+        None => Ok(Some(found.key.clone())),
         Some(problem) => {
             Err(FrontError::BrokenAdapter { model, adapter: name.to_owned(), problem: problem.clone() })
         }

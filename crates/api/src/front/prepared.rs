@@ -1,7 +1,7 @@
 //! A request that is checked and tokenized, ready to run once or several times.
 
 use crate::deployments::DeploymentView;
-use crate::front::names::check_adapter;
+use crate::front::names::adapter_key;
 use crate::front::{
     Answer, Front, FrontError, GenerationRequest, Input, ModelText, Output, check_ready, fresh_seed, named,
 };
@@ -37,8 +37,7 @@ impl Front {
         let (deployment, adapter) = self.summon(&request.model, |_| true).await?;
         check_ready(&deployment)?;
         let mut parameters = request.parameters;
-        parameters.adapter = parameters.adapter.or(adapter);
-        check_adapter(&deployment, parameters.adapter.as_deref())?;
+        parameters.adapter = adapter_key(&deployment, parameters.adapter.or(adapter).as_deref())?;
         // Tokenizing is the first that costs something: who has no chance is refused before it.
         let _place = self.enter(&deployment.name, arrived)?;
         let text = self.model_text(&deployment).await?;

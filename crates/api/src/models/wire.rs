@@ -44,13 +44,14 @@ fn adapter_to_proto(adapter: &AdapterView) -> v1::Adapter {
     v1::Adapter {
         name: adapter.name.clone(),
         source: adapter.source.clone(),
+        key: adapter.key.clone(),
         problem: adapter.problem.clone().unwrap_or_default(),
     }
 }
 
 fn adapter(adapter: v1::Adapter) -> AdapterView {
     let problem = Some(adapter.problem).filter(|problem| !problem.is_empty());
-    AdapterView { name: adapter.name, source: adapter.source, problem }
+    AdapterView { name: adapter.name, source: adapter.source, key: adapter.key, problem }
 }
 
 fn stage_to_proto(stage: &StageView) -> v1::Stage {
@@ -215,6 +216,7 @@ mod tests {
             adapters: vec![AdapterView {
                 name: "poet".into(),
                 source: "ann/poet".into(),
+                key: "poet#7".into(),
                 problem: Some("gone".into()),
             }],
         };

@@ -83,7 +83,12 @@ impl Desk {
             max_sequences: 4,
             adapters: Vec::new(),
         };
-        let style = AdapterView { name: "style".into(), source: "/adapters/style".into(), problem: None };
+        let style = AdapterView {
+            name: "style".into(),
+            source: "/adapters/style".into(),
+            key: "style#3".into(),
+            problem: None,
+        };
         let deployments = vec![
             DeploymentView { adapters: vec![style], ..deployment("demo", "hub/demo", State::Ready) },
             deployment("later", "hub/later", State::Loading),

@@ -239,7 +239,7 @@ impl CoordinatorHandle {
     ) -> Result<(DeploymentView, String), Error> {
         let _permit = self.permit()?;
         let name = name.filter(|name| !name.is_empty()).unwrap_or_else(|| default_adapter_name(&source));
-        let adapter = AdapterWish { name: name.clone(), source };
+        let adapter = AdapterWish::new(name.clone(), source);
         let (reply, answer) = oneshot::channel();
         self.send(Message::LoadAdapter { name: deployment, adapter, reply })?;
         let view = answer.await.unwrap_or_else(|_| Err(stopped()))?;

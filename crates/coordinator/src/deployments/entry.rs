@@ -181,6 +181,7 @@ impl Deployment {
         let view = |wish: &AdapterWish| AdapterView {
             name: wish.name.clone(),
             source: wish.source.clone(),
+            key: wish.key(),
             problem: self.adapter_problems.get(&wish.name).cloned(),
         };
         self.wish.adapters.iter().map(view).collect()

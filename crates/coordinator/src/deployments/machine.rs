@@ -52,7 +52,8 @@ impl Deployments {
                 Record::Wanted { epoch, .. }
                 | Record::Removed { epoch, .. }
                 | Record::Epochs { used: epoch } => *epoch,
-                Record::AdapterAdded { .. } | Record::AdapterRemoved { .. } => 0,
+                Record::AdapterAdded { adapter, .. } => adapter.load,
+                Record::AdapterRemoved { .. } => 0,
             };
             deployments.last_epoch = deployments.last_epoch.max(epoch);
             match record {

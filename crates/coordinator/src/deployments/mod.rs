@@ -238,7 +238,7 @@ pub enum Effect {
         attempt: Attempt,
         /// Where.
         node: NodeId,
-        /// Its name.
+        /// What they call it: [`AdapterWish::key`].
         adapter: String,
     },
     /// Make a decision about an adapter durable. Answered by [`Event::AdapterRecorded`].
@@ -382,7 +382,7 @@ pub enum Event {
         attempt: Attempt,
         /// Where.
         node: NodeId,
-        /// The adapter's name.
+        /// What the workers called it.
         adapter: String,
         /// Done, or why not.
         result: Result<(), Error>,

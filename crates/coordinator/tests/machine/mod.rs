@@ -170,7 +170,7 @@ impl Machine {
                 let failure = self.fails.as_ref().filter(|(failing, _)| *failing == node);
                 let result = failure.map_or(Ok(()), |(_, error)| Err(error.clone()));
                 if result.is_ok() {
-                    self.adapters.insert((node, attempt.epoch, adapter.name.clone()));
+                    self.adapters.insert((node, attempt.epoch, adapter.key()));
                 }
                 Event::AdapterLoaded { attempt, node, adapter: adapter.name, result }
             }

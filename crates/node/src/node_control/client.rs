@@ -267,6 +267,7 @@ impl Nodes for ClusterNodes {
                 deployment: attempt.name,
                 name: adapter.name,
                 source: adapter.source,
+                load: adapter.load,
             };
             let loaded = nodes.client(node)?.load_adapter(request).await;
             loaded.map(|_| ()).map_err(|status| nodes.failure(node, &status))
@@ -286,7 +287,7 @@ impl Nodes for ClusterNodes {
                 return unloaded.map_err(|error| nodes.own_failure(&error));
             }
             let fence = wire::fence_to_proto(&attempt);
-            let request = proto::UnloadNodeAdapterRequest { deployment: attempt.name, fence, name: adapter };
+            let request = proto::UnloadNodeAdapterRequest { deployment: attempt.name, fence, key: adapter };
             let unloaded = nodes.client(node)?.unload_adapter(request).await;
             unloaded.map(|_| ()).map_err(|status| nodes.failure(node, &status))
         })

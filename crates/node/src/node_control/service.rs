@@ -121,9 +121,9 @@ impl NodeControl for NodeControlService {
         &self,
         request: Request<LoadNodeAdapterRequest>,
     ) -> Result<Response<LoadNodeAdapterResponse>, Status> {
-        let LoadNodeAdapterRequest { deployment, fence, name, source } = request.into_inner();
+        let LoadNodeAdapterRequest { deployment, fence, name, source, load } = request.into_inner();
         let attempt = wire::attempt(deployment, fence)?;
-        self.workers.load_adapter(&attempt, &AdapterWish { name, source }).await.map_err(status)?;
+        self.workers.load_adapter(&attempt, &AdapterWish { name, source, load }).await.map_err(status)?;
         Ok(Response::new(LoadNodeAdapterResponse {}))
     }
 
@@ -131,9 +131,9 @@ impl NodeControl for NodeControlService {
         &self,
         request: Request<UnloadNodeAdapterRequest>,
     ) -> Result<Response<UnloadNodeAdapterResponse>, Status> {
-        let UnloadNodeAdapterRequest { deployment, fence, name } = request.into_inner();
+        let UnloadNodeAdapterRequest { deployment, fence, key } = request.into_inner();
         let attempt = wire::attempt(deployment, fence)?;
-        self.workers.unload_adapter(&attempt, &name).await.map_err(status)?;
+        self.workers.unload_adapter(&attempt, &key).await.map_err(status)?;
         Ok(Response::new(UnloadNodeAdapterResponse {}))
     }
 

@@ -28,7 +28,7 @@ pub(crate) struct Desk {
     pub(crate) front: Front,
     stop: CancellationToken,
     server: JoinHandle<()>,
-    _deployments: watch::Sender<DeploymentsView>,
+    pub(crate) deployments: watch::Sender<DeploymentsView>,
 }
 
 /// The demo model's files with another template, which writes down everything that a conversation holds.
@@ -102,7 +102,7 @@ impl Desk {
         let services = HttpServices::new(front.clone(), stop.clone()).behind(gate);
         let router = server.router(services, &["studio".to_owned()]);
         let server = tokio::spawn(server.serve(router, stop.clone()));
-        Ok(Self { address, replicas, front, stop, server, _deployments: sender })
+        Ok(Self { address, replicas, front, stop, server, deployments: sender })
     }
 
     /// Stops the listener and waits until it has.

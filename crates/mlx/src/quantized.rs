@@ -4,7 +4,7 @@
 
 use crate::error::{check, through};
 use crate::fast::NONE;
-use crate::{Array, Device, Error, Result};
+use crate::{Array, Device, Error, Result, counts};
 use mlx_sys as sys;
 use std::ffi::CStr;
 
@@ -179,8 +179,8 @@ impl Device {
         })
     }
 
-    /// An mlx-c function with several results.
-    fn run_many(
+    /// An mlx-c function with several results, counted as one operation.
+    pub(crate) fn run_many(
         &self,
         operation: impl FnOnce(*mut sys::mlx_vector_array, sys::mlx_stream) -> std::ffi::c_int,
     ) -> Result<Vec<Array>> {
@@ -188,9 +188,15 @@ impl Device {
         // below the size.
         unsafe {
             let mut vector = sys::mlx_vector_array_new();
+            counts::operation();
             let arrays = check(operation(&mut vector, self.stream())).and_then(|()| {
                 (0..sys::mlx_vector_array_size(vector))
-                    .map(|index| self.run(|result, _| sys::mlx_vector_array_get(result, vector, index)))
+                    .map(|index| {
+                        let mut handle = NONE;
+                        let status = sys::mlx_vector_array_get(&mut handle, vector, index);
+                        let array = Array::own(handle);
+                        check(status).map(|()| array)
+                    })
                     .collect()
             });
             sys::mlx_vector_array_free(vector);

@@ -83,7 +83,8 @@ impl Network {
         };
         let (gate, up) = match (&gate_up.whole, gate_up.parts.as_slice()) {
             (Some(whole), _) if x.dim(1) == 1 => {
-                let [gate, up] = device.split(&whole.forward(device, x)?, &[intermediate], 2)?;
+                let both = whole.forward(device, x)?;
+                let [gate, up] = device.split(&both, &[intermediate], 2)?;
                 (gate, up)
             }
             (_, [gate, up]) => (gate.forward(device, x)?, up.forward(device, x)?),

@@ -149,22 +149,6 @@ impl Device {
         })
     }
 
-    /// The parts of `a` between the cuts `at` along `axis`, without a copy: one operation, however many parts. `N` is one more than
-    /// there are cuts.
-    pub fn split<const N: usize>(&self, a: &Array, at: &[i32], axis: i32) -> Result<[Array; N]> {
-        self.pieces(a, at, axis)?
-            .try_into()
-            .map_err(|parts: Vec<Array>| Error::Mlx(format!("{} cuts make {} parts", at.len(), parts.len())))
-    }
-
-    /// The same for a number of parts that is not known before.
-    pub fn pieces(&self, a: &Array, at: &[i32], axis: i32) -> Result<Vec<Array>> {
-        // SAFETY: a valid handle and a slice with its length; the result vector is made and freed by the caller.
-        self.run_many(|results, stream| unsafe {
-            sys::mlx_split_sections(results, a.handle(), at.as_ptr(), at.len(), axis, stream)
-        })
-    }
-
     /// Sums over several dimensions, which go away.
     pub fn sum_over(&self, a: &Array, axes: &[i32]) -> Result<Array> {
         // SAFETY: a valid handle and a slice with its length.
@@ -215,6 +199,21 @@ impl Device {
                 strides.len(),
                 stream,
             )
+        })
+    }
+
+    /// `a` cut along `axis` before each of the `N - 1` `places`, in one operation.
+    #[inline]
+    pub fn split<const N: usize>(&self, a: &Array, places: &[i32], axis: i32) -> Result<[Array; N]> {
+        <[Array; N]>::try_from(self.pieces(a, places, axis)?)
+            .map_err(|parts| Error::Mlx(format!("{} parts where {N} were asked for", parts.len())))
+    }
+
+    /// The same for a number of parts that is not known before.
+    pub fn pieces(&self, a: &Array, places: &[i32], axis: i32) -> Result<Vec<Array>> {
+        // SAFETY: a valid handle and a slice with its length.
+        self.run_many(|results, stream| unsafe {
+            sys::mlx_split_sections(results, a.handle(), places.as_ptr(), places.len(), axis, stream)
         })
     }
 

@@ -60,7 +60,8 @@ fn announced(config: &Config) -> Result<(), ConfigError> {
         return Err(config.refuse("gdn_activation_layout", &shown(&layout.into()), "\"grouped\""));
     }
     let object = config.object("quantization")?.cloned().unwrap_or_default();
-    let needed = serde_json::json!({"bits": PACKING.bits, "group_size": PACKING.group_size, "mode": "affine"});
+    let needed =
+        serde_json::json!({"bits": PACKING.bits, "group_size": PACKING.group_size, "mode": "affine"});
     let object = Value::Object(object);
     if object != needed {
         return Err(config.refuse("quantization", &shown(&object), &needed.to_string()));

@@ -221,7 +221,18 @@ impl<'a> Source<'a> {
     fn open(device: &'a Device, shard: &'a ShardTensors, dtype: Dtype) -> Result<Self, LoadError> {
         let weights = WeightReader::open(device, shard.tensors.values())?;
         let (registry, queued, started) = (RefCell::default(), RefCell::default(), Vec::new());
-        Ok(Self { device, shard, weights, dtype, registry, queued, started, loaded: 0, turns: Vec::new(), kept: None })
+        Ok(Self {
+            device,
+            shard,
+            weights,
+            dtype,
+            registry,
+            queued,
+            started,
+            loaded: 0,
+            turns: Vec::new(),
+            kept: None,
+        })
     }
 
     /// A tensor that is there by the checkpoint's checks; it is read and computed when it is evaluated.

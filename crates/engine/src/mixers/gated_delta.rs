@@ -172,13 +172,7 @@ impl GatedDeltaNet {
         let both = device.multiply(&device.rms_normalize(&both, eps)?, &self.scales)?;
         let [queries, keys] = device.split(&both, &[heads], 2)?;
         let values = device.reshape(&values, &[lanes, count, self.value_heads, self.value_dim])?;
-        let inputs = super::delta_rule::Inputs {
-            queries,
-            keys,
-            values,
-            log_decay: decay,
-            strength,
-        };
+        let inputs = super::delta_rule::Inputs { queries, keys, values, log_decay: decay, strength };
         let (read, memory) = self.rule.forward(device, &inputs, memory)?;
         states.replace(vec![last, memory], count);
         Ok(read)

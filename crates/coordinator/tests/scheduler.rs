@@ -115,6 +115,28 @@ fn requests_that_can_never_run_are_refused_at_once() {
 }
 
 #[test]
+fn a_continued_sequence_counts_what_was_generated_before() {
+    let now = Instant::now();
+    let mut scheduler = Scheduler::new(limits(), now);
+    // 2 of prompt and 3 of 5 to generate: two tokens more.
+    let effects = scheduler.submit(RequestId(1), vec![7; 5], spec(2, 5), None, now);
+    assert_eq!(opened(&effects), [1]);
+    assert_eq!(scheduler.statistics().reserved_tokens, 7, "as much as the whole");
+    let sequence = SequenceId(1);
+    let mut token = |position| {
+        scheduler.on_drive(DriveEvent::Token { sequence, position, sampled: sampled(5), end: None }, now)
+    };
+    assert_eq!(ends(&token(5)), []);
+    // The workers end it; should they not, it ends here.
+    assert_eq!(ends(&token(6)), [(1, Ok(SequenceEnd::Length))]);
+    for (prompt, prompt_tokens, max_tokens) in [(5, 2, 3), (5, 0, 9), (5, 6, 9)] {
+        let wrong =
+            scheduler.submit(RequestId(2), vec![7; prompt], spec(prompt_tokens, max_tokens), None, now);
+        assert!(matches!(ends(&wrong)[0].1, Err(RunError::Invalid(_))), "{prompt_tokens} {max_tokens}");
+    }
+}
+
+#[test]
 fn a_deadline_ends_what_runs_and_what_waits() {
     let now = Instant::now();
     let mut scheduler = Scheduler::new(Limits { max_sequences: 1, ..limits() }, now);

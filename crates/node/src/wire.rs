@@ -7,8 +7,8 @@ use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
 use mlxnode_proto::internal::v1 as proto;
 use mlxnode_worker::SampledToken;
 use mlxnode_worker::wire::{
-    WireError, sampled_token_from_proto, sampled_token_to_proto, scores_from_proto, scores_to_proto,
-    sequence_spec_from_proto, sequence_spec_to_proto,
+    WireError, prompt_tokens, sampled_token_from_proto, sampled_token_to_proto, scores_from_proto,
+    scores_to_proto, sequence_spec_from_proto, sequence_spec_to_proto,
 };
 use tonic::Status;
 
@@ -103,6 +103,8 @@ pub(crate) fn run_to_proto(deployment: &str, run: &RunRequest) -> Result<proto::
         prompt: run.prompt.clone(),
         spec: Some(sequence_spec_to_proto(&run.spec)?),
         tenant: run.tenant.clone(),
+        generated: u32::try_from(run.generated())
+            .map_err(|_| WireError::TooLarge { name: "generated", value: run.generated() })?,
     })
 }
 
@@ -111,7 +113,8 @@ pub(crate) fn run(
     deadline: Option<std::time::Instant>,
 ) -> Result<RunRequest, Status> {
     let spec = run.spec.ok_or_else(|| Status::invalid_argument("spec is missing"))?;
-    let spec = sequence_spec_from_proto(spec, run.prompt.len())
+    let spec = prompt_tokens(run.prompt.len(), run.generated)
+        .and_then(|prompt_tokens| sequence_spec_from_proto(spec, prompt_tokens))
         .map_err(|error| Status::invalid_argument(error.to_string()))?;
     Ok(RunRequest { prompt: run.prompt, spec, deadline, tenant: run.tenant })
 }

@@ -166,10 +166,11 @@ impl Scheduler {
         if self.is_known(request) {
             return Vec::new();
         }
-        let tokens = prompt.len().saturating_add(spec.max_tokens);
+        let tokens = spec.prompt_tokens.saturating_add(spec.max_tokens);
+        let generated = prompt.len().checked_sub(spec.prompt_tokens);
         let refusal = if let Some(reason) = &self.lost {
             Some(RunError::Unavailable(reason.clone()))
-        } else if prompt.is_empty() || spec.max_tokens == 0 || spec.prompt_tokens != prompt.len() {
+        } else if spec.prompt_tokens == 0 || generated.is_none_or(|generated| generated >= spec.max_tokens) {
             Some(RunError::Invalid("a request needs a prompt and room for at least one token".into()))
         } else if let Some(adapter) = &spec.adapter {
             Some(RunError::Invalid(format!(
@@ -326,7 +327,7 @@ impl Scheduler {
             return;
         }
         while let Some(next) = self.waiting.front() {
-            let reserved = next.prompt.len() + next.spec.max_tokens;
+            let reserved = next.spec.prompt_tokens + next.spec.max_tokens;
             if !self.can_open(reserved) {
                 return;
             }
@@ -343,7 +344,7 @@ impl Scheduler {
                 Open {
                     request: Some(request),
                     prompt_tokens: prompt.len(),
-                    max_tokens: spec.max_tokens,
+                    max_tokens: spec.max_tokens - (prompt.len() - spec.prompt_tokens),
                     emitted: 0,
                     scored: 0,
                     started: false,

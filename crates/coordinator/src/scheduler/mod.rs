@@ -31,7 +31,7 @@ pub enum DriveCommand {
         sequence: SequenceId,
         /// At least one token.
         prompt: Vec<u32>,
-        /// `prompt_tokens` is the prompt's length.
+        /// `prompt_tokens` is the prompt's length without the tokens at its end that were generated before.
         spec: SequenceSpec,
     },
     /// Stop working on a sequence; answered by [`DriveEvent::Closed`].

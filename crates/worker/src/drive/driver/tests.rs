@@ -22,6 +22,11 @@ fn spec(max_tokens: usize, stop_tokens: Vec<u32>) -> SequenceSpec {
     SequenceSpec { stop_tokens, ..SequenceSpec::new(0, max_tokens, Sampling::default()) }
 }
 
+/// For a prompt of three tokens.
+fn three(max_tokens: usize) -> SequenceSpec {
+    SequenceSpec { prompt_tokens: 3, ..spec(max_tokens, vec![]) }
+}
+
 /// What a sequence should generate: to its stop token, its `max_tokens` or the end of the context.
 fn expected(prompt: &[u32], max_tokens: usize, stop_tokens: &[u32]) -> (Vec<u32>, SequenceEnd) {
     let count = max_tokens.min(limits(1).context_tokens - prompt.len());
@@ -87,6 +92,14 @@ impl Pipeline {
     }
 
     fn open(&mut self, sequence: u64, prompt: Vec<u32>, spec: SequenceSpec) {
+        let spec = match spec.prompt_tokens {
+            0 => SequenceSpec { prompt_tokens: prompt.len(), ..spec },
+            _ => spec,
+        };
+        self.open_as_it_is(sequence, prompt, spec);
+    }
+
+    fn open_as_it_is(&mut self, sequence: u64, prompt: Vec<u32>, spec: SequenceSpec) {
         let sequence = SequenceId(sequence);
         self.driver.command(DriveCommand::Open { sequence, prompt, spec }).unwrap();
     }
@@ -170,6 +183,40 @@ fn a_prompt_enters_in_chunks_and_its_tokens_come_back() {
         let (tokens, end) = expected(&prompt, 12, &[]);
         assert_eq!((&heard.tokens, heard.end), (&tokens, Some(end)));
         assert_eq!((heard.started, heard.closed, heard.failures.len()), (1, 1, 0));
+    }
+}
+
+#[test]
+fn a_sequence_that_is_continued_ends_as_the_whole_one() {
+    for stage_count in [1, 3] {
+        for stops in [vec![], vec![expected(&[1, 2, 3], 12, &[]).0[9]]] {
+            let (whole, end) = expected(&[1, 2, 3], 12, &stops);
+            for told in 0..whole.len() {
+                let mut pipeline = Pipeline::new(stage_count, 4);
+                let prompt = [&[1, 2, 3], &whole[..told]].concat();
+                pipeline.open(1, prompt, SequenceSpec { prompt_tokens: 3, ..spec(12, stops.clone()) });
+                pipeline.finish();
+                let heard = &pipeline.heard[&1];
+                assert_eq!((&heard.tokens[..], heard.end), (&whole[told..], Some(end)), "after {told}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_continued_sequence_must_have_a_prompt_and_something_to_generate() {
+    let cases = [
+        (SequenceSpec { prompt_tokens: 0, ..spec(5, vec![]) }, "prompt_tokens is 0, but must be 1 to 4"),
+        (SequenceSpec { prompt_tokens: 5, ..spec(5, vec![]) }, "prompt_tokens is 5, but must be 1 to 4"),
+        (SequenceSpec { prompt_tokens: 2, ..spec(2, vec![]) }, "all of max_tokens (2) were generated before"),
+    ];
+    for (spec, reason) in cases {
+        let mut pipeline = Pipeline::new(1, 4);
+        pipeline.open_as_it_is(1, vec![1, 2, 3, 4], spec);
+        pipeline.finish();
+        let heard = &pipeline.heard[&1];
+        assert!(heard.failures[0].contains(reason), "{:?}", heard.failures);
+        assert_eq!((heard.closed, heard.tokens.len()), (1, 0));
     }
 }
 
@@ -272,7 +319,7 @@ fn a_broken_ring_is_noticed() {
     let results = |number, rows| Message::Results(Results { number, rows, times: vec![] });
     let run = |results: &[Message]| {
         let mut driver = Driver::new(limits(2));
-        driver.command(DriveCommand::Open { sequence, prompt: vec![1; 3], spec: spec(5, vec![]) }).unwrap();
+        driver.command(DriveCommand::Open { sequence, prompt: vec![1; 3], spec: three(5) }).unwrap();
         while driver.next_work().is_some() {}
         results.iter().try_for_each(|message| driver.ring(message.clone()))
     };
@@ -296,7 +343,7 @@ fn a_broken_ring_is_noticed() {
     for (messages, what) in wrong {
         assert!(run(&messages).is_err(), "{what}");
     }
-    driver.command(DriveCommand::Open { sequence, prompt: vec![1; 3], spec: spec(5, vec![]) }).unwrap();
+    driver.command(DriveCommand::Open { sequence, prompt: vec![1; 3], spec: three(5) }).unwrap();
     let again = DriveCommand::Open { sequence, prompt: vec![1], spec: spec(1, vec![]) };
     assert_eq!(driver.command(again), Err(Violation::OpenedTwice(1)));
 }

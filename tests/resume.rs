@@ -110,7 +110,8 @@ async fn ask(
                     line.strip_prefix("data: ").map(str::trim).filter(|data| *data != "[DONE]")
                 {
                     let mut event: Value = serde_json::from_str(data)?;
-                    for name in ["id", "created"] {
+                    // The fingerprint names the replica that began.
+                    for name in ["id", "created", "system_fingerprint"] {
                         event.as_object_mut().context("an object")?.remove(name);
                     }
                     ensure!(event.get("error").is_none(), "{event} after {} pieces", heard.len());

@@ -122,7 +122,10 @@ mod tests {
     #[test]
     fn a_short_sequence_takes_pieces_and_padding_and_a_long_one_a_context() {
         let plain = Footprint::new(4096, 0);
-        assert_eq!([1, 400, 1000, 2048, 4096, 9999].map(|tokens| plain.of(tokens)), [768, 1024, 2048, 4096, 4096, 4096]);
+        assert_eq!(
+            [1, 400, 1000, 2048, 4096, 9999].map(|tokens| plain.of(tokens)),
+            [768, 1024, 2048, 4096, 4096, 4096]
+        );
         let states_only = Footprint::new(4096, 4096);
         assert_eq!([1, 4096].map(|tokens| states_only.of(tokens)), [4096, 4096]);
         let half = Footprint::new(4096, 2048);

@@ -353,8 +353,7 @@ impl Scheduler {
         }
         self.lost = Some(reason.to_owned());
         let waiting = self.waiting.drain().into_iter().map(|waiting| waiting.id);
-        let open =
-            std::mem::take(&mut self.open).into_values().filter_map(|open| Some(open.request?.id));
+        let open = std::mem::take(&mut self.open).into_values().filter_map(|open| Some(open.request?.id));
         let failing = std::mem::take(&mut self.failing).into_iter().map(|failing| failing.request);
         // Those that run are older than those that wait.
         for request in failing.chain(open).chain(waiting).collect::<Vec<_>>() {
@@ -487,7 +486,8 @@ impl Scheduler {
     /// Opens waiting requests, in order, while there is room. Not while a failure settles: the pipeline may be breaking. Who waits for
     /// what another sequence is computing lets others pass: it loses nothing by that, as its turn comes when that is done.
     fn admit(&mut self, now: Instant) {
-        while self.failing.is_empty() && self.waiting.len() > 0 && self.open.len() < self.limits.max_sequences {
+        while self.failing.is_empty() && self.waiting.len() > 0 && self.open.len() < self.limits.max_sequences
+        {
             let reuse = &self.reuse;
             let Some(place) = self.waiting.next(|request| !request.is_awaited(reuse)) else { return };
             let Some(next) = self.waiting.get(&place) else { return };
@@ -548,7 +548,9 @@ impl Scheduler {
             if self.taken - closing <= self.limits.kv_tokens {
                 return;
             }
-            let running = || self.open.iter().filter_map(|(sequence, open)| Some((open.request.as_ref()?.id, *sequence)));
+            let running = || {
+                self.open.iter().filter_map(|(sequence, open)| Some((open.request.as_ref()?.id, *sequence)))
+            };
             let Some((_, youngest)) = running().max().filter(|_| running().count() > 1) else { return };
             self.preempt(youngest);
         }
@@ -697,7 +699,11 @@ impl Scheduler {
     /// The workers gave up a sequence: its request ends soon, if it has not ended.
     fn fail(&mut self, sequence: SequenceId, reason: String, now: Instant) {
         if let Some(request) = self.open.get_mut(&sequence).and_then(|open| open.request.take()) {
-            self.failing.push_back(Failing { request: request.id, reason, settles_at: now + FAILURE_SETTLES });
+            self.failing.push_back(Failing {
+                request: request.id,
+                reason,
+                settles_at: now + FAILURE_SETTLES,
+            });
         }
     }
 

@@ -132,6 +132,7 @@ mod tests {
             architecture: String::new(),
             context_tokens: 0,
             max_sequences: 0,
+            adapters: Vec::new(),
         }
     }
 

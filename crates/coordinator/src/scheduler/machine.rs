@@ -271,11 +271,6 @@ impl Scheduler {
             || generated.is_none_or(|generated| generated >= request.spec.max_tokens)
         {
             Some(RunError::Invalid("a request needs a prompt and room for at least one token".into()))
-        } else if let Some(adapter) = &request.spec.adapter {
-            Some(RunError::Invalid(format!(
-                "the adapter {adapter:?} is not loaded: a cluster serves no adapters yet; run it in one process with --local \
-                 and --adapter-path, or load a model that it is fused into"
-            )))
         } else if tokens > self.limits.context_tokens || tokens > self.limits.kv_tokens {
             Some(RunError::TooLong { tokens, context: self.limits.context_tokens.min(self.limits.kv_tokens) })
         } else if deadline.is_some_and(|deadline| deadline <= now) {

@@ -314,9 +314,6 @@ impl Driver {
         if generated >= spec.max_tokens {
             return Err(format!("all of max_tokens ({}) were generated before", spec.max_tokens));
         }
-        if spec.adapter.is_some() {
-            return Err("adapter is not served by this release's workers".into());
-        }
         if prompt.len() >= limits.context_tokens {
             return Err(format!(
                 "the prompt has {} tokens, but the model is loaded with a context of {}: \

@@ -158,13 +158,20 @@ mod tests {
         record.token(start + seconds(1.6));
         record.ended(Finished::Length, start + seconds(1.6));
         drop(metrics.request("demo", 7, start));
-        let scheduler = SchedulerSeen { model: "demo".into(), running: 2, waiting: 3, kv_usage: Some(0.25) };
+        let scheduler = SchedulerSeen {
+            model: "demo".into(),
+            running: 2,
+            waiting: 3,
+            kv_usage: Some(0.25),
+            preemptions: 5,
+        };
         let text =
             metrics.text(Observations { schedulers: vec![scheduler], ..Observations::default() }).unwrap();
         for line in [
             "vllm:num_requests_running{model_name=\"demo\"} 2",
             "vllm:num_requests_waiting{model_name=\"demo\"} 3",
             "vllm:kv_cache_usage_perc{model_name=\"demo\"} 0.25",
+            "vllm:num_preemptions_total{model_name=\"demo\"} 5",
             "vllm:prompt_tokens_total{model_name=\"demo\"} 100",
             "vllm:generation_tokens_total{model_name=\"demo\"} 2",
             "vllm:prefix_cache_queries_total{model_name=\"demo\"} 100",

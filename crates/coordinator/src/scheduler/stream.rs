@@ -19,7 +19,7 @@ pub struct RunRequest {
     pub spec: SequenceSpec,
     /// When to give up.
     pub deadline: Option<Instant>,
-    /// Who asks. Empty: the cluster's own people. Carried for fairness between clients and for prompt caches; nothing reads it yet.
+    /// Who asks. Empty: the cluster's own people. Tenants get fair shares, and nobody finds what another one computed.
     pub tenant: String,
 }
 

@@ -106,8 +106,8 @@ fn the_queue_is_bounded_in_requests_and_in_tokens() {
         }
         ends(&scheduler.submit(RequestId(99), "", vec![0; prompt], spec(prompt, 1), None, now))
     };
-    assert_eq!(full(1, 5), [(99, Err(RunError::QueueFull { queued: 5 }))]);
-    assert_eq!(full(30, 2), [(99, Err(RunError::QueueFull { queued: 2 }))]);
+    assert_eq!(full(1, 5), [(99, Err(RunError::QueueFull { queued: 5, tokens: 5 }))]);
+    assert_eq!(full(30, 2), [(99, Err(RunError::QueueFull { queued: 2, tokens: 60 }))]);
 }
 
 #[test]

@@ -169,7 +169,7 @@ pub(crate) fn run_event(event: proto::RunEvent) -> Result<RunEvent, RunError> {
 fn run_failed_to_proto(error: RunError) -> proto::RunFailed {
     use proto::run_failed::Kind;
     let (kind, text, count, limit) = match error {
-        RunError::QueueFull { queued } => (Kind::QueueFull, String::new(), queued, 0),
+        RunError::QueueFull { queued, tokens } => (Kind::QueueFull, String::new(), queued, tokens),
         RunError::TooLong { tokens, context } => (Kind::TooLong, String::new(), tokens, context),
         RunError::Invalid(text) => (Kind::Invalid, text, 0, 0),
         RunError::DeadlineExceeded => (Kind::Deadline, String::new(), 0, 0),
@@ -183,7 +183,9 @@ fn run_failed_to_proto(error: RunError) -> proto::RunFailed {
 fn run_failed(failed: proto::RunFailed) -> RunError {
     use proto::run_failed::Kind;
     match failed.kind() {
-        Kind::QueueFull => RunError::QueueFull { queued: failed.count as usize },
+        Kind::QueueFull => {
+            RunError::QueueFull { queued: failed.count as usize, tokens: failed.limit as usize }
+        }
         Kind::TooLong => RunError::TooLong { tokens: failed.count as usize, context: failed.limit as usize },
         Kind::Invalid => RunError::Invalid(failed.text),
         Kind::Deadline => RunError::DeadlineExceeded,
@@ -200,7 +202,7 @@ mod tests {
     #[test]
     fn every_way_to_fail_survives_the_network() {
         let errors = [
-            RunError::QueueFull { queued: 7 },
+            RunError::QueueFull { queued: 7, tokens: 900 },
             RunError::TooLong { tokens: 9, context: 8 },
             RunError::Invalid("no".into()),
             RunError::DeadlineExceeded,

@@ -201,7 +201,7 @@ impl Replicas for Scripted {
         let spec = &request.spec;
         let mut events = vec![Ok(RunEvent::Started { cached_tokens: 3.min(request.prompt.len() - 1) })];
         if text == "QUEUE FULL" {
-            return Ok(stream::iter([Err(RunError::QueueFull { queued: 64 })]).boxed());
+            return Ok(stream::iter([Err(RunError::QueueFull { queued: 64, tokens: 64_000 })]).boxed());
         }
         let sampled = |token: u32, wish: Option<mlxnode_compute::LogprobRequest>| Sampled {
             token,

@@ -276,7 +276,7 @@ impl Scheduler {
         } else if deadline.is_some_and(|deadline| deadline <= now) {
             Some(RunError::DeadlineExceeded)
         } else if !self.has_place(&request) {
-            Some(RunError::QueueFull { queued: self.waiting.len() })
+            Some(RunError::QueueFull { queued: self.waiting.len(), tokens: self.waiting.tokens() })
         } else {
             None
         };

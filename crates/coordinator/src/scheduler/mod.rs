@@ -171,6 +171,8 @@ pub enum RunError {
     QueueFull {
         /// How many wait.
         queued: usize,
+        /// Tokens of their prompts: what a newcomer would wait behind.
+        tokens: usize,
     },
     /// Prompt and answer do not fit the context.
     #[error("{tokens} tokens (prompt and answer) do not fit the context of {context}")]

@@ -68,7 +68,7 @@ impl<'a> Ours<'a> {
         Some(bytes as f64 / MEBIBYTE)
     }
 
-    pub(super) fn stop(self) -> Result<()> {
+    pub(super) fn stop(mut self) -> Result<()> {
         self.node.stop()
     }
 }

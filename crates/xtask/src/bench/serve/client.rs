@@ -3,7 +3,7 @@
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, ErrorKind, Write as _};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -11,6 +11,9 @@ use std::time::{Duration, Instant};
 
 /// Longest silence of a server that is alive.
 const SILENCE: Duration = Duration::from_secs(240);
+/// How often a connection is made at most, and how long after the one before.
+const TRIES: usize = 100;
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// Where to ask, and for which model.
 #[derive(Clone, Debug)]
@@ -40,7 +43,6 @@ pub(super) enum Answer {
 /// When what came, after the request was sent.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Times {
-    pub(super) sent: Instant,
     /// Of each piece of text.
     pub(super) pieces: Vec<Duration>,
     /// The text, so that two servers can be held against each other.
@@ -54,34 +56,36 @@ impl Times {
     pub(super) fn first(&self) -> Duration {
         self.pieces.first().copied().unwrap_or_default()
     }
-
-    /// Between pieces that came after `from`.
-    pub(super) fn gaps_since(&self, from: Instant) -> Vec<Duration> {
-        let pairs = self.pieces.windows(2).filter(|pair| self.sent + pair[1] > from);
-        pairs.map(|pair| pair[1] - pair[0]).collect()
-    }
 }
 
 impl Server {
-    /// Asks and reads to the end; none when the client hung up.
+    /// Asks and reads to the end; none when the client hung up. A connection that is dropped before an answer begins is made again: a server may
+    /// have room for few that it has not looked at. The time counts from the first try.
     pub(super) fn ask(&self, question: &Question, line: &Line) -> Result<Option<Answer>> {
-        match self.ask_and_read(question, line) {
-            _ if line.has_hung_up() => Ok(None),
-            answer => answer.map(Some),
+        let sent = Instant::now();
+        let mut tries = 1;
+        loop {
+            match self.ask_and_read(question, line, sent) {
+                _ if line.has_hung_up() => return Ok(None),
+                Err(error) if tries < TRIES && line.pieces() == 0 && was_dropped(&error) => {
+                    tries += 1;
+                    std::thread::sleep(PAUSE);
+                }
+                answer => return answer.map(Some),
+            }
         }
     }
 
-    fn ask_and_read(&self, question: &Question, client: &Line) -> Result<Answer> {
+    fn ask_and_read(&self, question: &Question, client: &Line, sent: Instant) -> Result<Answer> {
         let body = json!({
             "model": self.model, "prompt": question.prompt, "max_tokens": question.max_tokens, "temperature": 0.0,
             "stream": true, "stream_options": {"include_usage": true},
         })
         .to_string();
-        let mut stream = TcpStream::connect(&self.address).context("connect")?;
+        let mut stream = TcpStream::connect(&self.address)?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(SILENCE))?;
         client.is_open(stream.try_clone()?);
-        let sent = Instant::now();
         write!(
             stream,
             "POST /v1/completions HTTP/1.1\r\nHost: {}\r\nConnection: close\r\nContent-Type: application/json\r\n\
@@ -91,13 +95,13 @@ impl Server {
         )?;
         let mut lines = BufReader::new(stream);
         let mut line = String::new();
-        lines.read_line(&mut line).context("the server closed")?;
+        ensure!(lines.read_line(&mut line)? > 0, std::io::Error::from(ErrorKind::UnexpectedEof));
         let status: u16 = line.split(' ').nth(1).and_then(|status| status.parse().ok()).context("status")?;
         if matches!(status, 429 | 503) {
             return Ok(Answer::Refused(sent.elapsed()));
         }
         ensure!(status == 200, "{}: {}", line.trim(), rest(&mut lines));
-        let mut times = Times { sent, pieces: Vec::new(), text: String::new(), cached_tokens: 0 };
+        let mut times = Times { pieces: Vec::new(), text: String::new(), cached_tokens: 0 };
         let mut finished = false;
         loop {
             line.clear();
@@ -177,6 +181,18 @@ impl Line {
     }
 }
 
+/// Before the server looked at the request?
+fn was_dropped(error: &anyhow::Error) -> bool {
+    let kinds = [
+        ErrorKind::ConnectionReset,
+        ErrorKind::ConnectionRefused,
+        ErrorKind::BrokenPipe,
+        ErrorKind::UnexpectedEof,
+    ];
+    let kind = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+    kind.is_some_and(|kind| kinds.contains(&kind))
+}
+
 fn rest(lines: &mut impl std::io::Read) -> String {
     let mut bytes = Vec::new();
     let _ = lines.read_to_end(&mut bytes); // what was read before an error still helps
@@ -217,7 +233,6 @@ mod tests {
                 panic!("whole")
             };
             assert_eq!((times.pieces.len(), times.text.as_str(), times.cached_tokens), (2, "ab", cached));
-            assert_eq!(times.gaps_since(times.sent).len(), 1);
         }
     }
 

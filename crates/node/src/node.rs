@@ -19,6 +19,7 @@ use crate::node_control::client::ClusterNodes;
 use crate::node_control::service::NodeControlService;
 use crate::observer::NodeObserver;
 use crate::options::NodeOptions;
+use crate::panorama::ClusterSight;
 use crate::registrar::{Registrar, keep_addresses};
 use crate::replica::client::ClusterReplicas;
 use crate::replica::service::ReplicaService;
@@ -33,6 +34,7 @@ use mlxnode_api::http::{BindError, HttpServer, HttpServices};
 use mlxnode_api::keys::{KeysService, KeysView};
 use mlxnode_api::metrics::Metrics;
 use mlxnode_api::models::{Busy, ModelsService};
+use mlxnode_api::panorama::Panorama;
 use mlxnode_api::{InferenceService, PublicServices, public_routes};
 use mlxnode_cluster::{
     AccessList, ClusterAdmission, ClusterKey, Discovery, Identity, InviteError, Inviter, JoinError, KeyError,
@@ -313,10 +315,14 @@ impl Node {
             workers: workers.clone(),
             household: household.clone(),
         });
+        let sight = ClusterSight { own, mesh: mesh.clone(), observer: observer.clone() };
+        let panorama = Panorama::new(Arc::new(sight));
+        let models = ModelsService::new(route.clone(), view.clone(), busy.clone());
+        let members = ClusterService::new(household.clone(), route.clone(), view, busy, panorama);
         let public = public_routes(PublicServices {
             inference: InferenceService::new(front.clone()),
-            models: ModelsService::new(route.clone(), view.clone(), busy.clone()),
-            cluster: ClusterService::new(household.clone(), route.clone(), view, busy),
+            models: models.clone(),
+            cluster: members.clone(),
             keys: KeysService::new(route, keys.clone()),
         })
         .await
@@ -324,6 +330,8 @@ impl Node {
         let control = NodeControlServer::new(NodeControlService {
             workers: workers.clone(),
             schedulers: schedulers.clone(),
+            own,
+            observer: observer.clone(),
         });
         let replica =
             ReplicaServer::new(ReplicaService { schedulers: schedulers.clone(), workers: workers.clone() })
@@ -356,8 +364,10 @@ impl Node {
                     requires_key: options.http.as_ref().is_some_and(|http| http.requires_key),
                 },
             );
-            let services =
-                HttpServices::new(front, stop_serving.clone()).behind(gate).showing(metrics, observer);
+            let services = HttpServices::new(front, stop_serving.clone())
+                .behind(gate)
+                .showing(metrics, observer)
+                .controlling(members, models);
             let names = addresses::http_names(&name, http.address(), &reachable);
             let router = http.router(services, &names);
             let (address, moved) = (http.address(), http.moved());

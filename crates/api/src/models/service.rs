@@ -24,7 +24,8 @@ pub trait Busy: Send + Sync + 'static {
     fn statistics(&self) -> BTreeMap<String, Statistics>;
 }
 
-/// The service on one node.
+/// The service on one node. Cheap to clone.
+#[derive(Clone)]
 pub struct ModelsService {
     route: Arc<dyn CoordinatorRoute>,
     deployments: watch::Receiver<DeploymentsView>,

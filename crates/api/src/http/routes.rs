@@ -3,7 +3,8 @@
 pub use crate::gate::Access;
 use crate::http::entrance::{self, Entrance};
 use crate::http::{
-    ApiError, Dialect, ErrorKind, HttpServices, anthropic, guard, health, metrics, openai, openapi, requests,
+    ApiError, Dialect, ErrorKind, HttpServices, anthropic, guard, health, metrics, openai, openapi, page,
+    requests,
 };
 use axum::Router;
 use axum::extract::Request;
@@ -29,6 +30,7 @@ pub struct Route {
 pub fn routes() -> Vec<Route> {
     let get_ = |path, access, handler| Route { path, method: Method::GET, access, handler };
     let post_ = |path, handler| Route { path, method: Method::POST, access: Access::User, handler };
+    let change = |path, handler| Route { path, method: Method::POST, access: Access::Admin, handler };
     vec![
         get_("/health", Access::Open, get(health::health)),
         get_("/metrics", Access::Metrics, get(metrics::metrics)),
@@ -42,6 +44,15 @@ pub fn routes() -> Vec<Route> {
         post_("/v1/responses", post(openai::responses::responses)),
         post_("/v1/messages", post(anthropic::messages::messages)),
         post_("/v1/messages/count_tokens", post(anthropic::messages::count_tokens)),
+        get_("/", Access::Open, get(page::files::index)),
+        get_("/page/{file}", Access::Open, get(page::files::file)),
+        get_("/api/v1/session", Access::Read, get(page::cluster::session)),
+        get_("/api/v1/cluster", Access::Read, get(page::cluster::cluster)),
+        get_("/api/v1/events", Access::Read, get(page::cluster::events)),
+        get_("/api/v1/jobs", Access::Read, get(page::jobs::jobs)),
+        change("/api/v1/plan", post(page::models::plan)),
+        change("/api/v1/load", post(page::models::load)),
+        change("/api/v1/unload", post(page::models::unload)),
     ]
 }
 

@@ -9,6 +9,7 @@ use mlxnode_api::deployments::{DeploymentView, DeploymentsView, State};
 use mlxnode_api::front::{Front, Replicas, RunEvents};
 use mlxnode_api::gate::Gate;
 use mlxnode_api::http::{HttpOptions, HttpServer, HttpServices};
+use mlxnode_api::jobs::JobTable;
 use mlxnode_compute::{ByteCount, Candidate, Output, Sampled, SequenceEnd};
 use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
 use mlxnode_text::{InProcess, TextFiles, Tokenizer};
@@ -48,6 +49,15 @@ impl Desk {
 
     /// With a gate.
     pub(crate) async fn behind(options: HttpOptions, gate: Gate) -> Result<Self> {
+        Self::made(options, |services| services.behind(gate)).await
+    }
+
+    /// With jobs.
+    pub(crate) async fn with_jobs(jobs: Arc<dyn JobTable>) -> Result<Self> {
+        Self::made(HttpOptions::local(), |services| services.running_jobs(jobs)).await
+    }
+
+    async fn made(options: HttpOptions, with: impl FnOnce(HttpServices) -> HttpServices) -> Result<Self> {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../hub/demo-model/model");
         let mut files: BTreeMap<String, Vec<u8>> = BTreeMap::new();
         for name in TextFiles::names() {
@@ -88,7 +98,7 @@ impl Desk {
         let server = HttpServer::bind(options).await?;
         let address = server.address();
         let front = Front::new(view, replicas.clone(), Arc::new(InProcess::default()));
-        let services = HttpServices::new(front.clone(), stop.clone()).behind(gate);
+        let services = with(HttpServices::new(front.clone(), stop.clone()));
         let router = server.router(services, &["studio".to_owned()]);
         let server = tokio::spawn(server.serve(router, stop.clone()));
         Ok(Self { address, replicas, front, stop, server, _deployments: sender })

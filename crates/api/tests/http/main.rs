@@ -9,5 +9,6 @@ mod constraints;
 mod desk;
 mod gate;
 mod malformed;
+mod page;
 mod responses;
 mod shell;

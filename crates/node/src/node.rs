@@ -48,6 +48,7 @@ use mlxnode_proto::internal::v1::key_ring_server::KeyRingServer;
 use mlxnode_proto::internal::v1::node_control_server::NodeControlServer;
 use mlxnode_proto::internal::v1::replica_server::ReplicaServer;
 use mlxnode_sandbox::{SandboxOptions, SandboxProcess};
+use mlxnode_traces::{Collector, Exporter, ExporterError};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -106,6 +107,9 @@ pub enum NodeError {
     /// This node was taken out of its cluster.
     #[error("this node was removed from the cluster {0}; join again with `mlxnode join --invite CODE`")]
     Removed(String),
+    /// Traces cannot be sent.
+    #[error(transparent)]
+    Traces(#[from] ExporterError),
     /// An invite, but a member already.
     #[error(
         "this node belongs to the cluster {0} already; run `mlxnode leave` first, or join without --invite"
@@ -169,6 +173,7 @@ pub struct Node {
     workers: Workers,
     mesh: MeshHandle,
     lookout: Arc<Lookout>,
+    traces: Option<Exporter>,
     _tasks: Vec<AbortOnDropHandle<()>>,
     _lock: DataDirLock,
 }
@@ -246,9 +251,19 @@ impl Node {
         }
         let registrar = Arc::new(Registrar::new(roster.clone(), key));
         let inviter = Arc::new(Inviter::new(identity.clone(), registrar.clone()));
+        let collector = options.otlp_endpoint.clone().map(|endpoint| Collector {
+            endpoint,
+            node: name.clone(),
+            part: "node".to_owned(),
+        });
+        let traces = collector.clone().map(Exporter::start).transpose()?;
         let advertised = addresses::host(reachable.first().map_or("127.0.0.1", String::as_str)).to_owned();
-        let workers_options =
-            WorkersOptions { command: options.worker_command.clone(), listen: bound.ip(), advertised };
+        let workers_options = WorkersOptions {
+            command: options.worker_command.clone(),
+            listen: bound.ip(),
+            advertised,
+            collector: collector.clone(),
+        };
         let workers =
             Workers::new(workers_options, identity.clone(), Arc::new(Hub::new(options.hub.clone())));
         let sandbox = Arc::new(SandboxProcess::new(SandboxOptions::new(options.worker_command.clone())));
@@ -308,7 +323,9 @@ impl Node {
         });
         let busy = Arc::new(schedulers.clone());
         let metrics = Arc::new(Metrics::default());
-        let front = Front::new(view.clone(), replicas, sandbox).counting(metrics.clone(), None);
+        let front = Front::new(view.clone(), replicas, sandbox)
+            .counting(metrics.clone(), None)
+            .telling(traces.as_ref().map(Exporter::sink));
         let observer = Arc::new(NodeObserver {
             deployments: view.clone(),
             schedulers: schedulers.clone(),
@@ -401,6 +418,7 @@ impl Node {
             workers,
             mesh,
             lookout,
+            traces,
             _tasks: tasks,
             _lock: lock,
         })
@@ -516,6 +534,10 @@ impl Node {
         if let Some(http) = self.http.take() {
             // What still runs has lost its workers and ends; a client that takes nothing is not waited for.
             let _ = tokio::time::timeout(HTTP_FAREWELL, http.server).await;
+        }
+        if let Some(traces) = self.traces.take() {
+            // Waits a moment for what is left.
+            let _ = tokio::task::spawn_blocking(move || drop(traces)).await;
         }
         if *self.has_left.borrow() {
             // SQLite may have written its files again on the way out.

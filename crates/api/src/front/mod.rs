@@ -12,6 +12,7 @@ mod model_text;
 mod output;
 mod prepared;
 mod replicas;
+mod spans;
 
 pub use admission::Admission;
 pub use answer::{Answer, AnswerEvent, Summary};
@@ -27,10 +28,11 @@ use crate::metrics::{Finished, Metrics, Rejection};
 use account::{Account, Submitted};
 use admission::{Door, Place};
 use futures::StreamExt as _;
-use mlxnode_compute::{ByteCount, TraceContext};
+use mlxnode_compute::{ByteCount, SpanSink, TraceContext};
 use mlxnode_coordinator::requests::{Parameters, RequestError, ValidRequest};
 use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
 use mlxnode_text::{ChatRequest, Sandbox, TextError};
+use spans::RequestSpans;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -141,6 +143,7 @@ pub struct Front {
     door: Door,
     metrics: Arc<Metrics>,
     gate: Option<Gate>,
+    spans: Option<Arc<dyn SpanSink>>,
 }
 
 /// By deployment, with the epoch for which they were read: a reload may bring another tokenizer.
@@ -154,13 +157,24 @@ impl Front {
         sandbox: Arc<dyn Sandbox>,
     ) -> Self {
         let (texts, door, metrics) = (Arc::default(), Door::default(), Arc::default());
-        Self { deployments, replicas, sandbox, texts, door, metrics, gate: None }
+        Self { deployments, replicas, sandbox, texts, door, metrics, gate: None, spans: None }
     }
 
     /// With figures that are read elsewhere too, and a gate at which tokens are counted against the keys that asked for them.
     #[must_use]
     pub fn counting(self, metrics: Arc<Metrics>, gate: Option<Gate>) -> Self {
         Self { metrics, gate, ..self }
+    }
+
+    /// With a place for spans of requests.
+    #[must_use]
+    pub fn telling(self, spans: Option<Arc<dyn SpanSink>>) -> Self {
+        Self { spans, ..self }
+    }
+
+    /// Where spans of requests go, when somebody collects them.
+    pub(crate) fn spans(&self) -> Option<Arc<dyn SpanSink>> {
+        self.spans.clone()
     }
 
     /// All deployments, by name.
@@ -236,10 +250,11 @@ impl Front {
         let prompt = text.clone().tokenize_blocking(request.input).await?;
         let mut valid = ValidRequest::embedding(prompt, request.adapter, &text.limits(&deployment)?)?;
         valid.spec.trace = Some(named(request.trace));
+        let parent = request.trace.map(|trace| trace.span_id());
         let prompt_tokens = valid.prompt.len();
         let (deadline, tenant) = (request.deadline, request.tenant);
         let run = RunRequest { prompt: valid.prompt, spec: valid.spec, deadline, tenant };
-        let mut account = self.account(&deployment, &run, arrived);
+        let mut account = self.account(&deployment, &run, Origin { arrived, parent });
         let mut events = self.replicas.run(&deployment, run).await.map_err(|error| account.failed(error))?;
         while let Some(event) = events.next().await {
             match event {
@@ -264,11 +279,16 @@ impl Front {
     }
 
     /// The account of a sequence that is about to be submitted.
-    fn account(&self, deployment: &DeploymentView, run: &RunRequest, arrived: Instant) -> Account {
+    fn account(&self, deployment: &DeploymentView, run: &RunRequest, origin: Origin) -> Account {
+        let arrived = origin.arrived;
         let place = self.door.join(&deployment.name, run.prompt.len());
         let record = self.metrics.request(&deployment.name, run.prompt.len(), arrived);
         let gate = self.gate.clone().map(|gate| (gate, run.tenant.clone()));
-        Account::new(place, record, self.metrics.clone(), gate, Submitted::new(run, arrived))
+        let spans = self.spans.clone().zip(run.spec.trace);
+        let spans = spans.map(|(sink, trace)| {
+            RequestSpans::new(sink, trace, origin.parent, &deployment.name, run.prompt.len(), arrived)
+        });
+        Account::new(place, record, self.metrics.clone(), gate, spans, Submitted::new(run, arrived))
     }
 
     fn ready(&self, model: &str) -> Result<DeploymentView, FrontError> {
@@ -300,9 +320,19 @@ fn check_ready(deployment: &DeploymentView) -> Result<(), FrontError> {
     Err(FrontError::NotReady { model, state, detail })
 }
 
-/// The request's name, or a new one.
+/// When a request came, and the span that it is part of.
+#[derive(Clone, Copy)]
+struct Origin {
+    arrived: Instant,
+    parent: Option<[u8; 8]>,
+}
+
+/// The request's trace, or a new one, with a span of its own.
 fn named(trace: Option<TraceContext>) -> TraceContext {
-    trace.unwrap_or_else(|| TraceContext::new(rand::random()))
+    match trace {
+        Some(trace) => trace.with_span(rand::random()),
+        None => TraceContext::new(rand::random()),
+    }
 }
 
 /// 63 random bits: a seed that survives every JSON parser's numbers would need 53, but gRPC carries all.

@@ -59,6 +59,7 @@ pub fn routes() -> Vec<Route> {
 /// The router over [`routes`]: unknown paths, wrong methods and foreign pages are answered in the caller's dialect.
 pub fn router(services: HttpServices, guard: Arc<guard::Guard>) -> Router {
     let mut router = Router::new();
+    let spans = services.front.spans();
     for route in routes() {
         let Route { path, access, handler, .. } = route;
         let entrance = Entrance { services: services.clone(), access, path };
@@ -71,7 +72,7 @@ pub fn router(services: HttpServices, guard: Arc<guard::Guard>) -> Router {
         .with_state(services)
         .layer(middleware::from_fn(speak))
         .layer(middleware::from_fn_with_state(guard, guard::check))
-        .layer(middleware::from_fn(requests::name))
+        .layer(middleware::from_fn_with_state(spans, requests::name))
 }
 
 async fn no_route(request: Request) -> ApiError {

@@ -40,6 +40,23 @@ async fn the_page_comes_with_a_policy_and_is_kept_by_browsers() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_link_from_another_site_leads_to_the_page_and_no_further() -> Result<()> {
+    let desk = Desk::start().await?;
+    let visit = "sec-fetch-site: cross-site\r\nsec-fetch-mode: navigate\r\n";
+    for (method, path, headers, status) in [
+        ("GET", "/", visit, 200),
+        ("GET", "/", "sec-fetch-site: cross-site\r\nsec-fetch-mode: no-cors\r\n", 403),
+        ("POST", "/", visit, 403),
+        ("GET", "/api/v1/cluster", visit, 403),
+        ("GET", "/v1/models", visit, 403),
+    ] {
+        let reply = ask(desk.address, method, path, headers, "").await?;
+        assert_eq!(reply.status, status, "{method} {path} {headers}");
+    }
+    desk.stop().await
+}
+
+#[tokio::test]
 async fn who_asks_is_told_who_they_are() -> Result<()> {
     let desk = Desk::start().await?;
     let session = get(desk.address, "/api/v1/session").await?.json()?;

@@ -73,7 +73,7 @@ async function unload(model, parts) {
   }
 }
 
-const result = (...nodes) => byId("load-result").replaceChildren(...nodes);
+const result = (...nodes) => byId("load-result").replaceChildren(...nodes.filter(Boolean));
 
 /** The form as the endpoints take it. */
 function wish() {
@@ -97,7 +97,6 @@ function planned(plan) {
   result(head, plan.fits ? el("ul", { class: "layers", "aria-label": "Stages" }, ...stageBar(plan.stages)) : null,
     el("dl", { class: "facts" }, fact("Architecture", plan.architecture), fact("Layers", String(plan.layers)), fact("Weights", bytes(plan.total_weight_bytes)), fact("KV cache", bytes(plan.total_kv_bytes)), fact("Context", `${plan.context_tokens.toLocaleString("en")} tokens`), ...speed),
     el("p", { class: "explanation" }, plan.explanation), el("div", { class: "scroll" }, budgets));
-  byId("load-result").querySelectorAll("ul:empty").forEach((empty) => empty.remove());
 }
 
 async function showPlan() {

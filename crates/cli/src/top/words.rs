@@ -38,7 +38,7 @@ mod tests {
     #[test]
     fn figures_have_few_digits_and_what_is_unknown_is_no_zero() {
         assert_eq!(
-            (rate(None), rate(Some(3.14)), rate(Some(1234.5))),
+            (rate(None), rate(Some(3.12)), rate(Some(1234.5))),
             ("–".into(), "3.1".into(), "1234".into())
         );
         let times = [0.0, 0.000_25, 0.0123, 0.25, 2.0].map(|seconds| time(Some(seconds)));

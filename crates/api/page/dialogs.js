@@ -10,10 +10,13 @@ function open(dialog) {
   dialog.showModal();
   return new Promise((resolve) => {
     const closed = () => {
+      // News of the time before: the event comes a little after the closing, and the dialog may be open again by then.
+      if (dialog.open) return;
+      dialog.removeEventListener("close", closed);
       from?.focus?.();
       resolve(dialog.returnValue);
     };
-    dialog.addEventListener("close", closed, { once: true });
+    dialog.addEventListener("close", closed);
   });
 }
 

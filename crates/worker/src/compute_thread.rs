@@ -12,7 +12,7 @@ use crate::progress::Progress;
 use crate::queue::StepQueue;
 use crate::shard::Shard;
 use crate::spans::StageSpans;
-use mlxnode_compute::{LayerRange, SpanSink, Stage, StageInfo};
+use mlxnode_compute::{ByteCount, LayerRange, SpanSink, Stage, StageInfo};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -34,6 +34,19 @@ pub struct LoadShard {
     pub max_sequences: usize,
     /// Longest prefill chunk, in tokens.
     pub prefill_chunk: usize,
+    /// What blocks of prompts may take; None: they are not kept.
+    pub blocks: Option<BlockRoom>,
+}
+
+/// What blocks of prompts may take in one worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockRoom {
+    /// In memory.
+    pub memory: ByteCount,
+    /// On the disk; 0: they are not there.
+    pub disk: ByteCount,
+    /// Where their files lie, with those of other workers.
+    pub folder: PathBuf,
 }
 
 impl LoadShard {

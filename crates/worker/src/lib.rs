@@ -11,6 +11,7 @@
 //!
 //! The node decides what a fault means; a worker that lost a neighbour or whose device failed just ends, with a reason.
 
+mod blocks_wire;
 mod compute_thread;
 mod drive;
 mod drive_client;
@@ -30,7 +31,7 @@ mod shard_state;
 mod spans;
 pub mod wire;
 
-pub use compute_thread::{LoadFailure, LoadShard, StageFactory};
+pub use compute_thread::{BlockRoom, LoadFailure, LoadShard, StageFactory};
 pub use drive_client::{DriveClient, DriveError, DriveEvents};
 pub use error::{Fault, Side};
 pub use message::{DriveCommand, DriveEvent, SampledToken, StageTimes};

@@ -49,7 +49,7 @@ impl StageSpans {
                 self.fail(*sequence);
                 Vec::new()
             }
-            Message::Opened { .. } | Message::Results(_) => Vec::new(),
+            _ => Vec::new(),
         }
     }
 

@@ -44,6 +44,8 @@ pub fn routes() -> Vec<Route> {
         post_("/v1/responses", post(openai::responses::responses)),
         post_("/v1/messages", post(anthropic::messages::messages)),
         post_("/v1/messages/count_tokens", post(anthropic::messages::count_tokens)),
+        change("/v1/load_lora_adapter", post(openai::adapters::load)),
+        change("/v1/unload_lora_adapter", post(openai::adapters::unload)),
         get_("/", Access::Open, get(page::files::index)),
         get_("/page/{file}", Access::Open, get(page::files::file)),
         get_("/api/v1/session", Access::Read, get(page::cluster::session)),

@@ -165,7 +165,8 @@ byId("view-chat").addEventListener("keydown", (event) => {
 export const chat = {
   picture(picture) {
     const select = byId("chat-model");
-    const ready = picture.deployments.filter((deployment) => deployment.state === "ready").map((deployment) => deployment.model);
+    const names = ({ model, adapters }) => [model, ...adapters.filter((adapter) => !adapter.problem).map((adapter) => `${model}:${adapter.name}`)];
+    const ready = picture.deployments.filter((deployment) => deployment.state === "ready").flatMap(names);
     if (select.dataset.listed === ready.join("\n") && select.options.length) return;
     select.dataset.listed = ready.join("\n");
     const chosen = select.value;

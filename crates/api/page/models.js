@@ -57,6 +57,7 @@ function update(parts, deployment) {
     fact("Running", String(deployment.running)),
     fact("Waiting", String(deployment.waiting)),
     fact("KV memory promised", percent(deployment.kv_usage)),
+    ...(deployment.adapters.length ? [fact("Adapters", deployment.adapters.map((adapter) => (adapter.problem ? `${adapter.name} (${adapter.problem})` : adapter.name)).join(", "))] : []),
   );
 }
 

@@ -5,7 +5,8 @@ mod wire;
 
 pub(crate) use wire::deployment;
 pub use wire::{
-    BudgetPicture, DeploymentPicture, NodePicture, PlanPicture, StagePicture, picture, plan_picture,
+    AdapterPicture, BudgetPicture, DeploymentPicture, NodePicture, PlanPicture, StagePicture, picture,
+    plan_picture,
 };
 
 use serde::Serialize;

@@ -50,6 +50,8 @@ pub struct DeploymentPicture {
     pub detail: String,
     /// In the order of layers.
     pub stages: Vec<StagePicture>,
+    /// What changes it for the requests that ask for `MODEL:ADAPTER`.
+    pub adapters: Vec<AdapterPicture>,
     /// Longest sequence in tokens.
     pub context_tokens: u32,
     /// Sequences at the same time.
@@ -64,6 +66,17 @@ pub struct DeploymentPicture {
     pub tokens_per_second: Option<f64>,
     /// Tokens of prompts; `null` until there were two looks.
     pub prompt_tokens_per_second: Option<f64>,
+}
+
+/// An adapter of a deployment.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct AdapterPicture {
+    /// Its name in the deployment.
+    pub name: String,
+    /// A folder, or a Hugging Face id.
+    pub source: String,
+    /// Why it cannot be used now; `null` while it can.
+    pub problem: Option<String>,
 }
 
 /// A stage of a deployment, or of a plan.
@@ -276,9 +289,18 @@ fn with_figures(deployment: v1::Deployment, seen: &[v1::NodeFigures]) -> Deploym
         architecture: deployment.architecture,
         epoch: deployment.epoch,
         detail: deployment.detail,
+        adapters: deployment.adapters.into_iter().map(adapter).collect(),
         stages,
         context_tokens: deployment.context_tokens,
         max_sequences: deployment.max_sequences,
+    }
+}
+
+fn adapter(adapter: v1::Adapter) -> AdapterPicture {
+    AdapterPicture {
+        name: adapter.name,
+        source: adapter.source,
+        problem: Some(adapter.problem).filter(|problem| !problem.is_empty()),
     }
 }
 

@@ -205,8 +205,12 @@ impl Task {
                 Input::Submission(Some(Submission { request, run, events })) => {
                     self.fronts.insert(request, events);
                     // From here on the log calls it by this number; the trace is what other nodes know it by.
-                    let (trace, tokens) = (named(&run.spec), run.prompt.len());
-                    debug!(trace, request = request.0, tokens, "request queued");
+                    debug!(
+                        trace = named(&run.spec),
+                        request = request.0,
+                        tokens = run.prompt.len(),
+                        "request queued"
+                    );
                     self.machine.submit(request, &run.tenant, run.prompt, run.spec, run.deadline, now())
                 }
                 Input::Submission(None) => {

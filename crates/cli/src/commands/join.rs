@@ -138,6 +138,7 @@ impl Join {
                     false => String::new(),
                 };
                 output::line(&format!("OpenAI and Anthropic clients:   {http}/v1{moved}"))?;
+                output::line(&format!("In a browser:         {http}/"))?;
             }
             let invite = match node.founded() {
                 // Whoever starts the first node wants a second one next.

@@ -16,10 +16,10 @@ function places(heights, room) {
     let y = 20;
     const spots = heights.map((height) => {
       const spot = { x: 40, y, height };
-      y += height + 54;
+      y += height + 62;
       return spot;
     });
-    return { spots, width: WIDTH + 80 + (count > 2 ? 40 * (count - 1) : 0), height: y - 34, isColumn: true };
+    return { spots, width: WIDTH + 80 + (count > 2 ? 40 * (count - 1) : 0), height: y - 42, isColumn: true };
   }
   const gap = 130;
   if (count * (WIDTH + gap) - gap <= Math.max(room, 900) && count <= 4) {
@@ -69,7 +69,11 @@ function way(plan, from, to, lift) {
   }
   start ??= edge(a, bend);
   end ??= edge(b, bend);
-  const at = [(start[0] + 2 * bend[0] + end[0]) / 4, (start[1] + 2 * bend[1] + end[1]) / 4];
+  // Where words stand: in the middle; for those that cross in the middle of a circle a third of the way; in a column beside the arrows.
+  const ring = Math.min(apart, plan.spots.length - apart);
+  const part = !plan.isColumn && !plan.isRow && ring > 1 ? 0.3 : 0.5;
+  const along = (axis) => (1 - part) ** 2 * start[axis] + 2 * part * (1 - part) * bend[axis] + part ** 2 * end[axis];
+  const at = [along(0) + (plan.isColumn && apart === 1 ? 52 : 0), along(1)];
   return { d: `M${start.map((n) => n.toFixed(1))}Q${bend.map((n) => n.toFixed(1))} ${end.map((n) => n.toFixed(1))}`, at };
 }
 

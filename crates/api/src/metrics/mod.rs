@@ -212,7 +212,11 @@ mod tests {
         };
         let observations = Observations {
             stages: vec![stage],
-            links: vec![LinkSeen { to: "studio".into(), round_trip: Some(seconds(0.001)) }],
+            links: vec![LinkSeen {
+                to: "studio".into(),
+                to_id: "00".into(),
+                round_trip: Some(seconds(0.001)),
+            }],
             nodes: [("alive", 2), ("dead", 1)].into(),
             memory_budget_bytes: 8,
             ..Observations::default()

@@ -7,14 +7,22 @@
 //! | [`gate`] | who is let in over HTTP, and how much each may ask |
 //! | [`keys`] | the API keys as every node knows them, and their service |
 //! | [`metrics`] | figures for monitoring |
+//! | `conversation` | a request for an answer and the answer's parts, for every dialect |
+//! | `error`, `fields` | what a client can get wrong, and JSON taken apart field by field |
+//! | `caller` | for whom a request is |
 //! | `route` | the way to the coordinator, here or on another node |
+//! | [`rpc`] | every rpc, and the gate at it |
 //! | [`access`] | who may call what |
 //! | `inference`, [`models`], [`cluster`], [`keys`] | the gRPC services of `mlxnode.v1` |
 //! | [`http`] | the HTTP listener and its endpoints |
 
 pub mod access;
+mod caller;
 pub mod cluster;
+mod conversation;
 pub mod deployments;
+mod error;
+mod fields;
 pub mod front;
 pub mod gate;
 pub mod http;
@@ -23,6 +31,7 @@ pub mod keys;
 pub mod metrics;
 pub mod models;
 mod route;
+pub mod rpc;
 mod server;
 
 pub use inference::InferenceService;

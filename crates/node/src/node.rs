@@ -306,19 +306,29 @@ impl Node {
         });
         let busy = Arc::new(schedulers.clone());
         let metrics = Arc::new(Metrics::default());
-        let front = Front::new(view.clone(), replicas, sandbox).counting(metrics.clone(), None);
+        // One gate for HTTP and for the keys that gRPC calls carry: what one key asks is counted in one place.
+        let gate = Gate::new(
+            keys.clone(),
+            GateOptions {
+                is_public: http.as_ref().is_some_and(|http| !http.address().ip().is_loopback()),
+                requires_key: options.http.as_ref().is_some_and(|http| http.requires_key),
+            },
+        );
+        let front =
+            Front::new(view.clone(), replicas, sandbox).counting(metrics.clone(), Some(gate.clone()));
         let observer = Arc::new(NodeObserver {
             deployments: view.clone(),
             schedulers: schedulers.clone(),
             workers: workers.clone(),
             household: household.clone(),
         });
-        let public = public_routes(PublicServices {
+        let public = PublicServices {
             inference: InferenceService::new(front.clone()),
             models: ModelsService::new(route.clone(), view.clone(), busy.clone()),
             cluster: ClusterService::new(household.clone(), route.clone(), view, busy),
             keys: KeysService::new(route, keys.clone()),
-        })
+        };
+        let public = public_routes(public, gate.clone(), metrics.clone())
         .await
         .map_err(|error| NodeError::Api(error.to_string()))?;
         let control = NodeControlServer::new(NodeControlService {
@@ -346,16 +356,9 @@ impl Node {
         if let Some(http) = &http
             && !http.address().ip().is_loopback()
         {
-            refuse_without_keys(http.address(), keys.clone()).await?;
+            refuse_without_keys(http.address(), keys).await?;
         }
         let http = http.map(|http| {
-            let gate = Gate::new(
-                keys,
-                GateOptions {
-                    is_public: !http.address().ip().is_loopback(),
-                    requires_key: options.http.as_ref().is_some_and(|http| http.requires_key),
-                },
-            );
             let services =
                 HttpServices::new(front, stop_serving.clone()).behind(gate).showing(metrics, observer);
             let names = addresses::http_names(&name, http.address(), &reachable);

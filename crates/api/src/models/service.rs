@@ -1,7 +1,9 @@
 //! `Models`: wishes go to the coordinator, wherever it is; what is loaded is known on every node.
 
 use super::wire;
+use crate::caller::Caller;
 use crate::deployments::DeploymentsView;
+use crate::rpc::caller;
 use crate::route::{CoordinatorRoute, Route, forwarded, not_answered};
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
@@ -42,8 +44,10 @@ impl ModelsService {
     }
 }
 
-fn listing(view: &DeploymentsView, busy: &BTreeMap<String, Statistics>) -> ListModelsResponse {
-    let all = view.deployments.iter().map(|view| wire::deployment_to_proto(view, busy.get(&view.name)));
+/// What the caller may ask.
+fn listing(view: &DeploymentsView, busy: &BTreeMap<String, Statistics>, caller: &Caller) -> ListModelsResponse {
+    let mine = view.deployments.iter().filter(|view| caller.may_use(&view.name));
+    let all = mine.map(|view| wire::deployment_to_proto(view, busy.get(&view.name)));
     ListModelsResponse { deployments: all.collect() }
 }
 
@@ -54,9 +58,9 @@ impl Models for ModelsService {
 
     async fn list(
         &self,
-        _request: Request<ListModelsRequest>,
+        request: Request<ListModelsRequest>,
     ) -> Result<Response<ListModelsResponse>, Status> {
-        Ok(Response::new(listing(&self.deployments.borrow(), &self.busy.statistics())))
+        Ok(Response::new(listing(&self.deployments.borrow(), &self.busy.statistics(), &caller(&request))))
     }
 
     async fn plan(&self, request: Request<PlanRequest>) -> Result<Response<PlanResponse>, Status> {
@@ -114,15 +118,15 @@ impl Models for ModelsService {
 
     async fn watch(
         &self,
-        _request: Request<WatchModelsRequest>,
+        request: Request<WatchModelsRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let mut deployments = self.deployments.clone();
         deployments.mark_changed(); // the first message comes at once
-        let state = (deployments, self.busy.clone());
-        let stream = futures::stream::unfold(state, |(mut deployments, busy)| async move {
+        let state = (deployments, self.busy.clone(), caller(&request));
+        let stream = futures::stream::unfold(state, |(mut deployments, busy, caller)| async move {
             deployments.changed().await.ok()?;
-            let listing = listing(&deployments.borrow_and_update(), &busy.statistics());
-            Some((Ok(listing), (deployments, busy)))
+            let listing = listing(&deployments.borrow_and_update(), &busy.statistics(), &caller);
+            Some((Ok(listing), (deployments, busy, caller)))
         });
         Ok(Response::new(stream.boxed()))
     }

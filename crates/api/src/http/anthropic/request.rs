@@ -2,12 +2,13 @@
 
 use crate::front::SamplingDefaults;
 use crate::http::ApiError;
-use crate::http::constraint::Format;
-use crate::http::conversation::Conversation;
+use crate::conversation::Format;
+use crate::conversation::Conversation;
 use crate::http::fields::{Fields, shortened, wrong};
 use crate::http::openai::messages::{arguments, text_of, tool_call};
 use crate::http::openai::sampling::stop_texts;
-use crate::http::tools::{Choice, Tools, named_function};
+use crate::conversation::{Tools, named_function};
+use mlxnode_text::grammar::ToolChoice as Choice;
 use mlxnode_coordinator::requests::{MAX_STOP_STRINGS, Parameters};
 use mlxnode_text::Message;
 use serde_json::{Map, Value};
@@ -73,8 +74,7 @@ pub(super) fn read(
         format_field: "tools",
         parameters,
         thinking,
-        arguments: Map::new(),
-    };
+        arguments: Map::new(), ..Conversation::default() };
     Ok((conversation, wish))
 }
 

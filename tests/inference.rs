@@ -19,7 +19,7 @@ async fn channel(node: &NodeProcess) -> Result<Channel> {
 }
 
 fn chat(text: &str) -> Chat {
-    let messages = vec![ChatMessage { role: "user".into(), content: text.into() }];
+    let messages = vec![ChatMessage { role: "user".into(), content: text.into(), ..ChatMessage::default() }];
     Chat { messages, ..Chat::default() }
 }
 
@@ -88,7 +88,8 @@ async fn story_a_client_asks_in_every_way() -> Result<()> {
     assert_eq!(tokens(&by_chat), tokens(&answer(&mut client, by_text).await?));
     assert_eq!(tokens(&by_chat), tokens(&answer(&mut client, by_ids).await?));
     assert_eq!(by_chat[0].prompt_tokens as usize, rendered.token_ids.len());
-    let finish = by_chat.last().and_then(|last| last.finish).context("the last message has finish")?;
+    let finish =
+        by_chat.last().and_then(|last| last.finish.clone()).context("the last message has finish")?;
     assert_eq!(finish.reason(), FinishReason::Stop);
     assert_eq!(finish.usage.context("usage")?.generation_tokens as usize, tokens(&by_chat).len());
     ensure!(finish.timing.context("timing")?.peak_memory_bytes > 1_000_000, "{finish:?}");
@@ -122,7 +123,7 @@ async fn story_a_client_asks_in_every_way() -> Result<()> {
         ..endless()
     };
     let first = answer(&mut client, sampled(None)).await?;
-    let seed = first.last().and_then(|last| last.finish).context("finish")?.seed;
+    let seed = first.last().and_then(|last| last.finish.clone()).context("finish")?.seed;
     assert_eq!(tokens(&first), tokens(&answer(&mut client, sampled(Some(seed))).await?));
     ensure!(tokens(&first) != tokens(&answer(&mut client, sampled(Some(seed + 1))).await?));
 

@@ -117,8 +117,12 @@ impl From<Denied> for ApiError {
         match denied {
             Denied::NoKey | Denied::WrongKey => Self::new(ErrorKind::Unauthorized, text),
             Denied::WrongRole { .. } => Self::new(ErrorKind::Forbidden, text),
-            Denied::NotKnownYet => Self::new(ErrorKind::Unavailable, text).retry_after(Duration::from_secs(1)),
-            Denied::Exhausted(exhausted) => Self::new(ErrorKind::RateLimited, text).retry_after(exhausted.wait),
+            Denied::NotKnownYet => {
+                Self::new(ErrorKind::Unavailable, text).retry_after(Duration::from_secs(1))
+            }
+            Denied::Exhausted(exhausted) => {
+                Self::new(ErrorKind::RateLimited, text).retry_after(exhausted.wait)
+            }
         }
     }
 }
@@ -187,7 +191,9 @@ impl ApiError {
     pub(crate) fn grammar(error: AnswerGrammarError, format: &str) -> Self {
         let field = match error {
             AnswerGrammarError::NoToolCalls => "tools",
-            AnswerGrammarError::Messages | AnswerGrammarError::WholeAnswer | AnswerGrammarError::Schema(_) => format,
+            AnswerGrammarError::Messages
+            | AnswerGrammarError::WholeAnswer
+            | AnswerGrammarError::Schema(_) => format,
         };
         Self::field(field, error.to_string())
     }

@@ -9,9 +9,9 @@ use crate::gate::{Access, Gate};
 use crate::inference::status;
 use crate::metrics::{Metrics, Rejection};
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{self, Next};
-use axum::response::Response;
+use axum::response::{IntoResponse as _, Response};
 use mlxnode_compute::TraceContext;
 use std::sync::Arc;
 use std::time::Instant;
@@ -50,7 +50,6 @@ pub const RPCS: &[Rpc] = &[
     admin("/mlxnode.v1.Keys/List"),
     admin("/mlxnode.v1.Keys/Revoke"),
     open("/grpc.health.v1.Health/Check"),
-    open("/grpc.health.v1.Health/List"),
     open("/grpc.health.v1.Health/Watch"),
     open("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"),
     open("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"),
@@ -85,13 +84,19 @@ pub(crate) fn guarded(routes: Routes, gate: Gate, metrics: Arc<Metrics>) -> Rout
 }
 
 async fn check(State(entrance): State<Entrance>, mut request: Request, next: Next) -> Response {
+    if !is_grpc(request.headers()) {
+        return StatusCode::UNSUPPORTED_MEDIA_TYPE.into_response(); // as the protocol wants it
+    }
     let presented = presented_key(request.headers());
     let rpc = RPCS.iter().find(|rpc| rpc.path == request.uri().path());
     // Whoever brings a key may call what the table lists; all else is for no key.
     let access = rpc.map_or(Access::Admin, |rpc| rpc.access);
     match entrance.gate.narrow(access, presented.as_deref(), Instant::now()) {
         Ok(pass) => {
-            let trace = request.headers().get("traceparent").and_then(|text| TraceContext::parse(text.to_str().ok()?));
+            let trace = request
+                .headers()
+                .get("traceparent")
+                .and_then(|text| TraceContext::parse(text.to_str().ok()?));
             let tenant = pass.key.as_ref().map(|key| key.tenant()).unwrap_or_default();
             request.extensions_mut().insert(Caller { tenant, key: pass.key, trace });
             next.run(request).await
@@ -103,6 +108,12 @@ async fn check(State(entrance): State<Entrance>, mut request: Request, next: Nex
             refusal(status(&ApiError::from(denied)))
         }
     }
+}
+
+/// `application/grpc`, with or without how messages are written.
+fn is_grpc(headers: &HeaderMap) -> bool {
+    let kind = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    kind.strip_prefix("application/grpc").is_some_and(|rest| rest.is_empty() || rest.starts_with(['+', ';']))
 }
 
 fn refusal(status: Status) -> Response {

@@ -314,8 +314,7 @@ impl Node {
                 requires_key: options.http.as_ref().is_some_and(|http| http.requires_key),
             },
         );
-        let front =
-            Front::new(view.clone(), replicas, sandbox).counting(metrics.clone(), Some(gate.clone()));
+        let front = Front::new(view.clone(), replicas, sandbox).counting(metrics.clone(), Some(gate.clone()));
         let observer = Arc::new(NodeObserver {
             deployments: view.clone(),
             schedulers: schedulers.clone(),
@@ -329,8 +328,8 @@ impl Node {
             keys: KeysService::new(route, keys.clone()),
         };
         let public = public_routes(public, gate.clone(), metrics.clone())
-        .await
-        .map_err(|error| NodeError::Api(error.to_string()))?;
+            .await
+            .map_err(|error| NodeError::Api(error.to_string()))?;
         let control = NodeControlServer::new(NodeControlService {
             workers: workers.clone(),
             schedulers: schedulers.clone(),

@@ -45,38 +45,71 @@ fn tools() -> Vec<Value> {
 /// A call of `weather` in each notation, as its models write it.
 fn example(notation: ToolFormat) -> &'static str {
     match notation {
-        ToolFormat::JsonTools => "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Paris\", \"days\": 3}}\n</tool_call>",
-        ToolFormat::Qwen3Coder => "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n3\n</parameter>\n\
-            </function>\n</tool_call>",
-        ToolFormat::Glm47 => "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n<arg_key>days</arg_key>\n\
-            <arg_value>3</arg_value>\n</tool_call>",
-        ToolFormat::KimiK2 => "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>\
-            {\"city\": \"Paris\", \"days\": 3}<|tool_call_end|><|tool_calls_section_end|>",
-        ToolFormat::KimiK3 => "<|open|>tools<|sep|><|open|>call tool=\"weather\"<|sep|><|open|>argument key=\"city\" type=\"string\"<|sep|>\
+        ToolFormat::JsonTools => {
+            "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Paris\", \"days\": 3}}\n</tool_call>"
+        }
+        ToolFormat::Qwen3Coder => {
+            "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n3\n</parameter>\n\
+            </function>\n</tool_call>"
+        }
+        ToolFormat::Glm47 => {
+            "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n<arg_key>days</arg_key>\n\
+            <arg_value>3</arg_value>\n</tool_call>"
+        }
+        ToolFormat::KimiK2 => {
+            "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>\
+            {\"city\": \"Paris\", \"days\": 3}<|tool_call_end|><|tool_calls_section_end|>"
+        }
+        ToolFormat::KimiK3 => {
+            "<|open|>tools<|sep|><|open|>call tool=\"weather\"<|sep|><|open|>argument key=\"city\" type=\"string\"<|sep|>\
             Paris<|close|>argument<|sep|><|open|>argument key=\"days\" type=\"json\"<|sep|>3<|close|>argument<|sep|><|close|>call<|sep|>\
-            <|close|>tools<|sep|>",
-        ToolFormat::MinimaxM2 => "<minimax:tool_call>\n<invoke name=\"weather\">\n<parameter name=\"city\">Paris</parameter>\n\
-            <parameter name=\"days\">3</parameter>\n</invoke>\n</minimax:tool_call>",
-        ToolFormat::Mistral => "[TOOL_CALLS][{\"name\": \"weather\", \"arguments\": {\"city\": \"Paris\", \"days\": 3}}]",
+            <|close|>tools<|sep|>"
+        }
+        ToolFormat::MinimaxM2 => {
+            "<minimax:tool_call>\n<invoke name=\"weather\">\n<parameter name=\"city\">Paris</parameter>\n\
+            <parameter name=\"days\">3</parameter>\n</invoke>\n</minimax:tool_call>"
+        }
+        ToolFormat::Mistral => {
+            "[TOOL_CALLS][{\"name\": \"weather\", \"arguments\": {\"city\": \"Paris\", \"days\": 3}}]"
+        }
         ToolFormat::Pythonic => "<|tool_call_start|>[weather(city=\"Paris\", days=3)]<|tool_call_end|>",
         ToolFormat::Gemma4 => "<|tool_call>call:weather{city:<|\"|>Paris<|\"|>,days:3}<tool_call|>",
-        ToolFormat::FunctionGemma => "<start_function_call>call:weather{city:<escape>Paris<escape>,days:3}<end_function_call>",
-        ToolFormat::Longcat => "<longcat_tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Paris\", \"days\": 3}}\n\
-            </longcat_tool_call>",
-        ToolFormat::Minicpm5 => "<function name=\"weather\"><param name=\"city\">Paris</param><param name=\"days\">3</param></function>",
-        ToolFormat::MuseSpark => "<atem:function_calls>\n<atem:invoke name=\"weather\">\n<atem:parameter name=\"city\">\"Paris\"\
-            </atem:parameter>\n<atem:parameter name=\"days\">3</atem:parameter>\n</atem:invoke>\n</atem:function_calls>",
+        ToolFormat::FunctionGemma => {
+            "<start_function_call>call:weather{city:<escape>Paris<escape>,days:3}<end_function_call>"
+        }
+        ToolFormat::Longcat => {
+            "<longcat_tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Paris\", \"days\": 3}}\n\
+            </longcat_tool_call>"
+        }
+        ToolFormat::Minicpm5 => {
+            "<function name=\"weather\"><param name=\"city\">Paris</param><param name=\"days\">3</param></function>"
+        }
+        ToolFormat::MuseSpark => {
+            "<atem:function_calls>\n<atem:invoke name=\"weather\">\n<atem:parameter name=\"city\">\"Paris\"\
+            </atem:parameter>\n<atem:parameter name=\"days\">3</atem:parameter>\n</atem:invoke>\n</atem:function_calls>"
+        }
         ToolFormat::Llama3 => "{\"name\": \"weather\", \"parameters\": {\"city\": \"Paris\", \"days\": 3}}",
-        ToolFormat::Harmony => "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{\"city\": \"Paris\", \"days\": 3}<|call|>",
-        ToolFormat::DeepSeek => "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n\
-            {\"city\": \"Paris\", \"days\": 3}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
-        ToolFormat::DeepSeekV32 => "<｜DSML｜function_calls>\n<｜DSML｜invoke name=\"weather\">\n<｜DSML｜parameter name=\"city\" string=\"true\">\
+        ToolFormat::Harmony => {
+            "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{\"city\": \"Paris\", \"days\": 3}<|call|>"
+        }
+        ToolFormat::DeepSeek => {
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n\
+            {\"city\": \"Paris\", \"days\": 3}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+        }
+        ToolFormat::DeepSeekV32 => {
+            "<｜DSML｜function_calls>\n<｜DSML｜invoke name=\"weather\">\n<｜DSML｜parameter name=\"city\" string=\"true\">\
             Paris</｜DSML｜parameter>\n<｜DSML｜parameter name=\"days\" string=\"false\">3</｜DSML｜parameter>\n</｜DSML｜invoke>\n\
-            </｜DSML｜function_calls>",
+            </｜DSML｜function_calls>"
+        }
     }
 }
 
-fn grammar(tokenizer: &Tokenizer, answers: &AnswerFormat, choice: &ToolChoice, parallel: bool) -> Result<Grammar> {
+fn grammar(
+    tokenizer: &Tokenizer,
+    answers: &AnswerFormat,
+    choice: &ToolChoice,
+    parallel: bool,
+) -> Result<Grammar> {
     let tools = tools();
     let wish = AnswerWish { format: None, tools: &tools, choice, parallel };
     Ok(answer_grammar(tokenizer, answers, &wish, &[])?.ok_or("a grammar")?)
@@ -117,11 +150,22 @@ fn every_notation_has_its_own_example_for_a_sentence() -> Result<()> {
         let text = example(notation);
         let expected = json!({"city": "Paris", "days": 3});
         let calls = read(&answers, text).map_err(|error| format!("{notation:?}: {error}"))?;
-        assert_eq!(calls, [("weather".to_owned(), expected.as_object().cloned().unwrap_or_default())], "{notation:?}");
+        assert_eq!(
+            calls,
+            [("weather".to_owned(), expected.as_object().cloned().unwrap_or_default())],
+            "{notation:?}"
+        );
         let required = grammar(&tokenizer, &answers, &ToolChoice::Required, true)?;
-        let mut matcher = vocabulary.compile((&required).into()).map_err(|error| format!("{notation:?}: {error}\n{required:?}"))?;
+        let mut matcher = vocabulary
+            .compile((&required).into())
+            .map_err(|error| format!("{notation:?}: {error}\n{required:?}"))?;
         assert!(allows(&tokenizer, &mut matcher, text)?, "{notation:?}: {required:?}");
-        for wrong in ["Hello", &text.replace("weather", "winter"), &text.replace('3', "\"x\""), &text[..text.len() / 2]] {
+        for wrong in [
+            "Hello",
+            &text.replace("weather", "winter"),
+            &text.replace('3', "\"x\""),
+            &text[..text.len() / 2],
+        ] {
             let mut matcher = vocabulary.compile((&required).into())?;
             assert!(!allows(&tokenizer, &mut matcher, wrong)?, "{notation:?} allows {wrong}");
         }
@@ -134,8 +178,15 @@ fn every_notation_has_its_own_example_for_a_sentence() -> Result<()> {
 
 /// What ends a text in one notation or another.
 const CLOSERS: [&str; 9] = [
-    "\n</parameter>\n", "</arg_value>\n", "<|close|>argument<|sep|>", "</parameter>\n", "</param>", "<|\"|>", "<escape>",
-    "</｜DSML｜parameter>\n", "\"",
+    "\n</parameter>\n",
+    "</arg_value>\n",
+    "<|close|>argument<|sep|>",
+    "</parameter>\n",
+    "</param>",
+    "<|\"|>",
+    "<escape>",
+    "</｜DSML｜parameter>\n",
+    "\"",
 ];
 
 /// Walks at random through what the masks allow, and ends as soon as that is allowed. None when it got lost in a text.
@@ -193,10 +244,19 @@ fn every_sentence_is_read_as_a_call_of_the_function() -> Result<()> {
             assert_eq!(calls.len(), 1, "{notation:?}: {text:?}");
             let (name, arguments) = &calls[0];
             assert_eq!(name, "weather", "{notation:?}: {text:?}");
-            assert!(arguments["days"].as_u64().is_some_and(|days| days <= 99), "{notation:?}: {text:?}: {arguments:?}");
+            assert!(
+                arguments["days"].as_u64().is_some_and(|days| days <= 99),
+                "{notation:?}: {text:?}: {arguments:?}"
+            );
             assert!(arguments.contains_key("city"), "{notation:?}: {text:?}: {arguments:?}");
-            assert!(arguments.get("exact").is_none_or(Value::is_boolean), "{notation:?}: {text:?}: {arguments:?}");
-            assert!(arguments.get("tags").is_none_or(Value::is_array), "{notation:?}: {text:?}: {arguments:?}");
+            assert!(
+                arguments.get("exact").is_none_or(Value::is_boolean),
+                "{notation:?}: {text:?}: {arguments:?}"
+            );
+            assert!(
+                arguments.get("tags").is_none_or(Value::is_array),
+                "{notation:?}: {text:?}: {arguments:?}"
+            );
         }
         assert!(whole >= 3, "{notation:?}: only {whole} sentences ended");
     }

@@ -86,7 +86,8 @@ pub(crate) async fn prepare(
     model: &Model,
     conversation: Conversation,
 ) -> Result<Prepared, ApiError> {
-    let Conversation { messages, tools, format, format_field, mut parameters, thinking, arguments, .. } = conversation;
+    let Conversation { messages, tools, format, format_field, mut parameters, thinking, arguments, .. } =
+        conversation;
     if parameters.adapter.is_none() {
         parameters.adapter.clone_from(&model.adapter);
     }

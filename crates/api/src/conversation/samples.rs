@@ -39,7 +39,11 @@ impl Answers {
     ///
     /// # Errors
     /// When one of them is refused.
-    pub(crate) async fn start(front: &Front, prepared: &[Prepared], samples: usize) -> Result<Self, ApiError> {
+    pub(crate) async fn start(
+        front: &Front,
+        prepared: &[Prepared],
+        samples: usize,
+    ) -> Result<Self, ApiError> {
         let mut answers = Self::open(front, prepared, samples).await?;
         if let Ok(Some(told)) = tokio::time::timeout(REFUSAL_TIME, answers.running.next()).await {
             match told {

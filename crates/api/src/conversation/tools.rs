@@ -30,7 +30,11 @@ impl Default for Tools {
 
 impl Tools {
     /// Checks that choice and functions go together.
-    pub(crate) fn new(offered: Vec<Value>, choice: Option<ToolChoice>, parallel: bool) -> Result<Self, ApiError> {
+    pub(crate) fn new(
+        offered: Vec<Value>,
+        choice: Option<ToolChoice>,
+        parallel: bool,
+    ) -> Result<Self, ApiError> {
         let tools = Self { choice: ToolChoice::Auto, offered, parallel };
         let mut names = std::collections::BTreeSet::new();
         for (name, _) in functions(&tools.offered) {

@@ -157,7 +157,13 @@ impl Gate {
         }
     }
 
-    fn count(&self, needs: Access, key: Option<&KeyEntry>, view: &KeysView, now: Instant) -> Result<Pass, Denied> {
+    fn count(
+        &self,
+        needs: Access,
+        key: Option<&KeyEntry>,
+        view: &KeysView,
+        now: Instant,
+    ) -> Result<Pass, Denied> {
         let Some(key) = key else { return Ok(Pass::default()) };
         let balance = match needs {
             Access::User => self.lock().admit(key, &view.keys, now).map_err(Denied::Exhausted)?,

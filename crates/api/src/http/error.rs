@@ -55,7 +55,7 @@ impl ErrorKind {
             Self::Internal => ("server_error", None),
             Self::Unavailable | Self::Deadline | Self::Cancelled => {
                 ("server_error", Some("service_unavailable"))
-            },
+            }
         }
     }
 

@@ -95,7 +95,12 @@ impl HttpServices {
     }
 
     /// Everything before the first step.
-    async fn prepare(&self, caller: &Caller, model: &Model, conversation: Conversation) -> Result<Prepared, ApiError> {
+    async fn prepare(
+        &self,
+        caller: &Caller,
+        model: &Model,
+        conversation: Conversation,
+    ) -> Result<Prepared, ApiError> {
         conversation::prepare(&self.front, caller, model, conversation).await
     }
 

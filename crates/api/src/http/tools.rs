@@ -41,8 +41,7 @@ pub(super) fn choice_word(word: &str) -> Result<Choice, ApiError> {
         "required" => Ok(Choice::Required),
         other => {
             let other = shortened(other);
-            let message =
-                format!("tool_choice is {other:?}, but must be none, auto, required or a function");
+            let message = format!("tool_choice is {other:?}, but must be none, auto, required or a function");
             Err(ApiError::field("tool_choice", message))
         }
     }

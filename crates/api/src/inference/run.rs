@@ -23,7 +23,13 @@ pub(super) struct Asked {
 /// What is continued.
 pub(super) enum What {
     Chat(Box<Conversation>),
-    Plain { input: Input, format: Format, parameters: Parameters, extra_eos: Vec<String>, deadline: Option<Instant> },
+    Plain {
+        input: Input,
+        format: Format,
+        parameters: Parameters,
+        extra_eos: Vec<String>,
+        deadline: Option<Instant>,
+    },
 }
 
 /// The samples of a request.
@@ -101,7 +107,8 @@ impl Run {
             }
         };
         let sample = &mut self.samples[index];
-        let prompt_tokens = (!std::mem::replace(&mut sample.begun, true)).then(|| self.prepared.valid.prompt.len());
+        let prompt_tokens =
+            (!std::mem::replace(&mut sample.begun, true)).then(|| self.prepared.valid.prompt.len());
         let (mut piece, scores, summary) = match event {
             AnswerEvent::Prompt(scores) => (Piece::default(), scores, None),
             AnswerEvent::Piece(piece) => (piece, Vec::new(), None),
@@ -168,7 +175,7 @@ async fn plain(front: &Front, caller: &Caller, model: &Model, what: What) -> Res
         deadline,
         tenant: caller.tenant.clone(),
         trace: caller.trace,
-        is_read: false,
+        is_read: true,
     };
     Ok(front.prepare(request).await?)
 }

@@ -79,7 +79,8 @@ impl Inference for InferenceService {
         let inputs = wire::inputs(request.inputs).map_err(refused)?;
         let model = find_model(&self.front, &caller, &request.model).await.map_err(hidden(&caller))?;
         let adapter = Some(request.adapter).filter(|adapter| !adapter.is_empty());
-        let vectors = embed(&self.front, &caller, &model, inputs, adapter, deadline).await.map_err(refused)?;
+        let vectors =
+            embed(&self.front, &caller, &model, inputs, adapter, deadline).await.map_err(refused)?;
         Ok(Response::new(wire::embeddings(vectors)))
     }
 
@@ -92,7 +93,8 @@ impl Inference for InferenceService {
         let text = wire::text(request.text).map_err(refused)?;
         let model = find_model(&self.front, &caller, &request.model).await.map_err(hidden(&caller))?;
         let with_special = !request.no_special_tokens;
-        let token_ids = off_the_threads(move || Ok(model.text.tokenizer.encode(&text, with_special)?)).await?;
+        let token_ids =
+            off_the_threads(move || Ok(model.text.tokenizer.encode(&text, with_special)?)).await?;
         Ok(Response::new(TokenizeResponse { token_ids }))
     }
 
@@ -103,7 +105,8 @@ impl Inference for InferenceService {
         let caller = caller(&request);
         let request = request.into_inner();
         let model = find_model(&self.front, &caller, &request.model).await.map_err(hidden(&caller))?;
-        let text = off_the_threads(move || Ok(model.text.tokenizer.decode(&request.token_ids, false)?)).await?;
+        let text =
+            off_the_threads(move || Ok(model.text.tokenizer.decode(&request.token_ids, false)?)).await?;
         Ok(Response::new(DetokenizeResponse { text }))
     }
 

@@ -58,9 +58,21 @@ pub(super) fn field(error: &ApiError) -> Option<String> {
     let param = error.param.as_deref()?;
     let (first, rest) = param.split_at(param.find(['.', '[']).unwrap_or(param.len()));
     let place = match first {
-        "temperature" | "top_p" | "min_p" | "min_tokens_to_keep" | "top_k" | "xtc_probability" | "xtc_threshold"
-        | "seed" | "logit_bias" | "repetition_penalty" | "repetition_context_size" | "presence_penalty"
-        | "presence_context_size" | "frequency_penalty" | "frequency_context_size" => format!("sampling.{first}"),
+        "temperature"
+        | "top_p"
+        | "min_p"
+        | "min_tokens_to_keep"
+        | "top_k"
+        | "xtc_probability"
+        | "xtc_threshold"
+        | "seed"
+        | "logit_bias"
+        | "repetition_penalty"
+        | "repetition_context_size"
+        | "presence_penalty"
+        | "presence_context_size"
+        | "frequency_penalty"
+        | "frequency_context_size" => format!("sampling.{first}"),
         "messages" | "tool_choice" => format!("chat.{first}"),
         "tools" => "chat.tools_json".to_owned(),
         "chat_template_kwargs" => "chat.template_arguments_json".to_owned(),

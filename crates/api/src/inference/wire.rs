@@ -34,7 +34,10 @@ pub(super) fn asked(request: v1::GenerateRequest, deadline: Option<Instant>) -> 
         0 => 1,
         samples if samples <= MAX_SAMPLES => samples as usize,
         samples => {
-            return Err(ApiError::field("samples", format!("samples is {samples}, but must be at most {MAX_SAMPLES}")));
+            return Err(ApiError::field(
+                "samples",
+                format!("samples is {samples}, but must be at most {MAX_SAMPLES}"),
+            ));
         }
     };
     at_most("extra_eos", request.extra_eos.len(), MAX_EXTRA_EOS)?;
@@ -86,16 +89,19 @@ pub(super) fn asked(request: v1::GenerateRequest, deadline: Option<Instant>) -> 
 
 fn at_most(field: &str, count: usize, most: usize) -> Result<(), ApiError> {
     match count > most {
-        true => {
-            Err(ApiError::field(field, format!("{field} has {count} entries, but at most {most} are allowed")))
-        }
+        true => Err(ApiError::field(
+            field,
+            format!("{field} has {count} entries, but at most {most} are allowed"),
+        )),
         false => Ok(()),
     }
 }
 
 fn bounded(field: &str, text: String) -> Result<String, ApiError> {
     match text.len() > MAX_TEXT {
-        true => Err(ApiError::field(field, format!("{field} has {} bytes, more than {MAX_TEXT}", text.len()))),
+        true => {
+            Err(ApiError::field(field, format!("{field} has {} bytes, more than {MAX_TEXT}", text.len())))
+        }
         false => Ok(text),
     }
 }
@@ -117,9 +123,13 @@ fn format(format: v1::ResponseFormat) -> Result<Format, ApiError> {
 /// The first field that is wrong.
 pub(super) fn conversation(chat: v1::Chat) -> Result<Conversation, ApiError> {
     at_most("messages", chat.messages.len(), MAX_MESSAGES)?;
-    let size: usize = chat.messages.iter().map(|message| message.content.len() + message.reasoning.len()).sum();
+    let size: usize =
+        chat.messages.iter().map(|message| message.content.len() + message.reasoning.len()).sum();
     if size > MAX_TEXT {
-        return Err(ApiError::field("messages", format!("the messages have {size} bytes, more than {MAX_TEXT}")));
+        return Err(ApiError::field(
+            "messages",
+            format!("the messages have {size} bytes, more than {MAX_TEXT}"),
+        ));
     }
     let prefill = bounded("prefill_response", chat.prefill_response)?;
     let tools = tools(&chat.tools_json, chat.tool_choice, !chat.no_parallel_tool_calls)?;
@@ -170,11 +180,7 @@ fn message(message: v1::ChatMessage, index: usize) -> Result<Message, ApiError> 
     Ok(Message { role: message.role, content: Some(content), extra })
 }
 
-fn tools(
-    tools_json: &[String],
-    choice: Option<v1::ToolChoice>,
-    parallel: bool,
-) -> Result<Tools, ApiError> {
+fn tools(tools_json: &[String], choice: Option<v1::ToolChoice>, parallel: bool) -> Result<Tools, ApiError> {
     use v1::tool_choice::Choice;
     at_most("tools", tools_json.len(), MAX_TOOLS)?;
     let mut offered = Vec::with_capacity(tools_json.len());
@@ -218,9 +224,10 @@ pub(super) fn inputs(inputs: Vec<v1::EmbedInput>) -> Result<Vec<Input>, ApiError
     let read = |(index, input): (usize, v1::EmbedInput)| match input.input {
         Some(Wire::Text(text)) => Ok(Input::Prompt(bounded(&format!("inputs[{index}].text"), text)?)),
         Some(Wire::Tokens(tokens)) => Ok(Input::Tokens(tokens.ids)),
-        None => {
-            Err(ApiError::field(format!("inputs[{index}]"), format!("inputs[{index}] has neither text nor tokens")))
-        }
+        None => Err(ApiError::field(
+            format!("inputs[{index}]"),
+            format!("inputs[{index}] has neither text nor tokens"),
+        )),
     };
     inputs.into_iter().enumerate().map(read).collect()
 }
@@ -362,7 +369,8 @@ mod tests {
             ..v1::GenerateRequest::default()
         };
         let tool = |json: &str| v1::Chat { tools_json: vec![json.to_owned()], ..v1::Chat::default() };
-        let choice = |choice| v1::Chat { tool_choice: Some(v1::ToolChoice { choice }), ..v1::Chat::default() };
+        let choice =
+            |choice| v1::Chat { tool_choice: Some(v1::ToolChoice { choice }), ..v1::Chat::default() };
         let called = v1::ChatMessage {
             tool_calls: vec![v1::ToolCall { arguments_json: "[".into(), ..v1::ToolCall::default() }],
             ..v1::ChatMessage::default()
@@ -370,7 +378,10 @@ mod tests {
         let cases = [
             (chat(tool("{")), "chat.tools_json[0]"),
             (chat(tool("7")), "chat.tools_json[0]"),
-            (chat(tool(r#"{"type": "function", "function": {"name": "a b"}}"#)), "chat.tools_json[0].function.name"),
+            (
+                chat(tool(r#"{"type": "function", "function": {"name": "a b"}}"#)),
+                "chat.tools_json[0].function.name",
+            ),
             (chat(choice(None)), "chat.tool_choice"),
             (chat(choice(Some(v1::tool_choice::Choice::Mode(77)))), "chat.tool_choice.mode"),
             (chat(choice(Some(v1::tool_choice::Choice::Mode(3)))), "chat.tool_choice"),
@@ -386,7 +397,10 @@ mod tests {
             (v1::GenerateRequest::default(), "prompt"),
             (v1::GenerateRequest { samples: 17, ..v1::GenerateRequest::default() }, "samples"),
             (
-                v1::GenerateRequest { format: Some(v1::ResponseFormat::default()), ..v1::GenerateRequest::default() },
+                v1::GenerateRequest {
+                    format: Some(v1::ResponseFormat::default()),
+                    ..v1::GenerateRequest::default()
+                },
                 "format",
             ),
         ];
@@ -401,7 +415,11 @@ mod tests {
         let call = v1::ToolCall { id: "1".into(), name: "f".into(), arguments_json: r#"{"x": 1}"#.into() };
         let chat = v1::Chat {
             messages: vec![
-                v1::ChatMessage { role: "assistant".into(), tool_calls: vec![call], ..v1::ChatMessage::default() },
+                v1::ChatMessage {
+                    role: "assistant".into(),
+                    tool_calls: vec![call],
+                    ..v1::ChatMessage::default()
+                },
                 v1::ChatMessage {
                     role: "tool".into(),
                     content: "7".into(),
@@ -414,6 +432,9 @@ mod tests {
         let messages = conversation(chat).unwrap().messages;
         assert_eq!(messages[0].content, Some(Value::Null));
         assert_eq!(messages[0].extra["tool_calls"][0]["function"]["arguments"], json!({"x": 1}));
-        assert_eq!((messages[1].content.clone(), &messages[1].extra["tool_call_id"]), (Some("7".into()), &json!("1")));
+        assert_eq!(
+            (messages[1].content.clone(), &messages[1].extra["tool_call_id"]),
+            (Some("7".into()), &json!("1"))
+        );
     }
 }

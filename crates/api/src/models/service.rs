@@ -3,8 +3,8 @@
 use super::wire;
 use crate::caller::Caller;
 use crate::deployments::DeploymentsView;
-use crate::rpc::caller;
 use crate::route::{CoordinatorRoute, Route, forwarded, not_answered};
+use crate::rpc::caller;
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
 use mlxnode_coordinator::coordinator::{LoadUpdate, LoadWish};
@@ -45,7 +45,11 @@ impl ModelsService {
 }
 
 /// What the caller may ask.
-fn listing(view: &DeploymentsView, busy: &BTreeMap<String, Statistics>, caller: &Caller) -> ListModelsResponse {
+fn listing(
+    view: &DeploymentsView,
+    busy: &BTreeMap<String, Statistics>,
+    caller: &Caller,
+) -> ListModelsResponse {
     let mine = view.deployments.iter().filter(|view| caller.may_use(&view.name));
     let all = mine.map(|view| wire::deployment_to_proto(view, busy.get(&view.name)));
     ListModelsResponse { deployments: all.collect() }

@@ -34,7 +34,10 @@ fn plain(words: &str) -> GenerateRequest {
 
 fn chat(words: &str) -> Chat {
     let content = format!("SAY {words}");
-    Chat { messages: vec![ChatMessage { role: "user".into(), content, ..ChatMessage::default() }], ..Chat::default() }
+    Chat {
+        messages: vec![ChatMessage { role: "user".into(), content, ..ChatMessage::default() }],
+        ..Chat::default()
+    }
 }
 
 fn talk(chat: Chat) -> GenerateRequest {
@@ -92,7 +95,10 @@ async fn reasoning_and_calls_are_told_apart() -> Result<()> {
     let finish = all.last().and_then(|last| last.finish.clone()).context("finish")?;
     assert_eq!(finish.reason(), FinishReason::ToolCalls);
     let usage = finish.usage.context("usage")?;
-    assert_eq!((usage.cached_tokens, usage.prompt_tokens), (3, rpcs.desk.replicas.last().prompt.len() as u32));
+    assert_eq!(
+        (usage.cached_tokens, usage.prompt_tokens),
+        (3, rpcs.desk.replicas.last().prompt.len() as u32)
+    );
     ensure!((1..usage.generation_tokens).contains(&usage.reasoning_tokens), "{usage:?}");
     let one = talk(Chat { no_parallel_tool_calls: true, tools_json: tools(), ..chat(&said) });
     assert_eq!(parts(&answer(&mut client, one).await?).2.len(), 1);
@@ -100,7 +106,12 @@ async fn reasoning_and_calls_are_told_apart() -> Result<()> {
     let mut history = chat(&said);
     history.messages.extend([
         ChatMessage { role: "assistant".into(), tool_calls: calls, ..ChatMessage::default() },
-        ChatMessage { role: "tool".into(), content: "2".into(), tool_call_id: "1".into(), ..ChatMessage::default() },
+        ChatMessage {
+            role: "tool".into(),
+            content: "2".into(),
+            tool_call_id: "1".into(),
+            ..ChatMessage::default()
+        },
     ]);
     let rendered = RenderChatRequest { model: "demo".into(), chat: Some(history) };
     let rendered = client.render_chat(rendered).await?.into_inner().text;
@@ -123,7 +134,11 @@ async fn formats_and_choices_become_grammars() -> Result<()> {
         assert_eq!(rpcs.desk.replicas.last().spec.grammar, Some(grammar));
     }
     // Behind the reasoning of a model that reasons.
-    answer(&mut client, GenerateRequest { format: format(Kind::JsonObject(JsonObject {})), ..talk(chat("{}")) }).await?;
+    answer(
+        &mut client,
+        GenerateRequest { format: format(Kind::JsonObject(JsonObject {})), ..talk(chat("{}")) },
+    )
+    .await?;
     let grammar = rpcs.desk.replicas.last().spec.grammar;
     ensure!(matches!(&grammar, Some(Grammar::Lark(text)) if text.contains("think")), "{grammar:?}");
     for choice in [Choice::Mode(ToolMode::Required.into()), Choice::Function("add".into())] {
@@ -142,7 +157,11 @@ async fn scores_samples_and_vectors() -> Result<()> {
         top_logprobs: Some(2),
         prompt_logprobs: Some(1),
         samples: 3,
-        sampling: Some(SamplingParameters { seed: Some(7), temperature: 1.0, ..SamplingParameters::default() }),
+        sampling: Some(SamplingParameters {
+            seed: Some(7),
+            temperature: 1.0,
+            ..SamplingParameters::default()
+        }),
         ..plain("Good day.")
     };
     let all = answer(&mut client, request).await?;
@@ -153,7 +172,8 @@ async fn scores_samples_and_vectors() -> Result<()> {
         let scores: Vec<u32> =
             own.iter().flat_map(|one| &one.prompt_scores).map(|scored| scored.token_id).collect();
         assert_eq!(scores, prompt[1..]);
-        let scored = own.iter().flat_map(|one| &one.prompt_scores).filter_map(|scored| scored.logprobs.clone());
+        let scored =
+            own.iter().flat_map(|one| &one.prompt_scores).filter_map(|scored| scored.logprobs.clone());
         ensure!(scored.count() == prompt.len() - 1);
         ensure!(own.iter().flat_map(|one| &one.logprobs).all(|scored| scored.top.len() == 2));
         assert_eq!(own.iter().filter(|one| one.prompt_tokens > 0).count(), 1);
@@ -163,7 +183,10 @@ async fn scores_samples_and_vectors() -> Result<()> {
     let ids = vec![5, 6, 7, 8];
     let inputs = [embed_input::Input::Text("abc".into()), embed_input::Input::Tokens(TokenIds { ids })];
     let inputs = inputs.into_iter().map(|input| EmbedInput { input: Some(input) }).collect();
-    let embedded = client.embed(EmbedRequest { model: "demo".into(), inputs, adapter: String::new() }).await?.into_inner();
+    let embedded = client
+        .embed(EmbedRequest { model: "demo".into(), inputs, adapter: String::new() })
+        .await?
+        .into_inner();
     assert_eq!(embedded.embeddings[1].values, [4.0, 0.5, -1.25, 3.0e-3]);
     assert_eq!((embedded.embeddings.len(), embedded.embeddings[1].tokens), (2, 4));
     rpcs.stop().await
@@ -177,7 +200,7 @@ async fn requests_of_a_batch_end_each_for_itself() -> Result<()> {
         plain("one"),
         GenerateRequest { sampling: Some(wrong), ..plain("two") },
         GenerateRequest { samples: 2, ..talk(chat("three")) },
-        plain("QUEUE FULL"),
+        plain("four"),
         plain("x BREAK"),
         GenerateRequest { model: "nobody".into(), ..plain("six") },
     ];
@@ -191,20 +214,30 @@ async fn requests_of_a_batch_end_each_for_itself() -> Result<()> {
                 ends[index] += usize::from(response.finish.is_some());
                 texts[index].push_str(&response.text);
             }
-            Event::Failure(failure) => failures[index] = Some((Code::from(failure.code), failure.field, failure.retry_seconds > 0.0)),
+            Event::Failure(failure) => {
+                failures[index] = Some((Code::from(failure.code), failure.field, failure.retry_seconds > 0.0))
+            }
         }
     }
-    assert_eq!((texts[0].as_str(), ends.clone()), ("one", vec![1, 0, 2, 0, 0, 0]));
+    assert_eq!((texts[0].as_str(), ends.clone()), ("one", vec![1, 0, 2, 1, 0, 0]));
     assert_eq!(texts[2].len(), "threethree".len());
     let failed = |code, field: &str, retry| Some((code, field.to_owned(), retry));
     assert_eq!(failures[1], failed(Code::InvalidArgument, "sampling.top_p", false));
-    assert_eq!(failures[3], failed(Code::ResourceExhausted, "", true));
     assert_eq!(failures[4], failed(Code::Unavailable, "", true));
     assert_eq!(failures[5], failed(Code::NotFound, "model", false));
     for requests in [Vec::new(), vec![GenerateRequest { samples: 16, ..plain("x") }; 9]] {
-        let status = client.generate_batch(GenerateBatchRequest { requests }).await.err().context("went through")?;
+        let status =
+            client.generate_batch(GenerateBatchRequest { requests }).await.err().context("went through")?;
         assert_eq!(status.code(), Code::InvalidArgument);
     }
+    let full = GenerateBatchRequest { requests: vec![plain("QUEUE FULL")] };
+    let told =
+        client.generate_batch(full).await?.into_inner().message().await?.and_then(|message| message.event);
+    ensure!(
+        matches!(&told, Some(Event::Failure(failure)) if failure.code == 8 && failure.retry_seconds >= 1.0),
+        "{told:?}"
+    );
+    tokio::time::sleep(Duration::from_millis(150)).await; // others are refused for a moment too
     // Whoever goes away cancels all of them.
     let requests = vec![plain("a WAIT"), plain("b WAIT")];
     let mut stream = client.generate_batch(GenerateBatchRequest { requests }).await?.into_inner();
@@ -226,15 +259,24 @@ async fn errors_name_the_field_and_the_wait() -> Result<()> {
     let sampling = |sampling| GenerateRequest { sampling: Some(sampling), ..plain("x") };
     let cases = [
         (sampling(SamplingParameters { top_k: 99_999, ..SamplingParameters::default() }), "sampling.top_k"),
-        (sampling(SamplingParameters { temperature: f32::NAN, ..SamplingParameters::default() }), "sampling.temperature"),
         (
-            sampling(SamplingParameters { logit_bias: [(99_999, 1.0)].into(), ..SamplingParameters::default() }),
+            sampling(SamplingParameters { temperature: f32::NAN, ..SamplingParameters::default() }),
+            "sampling.temperature",
+        ),
+        (
+            sampling(SamplingParameters {
+                logit_bias: [(99_999, 1.0)].into(),
+                ..SamplingParameters::default()
+            }),
             "sampling.logit_bias",
         ),
         (GenerateRequest { stop: vec![String::new()], ..plain("x") }, "stop"),
         (GenerateRequest { top_logprobs: Some(21), ..plain("x") }, "top_logprobs"),
         (
-            GenerateRequest { format: Some(ResponseFormat { kind: Some(Kind::Regex("(".into())) }), ..plain("x") },
+            GenerateRequest {
+                format: Some(ResponseFormat { kind: Some(Kind::Regex("(".into())) }),
+                ..plain("x")
+            },
             "format",
         ),
         (GenerateRequest { model: "nobody".into(), ..plain("x") }, "model"),

@@ -49,12 +49,9 @@ async fn every_rpc_denies_every_credential_that_is_not_meant_for_it() -> Result<
     let (methods, _) = contract()?;
     let mut denied = 0;
     // As what the key of the connection was admitted. A worker's neighbour and a stranger call nothing.
-    for (role, is_let_in) in [
-        (None, false),
-        (Some(Role::Neighbour), false),
-        (Some(Role::Node), true),
-        (Some(Role::Client), true),
-    ] {
+    for (role, is_let_in) in
+        [(None, false), (Some(Role::Neighbour), false), (Some(Role::Node), true), (Some(Role::Client), true)]
+    {
         let before = known([valid.clone(), vec![revoked_entry.clone()]].concat());
         let rpcs = start(role, before).await?;
         if is_let_in {
@@ -123,7 +120,8 @@ async fn a_key_that_is_held_to_models_sees_no_others() -> Result<()> {
     assert_eq!(models.list(ListModelsRequest {}).await?.into_inner().deployments.len(), 2);
     let mut client = InferenceClient::new(rpcs.channel.clone());
     let mut told = Vec::new();
-    for (model, code) in [("demo", Code::NotFound), ("nothing", Code::NotFound), ("", Code::InvalidArgument)] {
+    for (model, code) in [("demo", Code::NotFound), ("nothing", Code::NotFound), ("", Code::InvalidArgument)]
+    {
         let status = client.tokenize(with_key(tokenize(model), &text)?).await.unwrap_err();
         assert_eq!(status.code(), code, "{status}");
         assert!(!status.message().contains("demo"), "{status}");

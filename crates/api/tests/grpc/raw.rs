@@ -24,9 +24,9 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
+use tonic::Status;
 use tonic::service::Routes;
 use tonic::transport::{Channel, Endpoint};
-use tonic::Status;
 use tower::{Service as _, ServiceExt as _};
 
 /// The services, and a connection to them.
@@ -113,7 +113,11 @@ pub(crate) async fn start(role: Option<Role>, keys: KeysView) -> Result<Rpcs> {
     Ok(Rpcs { desk, channel, keys, _server: AbortOnDropHandle::new(server) })
 }
 
-async fn admit(State(peer): State<Option<PeerKey>>, mut request: Request, next: Next) -> axum::response::Response {
+async fn admit(
+    State(peer): State<Option<PeerKey>>,
+    mut request: Request,
+    next: Next,
+) -> axum::response::Response {
     if let Some(peer) = peer {
         request.extensions_mut().insert(peer);
     }
@@ -142,7 +146,12 @@ impl Ended {
 }
 
 /// A call with these headers and this body, as they are. Watches are read up to their first message.
-pub(crate) async fn call(channel: &Channel, path: &str, headers: &[(&str, &str)], body: Bytes) -> Result<Ended> {
+pub(crate) async fn call(
+    channel: &Channel,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: Bytes,
+) -> Result<Ended> {
     send(channel, Method::POST, path, headers, body).await
 }
 
@@ -158,7 +167,8 @@ pub(crate) async fn send(
     all.insert("content-type", HeaderValue::from_static("application/grpc"));
     all.insert("te", HeaderValue::from_static("trailers"));
     for (name, value) in headers {
-        let (name, value) = (HeaderName::from_bytes(name.as_bytes())?, HeaderValue::from_bytes(value.as_bytes())?);
+        let (name, value) =
+            (HeaderName::from_bytes(name.as_bytes())?, HeaderValue::from_bytes(value.as_bytes())?);
         if value.is_empty() {
             all.remove(name);
         } else {

@@ -127,10 +127,10 @@ impl Talk<'_> {
             stop: self.flags.stop.clone(),
             extra_eos: self.flags.extra_eos_token.clone(),
         };
-        let mut view = match (self.global.json, self.model.tells_parts()) {
-            (true, _) => View::Silent,
-            (false, true) if std::io::stdout().is_terminal() => View::Styled(Style::default()),
-            (false, _) => View::Raw,
+        let mut view = match self.global.json {
+            true => View::Silent,
+            false if std::io::stdout().is_terminal() => View::Styled(Style::default()),
+            false => View::Raw,
         };
         let answer =
             Answer::of(self.model.as_mut(), &request, &self.interrupts, &mut |piece| view.show(piece));
@@ -156,14 +156,15 @@ impl Talk<'_> {
 /// An answer as the model sees it in the next turn: its template decides what becomes of the reasoning. An answer with tool calls
 /// is repeated as it was written, since nobody called anything.
 fn repeated(answer: &Answer) -> Message {
-    match &answer.parts {
-        Some(parts) if parts.tool_calls.is_empty() && parts.warnings.is_empty() => {
+    let parts = &answer.parts;
+    match parts.tool_calls.is_empty() && parts.warnings.is_empty() {
+        true => {
             let mut message = Message::new("assistant", parts.content.clone());
             message.extra.extend(
                 parts.reasoning.clone().map(|reasoning| ("reasoning_content".to_owned(), reasoning.into())),
             );
             message
         }
-        _ => Message::new("assistant", answer.text.clone()),
+        false => Message::new("assistant", answer.text.clone()),
     }
 }

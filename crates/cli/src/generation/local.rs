@@ -220,10 +220,6 @@ fn speculation(guesses: Guesses, tokenizer: &Tokenizer, quiet: bool) -> Result<O
 }
 
 impl Model for LocalModel {
-    fn tells_parts(&self) -> bool {
-        true
-    }
-
     fn generate(
         &mut self,
         request: &Request,

@@ -44,7 +44,7 @@ pub struct Piece {
     pub text: String,
     /// New tokens, one that ends the sequence included.
     pub tokens: Vec<Sampled>,
-    /// What the text means, as far as that is certain: it may come later than the text. Nothing from a model that does not tell.
+    /// What the text means, as far as that is certain: it may come later than the text.
     pub deltas: Vec<Delta>,
 }
 
@@ -105,9 +105,6 @@ fn rate(tokens: usize, time: Duration) -> f64 {
 
 /// A model that answers.
 pub trait Model {
-    /// Does it tell reasoning and tool calls from the rest of an answer?
-    fn tells_parts(&self) -> bool;
-
     /// Generates; gives each piece as it comes. Ends early, without an error, when `guard` tells of Ctrl-C.
     fn generate(
         &mut self,

@@ -2,10 +2,10 @@
 
 use super::request::{self, Wish};
 use super::stream::Blocks;
+use crate::conversation::Answers;
+use crate::conversation::{Finish, Reason, collect};
 use crate::front::Prepared;
 use crate::http::body::JsonBody;
-use crate::conversation::{Finish, Reason, collect};
-use crate::conversation::Answers;
 use crate::http::{ApiError, Caller, HttpServices, events, id};
 use axum::Json;
 use axum::extract::State;

@@ -3,12 +3,12 @@
 use super::logprobs::{ChatLogprobs, TokenLogprob, of_token};
 use super::usage::Usage;
 use super::{format, messages, sampling};
+use crate::conversation::Answers;
+use crate::conversation::{Conversation, Finish, Part, Reader, Reason, Step, collect};
 use crate::front::Prepared;
 use crate::http::body::JsonBody;
-use crate::conversation::{Conversation, Finish, Part, Reader, Reason, Step, collect};
 use crate::http::events::{self, Events, Gone};
 use crate::http::fields::Fields;
-use crate::conversation::Answers;
 use crate::http::tools;
 use crate::http::{ApiError, Caller, Dialect, HttpServices, id, unix_time};
 use axum::Json;
@@ -119,8 +119,16 @@ fn read(
     fields.refuse("web_search_options", "there is no web search")?;
     fields.refuse("verbosity", "say it in the system message")?;
     fields.finish()?;
-    let conversation =
-        Conversation { messages, tools, format, format_field, parameters, thinking, arguments, ..Conversation::default() };
+    let conversation = Conversation {
+        messages,
+        tools,
+        format,
+        format_field,
+        parameters,
+        thinking,
+        arguments,
+        ..Conversation::default()
+    };
     Ok((conversation, wish))
 }
 

@@ -32,8 +32,13 @@ pub(super) enum Kind {
 pub(super) fn arguments(schema: Option<&Value>) -> Vec<Argument<'_>> {
     let Some(schema) = schema else { return Vec::new() };
     let Some(properties) = schema.get("properties").and_then(Value::as_object) else { return Vec::new() };
-    let required: Vec<&str> =
-        schema.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
+    let required: Vec<&str> = schema
+        .get("required")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect();
     properties
         .iter()
         .map(|(name, declared)| Argument {

@@ -97,9 +97,8 @@ fn call(rules: &mut Rules<'_>, notation: ToolFormat, name: &str, schema: Option<
             let (channel, constrain) = (rules.mark("<|channel|>"), rules.mark("<|constrain|>"));
             let message = rules.mark("<|message|>");
             let tokenizer = rules.tokenizer();
-            let ends_answer = tokenizer
-                .token_to_id("<|call|>")
-                .is_some_and(|id| tokenizer.eos_tokens().contains(&id));
+            let ends_answer =
+                tokenizer.token_to_id("<|call|>").is_some_and(|id| tokenizer.eos_tokens().contains(&id));
             let end = if ends_answer { String::new() } else { rules.mark("<|call|>") };
             format!("{channel} {head} {constrain} \"json\" {message} {} {end}", rules.json(schema_or_any))
         }

@@ -54,9 +54,7 @@ pub struct AnswerWish<'a> {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AnswerGrammarError {
     /// The model would not understand the tools.
-    #[error(
-        "this model knows no tool calls: its chat template has no notation for them; leave tools out"
-    )]
+    #[error("this model knows no tool calls: its chat template has no notation for them; leave tools out")]
     NoToolCalls,
     /// The content of this model's answers stands in messages that no grammar is known for.
     #[error("no grammar is known for the messages that this model writes; leave the format out")]
@@ -146,7 +144,10 @@ fn reasoning(rules: &mut Rules<'_>, answers: &AnswerFormat, prompt: &[u32], is_m
         let (channel, message) = (rules.mark("<|channel|>"), rules.mark("<|message|>"));
         let (end, start) = (rules.mark("<|end|>"), rules.mark("<|start|>"));
         let thought = rules.any();
-        rules.add("thought", &format!("{channel} \"analysis\" {message} {thought} {end} {start} \"assistant\""));
+        rules.add(
+            "thought",
+            &format!("{channel} \"analysis\" {message} {thought} {end} {start} \"assistant\""),
+        );
         return "thought? ".to_owned();
     }
     let Some(marks) = answers.reasoning() else { return String::new() };

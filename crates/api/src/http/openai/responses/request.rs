@@ -1,19 +1,19 @@
 //! The body of `/v1/responses`, turned into the conversation that chat templates know.
 
+use crate::conversation::Conversation;
+use crate::conversation::Format;
+use crate::conversation::{Tools, named_function};
 use crate::front::SamplingDefaults;
 use crate::http::ApiError;
-use crate::conversation::Format;
-use crate::conversation::Conversation;
 use crate::http::fields::{Fields, shortened, wrong};
 use crate::http::openai::format::json_schema;
 use crate::http::openai::messages::{arguments, text_of, tool_call};
 use crate::http::openai::sampling::without_effect;
-use crate::conversation::{Tools, named_function};
 use crate::http::tools::choice_word;
-use mlxnode_text::grammar::ToolChoice as Choice;
 use mlxnode_compute::Grammar;
 use mlxnode_coordinator::requests::{MAX_TEMPERATURE, Parameters};
 use mlxnode_text::Message;
+use mlxnode_text::grammar::ToolChoice as Choice;
 use serde_json::{Map, Value, json};
 
 /// Most items of a conversation, and most tools.
@@ -104,7 +104,9 @@ pub(super) fn read(
         format_field: "text.format",
         parameters,
         thinking,
-        arguments, ..Conversation::default() };
+        arguments,
+        ..Conversation::default()
+    };
     Ok((conversation, wish))
 }
 

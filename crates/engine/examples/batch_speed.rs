@@ -9,7 +9,7 @@
 use anyhow::{Context, Result};
 use mlxnode_checkpoint::Checkpoint;
 use mlxnode_compute::{Sampling, SequenceSpec};
-use mlxnode_engine::{BatchEvent, BatchGenerator, BatchOptions, Model};
+use mlxnode_engine::{BatchEvent, BatchGenerator, BatchOptions, Model, RowId};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 use std::collections::BTreeMap;
@@ -43,46 +43,65 @@ fn main() -> Result<()> {
         let prompt = prompt(row);
         digests.insert(batch.insert(&prompt, &spec(&prompt, new_tokens))?, 0_u64);
     }
-    let (mut first, mut steps) = (None, 0_u64);
-    let mut middle = [batch.model().device().counts(); 2];
-    loop {
-        let events = batch.step()?;
-        if events.is_empty() {
-            break;
+    let mut first = None;
+    while let Some(tokens) = tokens_of_step(&mut batch)? {
+        for (row, token) in &tokens {
+            let digest = digests.entry(*row).or_default();
+            *digest = (*digest * 31 + u64::from(*token) + 1) % (1 << 32);
         }
-        let mut is_decode = false;
-        for event in events {
-            if let BatchEvent::Token { row, event } = event {
-                is_decode = true;
-                let digest = digests.entry(row).or_default();
-                *digest = (*digest * 31 + u64::from(event.sampled.token) + 1) % (1 << 32);
-            }
-        }
-        if is_decode {
-            steps += 1;
-            let counts = batch.model().device().counts();
-            match steps {
-                1 => first = Some((Instant::now(), cpu_ms()?)),
-                3 => middle[0] = counts,
-                6 => middle[1] = counts,
-                _ => {}
-            }
+        if !tokens.is_empty() && first.is_none() {
+            first = Some((Instant::now(), cpu_ms()?));
         }
     }
     let (start, cpu) = first.context("nothing was generated")?;
     let (time, cpu) = (start.elapsed().as_secs_f64(), cpu_ms()? - cpu);
-    let counts = middle[1] - middle[0];
-    let per_step = |count: u64| count as f64 / 3.0;
+    let peak = batch.model().device().memory()?.peak;
+    let prompts: Vec<_> = (0..rows).map(|row| prompt(row)[..8 + 7 * row as usize].to_vec()).collect();
+    let (operations, reads) = count(&mut batch, &prompts)?;
     let tokens = rows as f64 * (new_tokens - 1) as f64;
     let report = serde_json::json!({
         "generation_tps": tokens / time,
         "generation_cpu_ms": cpu / tokens,
-        "operations_per_step": per_step(counts.operations),
-        "reads_per_step": per_step(counts.reads),
-        "peak_mb": batch.model().device().memory()?.peak as f64 / 1e6,
+        "operations_per_step": operations,
+        "reads_per_step": reads,
+        "peak_mb": peak as f64 / 1e6,
         "digest": digests.values().fold(0_u64, |all, digest| (all * 31 + digest) % (1 << 32)),
     });
     Ok(writeln!(std::io::stdout(), "{report}")?)
+}
+
+/// The rows and tokens of a step, none in one that only reads prompts; None when all rows have ended.
+fn tokens_of_step(batch: &mut BatchGenerator) -> Result<Option<Vec<(RowId, u32)>>> {
+    let events = batch.step()?;
+    if events.is_empty() {
+        return Ok(None);
+    }
+    let tokens = events.into_iter().filter_map(|event| match event {
+        BatchEvent::Token { row, event } => Some((row, event.sampled.token)),
+        _ => None,
+    });
+    Ok(Some(tokens.collect()))
+}
+
+/// Operations and reads of a step from one in the middle to another, in the ways that suit a GPU: chains of operations are one
+/// kernel, on both sides, and products are MLX's own.
+fn count(batch: &mut BatchGenerator, prompts: &[Vec<u32>]) -> Result<(f64, f64)> {
+    batch.model().device().set_fusing(true);
+    for prompt in prompts {
+        batch.insert(prompt, &SequenceSpec::new(prompt.len(), 8, Sampling::default()))?;
+    }
+    let mut counts = Vec::new();
+    while let Some(tokens) = tokens_of_step(batch)? {
+        if !tokens.is_empty() {
+            counts.push(batch.model().device().counts());
+        }
+    }
+    batch.model().device().set_fusing(false);
+    let (Some(first), Some(last)) = (counts.get(2), counts.get(5)) else {
+        anyhow::bail!("too few steps to count");
+    };
+    let counted = *last - *first;
+    Ok((counted.operations as f64 / 3.0, counted.reads as f64 / 3.0))
 }
 
 /// CPU time of all threads of this process.

@@ -98,13 +98,13 @@ impl Experts {
     /// `[1, tokens, hidden]` to the same.
     pub(crate) fn forward(&self, device: &Device, x: &Array) -> Result<Array> {
         let (chosen, weights) = self.router.choose(device, x)?;
-        if self.router.routing.on_inputs {
+        if self.router.choice.routing.on_inputs {
             let results = self.networks.forward(device, &device.multiply(x, &weights)?, &chosen)?;
             let result = device.reshape(&results, x.shape())?;
             let Some(shared) = &self.shared else { return Ok(result) };
             return device.add(&result, &shared.network.forward(device, x)?);
         }
-        if self.router.routing.identities > 0 {
+        if self.router.choice.routing.identities > 0 {
             return self.forward_with_identities(device, x, &chosen, &weights);
         }
         let results = match &self.latent {
@@ -113,13 +113,13 @@ impl Experts {
         };
         let weights = device.expand(&weights, -1)?;
         let mixed = device.sum(&device.multiply(&results, &weights)?, -2, false)?;
-        let mixed = match self.router.routing.precision {
+        let mixed = match self.router.choice.routing.precision {
             WeightPrecision::SumRounded | WeightPrecision::SumInSingle => {
                 device.cast(&mixed, results.dtype())?
             }
             WeightPrecision::SumAsIs | WeightPrecision::WeightsRounded => mixed,
         };
-        let mixed = match self.router.routing.result_scale {
+        let mixed = match self.router.choice.routing.result_scale {
             Some(scale) => device.multiply(&mixed, &Array::scalar(scale, mixed.dtype())?)?,
             None => mixed,
         };

@@ -84,8 +84,8 @@ impl Network {
         let (gate, up) = match (&gate_up.whole, gate_up.parts.as_slice()) {
             (Some(whole), _) if x.dim(1) == 1 => {
                 let both = whole.forward(device, x)?;
-                let cut = |from: i32, to: i32| device.slice(&both, &[0, 0, from], &[1, 1, to]);
-                (cut(0, intermediate)?, cut(intermediate, 2 * intermediate)?)
+                let [gate, up] = device.split(&both, &[intermediate], 2)?;
+                (gate, up)
             }
             (_, [gate, up]) => (gate.forward(device, x)?, up.forward(device, x)?),
             _ => return Err(mlxnode_mlx::Error::Mlx("a gated network needs two projections".to_owned())),

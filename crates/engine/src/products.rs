@@ -1,5 +1,5 @@
-//! Products of several tokens with a large matrix on the CPU backend, in ways that MLX does not take by itself. On a GPU, and for a
-//! single token, they are MLX's own.
+//! Products of several tokens with a large matrix on the CPU backend, in ways that MLX does not take by itself. On a GPU (and where
+//! somebody asked for a GPU's ways with [`Device::set_fusing`]), and for a single token, they are MLX's own.
 //!
 //! - Single precision: OpenBLAS copies a matrix into another order before each product with more than 10^6 multiplications. For the 2 to 32
 //!   tokens of a batch or of guesses that copy is more than half the time. Blocks of rows that stay below are multiplied as they lie.
@@ -26,10 +26,10 @@ const LEAST_TOKENS: i64 = 4;
 const BATCH: i64 = 8;
 /// Elements that are unpacked at a time, for a batch's step and for a prompt: few parts for the one, whose product is one of many small
 /// operations, and for the other little memory.
-const UNPACKED: [i64; 2] = [1 << 22, 1 << 18];
+const UNPACKED: [i64; 2] = [1 << 19, 1 << 18];
 /// Elements that may be unpacked before the device is waited for, likewise. MLX takes memory for what it is asked to compute long before
 /// it computes it, so without a pause most of the model would be unpacked at once.
-const IN_FLIGHT: [i64; 2] = [1 << 20, 1 << 19];
+const IN_FLIGHT: [i64; 2] = [1 << 19, 1 << 19];
 
 thread_local! {
     /// Elements that were unpacked since the last pause.
@@ -144,7 +144,7 @@ pub(crate) fn packed_product(device: &Device, x: &Array, matrix: &Quantized) -> 
 #[inline]
 fn tokens_of(device: &Device, x: &Array) -> i64 {
     match x.shape() {
-        [1, tokens, _] if *tokens > 1 && !device.is_gpu() => i64::from(*tokens),
+        [1, tokens, _] if *tokens > 1 && !device.fuses() => i64::from(*tokens),
         _ => 1,
     }
 }

@@ -4,19 +4,31 @@
 
 use crate::linear::Linear;
 use mlxnode_checkpoint::{GroupScore, Groups, Normalization, Outside, Routing, Scores, WeightPrecision};
-use mlxnode_mlx::{Array, Device, Dtype, Result};
+use mlxnode_mlx::{Array, Device, Dtype, Error, Function, Result};
+use std::cell::OnceCell;
+
+/// Most tokens whose choice is compiled: those of a batch's step. Prompts come in too many lengths, each of which would be kept.
+const MOST_COMPILED: i32 = 64;
 
 /// The router of one block.
 pub(crate) struct Router {
     pub(crate) linear: Linear,
     /// Its input is made single precision first.
     pub(crate) single_precision: bool,
-    pub(crate) routing: Routing,
+    pub(crate) choice: Choice,
+    /// The choice as one operation, where the device fuses.
+    pub(crate) compiled: OnceCell<Function>,
     /// `[experts]`, when the routing has one.
     pub(crate) correction: Option<Array>,
-    pub(crate) per_token: i32,
     /// How many there are; choices from there on are identities.
     pub(crate) experts: i32,
+}
+
+/// From logits to experts and their weights.
+#[derive(Clone, Copy)]
+pub(crate) struct Choice {
+    pub(crate) routing: Routing,
+    pub(crate) per_token: i32,
 }
 
 impl Router {
@@ -26,9 +38,51 @@ impl Router {
             true => self.linear.forward(device, &device.cast(x, Dtype::F32)?)?,
             false => self.linear.forward(device, x)?,
         };
+        let (chosen, weights) = match device.fuses() && x.dim(1) <= MOST_COMPILED {
+            true => self.compiled(&logits)?,
+            false => self.choice.of(device, &logits, self.correction.as_ref())?,
+        };
+        let weights = match self.choice.routing.precision {
+            WeightPrecision::WeightsRounded => device.cast(&weights, x.dtype())?,
+            WeightPrecision::SumInSingle => device.cast(&weights, Dtype::F32)?,
+            WeightPrecision::SumRounded | WeightPrecision::SumAsIs => weights,
+        };
+        Ok((chosen, weights))
+    }
+
+    /// The same as [`Choice::of`] in one operation.
+    fn compiled(&self, logits: &Array) -> Result<(Array, Array)> {
+        let function = match self.compiled.get() {
+            Some(function) => function,
+            None => {
+                let choice = self.choice;
+                let function = Function::new(move |device, inputs| {
+                    let (logits, correction) = match inputs {
+                        [logits, correction] => (logits, Some(*correction)),
+                        [logits] => (logits, None),
+                        _ => return Err(Error::Mlx("a router has logits and a correction".to_owned())),
+                    };
+                    let (chosen, weights) = choice.of(device, logits, correction)?;
+                    Ok(vec![chosen, weights])
+                })?;
+                self.compiled.get_or_init(|| function)
+            }
+        };
+        let made = match &self.correction {
+            Some(correction) => function.apply(&[logits, correction])?,
+            None => function.apply(&[logits])?,
+        };
+        let parts = <[Array; 2]>::try_from(made);
+        parts.map(<(Array, Array)>::from).map_err(|_| Error::Mlx("a choice has two parts".to_owned()))
+    }
+}
+
+impl Choice {
+    /// The chosen experts and their weights, both `[1, tokens, per_token]`, of `[1, tokens, experts]`.
+    fn of(&self, device: &Device, logits: &Array, correction: Option<&Array>) -> Result<(Array, Array)> {
         let logits = match self.routing.single_precision {
-            true => device.cast(&logits, Dtype::F32)?,
-            false => logits,
+            true => device.cast(logits, Dtype::F32)?,
+            false => logits.clone(),
         };
         let logits = match self.routing.cap {
             Some(cap) => {
@@ -45,13 +99,8 @@ impl Router {
             Scores::RootOfSoftplus => device.sqrt(&device.softplus(&logits)?)?,
             Scores::SoftmaxOfChosen | Scores::SigmoidOfChosen => logits,
         };
-        let chosen = self.largest(device, &self.for_choice(device, &scores)?)?;
+        let chosen = self.largest(device, &self.for_choice(device, &scores, correction)?)?;
         let weights = self.weights(device, &device.take_along(&scores, &chosen, -1)?)?;
-        let weights = match self.routing.precision {
-            WeightPrecision::WeightsRounded => device.cast(&weights, x.dtype())?,
-            WeightPrecision::SumInSingle => device.cast(&weights, Dtype::F32)?,
-            WeightPrecision::SumRounded | WeightPrecision::SumAsIs => weights,
-        };
         Ok((chosen, weights))
     }
 
@@ -78,8 +127,8 @@ impl Router {
     }
 
     /// The scores by which experts are chosen, `[1, tokens, experts]`.
-    fn for_choice(&self, device: &Device, scores: &Array) -> Result<Array> {
-        let scores = match (&self.correction, self.routing.correction) {
+    fn for_choice(&self, device: &Device, scores: &Array, correction: Option<&Array>) -> Result<Array> {
+        let scores = match (correction, self.routing.correction) {
             (Some(correction), Some(how)) if how.in_type_of_scores => {
                 device.add(scores, &device.cast(correction, scores.dtype())?)?
             }
@@ -173,15 +222,23 @@ mod tests {
                 changes: crate::adapters::Slot::new(std::rc::Rc::default()),
             },
             single_precision: false,
-            routing,
+            choice: Choice { routing, per_token: 2 },
+            compiled: OnceCell::new(),
             correction: correction.map(|values| Array::from_f32(values, &[experts]).unwrap()),
-            per_token: 2,
             experts,
         };
         let x = Array::from_f32(logits, &[1, 1, experts]).unwrap();
-        let (chosen, weights) = router.choose(&device, &x).unwrap();
-        let chosen = device.contiguous(&chosen).unwrap().to_u32().unwrap();
-        let weights = device.contiguous(&weights).unwrap().to_f32().unwrap();
+        let numbers = |(chosen, weights): (Array, Array)| {
+            let chosen = device.contiguous(&chosen).unwrap().to_u32().unwrap();
+            (chosen, device.contiguous(&weights).unwrap().to_f32().unwrap())
+        };
+        let (chosen, weights) = numbers(router.choose(&device, &x).unwrap());
+        device.set_fusing(true);
+        let before = device.counts();
+        let compiled = router.choose(&device, &x).unwrap();
+        assert_eq!((device.counts() - before).operations, 2, "the map and the choice");
+        device.set_fusing(false);
+        assert_eq!(numbers(compiled), (chosen.clone(), weights.clone()));
         let mut pairs: Vec<_> = chosen.into_iter().zip(weights).collect();
         pairs.sort_by(|left, right| right.1.total_cmp(&left.1));
         pairs.into_iter().unzip()

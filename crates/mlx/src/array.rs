@@ -30,6 +30,25 @@ impl Array {
         Self::wrap(unsafe { mlx_rs::Array::from_ptr(handle) })
     }
 
+    /// The arrays of a vector, each with a reference of its own.
+    ///
+    /// # Safety
+    ///
+    /// The vector is one that MLX filled.
+    pub(crate) unsafe fn of_vector(vector: sys::mlx_vector_array) -> Result<Vec<Self>> {
+        // SAFETY: as the caller promises; indices are below the size, and each handle is new.
+        unsafe {
+            (0..sys::mlx_vector_array_size(vector))
+                .map(|index| {
+                    let mut handle = sys::mlx_array { ctx: std::ptr::null_mut() };
+                    let status = sys::mlx_vector_array_get(&mut handle, vector, index);
+                    let array = Self::own(handle);
+                    check(status).map(|()| array)
+                })
+                .collect()
+        }
+    }
+
     /// Takes over an array of mlx-rs that was made on this thread.
     #[inline]
     pub(crate) fn wrap(native: mlx_rs::Array) -> Self {

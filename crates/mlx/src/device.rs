@@ -119,6 +119,25 @@ impl Device {
         }
         Ok(array)
     }
+
+    /// The same for a function with several results.
+    #[inline]
+    pub(crate) fn run_many(
+        &self,
+        operation: impl FnOnce(*mut sys::mlx_vector_array, sys::mlx_stream) -> c_int,
+    ) -> Result<Vec<Array>> {
+        counts::operation();
+        // SAFETY: the vector is made, filled by MLX and freed here.
+        unsafe {
+            let mut vector = sys::mlx_vector_array_new();
+            let arrays = match operation(&mut vector, self.inner.main) {
+                0 => Array::of_vector(vector),
+                _ => Err(last()),
+            };
+            sys::mlx_vector_array_free(vector);
+            arrays
+        }
+    }
 }
 
 impl Drop for Streams {

@@ -5,30 +5,90 @@
 //! the operations stay as they are unless [`Device::set_fusing`] asks for it.
 
 use crate::error::{check, last};
-use crate::{Array, Device, Result, counts};
+use crate::{Array, Device, Error, Result, counts};
 use mlx_sys as sys;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
+use std::rc::Rc;
 
 /// A function of arrays that depends on nothing else, so that tracing it once is enough.
 pub type Chain = fn(&Device, &[&Array]) -> Result<Array>;
 
-/// The functions that a device has compiled.
+/// What a [`Function`] does.
+type Body = Box<dyn Fn(&Device, &[&Array]) -> Result<Vec<Array>>>;
+
+/// The chains that a device has compiled.
 #[derive(Default)]
 pub(crate) struct FusedChains {
     /// Set when somebody asked; else what the device is decides.
     asked: Cell<Option<bool>>,
-    compiled: RefCell<HashMap<usize, Compiled>>,
+    compiled: RefCell<HashMap<usize, Rc<Function>>>,
 }
 
-/// A compiled function.
-struct Compiled(sys::mlx_closure);
+/// A function of arrays that MLX has compiled. It belongs to the thread that made it.
+pub struct Function(sys::mlx_closure);
 
-impl Drop for Compiled {
+impl Drop for Function {
     fn drop(&mut self) {
         // SAFETY: made by `compile` and freed once.
         unsafe { sys::mlx_closure_free(self.0) };
+    }
+}
+
+impl std::fmt::Debug for Function {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("Function")
+    }
+}
+
+impl Function {
+    /// Compiles `body`, which must depend on nothing but its inputs and what never changes. It is traced again for element types and
+    /// shapes that it has not seen, and what was made for each is kept.
+    ///
+    /// # Errors
+    ///
+    /// MLX's.
+    pub fn new(body: impl Fn(&Device, &[&Array]) -> Result<Vec<Array>> + 'static) -> Result<Self> {
+        Self::compile(Box::new(body), false)
+    }
+
+    /// What the function makes of `inputs`; one operation.
+    ///
+    /// # Errors
+    ///
+    /// MLX's, and those of the body while it is traced.
+    pub fn apply(&self, inputs: &[&Array]) -> Result<Vec<Array>> {
+        counts::operation();
+        let handles: Vec<sys::mlx_array> = inputs.iter().map(|input| input.handle()).collect();
+        // SAFETY: valid handles; the vectors are made and freed here.
+        unsafe {
+            let given = sys::mlx_vector_array_new_data(handles.as_ptr(), handles.len());
+            let mut made = sys::mlx_vector_array_new();
+            let status = sys::mlx_closure_apply(&mut made, self.0, given);
+            let results = match status {
+                0 => Array::of_vector(made),
+                _ => Err(last()),
+            };
+            sys::mlx_vector_array_free(made);
+            sys::mlx_vector_array_free(given);
+            results
+        }
+    }
+
+    fn compile(body: Body, any_shape: bool) -> Result<Self> {
+        let payload = Box::into_raw(Box::new(body)).cast::<c_void>();
+        // SAFETY: the closure owns the payload and frees it with `forget_body`; both closures are made here and freed once.
+        unsafe {
+            let plain = sys::mlx_closure_new_func_payload(Some(trace), payload, Some(forget_body));
+            if plain.ctx.is_null() {
+                return Err(last());
+            }
+            let plain = Self(plain);
+            let mut compiled = Self(sys::mlx_closure_new());
+            check(sys::mlx_compile(&mut compiled.0, plain.0, any_shape))?;
+            Ok(compiled)
+        }
     }
 }
 
@@ -52,74 +112,50 @@ impl Device {
 
     fn apply_compiled(&self, chain: Chain, inputs: &[&Array]) -> Result<Array> {
         let mut compiled = self.chains().compiled.borrow_mut();
-        let known = compiled.get(&(chain as usize)).map(|known| known.0);
-        let closure = match known {
-            Some(closure) => closure,
-            None => compiled.entry(chain as usize).or_insert(compile(chain)?).0,
+        let function = match compiled.get(&(chain as usize)) {
+            Some(known) => known.clone(),
+            None => {
+                let body = move |device: &Device, inputs: &[&Array]| Ok(vec![chain(device, inputs)?]);
+                let function = Rc::new(Function::compile(Box::new(body), true)?);
+                compiled.insert(chain as usize, function.clone());
+                function
+            }
         };
         // A chain may itself call `fused` while it is traced.
         drop(compiled);
-        let handles: Vec<sys::mlx_array> = inputs.iter().map(|input| input.handle()).collect();
-        self.run(|result, _stream| {
-            // SAFETY: valid handles; the vectors are made and freed here.
-            unsafe {
-                let given = sys::mlx_vector_array_new_data(handles.as_ptr(), handles.len());
-                let mut made = sys::mlx_vector_array_new();
-                let mut status = sys::mlx_closure_apply(&mut made, closure, given);
-                if status == 0 {
-                    status = sys::mlx_vector_array_get(result, made, 0);
-                }
-                sys::mlx_vector_array_free(made);
-                sys::mlx_vector_array_free(given);
-                status
-            }
-        })
+        function.apply(inputs)?.pop().ok_or_else(|| Error::Mlx("a chain made nothing".to_owned()))
     }
 }
 
-fn compile(chain: Chain) -> Result<Compiled> {
-    // SAFETY: the payload is the function's address, which needs no freeing; the closures are made here and freed once.
-    unsafe {
-        let plain = sys::mlx_closure_new_func_payload(Some(trace), chain as *mut c_void, None);
-        if plain.ctx.is_null() {
-            return Err(last());
-        }
-        let plain = Compiled(plain);
-        let mut compiled = Compiled(sys::mlx_closure_new());
-        check(sys::mlx_compile(&mut compiled.0, plain.0, true))?;
-        Ok(compiled)
-    }
+/// Called by MLX when a function is not needed any more.
+unsafe extern "C" fn forget_body(body: *mut c_void) {
+    // SAFETY: `compile` made this box, and MLX frees it once.
+    drop(unsafe { Box::from_raw(body.cast::<Body>()) });
 }
 
-/// Called by MLX to trace a chain: on the thread that applies it, which is the device's.
+/// Called by MLX to trace a function: on the thread that applies it, which is the device's.
 unsafe extern "C" fn trace(
     result: *mut sys::mlx_vector_array,
     inputs: sys::mlx_vector_array,
-    chain: *mut c_void,
+    body: *mut c_void,
 ) -> c_int {
-    // SAFETY: `compile` gave this address of a function of this type.
-    let chain: Chain = unsafe { std::mem::transmute::<*mut c_void, Chain>(chain) };
-    let traced = || -> Result<Array> {
+    // SAFETY: `compile` gave this address, and it lives as long as the closure that is called.
+    let body: &Body = unsafe { &*body.cast::<Body>() };
+    let traced = || -> Result<Vec<Array>> {
         let device = Device::open()?;
-        // SAFETY: MLX gives a valid vector; each handle is taken once.
-        let inputs = unsafe {
-            (0..sys::mlx_vector_array_size(inputs))
-                .map(|index| {
-                    let mut handle = sys::mlx_array { ctx: std::ptr::null_mut() };
-                    let status = sys::mlx_vector_array_get(&mut handle, inputs, index);
-                    let array = Array::own(handle);
-                    check(status).map(|()| array)
-                })
-                .collect::<Result<Vec<_>>>()?
-        };
+        // SAFETY: MLX gives a valid vector.
+        let inputs = unsafe { Array::of_vector(inputs) }?;
         let before = device.counts();
-        let made = chain(&device, &inputs.iter().collect::<Vec<_>>());
+        let made = body(&device, &inputs.iter().collect::<Vec<_>>());
         counts::forget_since(before); // tracing is not running
         made
     };
     match traced() {
-        // SAFETY: MLX gives a place for the result; the array is alive during the call.
-        Ok(array) => unsafe { sys::mlx_vector_array_set_value(result, array.handle()) },
+        Ok(arrays) => {
+            let handles: Vec<sys::mlx_array> = arrays.iter().map(Array::handle).collect();
+            // SAFETY: MLX gives a place for the result; the arrays are alive during the call.
+            unsafe { sys::mlx_vector_array_set_data(result, handles.as_ptr(), handles.len()) }
+        }
         Err(_) => 1,
     }
 }
@@ -157,6 +193,30 @@ mod tests {
         }
         device.set_fusing(false);
         assert!(!device.fuses());
+    }
+
+    #[test]
+    fn a_function_may_capture_values_and_make_several_arrays() {
+        let device = Device::open().unwrap();
+        let kept = 2;
+        let function = Function::new(move |device, inputs| {
+            let [x] = inputs else { return Err(crate::Error::Mlx("one input".to_owned())) };
+            let order = device.argsort(x, -1)?;
+            let order = device.slice(&order, &[0, 0], &[x.dim(0), kept])?;
+            Ok(vec![device.take_along(x, &order, -1)?, order])
+        })
+        .unwrap();
+        for rows in [1, 3, 1] {
+            let values: Vec<f32> = (0..rows * 4).map(|index| -(index as f32)).collect();
+            let x = Array::from_f32(&values, &[rows, 4]).unwrap();
+            let before = device.counts();
+            let made = function.apply(&[&x]).unwrap();
+            assert_eq!((device.counts() - before).operations, 1);
+            let [least, order] = made.as_slice() else { panic!("two arrays") };
+            assert_eq!(least.shape(), [rows, kept]);
+            assert_eq!(device.contiguous(order).unwrap().to_u32().unwrap()[..2], [3, 2]);
+            assert_eq!(device.contiguous(least).unwrap().to_f32().unwrap()[..2], [-3.0, -2.0]);
+        }
     }
 
     #[test]

@@ -38,7 +38,7 @@ pub use device::{Device, MLX_VERSION};
 pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use fast::{Mask, Rope};
-pub use fused::Chain;
+pub use fused::{Chain, Function};
 pub use load::TensorFile;
 pub use memory::Memory;
 pub use metal::{Constant, Launch, MetalKernel};

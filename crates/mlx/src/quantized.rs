@@ -2,7 +2,7 @@
 //!
 //! mlx-rs knows affine packing only, so the floating-point modes call mlx-c; so does the product, which every token passes.
 
-use crate::error::{check, through};
+use crate::error::through;
 use crate::fast::NONE;
 use crate::{Array, Device, Error, Result};
 use mlx_sys as sys;
@@ -177,25 +177,6 @@ impl Device {
             biases: biases.map(|biases| self.concatenate(biases, 0)).transpose()?,
             layout: first.layout,
         })
-    }
-
-    /// An mlx-c function with several results.
-    fn run_many(
-        &self,
-        operation: impl FnOnce(*mut sys::mlx_vector_array, sys::mlx_stream) -> std::ffi::c_int,
-    ) -> Result<Vec<Array>> {
-        // SAFETY: the vector is made, filled and freed here; every element is taken over with a reference of its own, by an index
-        // below the size.
-        unsafe {
-            let mut vector = sys::mlx_vector_array_new();
-            let arrays = check(operation(&mut vector, self.stream())).and_then(|()| {
-                (0..sys::mlx_vector_array_size(vector))
-                    .map(|index| self.run(|result, _| sys::mlx_vector_array_get(result, vector, index)))
-                    .collect()
-            });
-            sys::mlx_vector_array_free(vector);
-            arrays
-        }
     }
 }
 

@@ -8,6 +8,7 @@ Prints {"token_ids": [...]}. It loads and generates as `mlx_lm generate` does, g
 import json
 import sys
 
+import released_mlx  # noqa: F401
 from mlx_lm.generate import stream_generate
 from mlx_lm.utils import load
 

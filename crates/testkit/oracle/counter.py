@@ -40,7 +40,8 @@ class Counter:
             for name in dir(module):
                 function = getattr(module, name)
                 is_operation = not name.startswith("_") and name not in self.LOOKS and not isinstance(function, type)
-                if is_operation and type(function).__name__ == "nb_func":
+                is_ours = getattr(function, "__module__", None) == "released_mlx"
+                if is_operation and (is_ours or type(function).__name__ == "nb_func"):
                     setattr(module, name, self.wrapped(function))
         for name in [f"__{name}__" for name in self.OPERATORS] + self.METHODS:
             if hasattr(mx.array, name):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
+import released_mlx  # noqa: F401
 from counter import Counter
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model

@@ -39,24 +39,13 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy
+import released_mlx  # noqa: F401
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models.bitlinear_layers import BitLinear
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.utils import _get_classes, load_model, save_config, save_model
-
-
-# mlx-lm 0.32.2 passes `global_scale`, always None for what we make, which gather_qmm of the released MLX 0.32.2 does not take.
-gather_qmm = mx.gather_qmm
-
-
-def gather_qmm_without_global_scale(*args, global_scale=None, **kwargs):
-    assert global_scale is None
-    return gather_qmm(*args, **kwargs)
-
-
-mx.gather_qmm = gather_qmm_without_global_scale
 
 
 # BitNet's linear maps exist as a Metal kernel only. Elsewhere the same sums are made of arrays.

@@ -6,12 +6,13 @@ use crate::adapters::{ExpertSlot, Target};
 use crate::dense_and_experts::DenseAndExperts;
 use crate::experts::{Experts, Matrices, MatrixStack, Networks, SharedExpert};
 use crate::feed_forward::{FeedForward, Network, Up, Xielu};
-use crate::router::Router;
+use crate::router::{Choice, Router};
 use mlxnode_checkpoint::{
     Activation, DenseAndExpertsSpec, ExpertForm, ExpertNetworks, ExpertsSpec, FeedForward as FeedForwardSpec,
     ModelSpec, XIELU,
 };
 use mlxnode_mlx::{Array, Dtype, Error};
+use std::cell::OnceCell;
 use std::f32::consts::SQRT_2;
 
 impl Source<'_> {
@@ -201,9 +202,9 @@ impl Source<'_> {
         Ok(Router {
             linear: self.linear(&format!("{path}.{}", spec.router.name))?,
             single_precision: spec.router.single_precision,
-            routing: spec.routing,
+            choice: Choice { routing: spec.routing, per_token: size(spec.per_token) },
+            compiled: OnceCell::new(),
             correction,
-            per_token: size(spec.per_token),
             experts: size(spec.experts),
         })
     }

@@ -188,14 +188,15 @@ impl LatentAttention {
     }
 
     fn project(&self, device: &Device, x: &Array) -> Result<Projected> {
-        let tokens = x.dim(1);
-        let cut = |array: &Array, from: i32, to: i32| device.slice(array, &[0, 0, from], &[1, tokens, to]);
-        let (queries, both, start) = match (&self.narrow.whole, self.narrow.parts.as_slice()) {
-            (Some(whole), _) if tokens == 1 => {
-                let all = whole.forward(device, x)?;
-                (cut(&all, 0, self.query_width)?, all, self.query_width)
+        let (queries, [latents, keys]) = match (&self.narrow.whole, self.narrow.parts.as_slice()) {
+            (Some(whole), _) if x.dim(1) == 1 => {
+                let places = [self.query_width, self.query_width + self.latent];
+                let [queries, latents, keys] = device.split(&whole.forward(device, x)?, &places, 2)?;
+                (queries, [latents, keys])
             }
-            (_, [queries, both]) => (queries.forward(device, x)?, both.forward(device, x)?, 0),
+            (_, [queries, both]) => {
+                (queries.forward(device, x)?, device.split(&both.forward(device, x)?, &[self.latent], 2)?)
+            }
             _ => return Err(mlxnode_mlx::Error::Mlx("latent attention needs two projections".to_owned())),
         };
         let (queries, narrow) = match &self.widen {
@@ -205,8 +206,7 @@ impl LatentAttention {
                 (widen.forward(device, &narrow)?, Some(narrow))
             }
         };
-        let middle = start + self.latent;
-        let latents = self.latent_norm.forward(device, &cut(&both, start, middle)?)?;
+        let latents = self.latent_norm.forward(device, &latents)?;
         let latents = match self.latent_factor {
             Some(factor) => device.multiply(&latents, &Array::scalar(factor, latents.dtype())?)?,
             None => latents,
@@ -215,7 +215,6 @@ impl LatentAttention {
             Expansion::Expanded { up, .. } => Some(up.forward(device, &latents)?),
             Expansion::Absorbed(_) => None,
         };
-        let keys = cut(&both, middle, middle + self.rotated_dims)?;
         Ok(Projected { queries, latents, keys, narrow, expanded })
     }
 
@@ -254,11 +253,10 @@ impl LatentAttention {
         let mixed = match (&self.expansion, &projected.expanded) {
             (Expansion::Expanded { core, .. }, Some(expanded)) => {
                 let expanded = self.by_heads(device, expanded, self.still_dims + self.value_dims)?;
-                let cut = |from, to| part(device, &expanded, from, to);
+                let [still, values] = device.split(&expanded, &[self.still_dims], 3)?;
                 let keys = device.broadcast(&keys, &[lanes, self.heads, tokens, self.rotated_dims])?;
-                let keys = device.concatenate([&cut(0, self.still_dims)?, &keys], 3)?;
+                let keys = device.concatenate([&still, &keys], 3)?;
                 let queries = device.concatenate([&queries.still, &queries.rotated], 3)?;
-                let values = cut(self.still_dims, self.still_dims + self.value_dims)?;
                 core.forward(device, &queries, &keys, &values, &mut cache.kv)?
             }
             (Expansion::Absorbed(absorbed), _) => {
@@ -362,8 +360,8 @@ impl LatentAttention {
             Some(factor) => device.multiply(&queries, &Array::scalar(factor, queries.dtype())?)?,
             None => queries,
         };
-        let still = part(device, &queries, 0, self.still_dims)?;
-        let rotated = self.rotated(device, part(device, &queries, self.still_dims, dims)?, place)?;
+        let [still, rotated] = device.split(&queries, &[self.still_dims], 3)?;
+        let rotated = self.rotated(device, rotated, place)?;
         match (self.growth, place) {
             // Up to there the factor is one.
             (Some(growth), Place::From(offset))
@@ -386,11 +384,6 @@ impl LatentAttention {
         }
         device.transpose(&device.reshape(x, &[1, tokens, self.heads, dims])?, &[0, 2, 1, 3])
     }
-}
-
-/// Dimensions `from..to` of `[lanes, heads, tokens, dims]`.
-fn part(device: &Device, x: &Array, from: i32, to: i32) -> Result<Array> {
-    device.slice(x, &[0, 0, 0, from], &[x.dim(0), x.dim(1), x.dim(2), to])
 }
 
 /// The factors on the queries of `tokens` positions from `offset` on, `[tokens, 1]`.

@@ -14,6 +14,7 @@ mod batch;
 mod batch_generator;
 mod cache_pool;
 mod caches;
+mod constrained;
 mod decoder;
 mod dense_and_experts;
 mod draws;

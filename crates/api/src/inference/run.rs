@@ -23,13 +23,16 @@ pub(super) struct Asked {
 /// What is continued.
 pub(super) enum What {
     Chat(Box<Conversation>),
-    Plain {
-        input: Input,
-        format: Format,
-        parameters: Parameters,
-        extra_eos: Vec<String>,
-        deadline: Option<Instant>,
-    },
+    Plain(Box<Plain>),
+}
+
+/// Text or tokens as they are.
+pub(super) struct Plain {
+    pub(super) input: Input,
+    pub(super) format: Format,
+    pub(super) parameters: Parameters,
+    pub(super) extra_eos: Vec<String>,
+    pub(super) deadline: Option<Instant>,
 }
 
 /// The samples of a request.
@@ -86,7 +89,7 @@ impl Run {
                 let parallel = conversation.tools.parallel;
                 (prepare(front, caller, &model, *conversation).await?, parallel)
             }
-            What::Plain { .. } => (plain(front, caller, &model, what).await?, true),
+            What::Plain(asked) => (plain(front, caller, &model, *asked).await?, true),
         };
         let answers = Answers::open(front, std::slice::from_ref(&prepared), samples).await?;
         let samples = vec![Sample::default(); samples];
@@ -108,7 +111,7 @@ impl Run {
         };
         let sample = &mut self.samples[index];
         let prompt_tokens =
-            (!std::mem::replace(&mut sample.begun, true)).then(|| self.prepared.valid.prompt.len());
+            (!std::mem::replace(&mut sample.begun, true)).then_some(self.prepared.valid.prompt.len());
         let (mut piece, scores, summary) = match event {
             AnswerEvent::Prompt(scores) => (Piece::default(), scores, None),
             AnswerEvent::Piece(piece) => (piece, Vec::new(), None),
@@ -155,11 +158,9 @@ impl Sample {
     }
 }
 
-/// Text or tokens as they are.
-async fn plain(front: &Front, caller: &Caller, model: &Model, what: What) -> Result<Prepared, ApiError> {
-    let What::Plain { input, format, mut parameters, extra_eos, deadline } = what else {
-        return Err(ApiError::field("prompt", "one of prompt, chat and tokens is needed"));
-    };
+/// Everything before the first step.
+async fn plain(front: &Front, caller: &Caller, model: &Model, asked: Plain) -> Result<Prepared, ApiError> {
+    let Plain { input, format, mut parameters, extra_eos, deadline } = asked;
     if let Format::Grammar(grammar) = format {
         check_grammar(model, Some(&grammar), "format").await?;
         parameters.grammar = Some(grammar);

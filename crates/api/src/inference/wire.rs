@@ -3,7 +3,7 @@
 use crate::conversation::{Conversation, Format, MAX_TOOLS, Tools, function};
 use crate::error::ApiError;
 use crate::front::{End, Input};
-use crate::inference::run::{Asked, Ended, Said, What};
+use crate::inference::run::{Asked, Ended, Plain, Said, What};
 use crate::inference::status;
 use mlxnode_compute::{Grammar, Sampled};
 use mlxnode_coordinator::requests::Parameters;
@@ -83,8 +83,8 @@ pub(super) fn asked(request: v1::GenerateRequest, deadline: Option<Instant>) -> 
         Some(Wire::Tokens(tokens)) => Input::Tokens(tokens.ids),
         None => return Err(ApiError::field("prompt", "one of prompt, chat and tokens is needed")),
     };
-    let what = What::Plain { input, format, parameters, extra_eos: request.extra_eos, deadline };
-    Ok(Asked { model: request.model, what, samples })
+    let plain = Plain { input, format, parameters, extra_eos: request.extra_eos, deadline };
+    Ok(Asked { model: request.model, what: What::Plain(Box::new(plain)), samples })
 }
 
 fn at_most(field: &str, count: usize, most: usize) -> Result<(), ApiError> {

@@ -93,8 +93,8 @@ pub(crate) async fn start(role: Option<Role>, keys: KeysView) -> Result<Rpcs> {
     let front = desk.front.clone().counting(metrics.clone(), Some(gate.clone()));
     let services = PublicServices {
         inference: InferenceService::new(front),
-        models: ModelsService::new(nobody(), desk.deployments.clone(), nobody()),
-        cluster: ClusterService::new(nobody(), nobody(), desk.deployments.clone(), nobody()),
+        models: ModelsService::new(nobody(), desk._deployments.subscribe(), nobody()),
+        cluster: ClusterService::new(nobody(), nobody(), desk._deployments.subscribe(), nobody()),
         keys: KeysService::new(nobody(), receiver),
     };
     let routes = public_routes(services, gate, metrics).await?;

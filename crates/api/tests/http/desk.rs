@@ -26,10 +26,9 @@ pub(crate) struct Desk {
     pub(crate) address: SocketAddr,
     pub(crate) replicas: Arc<Scripted>,
     pub(crate) front: Front,
-    pub(crate) deployments: watch::Receiver<DeploymentsView>,
     stop: CancellationToken,
     server: JoinHandle<()>,
-    _deployments: watch::Sender<DeploymentsView>,
+    pub(crate) _deployments: watch::Sender<DeploymentsView>,
 }
 
 /// The demo model's files with another template, which writes down everything that a conversation holds.
@@ -88,12 +87,11 @@ impl Desk {
         let options = HttpOptions { listen: SocketAddr::new(options.listen.ip(), 0), ..options };
         let server = HttpServer::bind(options).await?;
         let address = server.address();
-        let deployments = view.clone();
         let front = Front::new(view, replicas.clone(), Arc::new(InProcess::default()));
         let services = HttpServices::new(front.clone(), stop.clone()).behind(gate);
         let router = server.router(services, &["studio".to_owned()]);
         let server = tokio::spawn(server.serve(router, stop.clone()));
-        Ok(Self { address, replicas, front, deployments, stop, server, _deployments: sender })
+        Ok(Self { address, replicas, front, stop, server, _deployments: sender })
     }
 
     /// Stops the listener and waits until it has.

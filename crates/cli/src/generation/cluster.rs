@@ -4,8 +4,9 @@ use super::{Finish, Input, Model, Outcome, Piece, Request};
 use crate::connection::Connection;
 use crate::interrupts::AnswerGuard;
 use anyhow::{Context as _, Result};
-use mlxnode_compute::{Candidate, Penalty, Sampled, Sampling};
+use mlxnode_compute::{Candidate, Grammar, Penalty, Sampled, Sampling};
 use mlxnode_proto::v1;
+use mlxnode_text::grammar::ToolChoice;
 use mlxnode_text::{ChatRequest, Delta, Message, ToolCall, ToolError};
 use serde_json::Value;
 use std::time::{Duration, Instant};
@@ -134,7 +135,10 @@ fn outcome(finish: &v1::Finish) -> Outcome {
 fn generate_request(model: &str, request: &Request) -> Result<v1::GenerateRequest> {
     let input = match &request.input {
         Input::Text(text) => v1::generate_request::Input::Prompt(text.clone()),
-        Input::Chat(chat) => v1::generate_request::Input::Chat(chat_message(chat)?),
+        Input::Chat(chat) => v1::generate_request::Input::Chat(v1::Chat {
+            tool_choice: tool_choice(&request.shape.choice),
+            ..chat_message(chat)?
+        }),
     };
     Ok(v1::GenerateRequest {
         model: model.to_owned(),
@@ -144,8 +148,33 @@ fn generate_request(model: &str, request: &Request) -> Result<v1::GenerateReques
         sampling: Some(sampling(&request.sampling)),
         stop: request.stop.clone(),
         extra_eos: request.extra_eos.clone(),
+        adapter: request.shape.adapter.clone().unwrap_or_default(),
+        format: request.shape.format.as_ref().map(format),
         ..v1::GenerateRequest::default()
     })
+}
+
+fn format(grammar: &Grammar) -> v1::ResponseFormat {
+    use v1::response_format::Kind;
+    let kind = match grammar.clone() {
+        Grammar::JsonObject => Kind::JsonObject(v1::JsonObject {}),
+        Grammar::JsonSchema(schema) => Kind::JsonSchema(schema),
+        Grammar::Regex(pattern) => Kind::Regex(pattern),
+        Grammar::Lark(grammar) => Kind::Lark(grammar),
+    };
+    v1::ResponseFormat { kind: Some(kind) }
+}
+
+/// None leaves it to the node: it may where there are functions.
+fn tool_choice(choice: &ToolChoice) -> Option<v1::ToolChoice> {
+    use v1::tool_choice::Choice;
+    let choice = match choice {
+        ToolChoice::Auto => return None,
+        ToolChoice::None => Choice::Mode(v1::ToolMode::None.into()),
+        ToolChoice::Required => Choice::Mode(v1::ToolMode::Required.into()),
+        ToolChoice::Named(name) => Choice::Function(name.clone()),
+    };
+    Some(v1::ToolChoice { choice: Some(choice) })
 }
 
 fn chat_message(chat: &ChatRequest) -> Result<v1::Chat> {
@@ -206,11 +235,19 @@ fn sampling(sampling: &Sampling) -> v1::SamplingParameters {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::generation::Shape;
     use mlxnode_compute::{LogprobRequest, Xtc};
     use mlxnode_text::Message;
 
     fn request(input: Input, sampling: Sampling, max_tokens: Option<usize>) -> Request {
-        Request { input, sampling, max_tokens, stop: vec!["x".into()], extra_eos: vec!["</s>".into()] }
+        Request {
+            input,
+            sampling,
+            max_tokens,
+            stop: vec!["x".into()],
+            extra_eos: vec!["</s>".into()],
+            shape: Shape::default(),
+        }
     }
 
     #[test]

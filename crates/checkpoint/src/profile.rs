@@ -158,6 +158,19 @@ impl ModelProfile {
         (numbers * u64::from(bits)).div_ceil(8) + numbers.div_ceil(group_size.max(1) as u64) * 2 * width
     }
 
+    /// What a stage with these layers keeps of `tokens` consecutive tokens of a sequence when they are kept by themselves: keys and
+    /// values at most, and the states after them.
+    pub fn stretch_bytes(spec: &ModelSpec, layers: LayerRange, tokens: usize) -> (ByteCount, ByteCount) {
+        let (mut growing, mut states) = (0_u64, 0_u64);
+        for layer in spec.layers.iter().take(layers.end).skip(layers.start) {
+            let kept = kv_window(layer).unwrap_or(usize::MAX).min(tokens);
+            growing = growing.saturating_add(kv_bytes(layer, spec.dtype).0.saturating_mul(kept as u64));
+            // Those before the last step are of no use to anybody else.
+            states = states.saturating_add(state_bytes(layer, spec).0.div_ceil(2));
+        }
+        (ByteCount(growing), ByteCount(states))
+    }
+
     /// All weights, each once.
     pub fn total_bytes(&self) -> ByteCount {
         self.stage_bytes(LayerRange::new(0, self.layer_count()))

@@ -5,6 +5,7 @@
 //! with the [`simulated`] stage and the engine without a network.
 
 mod activation;
+mod blocks;
 mod cache_options;
 mod grammar;
 mod quantity;
@@ -14,6 +15,9 @@ mod stage;
 mod trace;
 
 pub use activation::{Activation, ActivationError, Dtype};
+pub use blocks::{
+    BLOCK_TOKENS, BlockCapacity, BlockHash, BlockId, BlockOrder, BlockPlan, BlockStore, BlockUsage, Keep,
+};
 pub use cache_options::{CacheOptions, CacheOptionsError};
 pub use grammar::{Grammar, GrammarError, Grammars, TokenConstraint};
 pub use quantity::{ByteCount, LayerRange};

@@ -1,12 +1,16 @@
 //! A stage without a model: deterministic tokens, wrong wiring noticed. Tests of the pipeline and the scheduler run on it.
 
 use crate::{
-    Activation, BatchOutput, Dtype, MicroBatch, Output, Row, RowOutput, Sampled, SequenceId, SequenceSpec,
-    Stage, StageError, StageInfo, StageMemory, StepInput,
+    Activation, BLOCK_TOKENS, BatchOutput, BlockCapacity, BlockHash, BlockId, BlockOrder, BlockStore,
+    BlockUsage, ByteCount, Dtype, Keep, MicroBatch, Output, Row, RowOutput, Sampled, SequenceId,
+    SequenceSpec, Stage, StageError, StageInfo, StageMemory, StepInput,
 };
 use bytes::Bytes;
 use std::collections::HashMap;
 use std::time::Duration;
+
+/// Blocks that a simulated stage keeps in memory, and on its disk.
+pub const SIMULATED_BLOCKS: u64 = 64;
 
 /// Adds the number of its layers to every element. The first stage starts from the token ids, so that the last one can check
 /// that each activation went through exactly the layers before it, once and in order.
@@ -15,12 +19,20 @@ pub struct SimulatedStage {
     /// How long a token of a chunk takes; the single tokens of a micro-batch take as long as one.
     step_time: Duration,
     sequences: HashMap<SequenceId, Sequence>,
+    /// The digest after each block.
+    blocks: HashMap<BlockId, u64>,
+    /// The same on a disk that never fails.
+    files: HashMap<BlockHash, u64>,
 }
 
+#[derive(Default)]
 struct Sequence {
     position: usize,
     /// Sum over everything seen, so that the sampled token depends on the whole history.
     digest: u64,
+    /// The digest at the end of each block.
+    borders: HashMap<usize, u64>,
+    keeps: Vec<Keep>,
     /// Sum of the tokens, for the vector of an embedding.
     sum: f32,
     is_scored: bool,
@@ -30,7 +42,7 @@ struct Sequence {
 impl SimulatedStage {
     /// A stage with these facts whose tokens take `step_time` (slept, not computed).
     pub fn new(info: StageInfo, step_time: Duration) -> Self {
-        Self { info, step_time, sequences: HashMap::new() }
+        Self { info, step_time, sequences: HashMap::new(), blocks: HashMap::new(), files: HashMap::new() }
     }
 
     /// The token that follows a history with this digest.
@@ -65,11 +77,9 @@ impl Stage for SimulatedStage {
     fn open(&mut self, sequence: SequenceId, spec: SequenceSpec) -> Result<(), StageError> {
         spec.check(self.info.vocabulary)?;
         let state = Sequence {
-            position: 0,
-            digest: 0,
-            sum: 0.0,
             is_scored: spec.prompt_logprobs.is_some(),
             is_embedded: spec.output == Output::Embedding,
+            ..Sequence::default()
         };
         if self.sequences.insert(sequence, state).is_some() {
             return Err(StageError::AlreadyOpen(sequence));
@@ -115,14 +125,86 @@ impl Stage for SimulatedStage {
         self.sequences.remove(&sequence);
     }
 
+    fn blocks(&mut self) -> Option<&mut dyn BlockStore> {
+        Some(self)
+    }
+
     fn memory(&self) -> StageMemory {
         StageMemory { active: self.info.weights, peak: self.info.weights }
     }
 }
 
+impl Sequence {
+    /// Takes the blocks that are due.
+    fn take_blocks(&mut self, blocks: &mut HashMap<BlockId, u64>) {
+        let borders = &self.borders;
+        self.keeps.retain(|keep| match borders.get(&((keep.number + 1) * BLOCK_TOKENS)) {
+            Some(digest) => {
+                blocks.insert(keep.block, *digest);
+                false
+            }
+            None => true,
+        });
+    }
+}
+
+impl BlockStore for SimulatedStage {
+    fn reset(&mut self) -> BlockCapacity {
+        self.blocks.clear();
+        let room = ByteCount(8 * SIMULATED_BLOCKS);
+        let fingerprint = [self.info.layers.start as u8; 32];
+        BlockCapacity { block: ByteCount(8), checkpoint: ByteCount(0), memory: room, disk: room, fingerprint }
+    }
+
+    fn begin_with(&mut self, sequence: SequenceId, blocks: &[BlockId]) -> Result<(), StageError> {
+        let state = self.sequences.get_mut(&sequence).ok_or(StageError::UnknownSequence(sequence))?;
+        for (number, block) in blocks.iter().enumerate() {
+            let digest = *self.blocks.get(block).ok_or(StageError::MissingBlock(*block))?;
+            state.borders.insert((number + 1) * BLOCK_TOKENS, digest);
+            state.digest = digest;
+        }
+        state.position = blocks.len() * BLOCK_TOKENS;
+        Ok(())
+    }
+
+    fn keep(&mut self, sequence: SequenceId, keep: Keep) -> Result<(), StageError> {
+        let state = self.sequences.get_mut(&sequence).ok_or(StageError::UnknownSequence(sequence))?;
+        state.keeps.push(keep);
+        state.take_blocks(&mut self.blocks);
+        Ok(())
+    }
+
+    fn order(&mut self, order: BlockOrder) -> Result<(), StageError> {
+        match order {
+            BlockOrder::Drop { block } => {
+                self.blocks.remove(&block);
+            }
+            BlockOrder::Spill { block, hash } => {
+                self.files.extend(self.blocks.get(&block).map(|digest| (hash, *digest)));
+            }
+            BlockOrder::Restore { block, hash } => {
+                self.blocks.extend(self.files.get(&hash).map(|digest| (block, *digest)));
+            }
+            BlockOrder::Erase { hash } => {
+                self.files.remove(&hash);
+            }
+        }
+        Ok(())
+    }
+
+    fn usage(&self) -> BlockUsage {
+        let bytes = |count: usize| ByteCount(8 * count as u64);
+        BlockUsage {
+            blocks: self.blocks.len(),
+            memory: bytes(self.blocks.len()),
+            disk: bytes(self.files.len()),
+        }
+    }
+}
+
 impl SimulatedStage {
     fn row(&mut self, row: &Row, values: &[f32]) -> Result<RowOutput, StageError> {
-        let Self { info, sequences, .. } = self;
+        let Self { info, sequences, blocks, .. } = self;
         let sequence = sequences.get_mut(&row.sequence).ok_or(StageError::UnknownSequence(row.sequence))?;
         if row.position != sequence.position {
             return Err(StageError::Position { expected: sequence.position, actual: row.position });
@@ -143,7 +225,11 @@ impl SimulatedStage {
             sequence.digest = Self::digest(sequence.digest, *token);
             sequence.sum += *token as f32;
             sequence.position += 1;
+            if sequence.position.is_multiple_of(BLOCK_TOKENS) {
+                sequence.borders.insert(sequence.position, sequence.digest);
+            }
         }
+        sequence.take_blocks(blocks);
         if !info.is_last() {
             return Ok(RowOutput::default());
         }
@@ -224,6 +310,37 @@ mod tests {
             generated.push(sampled.token);
         }
         assert_eq!(generated, SimulatedStage::expected_tokens(&[7, 9], 5, 100));
+    }
+
+    #[test]
+    fn a_sequence_goes_on_after_the_blocks_of_another_one() {
+        let mut stage = stage(0, 4);
+        let tokens: Vec<u32> = (0..2 * BLOCK_TOKENS as u32 + 3).map(|token| token % 90).collect();
+        let spec = SequenceSpec::new(tokens.len(), 1, Default::default());
+        let step = |sequence: u64, position: usize| Step {
+            sequence: SequenceId(sequence),
+            position,
+            tokens: tokens[position..].to_vec(),
+            input: StepInput::Tokens,
+            sample: true,
+        };
+        stage.open(SequenceId(1), spec.clone()).unwrap();
+        for number in 0..2 {
+            let keep = Keep { number, block: BlockId(number as u64), checkpoint: true };
+            stage.keep(SequenceId(1), keep).unwrap();
+        }
+        let cold = stage.step(step(1, 0)).unwrap();
+        stage.close(SequenceId(1));
+        let hash = BlockHash([7; 32]);
+        stage.order(BlockOrder::Spill { block: BlockId(1), hash }).unwrap();
+        stage.order(BlockOrder::Drop { block: BlockId(1) }).unwrap();
+        stage.open(SequenceId(2), spec).unwrap();
+        let missing = stage.begin_with(SequenceId(2), &[BlockId(0), BlockId(1)]);
+        assert!(matches!(missing, Err(StageError::MissingBlock(BlockId(1)))));
+        stage.order(BlockOrder::Restore { block: BlockId(5), hash }).unwrap();
+        stage.begin_with(SequenceId(2), &[BlockId(0), BlockId(5)]).unwrap();
+        assert_eq!(stage.step(step(2, 2 * BLOCK_TOKENS)).unwrap(), cold);
+        assert_eq!(stage.usage().blocks, 2);
     }
 
     #[test]

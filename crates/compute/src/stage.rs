@@ -1,8 +1,8 @@
 //! A stage: a contiguous layer range of one model, ready to run.
 
 use crate::{
-    Activation, ActivationError, ByteCount, Dtype, Grammar, GrammarError, LayerRange, LogprobRequest,
-    Sampled, Sampling, SamplingError, TraceContext,
+    Activation, ActivationError, BlockId, BlockStore, ByteCount, Dtype, Grammar, GrammarError, LayerRange,
+    LogprobRequest, Sampled, Sampling, SamplingError, TraceContext,
 };
 
 /// Names a sequence within one replica. Chosen by the scheduler, never used twice.
@@ -257,6 +257,9 @@ pub trait Stage {
     /// Frees a sequence's caches. Unknown sequences are fine: closing twice is not an error.
     fn close(&mut self, sequence: SequenceId);
 
+    /// Where blocks of prompts outlive their sequences; None when this stage keeps none.
+    fn blocks(&mut self) -> Option<&mut dyn BlockStore>;
+
     /// What the device holds now and held at most since loading.
     fn memory(&self) -> StageMemory;
 
@@ -301,6 +304,9 @@ pub enum StageError {
         /// What the step said.
         actual: usize,
     },
+    /// A sequence was to begin with a block that is not here: it has to be computed from its first token.
+    #[error("block {0:?} is not in this stage")]
+    MissingBlock(BlockId),
     /// A token id outside the vocabulary.
     #[error("token {token} is outside the vocabulary of {vocabulary}")]
     Token {

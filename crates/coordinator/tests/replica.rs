@@ -8,7 +8,7 @@
 )]
 
 use futures::StreamExt;
-use mlxnode_compute::simulated::SimulatedStage;
+use mlxnode_compute::simulated::{SIMULATED_BLOCKS, SimulatedStage};
 use mlxnode_compute::{
     ByteCount, Dtype, LayerRange, Sampling, SequenceEnd, SequenceId, SequenceSpec, Stage, StageInfo, Step,
     StepInput, StepOutput,
@@ -46,6 +46,8 @@ async fn workers(
             SimulatedStage::new(info, Duration::ZERO)
         })
         .collect();
+    let capacities = stages.iter_mut().map(|stage| stage.blocks().unwrap().reset()).collect();
+    events.send(DriveEvent::Capacity { stages: capacities }).await.unwrap();
     /// Tokens to feed, position, tokens left to generate.
     type Row = (Vec<u32>, usize, usize);
     let mut rows: BTreeMap<SequenceId, Row> = BTreeMap::new();
@@ -55,12 +57,26 @@ async fn workers(
             if rows.is_empty() { commands.recv().await } else { commands.try_recv().ok() }
         {
             match command {
-                DriveCommand::Open { sequence, prompt, spec } => {
+                DriveCommand::Open { sequence, prompt, spec, blocks } => {
                     for stage in &mut stages {
                         stage.open(sequence, spec.clone()).unwrap();
+                        let store = stage.blocks().unwrap();
+                        store.begin_with(sequence, &blocks.reuse).unwrap();
+                        blocks.keep.iter().for_each(|keep| store.keep(sequence, *keep).unwrap());
                     }
-                    rows.insert(sequence, (prompt, 0, spec.max_tokens));
-                    events.send(DriveEvent::Started { sequence, cached_tokens: 0 }).await.unwrap();
+                    let cached = blocks.cached_tokens();
+                    rows.insert(sequence, (prompt[cached..].to_vec(), cached, spec.max_tokens));
+                    events.send(DriveEvent::Started { sequence }).await.unwrap();
+                }
+                DriveCommand::Keep { sequence, keep } => {
+                    if rows.contains_key(&sequence) {
+                        stages
+                            .iter_mut()
+                            .for_each(|stage| stage.blocks().unwrap().keep(sequence, keep).unwrap());
+                    }
+                }
+                DriveCommand::Blocks(order) => {
+                    stages.iter_mut().for_each(|stage| stage.blocks().unwrap().order(order).unwrap());
                 }
                 DriveCommand::Cancel { sequence } => {
                     if rows.remove(&sequence).is_some() {
@@ -126,7 +142,7 @@ fn replica(
     let (command_sender, commands) = mpsc::channel(2);
     let (event_sender, events) = mpsc::channel(2);
     let workers = tokio::spawn(workers(stages, steps, commands, event_sender));
-    let (handle, task) = start(limits, Drive { commands: command_sender, events });
+    let (handle, task) = start(limits, Drive { commands: command_sender, events }, None);
     (handle, task, workers)
 }
 
@@ -174,6 +190,46 @@ async fn many_requests_get_exactly_their_own_tokens() {
         drop(task);
         assert_eq!(within(workers).await.unwrap(), 6, "as many at once as allowed");
     }
+}
+
+#[tokio::test]
+async fn conversations_go_on_where_they_were_and_leave_nothing_behind() {
+    let (handle, _task, _workers) = replica(Limits::new(4, 100_000), 2, usize::MAX);
+    let mut cached = 0;
+    for round in 0..8u32 {
+        // Five conversations at a time that share a beginning and part in the second block; each has three turns.
+        let talks = (0..5u32).map(|talk| {
+            let mut prompt: Vec<u32> = (0..300).collect();
+            prompt.extend((0..200).map(|place| (round * 5 + talk + place) % 90));
+            let handle = &handle;
+            async move {
+                let mut cached = 0;
+                for turn in 0..3 {
+                    let count = 20 + 100 * turn;
+                    let mut stream = handle.run(request(prompt.clone(), count));
+                    let mut answer = Vec::new();
+                    while let Some(event) = stream.next().await {
+                        match event.unwrap() {
+                            RunEvent::Started { cached_tokens } => cached += cached_tokens,
+                            RunEvent::Token { sampled, .. } => answer.push(sampled.token),
+                            other => panic!("nobody asked: {other:?}"),
+                        }
+                    }
+                    assert_eq!(answer, SimulatedStage::expected_tokens(&prompt, count, VOCABULARY));
+                    prompt.extend(answer);
+                    prompt.extend([turn as u32; 9]);
+                }
+                cached
+            }
+        });
+        cached += within(futures::future::join_all(talks)).await.into_iter().sum::<usize>();
+    }
+    let mut statistics = handle.watch_statistics();
+    let idle = within(statistics.wait_for(|now| now.open_sequences == 0 && now.queued == 0)).await.unwrap();
+    assert_eq!(idle.prompts.cached_tokens, cached as u64);
+    assert_eq!(idle.prompts.blocks_in_memory as u64, SIMULATED_BLOCKS, "as many as fit");
+    // The second and third turns begin with all full blocks of the one before.
+    assert!(cached >= 8 * 5 * (256 + 512), "{cached} tokens were there");
 }
 
 #[tokio::test]

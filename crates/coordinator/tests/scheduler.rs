@@ -7,7 +7,10 @@
     reason = "a failing test is supposed to stop"
 )]
 
-use mlxnode_compute::{Sampled, Sampling, SequenceEnd, SequenceId, SequenceSpec};
+use mlxnode_compute::{
+    BLOCK_TOKENS, BlockCapacity, BlockOrder, BlockPlan, ByteCount, LogprobRequest, Sampled, Sampling,
+    SequenceEnd, SequenceId, SequenceSpec,
+};
 use mlxnode_coordinator::scheduler::{DriveEvent, Effect, Limits, RequestId, RunError, RunEvent, Scheduler};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -45,10 +48,13 @@ fn opened(effects: &[Effect]) -> Vec<u64> {
 fn a_request_runs_from_open_to_closed() {
     let now = Instant::now();
     let mut scheduler = Scheduler::new(limits(), now);
-    let effects = scheduler.submit(RequestId(1), vec![7, 8], spec(2, 2), None, now);
+    let effects = scheduler.submit(RequestId(1), "", vec![7, 8], spec(2, 2), None, now);
     let sequence = SequenceId(1);
-    assert_eq!(effects, [Effect::Open { sequence, prompt: vec![7, 8], spec: spec(2, 2) }]);
-    let started = scheduler.on_drive(DriveEvent::Started { sequence, cached_tokens: 0 }, now);
+    assert_eq!(
+        effects,
+        [Effect::Open { sequence, prompt: vec![7, 8], spec: spec(2, 2), blocks: BlockPlan::default() }]
+    );
+    let started = scheduler.on_drive(DriveEvent::Started { sequence }, now);
     assert_eq!(
         started,
         [Effect::Emit { request: RequestId(1), event: RunEvent::Started { cached_tokens: 0 } }]
@@ -69,10 +75,16 @@ fn what_does_not_fit_waits_and_what_waits_is_never_overtaken() {
     let now = Instant::now();
     let mut scheduler = Scheduler::new(limits(), now);
     // 30 + 20 of 60 KV tokens; 30 more do not fit, and the 2 after them wait too although they would.
-    assert_eq!(opened(&scheduler.submit(RequestId(1), vec![0; 20], spec(20, 10), None, now)), [1]);
-    assert_eq!(opened(&scheduler.submit(RequestId(2), vec![0; 10], spec(10, 10), None, now)), [2]);
-    assert_eq!(opened(&scheduler.submit(RequestId(3), vec![0; 20], spec(20, 10), None, now)), [] as [u64; 0]);
-    assert_eq!(opened(&scheduler.submit(RequestId(4), vec![0; 1], spec(1, 1), None, now)), [] as [u64; 0]);
+    assert_eq!(opened(&scheduler.submit(RequestId(1), "", vec![0; 20], spec(20, 10), None, now)), [1]);
+    assert_eq!(opened(&scheduler.submit(RequestId(2), "", vec![0; 10], spec(10, 10), None, now)), [2]);
+    assert_eq!(
+        opened(&scheduler.submit(RequestId(3), "", vec![0; 20], spec(20, 10), None, now)),
+        [] as [u64; 0]
+    );
+    assert_eq!(
+        opened(&scheduler.submit(RequestId(4), "", vec![0; 1], spec(1, 1), None, now)),
+        [] as [u64; 0]
+    );
     assert_eq!(scheduler.statistics().queued, 2);
     scheduler.cancel(RequestId(2), now);
     let effects = scheduler.on_drive(DriveEvent::Closed { sequence: SequenceId(2) }, now);
@@ -88,10 +100,11 @@ fn the_queue_is_bounded_in_requests_and_in_tokens() {
     let full = |prompt: usize, waiting: usize| {
         let mut scheduler = Scheduler::new(Limits { max_sequences: 1, ..limits() }, now);
         for request in 0..=waiting as u64 {
-            let effects = scheduler.submit(RequestId(request), vec![0; prompt], spec(prompt, 1), None, now);
+            let effects =
+                scheduler.submit(RequestId(request), "", vec![0; prompt], spec(prompt, 1), None, now);
             assert_eq!(ends(&effects), []);
         }
-        ends(&scheduler.submit(RequestId(99), vec![0; prompt], spec(prompt, 1), None, now))
+        ends(&scheduler.submit(RequestId(99), "", vec![0; prompt], spec(prompt, 1), None, now))
     };
     assert_eq!(full(1, 5), [(99, Err(RunError::QueueFull { queued: 5 }))]);
     assert_eq!(full(30, 2), [(99, Err(RunError::QueueFull { queued: 2 }))]);
@@ -101,16 +114,16 @@ fn the_queue_is_bounded_in_requests_and_in_tokens() {
 fn requests_that_can_never_run_are_refused_at_once() {
     let now = Instant::now();
     let mut scheduler = Scheduler::new(limits(), now);
-    let long = scheduler.submit(RequestId(1), vec![0; 30], spec(30, 11), None, now);
+    let long = scheduler.submit(RequestId(1), "", vec![0; 30], spec(30, 11), None, now);
     assert_eq!(ends(&long), [(1, Err(RunError::TooLong { tokens: 41, context: 40 }))]);
-    let huge = scheduler.submit(RequestId(2), vec![0; 30], spec(30, usize::MAX), None, now);
+    let huge = scheduler.submit(RequestId(2), "", vec![0; 30], spec(30, usize::MAX), None, now);
     assert!(matches!(ends(&huge)[0].1, Err(RunError::TooLong { .. })));
-    let empty = scheduler.submit(RequestId(3), vec![], spec(0, 1), None, now);
+    let empty = scheduler.submit(RequestId(3), "", vec![], spec(0, 1), None, now);
     assert!(matches!(ends(&empty)[0].1, Err(RunError::Invalid(_))));
     let changed = SequenceSpec { adapter: Some("poet".into()), ..spec(1, 1) };
-    let refused = scheduler.submit(RequestId(99), vec![1], changed, None, now);
+    let refused = scheduler.submit(RequestId(99), "", vec![1], changed, None, now);
     assert!(matches!(&ends(&refused)[0].1, Err(RunError::Invalid(text)) if text.contains("poet")));
-    let late = scheduler.submit(RequestId(4), vec![0], spec(1, 1), Some(now), now);
+    let late = scheduler.submit(RequestId(4), "", vec![0], spec(1, 1), Some(now), now);
     assert_eq!(ends(&late), [(4, Err(RunError::DeadlineExceeded))]);
 }
 
@@ -119,8 +132,8 @@ fn a_deadline_ends_what_runs_and_what_waits() {
     let now = Instant::now();
     let mut scheduler = Scheduler::new(Limits { max_sequences: 1, ..limits() }, now);
     let soon = now + Duration::from_secs(1);
-    scheduler.submit(RequestId(1), vec![0], spec(1, 9), Some(soon), now);
-    scheduler.submit(RequestId(2), vec![0], spec(1, 9), Some(soon), now);
+    scheduler.submit(RequestId(1), "", vec![0], spec(1, 9), Some(soon), now);
+    scheduler.submit(RequestId(2), "", vec![0], spec(1, 9), Some(soon), now);
     assert_eq!(scheduler.next_wake(), Some(soon));
     assert_eq!(scheduler.tick(now), []);
     let effects = scheduler.tick(soon);
@@ -132,7 +145,7 @@ fn a_deadline_ends_what_runs_and_what_waits() {
 fn a_lost_token_fails_the_request_and_a_repeated_one_is_dropped() {
     let now = Instant::now();
     let mut scheduler = Scheduler::new(limits(), now);
-    scheduler.submit(RequestId(1), vec![0], spec(1, 9), None, now);
+    scheduler.submit(RequestId(1), "", vec![0], spec(1, 9), None, now);
     let sequence = SequenceId(1);
     let mut token = |position| {
         scheduler.on_drive(DriveEvent::Token { sequence, position, sampled: sampled(5), end: None }, now)
@@ -148,7 +161,7 @@ fn a_lost_token_fails_the_request_and_a_repeated_one_is_dropped() {
 fn the_place_of_a_failed_sequence_is_free_when_closed_or_after_a_grace() {
     let now = Instant::now();
     let mut scheduler = Scheduler::new(limits(), now);
-    scheduler.submit(RequestId(1), vec![0], spec(1, 9), None, now);
+    scheduler.submit(RequestId(1), "", vec![0], spec(1, 9), None, now);
     let failed = DriveEvent::Failed { sequence: SequenceId(1), reason: "no memory".into() };
     assert_eq!(scheduler.on_drive(failed, now), [], "it may be the whole pipeline");
     let effects = scheduler.tick(scheduler.next_wake().unwrap());
@@ -163,8 +176,8 @@ fn the_place_of_a_failed_sequence_is_free_when_closed_or_after_a_grace() {
 fn a_breaking_pipeline_makes_every_request_unavailable_and_opens_no_other() {
     let now = Instant::now();
     let mut scheduler = Scheduler::new(Limits { max_sequences: 1, ..limits() }, now);
-    scheduler.submit(RequestId(1), vec![0], spec(1, 9), None, now);
-    scheduler.submit(RequestId(2), vec![0], spec(1, 9), None, now);
+    scheduler.submit(RequestId(1), "", vec![0], spec(1, 9), None, now);
+    scheduler.submit(RequestId(2), "", vec![0], spec(1, 9), None, now);
     let sequence = SequenceId(1);
     let failed = DriveEvent::Failed { sequence, reason: "the next stage is gone".into() };
     assert_eq!(scheduler.on_drive(failed, now), []);
@@ -179,7 +192,7 @@ fn silent_workers_count_as_lost() {
     let now = Instant::now();
     let mut scheduler = Scheduler::new(limits(), now);
     assert_eq!(scheduler.next_wake(), None, "nothing is owed by idle workers");
-    scheduler.submit(RequestId(1), vec![0; 10], spec(10, 9), None, now);
+    scheduler.submit(RequestId(1), "", vec![0; 10], spec(10, 9), None, now);
     assert_eq!(
         scheduler.next_wake(),
         Some(now + Duration::from_secs(31)),
@@ -187,8 +200,99 @@ fn silent_workers_count_as_lost() {
     );
     let effects = scheduler.tick(now + Duration::from_secs(31));
     assert_eq!(ends(&effects), [(1, Err(RunError::Unavailable("its workers said nothing for 31 s".into())))]);
-    let after = scheduler.submit(RequestId(2), vec![0], spec(1, 1), None, now);
+    let after = scheduler.submit(RequestId(2), "", vec![0], spec(1, 1), None, now);
     assert!(matches!(ends(&after)[0].1, Err(RunError::Unavailable(_))));
+}
+
+// --- blocks of prompts ---
+
+/// A scheduler whose workers keep `blocks` blocks, and a prompt of two blocks and one token.
+fn with_blocks(blocks: u64, now: Instant) -> (Scheduler, Vec<u32>) {
+    let mut scheduler = Scheduler::new(Limits::new(3, 2000), now);
+    let stage = BlockCapacity {
+        block: ByteCount(1),
+        memory: ByteCount(blocks),
+        disk: ByteCount(blocks),
+        ..BlockCapacity::default()
+    };
+    assert_eq!(scheduler.on_drive(DriveEvent::Capacity { stages: vec![stage; 2] }, now), []);
+    (scheduler, (0..2 * BLOCK_TOKENS as u32 + 1).collect())
+}
+
+fn plan_of(effects: &[Effect]) -> BlockPlan {
+    let plans = effects.iter().find_map(|effect| match effect {
+        Effect::Open { blocks, .. } => Some(blocks.clone()),
+        _ => None,
+    });
+    plans.expect("a sequence is opened")
+}
+
+#[test]
+fn a_prompt_that_is_being_computed_is_waited_for_and_others_pass() {
+    let now = Instant::now();
+    let (mut scheduler, prompt) = with_blocks(10, now);
+    let spec = spec(prompt.len(), 2);
+    let first = scheduler.submit(RequestId(1), "a", prompt.clone(), spec.clone(), None, now);
+    assert_eq!(plan_of(&first).keep.len(), 2);
+    assert_eq!(
+        opened(&scheduler.submit(RequestId(2), "a", prompt.clone(), spec.clone(), None, now)),
+        [] as [u64; 0]
+    );
+    let other = scheduler.submit(RequestId(3), "b", prompt.clone(), spec.clone(), None, now);
+    assert_eq!(opened(&other), [2], "another tenant's prompt is another one");
+    let sequence = SequenceId(1);
+    scheduler.on_drive(DriveEvent::Started { sequence }, now);
+    let half = scheduler.on_drive(DriveEvent::Progress { sequence, tokens: BLOCK_TOKENS }, now);
+    assert_eq!(opened(&half), [] as [u64; 0]);
+    let whole = scheduler.on_drive(DriveEvent::Progress { sequence, tokens: 2 * BLOCK_TOKENS }, now);
+    assert_eq!(opened(&whole), [3]);
+    let plan = plan_of(&whole);
+    assert_eq!((plan.cached_tokens(), plan.keep.len()), (2 * BLOCK_TOKENS, 0));
+    // Only when a result came is it sure that all stages have the blocks.
+    let sequence = SequenceId(3);
+    assert_eq!(scheduler.on_drive(DriveEvent::Started { sequence }, now), []);
+    let token = DriveEvent::Token { sequence, position: prompt.len(), sampled: sampled(4), end: None };
+    let event = RunEvent::Started { cached_tokens: 2 * BLOCK_TOKENS };
+    assert_eq!(scheduler.on_drive(token, now)[0], Effect::Emit { request: RequestId(2), event });
+    for sequence in [1, 2, 3].map(SequenceId) {
+        scheduler.on_drive(DriveEvent::Closed { sequence }, now);
+    }
+    let statistics = scheduler.statistics();
+    assert_eq!((statistics.prompts.blocks_in_memory, statistics.reserved_tokens), (2, 0));
+}
+
+#[test]
+fn a_request_whose_blocks_are_missing_is_computed_anew_and_nobody_notices() {
+    let now = Instant::now();
+    let (mut scheduler, prompt) = with_blocks(10, now);
+    let spec = spec(prompt.len(), 1);
+    scheduler.submit(RequestId(1), "a", prompt.clone(), spec.clone(), None, now);
+    let token = |sequence| DriveEvent::Token {
+        sequence,
+        position: prompt.len(),
+        sampled: sampled(4),
+        end: Some(SequenceEnd::Length),
+    };
+    scheduler.on_drive(token(SequenceId(1)), now);
+    scheduler.on_drive(DriveEvent::Closed { sequence: SequenceId(1) }, now);
+    let warm = scheduler.submit(RequestId(2), "a", prompt.clone(), spec.clone(), None, now);
+    assert_eq!(plan_of(&warm).reuse.len(), 2);
+    assert!(warm.iter().any(|effect| matches!(effect, Effect::Blocks(BlockOrder::Spill { .. }))));
+    assert!(scheduler.stored_prompts().is_some());
+    scheduler.on_drive(DriveEvent::Started { sequence: SequenceId(2) }, now);
+    let again = scheduler.on_drive(DriveEvent::Missing { sequence: SequenceId(2) }, now);
+    assert_eq!(opened(&again), [3]);
+    let plan = plan_of(&again);
+    assert_eq!((plan.reuse.len(), plan.keep.len()), (0, 2));
+    assert_eq!(ends(&scheduler.on_drive(DriveEvent::Closed { sequence: SequenceId(2) }, now)), []);
+    scheduler.on_drive(DriveEvent::Started { sequence: SequenceId(3) }, now);
+    assert_eq!(ends(&scheduler.on_drive(token(SequenceId(3)), now)), [(2, Ok(SequenceEnd::Length))]);
+    scheduler.on_drive(DriveEvent::Closed { sequence: SequenceId(3) }, now);
+    // Scores need every token of the prompt.
+    let scored = SequenceSpec { prompt_logprobs: Some(LogprobRequest { top: 0 }), ..spec };
+    let effects = scheduler.submit(RequestId(4), "a", prompt, scored, None, now);
+    assert!(plan_of(&effects).is_empty());
+    assert_eq!(scheduler.statistics().open_sequences, 1);
 }
 
 // --- any order of events ---
@@ -252,7 +356,7 @@ impl Pipeline {
             return Some(DriveEvent::Closed { sequence });
         }
         if !std::mem::replace(&mut row.started, true) {
-            return Some(DriveEvent::Started { sequence, cached_tokens: 0 });
+            return Some(DriveEvent::Started { sequence });
         }
         let position = row.prompt + row.produced;
         row.produced += 1;
@@ -278,7 +382,8 @@ impl World {
     fn apply(&mut self, effects: Vec<Effect>, limits: &Limits) -> Result<(), TestCaseError> {
         for effect in effects {
             match effect {
-                Effect::Open { sequence, prompt, spec } => {
+                Effect::Open { sequence, prompt, spec, blocks } => {
+                    prop_assert!(blocks.is_empty(), "the workers did not say that they keep blocks");
                     // The prompt's tokens carry the request's number, so that nothing can be mixed up.
                     let request = u64::from(prompt[0]);
                     prop_assert!(!self.request_of.contains_key(&sequence), "a sequence id was used twice");
@@ -295,6 +400,7 @@ impl World {
                     };
                     self.pipeline.open.insert(sequence, row);
                 }
+                Effect::Keep { .. } | Effect::Blocks(_) => prop_assert!(false, "no blocks"),
                 Effect::Cancel { sequence } => {
                     if let Some(row) = self.pipeline.open.get_mut(&sequence) {
                         row.cancelled = true;
@@ -346,7 +452,7 @@ proptest! {
                     world.live.push(request);
                     let deadline = deadline.map(|millis| now + Duration::from_millis(millis));
                     let tokens = vec![request as u32; prompt];
-                    scheduler.submit(RequestId(request), tokens, spec(prompt, max_tokens), deadline, now)
+                    scheduler.submit(RequestId(request), "", tokens, spec(prompt, max_tokens), deadline, now)
                 }
                 Action::Cancel(request) => {
                     let effects = scheduler.cancel(RequestId(request as u64), now);

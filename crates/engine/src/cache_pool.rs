@@ -61,6 +61,12 @@ impl<K: Copy + Eq> CachePool<K> {
         self.find(key).and_then(|(place, _)| self.entries.get(place)).map(|entry| &entry.cache)
     }
 
+    /// The cache that a sequence lies in, and its lane.
+    pub(crate) fn lane_of(&self, key: K) -> Option<(&SequenceCache, usize)> {
+        let (place, lane) = self.find(key)?;
+        self.entries.get(place).map(|entry| (&entry.cache, lane))
+    }
+
     /// Forgets a sequence.
     pub(crate) fn remove(&mut self, key: K) {
         let Some((place, lane)) = self.find(key) else { return };

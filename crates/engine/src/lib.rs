@@ -12,6 +12,7 @@ mod adapters;
 mod alternating_updates;
 mod batch;
 mod batch_generator;
+mod blocks;
 mod cache_pool;
 mod caches;
 mod constrained;

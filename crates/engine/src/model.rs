@@ -16,6 +16,7 @@ pub struct Model {
     pub(crate) adapters: Registry,
     info: StageInfo,
     spec: ModelSpec,
+    fingerprint: [u8; 32],
 }
 
 impl Model {
@@ -38,7 +39,7 @@ impl Model {
         };
         wire(&device, info.weights);
         tracing::debug!(%layers, weights = %info.weights, "layers loaded");
-        Ok(Self { device, decoder, adapters, info, spec })
+        Ok(Self { device, decoder, adapters, info, spec, fingerprint: checkpoint.fingerprint() })
     }
 
     /// Loads all layers.
@@ -57,6 +58,11 @@ impl Model {
     /// The whole model as data.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
+    }
+
+    /// Names the checkpoint, see [`Checkpoint::fingerprint`].
+    pub fn fingerprint(&self) -> [u8; 32] {
+        self.fingerprint
     }
 
     /// Loads what an adapter changes in these layers, for sequences that ask for it by `name`. The weights stay as they are, and

@@ -95,7 +95,7 @@ impl Schedulers {
         let (events_in, events_out) = mpsc::channel(IN_FLIGHT);
         let sending = AbortOnDropHandle::new(tokio::spawn(send_commands(commands_out, client)));
         let receiving = AbortOnDropHandle::new(tokio::spawn(receive_events(events, events_in)));
-        let (handle, mut task) = scheduler::start(limits, Drive { commands, events: events_out });
+        let (handle, mut task) = scheduler::start(limits, Drive { commands, events: events_out }, None);
         let name = attempt.name.clone();
         let stop = CancellationToken::new();
         let stopped = stop.clone();
@@ -205,9 +205,11 @@ fn not_here(deployment: &str) -> RunError {
 async fn send_commands(mut commands: mpsc::Receiver<DriveCommand>, client: DriveClient) {
     while let Some(command) = commands.recv().await {
         let command = match command {
-            DriveCommand::Open { sequence, prompt, spec } => {
-                mlxnode_worker::DriveCommand::Open { sequence, prompt, spec }
+            DriveCommand::Open { sequence, prompt, spec, blocks } => {
+                mlxnode_worker::DriveCommand::Open { sequence, prompt, spec, blocks }
             }
+            DriveCommand::Keep { sequence, keep } => mlxnode_worker::DriveCommand::Keep { sequence, keep },
+            DriveCommand::Blocks(order) => mlxnode_worker::DriveCommand::Blocks(order),
             DriveCommand::Cancel { sequence } => mlxnode_worker::DriveCommand::Cancel { sequence },
         };
         if let Err(error) = client.send(command).await {
@@ -221,9 +223,13 @@ async fn send_commands(mut commands: mpsc::Receiver<DriveCommand>, client: Drive
 async fn receive_events(mut events: DriveEvents, sender: mpsc::Sender<DriveEvent>) {
     loop {
         let event = match events.next().await {
-            Ok(mlxnode_worker::DriveEvent::Started { sequence, cached_tokens }) => {
-                DriveEvent::Started { sequence, cached_tokens }
+            Ok(mlxnode_worker::DriveEvent::Capacity { stages }) => DriveEvent::Capacity { stages },
+            // The scheduler knows itself how many tokens it needed no work for.
+            Ok(mlxnode_worker::DriveEvent::Started { sequence, .. }) => DriveEvent::Started { sequence },
+            Ok(mlxnode_worker::DriveEvent::Progress { sequence, tokens }) => {
+                DriveEvent::Progress { sequence, tokens }
             }
+            Ok(mlxnode_worker::DriveEvent::Missing { sequence }) => DriveEvent::Missing { sequence },
             Ok(mlxnode_worker::DriveEvent::Scores { sequence, position, scores }) => {
                 DriveEvent::Scores { sequence, position, scores }
             }

@@ -186,6 +186,8 @@ impl Workers {
             context_tokens: shard.context_tokens,
             max_sequences: shard.max_sequences,
             prefill_chunk: shard.prefill_chunk,
+            // No setting says yet how much of the budget prompts may take.
+            blocks: None,
         };
         // Until it is held below, dropping `process` (this call was given up) kills it.
         let mut loading = process.load(&load, attempt.epoch).await?;

@@ -17,8 +17,8 @@ mod replica;
 
 use bytes::Bytes;
 use mlxnode_compute::{
-    Activation, BatchOutput, ByteCount, Dtype, MicroBatch, Row, RowOutput, Sampled, SequenceId, SequenceSpec,
-    Stage, StageError, StageInfo, StageMemory,
+    Activation, BatchOutput, BlockStore, ByteCount, Dtype, MicroBatch, Row, RowOutput, Sampled, SequenceId,
+    SequenceSpec, Stage, StageError, StageInfo, StageMemory,
 };
 use mlxnode_worker::{DriveClient, DriveEvent, DriveEvents, StageFactory};
 use replica::{Model, Replica, spec};
@@ -98,6 +98,9 @@ impl Stage for Timed {
         Ok(BatchOutput { rows, activation })
     }
     fn close(&mut self, _: SequenceId) {}
+    fn blocks(&mut self) -> Option<&mut dyn BlockStore> {
+        None
+    }
     fn memory(&self) -> StageMemory {
         StageMemory::default()
     }
@@ -211,8 +214,8 @@ async fn decode(client: &DriveClient, events: &mut DriveEvents, sequence: u64) -
                 }
             }
             DriveEvent::Closed { .. } => return times,
-            DriveEvent::Started { .. } | DriveEvent::Scores { .. } | DriveEvent::Embedding { .. } => {}
             DriveEvent::Failed { reason, .. } => panic!("{reason}"),
+            _ => {}
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::message::Message;
 use crate::progress::Progress;
 use crate::queue::StepQueue;
 use crate::shard::Shard;
-use mlxnode_compute::{LayerRange, Stage, StageInfo};
+use mlxnode_compute::{ByteCount, LayerRange, Stage, StageInfo};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -33,6 +33,19 @@ pub struct LoadShard {
     pub max_sequences: usize,
     /// Longest prefill chunk, in tokens.
     pub prefill_chunk: usize,
+    /// What blocks of prompts may take; None: they are not kept.
+    pub blocks: Option<BlockRoom>,
+}
+
+/// What blocks of prompts may take in one worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockRoom {
+    /// In memory.
+    pub memory: ByteCount,
+    /// On the disk; 0: they are not there.
+    pub disk: ByteCount,
+    /// Where their files lie, with those of other workers.
+    pub folder: PathBuf,
 }
 
 impl LoadShard {

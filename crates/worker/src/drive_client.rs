@@ -3,7 +3,7 @@
 use crate::message::{DriveCommand, DriveEvent};
 use crate::wire::{WireError, drive_command_to_proto, drive_event_from_proto};
 use mlxnode_cluster::{ConnectError, ConnectOptions, ExpectedKey, Identity, KeyPin, connect};
-use mlxnode_compute::{SequenceId, SequenceSpec};
+use mlxnode_compute::{BlockPlan, SequenceId, SequenceSpec};
 use mlxnode_proto::internal::v1 as proto;
 use mlxnode_proto::internal::v1::stage_client::StageClient;
 use std::time::Duration;
@@ -82,7 +82,7 @@ impl DriveClient {
         sent.map_err(|_| DriveError::Lost("the stream to its first worker has ended".into()))
     }
 
-    /// Runs a sequence; `sequence` must be new to the replica.
+    /// Runs a sequence from its first token; `sequence` must be new to the replica.
     ///
     /// # Errors
     /// As [`Self::send`].
@@ -92,7 +92,7 @@ impl DriveClient {
         prompt: Vec<u32>,
         spec: SequenceSpec,
     ) -> Result<(), DriveError> {
-        self.send(DriveCommand::Open { sequence, prompt, spec }).await
+        self.send(DriveCommand::Open { sequence, prompt, spec, blocks: BlockPlan::default() }).await
     }
 
     /// Stops a sequence; its `Closed` follows.

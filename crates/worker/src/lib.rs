@@ -11,6 +11,7 @@
 //!
 //! The node decides what a fault means; a worker that lost a neighbour or whose device failed just ends, with a reason.
 
+mod blocks_wire;
 mod compute_thread;
 mod drive;
 mod drive_client;
@@ -29,7 +30,7 @@ mod shard;
 mod shard_state;
 pub mod wire;
 
-pub use compute_thread::{LoadFailure, LoadShard, StageFactory};
+pub use compute_thread::{BlockRoom, LoadFailure, LoadShard, StageFactory};
 pub use drive_client::{DriveClient, DriveError, DriveEvents};
 pub use error::{Fault, Side};
 pub use message::{DriveCommand, DriveEvent, SampledToken, StageTimes};

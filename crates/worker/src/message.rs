@@ -4,7 +4,9 @@
 //! `Results`, `Close` and `Failed`. Batches keep their order everywhere, and so do the other messages; a close may overtake batches,
 //! whose rows of that sequence are then dropped. A batch comes round even when it has no row left.
 
-use mlxnode_compute::{MicroBatch, Sampled, SequenceEnd, SequenceId, SequenceSpec};
+use mlxnode_compute::{
+    BlockCapacity, BlockOrder, BlockPlan, Keep, MicroBatch, Sampled, SequenceEnd, SequenceId, SequenceSpec,
+};
 use std::time::Duration;
 
 /// One message between neighbouring stages.
@@ -12,7 +14,7 @@ use std::time::Duration;
 #[expect(clippy::large_enum_variant, reason = "batches are the many, and they are no small messages either")]
 pub(crate) enum Message {
     /// A new sequence; `stages` have opened it so far.
-    Open { sequence: SequenceId, spec: SequenceSpec, stages: u32 },
+    Open { sequence: SequenceId, spec: SequenceSpec, stages: u32, blocks: BlockPlan },
     /// Tokens on their way through the layers.
     Batch(Batch),
     /// Free the sequence. Back at the first stage it means: free everywhere.
@@ -21,6 +23,14 @@ pub(crate) enum Message {
     Failed { sequence: SequenceId, reason: String },
     /// Every stage has opened the sequence.
     Opened { sequence: SequenceId, stages: u32 },
+    /// Keep one more block of a sequence.
+    Keep { sequence: SequenceId, keep: Keep },
+    /// What becomes of a block.
+    Blocks(BlockOrder),
+    /// A new scheduler: free all blocks, and say what there is room for. Comes round with what all stages said.
+    Reset { capacities: Vec<BlockCapacity> },
+    /// A stage does not have a block that the sequence was to begin with. It is still closed by the first stage.
+    Missing { sequence: SequenceId },
     /// A batch went through all stages.
     Results(Results),
 }
@@ -106,7 +116,18 @@ pub enum DriveCommand {
         prompt: Vec<u32>,
         /// Everything else.
         spec: SequenceSpec,
+        /// What it begins with, and what is kept of it.
+        blocks: BlockPlan,
     },
+    /// Keep one more block of an open sequence. Unknown ones are ignored.
+    Keep {
+        /// Which sequence.
+        sequence: SequenceId,
+        /// Which block.
+        keep: Keep,
+    },
+    /// What becomes of a block, in all stages.
+    Blocks(BlockOrder),
     /// Stop working on it; answered by `Closed`. Unknown sequences are ignored: the end may have crossed the command.
     Cancel {
         /// Which one.
@@ -123,6 +144,23 @@ pub enum DriveEvent {
         sequence: SequenceId,
         /// Tokens at the front of the prompt whose keys and values were there already.
         cached_tokens: usize,
+    },
+    /// What each stage has for blocks of prompts; they have none in memory. Comes once, before any block may be named.
+    Capacity {
+        /// In order.
+        stages: Vec<BlockCapacity>,
+    },
+    /// All stages computed more of a prompt.
+    Progress {
+        /// Which one.
+        sequence: SequenceId,
+        /// Tokens from its first one on.
+        tokens: usize,
+    },
+    /// A stage does not have a block that the sequence was to begin with. `Closed` follows.
+    Missing {
+        /// Which one.
+        sequence: SequenceId,
     },
     /// Tokens of the prompt with their log-probabilities, in order, when asked for.
     Scores {

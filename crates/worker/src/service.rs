@@ -2,12 +2,12 @@
 //!
 //! TLS lets in only the parent's, the neighbour's and the drivers' keys; here each is held to what it may ask.
 
-use crate::compute_thread::LoadShard;
+use crate::compute_thread::{BlockRoom, LoadShard};
 use crate::drive::session::{SESSION_EVENTS, Session};
 use crate::error::Fault;
 use crate::shard_state::{LinkEnd, LoadedShard, ShardState};
 use mlxnode_cluster::PeerKey;
-use mlxnode_compute::{Activation, LayerRange, StageInfo};
+use mlxnode_compute::{Activation, ByteCount, LayerRange, StageInfo};
 use mlxnode_proto::internal::v1 as proto;
 use mlxnode_proto::internal::v1::stage_server::Stage;
 use mlxnode_proto::internal::v1::worker_server::Worker;
@@ -161,6 +161,11 @@ fn shard_from_proto(request: &proto::LoadShardRequest) -> Result<LoadShard, Stat
         context_tokens: spec.context_tokens as usize,
         max_sequences: spec.max_sequences as usize,
         prefill_chunk: spec.prefill_chunk as usize,
+        blocks: request.blocks.as_ref().map(|room| BlockRoom {
+            memory: ByteCount(room.memory_bytes),
+            disk: ByteCount(room.disk_bytes),
+            folder: room.folder.clone().into(),
+        }),
     };
     if shard.layers.is_empty() || shard.layers.end > shard.layer_count {
         let text = format!("layers {} of a model of {} layers", shard.layers, shard.layer_count);

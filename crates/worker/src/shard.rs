@@ -8,8 +8,8 @@
 use crate::error::Fault;
 use crate::message::{Batch, Message, Results, RowResult};
 use mlxnode_compute::{
-    MicroBatch, Row, RowOutput, SequenceEnd, SequenceId, SequenceSpec, Stage, StageError, StageInfo,
-    StepInput,
+    BlockPlan, Keep, MicroBatch, Row, RowOutput, SequenceEnd, SequenceId, SequenceSpec, Stage, StageError,
+    StageInfo, StepInput,
 };
 use std::collections::HashMap;
 use tracing::debug;
@@ -52,7 +52,9 @@ impl Shard {
     /// Works on one message from the stage before, or from the driver. What comes back is for the stage after.
     pub(crate) fn handle(&mut self, message: Message) -> Result<Vec<Message>, Fault> {
         match message {
-            Message::Open { sequence, spec, stages } => Ok(vec![self.open(sequence, spec, stages)?]),
+            Message::Open { sequence, spec, stages, blocks } => {
+                Ok(vec![self.open(sequence, spec, stages, blocks)?])
+            }
             Message::Batch(batch) => self.run(batch),
             Message::Close { sequence } => {
                 if let Some(Sequence::Open(spec)) = self.sequences.remove(&sequence) {
@@ -62,6 +64,18 @@ impl Shard {
                 Ok(vec![Message::Close { sequence }])
             }
             Message::Failed { sequence, reason } => Ok(vec![self.give_up(sequence, reason)]),
+            Message::Missing { sequence } => Ok(vec![self.miss(sequence)]),
+            Message::Keep { sequence, keep } => self.keep(sequence, keep),
+            Message::Blocks(order) => {
+                if let Some(store) = self.stage.blocks() {
+                    store.order(order).map_err(|error| Fault::Device(error.to_string()))?;
+                }
+                Ok(self.handed_on(Message::Blocks(order)))
+            }
+            Message::Reset { mut capacities } => {
+                capacities.push(self.stage.blocks().map(|store| store.reset()).unwrap_or_default());
+                Ok(vec![Message::Reset { capacities }])
+            }
             Message::Opened { .. } | Message::Results(_) => {
                 Err(Fault::Protocol("a message of the ring came down the pipeline".into()))
             }
@@ -75,7 +89,13 @@ impl Shard {
         debug!(trace = trace.id(), sequence = sequence.0, %layers, prompt_tokens = spec.prompt_tokens, "sequence {what}");
     }
 
-    fn open(&mut self, sequence: SequenceId, spec: SequenceSpec, stages: u32) -> Result<Message, Fault> {
+    fn open(
+        &mut self,
+        sequence: SequenceId,
+        spec: SequenceSpec,
+        stages: u32,
+        blocks: BlockPlan,
+    ) -> Result<Message, Fault> {
         if self.sequences.contains_key(&sequence) {
             return Err(Fault::Protocol(format!("sequence {} was opened twice", sequence.0)));
         }
@@ -84,7 +104,8 @@ impl Shard {
             return Err(Fault::Protocol(format!("more than {limit} sequences were opened at once")));
         }
         self.newest = self.newest.max(Some(sequence));
-        match self.stage.open(sequence, spec.clone()) {
+        let opened = self.stage.open(sequence, spec.clone());
+        match opened.and_then(|()| self.begin(sequence, &blocks)) {
             Ok(()) => {
                 self.sequences.insert(sequence, Sequence::Open(Box::new(spec.clone())));
                 let stages = stages.saturating_add(1);
@@ -92,11 +113,44 @@ impl Shard {
                 if self.info.is_last() {
                     Ok(Message::Opened { sequence, stages })
                 } else {
-                    Ok(Message::Open { sequence, spec, stages })
+                    Ok(Message::Open { sequence, spec, stages, blocks })
                 }
             }
+            Err(StageError::MissingBlock(_)) => Ok(self.miss(sequence)),
             Err(error) => self.refuse(sequence, error),
         }
+    }
+
+    /// What the sequence begins with, and what is kept of it.
+    fn begin(&mut self, sequence: SequenceId, plan: &BlockPlan) -> Result<(), StageError> {
+        if plan.is_empty() {
+            return Ok(());
+        }
+        let Some(store) = self.stage.blocks() else {
+            return Err(StageError::Input("this stage keeps no blocks of prompts".to_owned()));
+        };
+        store.begin_with(sequence, &plan.reuse)?;
+        plan.keep.iter().try_for_each(|keep| store.keep(sequence, *keep))
+    }
+
+    fn keep(&mut self, sequence: SequenceId, keep: Keep) -> Result<Vec<Message>, Fault> {
+        let is_open = matches!(self.sequences.get(&sequence), Some(Sequence::Open(_)));
+        if let Some(store) = self.stage.blocks().filter(|_| is_open) {
+            // Only the device can refuse; a block that could not be taken is missing later.
+            store.keep(sequence, keep).map_err(|error| Fault::Device(error.to_string()))?;
+        }
+        Ok(self.handed_on(Message::Keep { sequence, keep }))
+    }
+
+    /// For the next stage, if there is one.
+    fn handed_on(&self, message: Message) -> Vec<Message> {
+        if self.info.is_last() { Vec::new() } else { vec![message] }
+    }
+
+    /// A stage does not have what the sequence was to begin with.
+    fn miss(&mut self, sequence: SequenceId) -> Message {
+        let _ = self.give_up(sequence, String::new());
+        Message::Missing { sequence }
     }
 
     fn run(&mut self, batch: Batch) -> Result<Vec<Message>, Fault> {

@@ -3,6 +3,10 @@
 //! Numbers that are optional in [`Sampling`] travel as zero when absent: a penalty of strength 0 and an XTC of probability 0 change
 //! nothing, so nothing is lost.
 
+use crate::blocks_wire::{
+    block_order_from_proto, block_order_to_proto, block_plan_from_proto, block_plan_to_proto,
+    capacities_from_proto, capacities_to_proto, keep_from_proto, keep_to_proto,
+};
 use crate::message::{DriveCommand, DriveEvent, RowResult, SampledToken, StageTimes};
 use mlxnode_compute::{
     Candidate, Dtype, Grammar, LogprobRequest, Output, Penalty, Sampled, Sampling, SequenceEnd, SequenceId,
@@ -293,10 +297,20 @@ pub fn dtype_from_proto(dtype: i32) -> Result<Dtype, WireError> {
 /// A scheduler's command for the wire.
 pub fn drive_command_to_proto(command: DriveCommand) -> Result<proto::DriveCommand, WireError> {
     let command = match command {
-        DriveCommand::Open { sequence, prompt, spec } => {
+        DriveCommand::Open { sequence, prompt, spec, blocks } => {
             let spec = Some(sequence_spec_to_proto(&spec)?);
-            proto::drive_command::Command::Open(proto::DriveOpen { sequence: sequence.0, prompt, spec })
+            let blocks = block_plan_to_proto(&blocks)?;
+            proto::drive_command::Command::Open(proto::DriveOpen {
+                sequence: sequence.0,
+                prompt,
+                spec,
+                blocks,
+            })
         }
+        DriveCommand::Keep { sequence, keep } => {
+            proto::drive_command::Command::Keep(keep_to_proto(sequence, keep)?)
+        }
+        DriveCommand::Blocks(order) => proto::drive_command::Command::Blocks(block_order_to_proto(order)),
         DriveCommand::Cancel { sequence } => {
             proto::drive_command::Command::Cancel(proto::CloseSequence { sequence: sequence.0 })
         }
@@ -310,7 +324,15 @@ pub fn drive_command_from_proto(command: proto::DriveCommand) -> Result<DriveCom
         proto::drive_command::Command::Open(open) => {
             let spec = open.spec.ok_or(WireError::Missing("the sequence's parameters"))?;
             let spec = sequence_spec_from_proto(spec, open.prompt.len())?;
-            Ok(DriveCommand::Open { sequence: SequenceId(open.sequence), prompt: open.prompt, spec })
+            let (sequence, blocks) = (SequenceId(open.sequence), block_plan_from_proto(open.blocks)?);
+            Ok(DriveCommand::Open { sequence, prompt: open.prompt, spec, blocks })
+        }
+        proto::drive_command::Command::Keep(keep) => {
+            let (sequence, keep) = keep_from_proto(&keep)?;
+            Ok(DriveCommand::Keep { sequence, keep })
+        }
+        proto::drive_command::Command::Blocks(order) => {
+            Ok(DriveCommand::Blocks(block_order_from_proto(order)?))
         }
         proto::drive_command::Command::Cancel(close) => {
             Ok(DriveCommand::Cancel { sequence: SequenceId(close.sequence) })
@@ -326,6 +348,11 @@ pub fn drive_event_to_proto(event: &DriveEvent) -> Result<proto::DriveEvent, Wir
             sequence: sequence.0,
             cached_tokens: number("cached_tokens", *cached_tokens)?,
         }),
+        DriveEvent::Capacity { stages } => Event::Capacities(capacities_to_proto(stages)),
+        DriveEvent::Progress { sequence, tokens } => {
+            Event::Progress(proto::DriveProgress { sequence: sequence.0, tokens: number("tokens", *tokens)? })
+        }
+        DriveEvent::Missing { sequence } => Event::Missing(proto::CloseSequence { sequence: sequence.0 }),
         DriveEvent::Scores { sequence, position, scores } => {
             Event::Scores(scores_to_proto(*sequence, *position, scores)?)
         }
@@ -349,6 +376,11 @@ pub fn drive_event_from_proto(event: proto::DriveEvent) -> Result<DriveEvent, Wi
             sequence: SequenceId(started.sequence),
             cached_tokens: started.cached_tokens as usize,
         },
+        Event::Capacities(capacities) => DriveEvent::Capacity { stages: capacities_from_proto(&capacities)? },
+        Event::Progress(progress) => {
+            DriveEvent::Progress { sequence: SequenceId(progress.sequence), tokens: progress.tokens as usize }
+        }
+        Event::Missing(missing) => DriveEvent::Missing { sequence: SequenceId(missing.sequence) },
         Event::Scores(scores) => {
             let sequence = SequenceId(scores.sequence);
             let (position, scores) = scores_from_proto(scores)?;
@@ -377,6 +409,7 @@ fn short(name: &'static str, length: usize) -> Result<(), WireError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use mlxnode_compute::{BlockCapacity, BlockHash, BlockId, BlockOrder, BlockPlan, ByteCount, Keep};
 
     fn rich_spec() -> SequenceSpec {
         SequenceSpec {
@@ -411,9 +444,22 @@ mod tests {
             grammar: Some(Grammar::JsonObject),
             ..SequenceSpec::new(3, 17, Sampling::default())
         };
+        let keep = Keep { number: 3, block: BlockId(7), checkpoint: true };
         let commands = [
-            DriveCommand::Open { sequence: SequenceId(4), prompt: vec![1, 2, 3], spec: rich_spec() },
-            DriveCommand::Open { sequence: SequenceId(5), prompt: vec![0, 0, 0], spec: greedy },
+            DriveCommand::Open {
+                sequence: SequenceId(4),
+                prompt: vec![1, 2, 3],
+                spec: rich_spec(),
+                blocks: BlockPlan { reuse: vec![BlockId(1)], keep: vec![keep] },
+            },
+            DriveCommand::Keep { sequence: SequenceId(4), keep },
+            DriveCommand::Blocks(BlockOrder::Erase { hash: BlockHash([3; 32]) }),
+            DriveCommand::Open {
+                sequence: SequenceId(5),
+                prompt: vec![0, 0, 0],
+                spec: greedy,
+                blocks: BlockPlan::default(),
+            },
             DriveCommand::Cancel { sequence: SequenceId(u64::MAX) },
         ];
         for command in commands {
@@ -434,6 +480,11 @@ mod tests {
             DriveEvent::Started { sequence, cached_tokens: 256 },
             DriveEvent::Scores { sequence, position: 1, scores: vec![sampled.clone()] },
             DriveEvent::Embedding { sequence, values: vec![0.5, -1.0] },
+            DriveEvent::Capacity {
+                stages: vec![BlockCapacity { memory: ByteCount(5), ..BlockCapacity::default() }; 2],
+            },
+            DriveEvent::Progress { sequence, tokens: 512 },
+            DriveEvent::Missing { sequence },
             DriveEvent::Closed { sequence },
             DriveEvent::Failed { sequence, reason: "why".into() },
         ];

@@ -99,6 +99,7 @@ fn shard(layers: LayerRange, layer_count: usize) -> LoadShard {
         context_tokens: model.context_tokens,
         max_sequences: model.max_sequences,
         prefill_chunk: model.prefill_chunk,
+        blocks: None,
     }
 }
 

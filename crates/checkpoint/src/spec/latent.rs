@@ -96,7 +96,8 @@ impl LatentSpec {
             LatentForm::Expanded => self.heads * (self.query_dims() + self.value_dims),
             LatentForm::Absorbed | LatentForm::AbsorbedJoined => self.latent + self.rotated_dims,
         };
-        own + self.indexer.as_ref().map_or(0, |indexer| indexer.head_dim)
+        // An indexer's keys have one column of no use beside them.
+        own + self.indexer.as_ref().map_or(0, |indexer| indexer.head_dim + 1)
     }
 
     /// Widths of the two vectors that its cache keeps for each head that it keeps, and token.

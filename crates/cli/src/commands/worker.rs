@@ -38,5 +38,9 @@ fn load(
     };
     let grammars = ModelGrammars::new(shard.folder.clone(), checkpoint.spec().vocabulary);
     let stage = EngineStage::load(&checkpoint, shard.layers, options, progress)?;
+    let stage = match &shard.blocks {
+        Some(room) => stage.with_blocks(room.memory, Some((&room.folder, room.disk)))?,
+        None => stage,
+    };
     Ok(Box::new(stage.with_grammars(Box::new(grammars))))
 }

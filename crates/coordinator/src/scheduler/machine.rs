@@ -4,8 +4,10 @@
 //! its memory is free only when the workers say so, and until then nobody gets the place. Strictly first come, first served: a
 //! long request at the head of the queue is never overtaken, so it cannot starve.
 
+use super::reuse::{self, Reuse};
 use super::{DriveEvent, RunError, RunEvent, Statistics};
-use mlxnode_compute::{SequenceEnd, SequenceId, SequenceSpec};
+use crate::prompt_index;
+use mlxnode_compute::{BlockOrder, BlockPlan, Keep, SequenceEnd, SequenceId, SequenceSpec};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
@@ -68,7 +70,18 @@ pub enum Effect {
         prompt: Vec<u32>,
         /// Its parameters.
         spec: SequenceSpec,
+        /// What it begins with, and what is kept of it.
+        blocks: BlockPlan,
     },
+    /// Tell the workers to keep one more block of an open sequence.
+    Keep {
+        /// Its name.
+        sequence: SequenceId,
+        /// Which block.
+        keep: Keep,
+    },
+    /// Tell the workers what becomes of a block.
+    Blocks(BlockOrder),
     /// Tell the workers to stop a sequence.
     Cancel {
         /// Its name.
@@ -102,12 +115,16 @@ pub struct Scheduler {
     next_sequence: u64,
     last_heard: Instant,
     lost: Option<String>,
+    reuse: Reuse,
     effects: Vec<Effect>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Waiting {
     request: RequestId,
+    tenant: String,
+    /// Does another sequence compute what it begins with? As of that version of the index.
+    awaited: Option<(u64, bool)>,
     prompt: Vec<u32>,
     spec: SequenceSpec,
     deadline: Option<Instant>,
@@ -123,10 +140,27 @@ struct Open {
     /// Tokens of the prompt whose scores went to the front.
     scored: usize,
     started: bool,
+    /// Tokens of the prompt that need no work.
+    cached_tokens: usize,
+    /// Until it is known that the workers have the blocks it begins with: what it takes to begin anew.
+    again: Option<Box<Waiting>>,
     deadline: Option<Instant>,
     reserved: usize,
     /// Give the place away then, even if the workers say nothing.
     forget_at: Option<Instant>,
+}
+
+impl Waiting {
+    /// Is it better to wait? Asked at every event, so the answer is kept until the index changes.
+    fn is_awaited(&mut self, reuse: &Reuse) -> bool {
+        let version = reuse.version();
+        if let Some((_, known)) = self.awaited.filter(|(of, _)| *of == version) {
+            return known;
+        }
+        let is_awaited = reuse.is_awaited(&self.tenant, &self.prompt, &self.spec);
+        self.awaited = Some((version, is_awaited));
+        is_awaited
+    }
 }
 
 /// A request whose sequence failed, until it is known whether the pipeline did.
@@ -150,14 +184,29 @@ impl Scheduler {
             next_sequence: 1,
             last_heard: now,
             lost: None,
+            reuse: Reuse::default(),
             effects: Vec::new(),
         }
+    }
+
+    /// With what an earlier scheduler of the same model knew of prompts, see [`Scheduler::stored_prompts`].
+    #[must_use]
+    pub fn with_stored_prompts(mut self, stored: Option<Vec<u8>>) -> Self {
+        self.reuse = Reuse::with_stored(stored);
+        self
+    }
+
+    /// What is known of prompts whose blocks are on the workers' disks, for the next scheduler of the same model. None when there are
+    /// none.
+    pub fn stored_prompts(&self) -> Option<Vec<u8>> {
+        self.reuse.store()
     }
 
     /// A front wants a sequence. `request` must be new; one that is known is left as it is.
     pub fn submit(
         &mut self,
         request: RequestId,
+        tenant: &str,
         prompt: Vec<u32>,
         spec: SequenceSpec,
         deadline: Option<Instant>,
@@ -190,7 +239,8 @@ impl Scheduler {
             return self.take_effects();
         }
         self.waiting_tokens += prompt.len();
-        self.waiting.push_back(Waiting { request, prompt, spec, deadline });
+        let tenant = tenant.to_owned();
+        self.waiting.push_back(Waiting { request, tenant, awaited: None, prompt, spec, deadline });
         self.admit(now);
         self.take_effects()
     }
@@ -209,11 +259,24 @@ impl Scheduler {
         }
         self.last_heard = now;
         match event {
-            DriveEvent::Started { sequence, cached_tokens } => self.started(sequence, cached_tokens),
+            DriveEvent::Capacity { stages } => {
+                let effects = self.reuse.set_capacity(stages);
+                self.tell(effects);
+            }
+            DriveEvent::Started { sequence } => self.begun(sequence),
+            DriveEvent::Progress { sequence, tokens } => {
+                self.started(sequence);
+                let effects = self.reuse.went_through(sequence, tokens);
+                self.tell(effects);
+            }
+            DriveEvent::Missing { sequence } => self.missing(sequence),
             DriveEvent::Scores { sequence, position, scores } => self.scores(sequence, position, scores),
             DriveEvent::Embedding { sequence, values } => self.embedding(sequence, values),
             DriveEvent::Token { sequence, position, sampled, end } => {
+                let token = sampled.token;
                 self.token(sequence, position, sampled, end);
+                let effects = self.reuse.generated(sequence, position, token);
+                self.tell(effects);
             }
             DriveEvent::Lost { reason } => return self.on_driver_lost(&reason),
             DriveEvent::Closed { sequence } => {
@@ -292,6 +355,7 @@ impl Scheduler {
             queued: self.waiting.len(),
             open_sequences: self.open.len(),
             reserved_tokens: self.reserved_tokens,
+            prompts: self.reuse.statistics(),
         }
     }
 
@@ -320,52 +384,93 @@ impl Scheduler {
             && self.reserved_tokens.saturating_add(reserve) <= self.limits.kv_tokens
     }
 
-    /// Opens waiting requests, in order, while there is room. Not while a failure settles: the pipeline may be breaking.
+    /// Opens waiting requests, in order, while there is room. Not while a failure settles: the pipeline may be breaking. Who waits for
+    /// what another sequence is computing lets others pass: it loses nothing by that, as its turn comes when that is done.
     fn admit(&mut self, now: Instant) {
         if !self.failing.is_empty() {
             return;
         }
-        while let Some(next) = self.waiting.front() {
-            let reserved = next.prompt.len() + next.spec.max_tokens;
+        loop {
+            let reuse = &self.reuse;
+            let Some(place) = self.waiting.iter_mut().position(|it| !it.is_awaited(reuse)) else { return };
+            let reserved = self.waiting[place].prompt.len() + self.waiting[place].spec.max_tokens;
             if !self.can_open(reserved) {
                 return;
             }
-            let Some(Waiting { request, prompt, spec, deadline }) = self.waiting.pop_front() else { return };
-            self.waiting_tokens -= prompt.len();
-            if self.open.is_empty() {
-                self.last_heard = now; // the workers owed no word before
-            }
-            let sequence = SequenceId(self.next_sequence);
-            self.next_sequence += 1;
-            self.reserved_tokens += reserved;
-            self.open.insert(
-                sequence,
-                Open {
-                    request: Some(request),
-                    prompt_tokens: prompt.len(),
-                    max_tokens: spec.max_tokens,
-                    emitted: 0,
-                    scored: 0,
-                    started: false,
-                    deadline,
-                    reserved,
-                    forget_at: None,
-                },
-            );
-            self.effects.push(Effect::Open { sequence, prompt, spec });
+            let Some(waiting) = self.waiting.remove(place) else { return };
+            self.waiting_tokens -= waiting.prompt.len();
+            self.open(waiting, reserved, now);
         }
     }
 
-    fn started(&mut self, sequence: SequenceId, cached_tokens: usize) {
+    fn open(&mut self, waiting: Waiting, reserved: usize, now: Instant) {
+        if self.open.is_empty() {
+            self.last_heard = now; // the workers owed no word before
+        }
+        let sequence = SequenceId(self.next_sequence);
+        self.next_sequence += 1;
+        self.reserved_tokens += reserved;
+        let (blocks, effects) = self.reuse.begin(sequence, &waiting.tenant, &waiting.prompt, &waiting.spec);
+        self.tell(effects);
+        let again = (!blocks.reuse.is_empty()).then(|| Box::new(waiting.clone()));
+        let Waiting { request, prompt, spec, deadline, .. } = waiting;
+        let open = Open {
+            request: Some(request),
+            prompt_tokens: prompt.len(),
+            max_tokens: spec.max_tokens,
+            emitted: 0,
+            scored: 0,
+            started: false,
+            cached_tokens: blocks.cached_tokens(),
+            deadline,
+            reserved,
+            forget_at: None,
+            again,
+        };
+        self.open.insert(sequence, open);
+        self.effects.push(Effect::Open { sequence, prompt, spec, blocks });
+    }
+
+    /// Passes on what the index says.
+    fn tell(&mut self, effects: reuse::Effects) {
+        self.effects.extend(effects.into_iter().map(|effect| match effect {
+            prompt_index::Effect::Keep { sequence, keep } => Effect::Keep { sequence, keep },
+            prompt_index::Effect::Order(order) => Effect::Blocks(order),
+        }));
+    }
+
+    /// A stage does not have what the sequence was to begin with: it waits once more, before all others, and is computed from its first
+    /// token, or from what is left.
+    fn missing(&mut self, sequence: SequenceId) {
+        let effects = self.reuse.missed(sequence);
+        self.tell(effects);
         let Some(open) = self.open.get_mut(&sequence) else { return };
+        let (Some(_), Some(again)) = (open.request, open.again.take()) else { return };
+        open.request = None;
+        self.waiting_tokens += again.prompt.len();
+        self.waiting.push_front(*again);
+    }
+
+    /// The first step of a sequence entered the pipeline. Whoever begins with blocks is started when a result comes: then all stages
+    /// have them.
+    fn begun(&mut self, sequence: SequenceId) {
+        if self.open.get(&sequence).is_some_and(|open| open.again.is_none()) {
+            self.started(sequence);
+        }
+    }
+
+    fn started(&mut self, sequence: SequenceId) {
+        let Some(open) = self.open.get_mut(&sequence) else { return };
+        open.again = None;
         let Some(request) = open.request else { return };
         if !std::mem::replace(&mut open.started, true) {
+            let cached_tokens = open.cached_tokens;
             self.effects.push(Effect::Emit { request, event: RunEvent::Started { cached_tokens } });
         }
     }
 
     fn scores(&mut self, sequence: SequenceId, position: usize, scores: Vec<mlxnode_compute::Sampled>) {
-        self.started(sequence, 0);
+        self.started(sequence);
         let Some(open) = self.open.get_mut(&sequence) else { return };
         let Some(request) = open.request else { return };
         // The token at 0 has no score. The front's channel has room for one event per token, so more than that are not passed on.
@@ -382,7 +487,7 @@ impl Scheduler {
     }
 
     fn embedding(&mut self, sequence: SequenceId, values: Vec<f32>) {
-        self.started(sequence, 0);
+        self.started(sequence);
         let Some(request) = self.open.get_mut(&sequence).and_then(|open| open.request.take()) else { return };
         self.effects.push(Effect::Emit { request, event: RunEvent::Embedding(values) });
         self.end(request, Ok(SequenceEnd::Length));
@@ -395,7 +500,7 @@ impl Scheduler {
         sampled: mlxnode_compute::Sampled,
         end: Option<SequenceEnd>,
     ) {
-        self.started(sequence, 0);
+        self.started(sequence);
         let Some(open) = self.open.get_mut(&sequence) else { return };
         let Some(request) = open.request else { return };
         let expected = open.prompt_tokens + open.emitted;
@@ -452,6 +557,8 @@ impl Scheduler {
     }
 
     fn free(&mut self, sequence: SequenceId) {
+        let effects = self.reuse.end(sequence);
+        self.tell(effects);
         if let Some(open) = self.open.remove(&sequence) {
             self.reserved_tokens -= open.reserved;
         }

@@ -12,6 +12,7 @@
 //! they have at once, so that the reserved KV memory is never exceeded.
 
 mod machine;
+mod reuse;
 mod stream;
 mod task;
 
@@ -19,7 +20,10 @@ pub use machine::{Effect, Limits, RequestId, Scheduler};
 pub use stream::{RunRequest, RunStream};
 pub use task::{Drive, Ended, SchedulerHandle, SchedulerTask, start};
 
-use mlxnode_compute::{Sampled, SequenceEnd, SequenceId, SequenceSpec};
+use crate::prompt_index;
+use mlxnode_compute::{
+    BlockCapacity, BlockOrder, BlockPlan, Keep, Sampled, SequenceEnd, SequenceId, SequenceSpec,
+};
 
 /// What the scheduler tells the first worker.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,7 +37,18 @@ pub enum DriveCommand {
         prompt: Vec<u32>,
         /// `prompt_tokens` is the prompt's length.
         spec: SequenceSpec,
+        /// What it begins with, and what is kept of it.
+        blocks: BlockPlan,
     },
+    /// Keep one more block of an open sequence, as soon as its tokens went through.
+    Keep {
+        /// Its name.
+        sequence: SequenceId,
+        /// Which block.
+        keep: Keep,
+    },
+    /// What becomes of a block, in all stages.
+    Blocks(BlockOrder),
     /// Stop working on a sequence; answered by [`DriveEvent::Closed`].
     Cancel {
         /// Its name.
@@ -45,12 +60,27 @@ pub enum DriveCommand {
 /// (which `Closed` may follow).
 #[derive(Clone, Debug, PartialEq)]
 pub enum DriveEvent {
+    /// What each stage has for blocks. They have none in memory. Comes once; sequences that were opened before begin with none.
+    Capacity {
+        /// In order.
+        stages: Vec<BlockCapacity>,
+    },
     /// The first chunk of the prompt entered the pipeline.
     Started {
         /// Whose.
         sequence: SequenceId,
-        /// Tokens of the prompt that need no work, because their keys and values are there already.
-        cached_tokens: usize,
+    },
+    /// All stages computed more of a prompt.
+    Progress {
+        /// Whose.
+        sequence: SequenceId,
+        /// Tokens from its first one on.
+        tokens: usize,
+    },
+    /// A stage did not have a block that the sequence was to begin with. `Closed` follows.
+    Missing {
+        /// Whose.
+        sequence: SequenceId,
     },
     /// Tokens of the prompt with their log-probabilities, in order.
     Scores {
@@ -171,4 +201,6 @@ pub struct Statistics {
     pub open_sequences: usize,
     /// KV tokens that these reserve.
     pub reserved_tokens: usize,
+    /// What is remembered of prompts.
+    pub prompts: prompt_index::Statistics,
 }

@@ -7,8 +7,10 @@ use super::machine::{Effect, Limits, RequestId, Scheduler};
 use super::stream::{Cancelled, RunRequest, RunStream};
 use super::{DriveCommand, DriveEvent, RunError, RunEvent, Statistics};
 use std::collections::{HashMap, VecDeque};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -59,8 +61,10 @@ struct Submission {
 /// Submissions on their way to the task. More than that at once means that it does not keep up, and they are refused.
 const INBOX: usize = 256;
 
-/// Starts a scheduler for a linked replica.
-pub fn start(limits: Limits, drive: Drive) -> (SchedulerHandle, SchedulerTask) {
+/// Starts a scheduler for a linked replica. `prompts` is the file for what is known of prompts whose blocks are on the workers' disks: it
+/// is read now and written in the end and now and then. A file that cannot be read or written only means that those prompts are computed
+/// anew some day.
+pub fn start(limits: Limits, drive: Drive, prompts: Option<PathBuf>) -> (SchedulerHandle, SchedulerTask) {
     let (inbox, submissions) = mpsc::channel(INBOX);
     let (statistics_sender, statistics) = watch::channel(Statistics::default());
     let (stop, stopped) = watch::channel(false);
@@ -72,6 +76,8 @@ pub fn start(limits: Limits, drive: Drive) -> (SchedulerHandle, SchedulerTask) {
         stopped,
         drive,
         machine: Scheduler::new(limits, Instant::now().into_std()),
+        prompts,
+        stored: None,
         fronts: HashMap::new(),
         commands: VecDeque::new(),
         statistics: statistics_sender,
@@ -149,10 +155,17 @@ struct Task {
     drive: Drive,
     machine: Scheduler,
     fronts: HashMap<RequestId, mpsc::Sender<Result<RunEvent, RunError>>>,
-    /// Not yet taken by the driver: at most an open and a cancel for each sequence.
+    /// Not yet taken by the driver: at most an open and a cancel for each sequence, and what becomes of each block.
     commands: VecDeque<DriveCommand>,
     statistics: watch::Sender<Statistics>,
+    /// The file of prompts.
+    prompts: Option<PathBuf>,
+    /// What it was last written with: blocks on the disk, and when.
+    stored: Option<(usize, Instant)>,
 }
+
+/// How often the file of prompts is written at most. What a crash loses of it is computed anew.
+const STORE_EVERY: Duration = Duration::from_secs(30);
 
 /// What happened next.
 #[expect(clippy::large_enum_variant, reason = "one exists at a time, on the stack")]
@@ -170,6 +183,13 @@ struct DriverGone;
 
 impl Task {
     async fn run(mut self) -> Ended {
+        self.machine = self.machine.with_stored_prompts(read(self.prompts.as_deref()).await);
+        let ended = self.serve().await;
+        self.store().await;
+        ended
+    }
+
+    async fn serve(&mut self) -> Ended {
         const DRIVER_GONE: &str = "the connection to its workers ended";
         let mut inbox_is_open = true;
         loop {
@@ -183,7 +203,7 @@ impl Task {
                 Input::Submission(Some(submission)) if submission.events.is_closed() => continue,
                 Input::Submission(Some(Submission { request, run, events })) => {
                     self.fronts.insert(request, events);
-                    self.machine.submit(request, run.prompt, run.spec, run.deadline, now())
+                    self.machine.submit(request, &run.tenant, run.prompt, run.spec, run.deadline, now())
                 }
                 Input::Submission(None) => {
                     inbox_is_open = false;
@@ -205,6 +225,39 @@ impl Task {
             if !inbox_is_open && self.fronts.is_empty() {
                 return Ended::Stopped;
             }
+            self.store_now_and_then().await;
+        }
+    }
+
+    async fn store_now_and_then(&mut self) {
+        if self.prompts.is_none() {
+            return;
+        }
+        let blocks = self.machine.statistics().prompts.blocks_on_disk;
+        let is_due = match self.stored {
+            Some((stored, at)) => stored != blocks && at.elapsed() >= STORE_EVERY,
+            None => blocks > 0,
+        };
+        if is_due {
+            self.store().await;
+        }
+    }
+
+    /// Writes the file of prompts beside its place first, so that it is there as a whole or not at all.
+    async fn store(&mut self) {
+        let Some(path) = &self.prompts else { return };
+        let Some(bytes) = self.machine.stored_prompts() else { return };
+        self.stored = Some((self.machine.statistics().prompts.blocks_on_disk, Instant::now()));
+        let unfinished = path.with_extension("unfinished");
+        let written = async {
+            if let Some(folder) = path.parent() {
+                tokio::fs::create_dir_all(folder).await?;
+            }
+            tokio::fs::write(&unfinished, bytes).await?;
+            tokio::fs::rename(&unfinished, path).await
+        };
+        if let Err(error) = written.await {
+            debug!(%error, "the index of prompts is not written");
         }
     }
 
@@ -235,9 +288,13 @@ impl Task {
     fn apply(&mut self, effects: Vec<Effect>) {
         for effect in effects {
             match effect {
-                Effect::Open { sequence, prompt, spec } => {
-                    self.commands.push_back(DriveCommand::Open { sequence, prompt, spec });
+                Effect::Open { sequence, prompt, spec, blocks } => {
+                    self.commands.push_back(DriveCommand::Open { sequence, prompt, spec, blocks });
                 }
+                Effect::Keep { sequence, keep } => {
+                    self.commands.push_back(DriveCommand::Keep { sequence, keep });
+                }
+                Effect::Blocks(order) => self.commands.push_back(DriveCommand::Blocks(order)),
                 Effect::Cancel { sequence } => self.commands.push_back(DriveCommand::Cancel { sequence }),
                 Effect::Emit { request, event } => {
                     if let Some(front) = self.fronts.get(&request) {
@@ -258,6 +315,16 @@ impl Task {
         self.statistics.send_if_modified(|old| std::mem::replace(old, statistics) != statistics);
     }
 }
+
+/// The file of prompts, if there is one of a size that makes sense.
+async fn read(path: Option<&Path>) -> Option<Vec<u8>> {
+    let path = path?;
+    let size = tokio::fs::metadata(path).await.ok()?.len();
+    if size > LARGEST_STORE { None } else { tokio::fs::read(path).await.ok() }
+}
+
+/// 64 MiB are sixty thousand blocks, which is fifteen million tokens.
+const LARGEST_STORE: u64 = 64 << 20;
 
 fn now() -> std::time::Instant {
     Instant::now().into_std()

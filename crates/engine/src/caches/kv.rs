@@ -12,6 +12,10 @@
 //! used up; then the window and a reserve, so that a few tokens can be taken back, move to a new buffer. With a limit on tokens the
 //! slots are a ring behind the kept first tokens, as in mlx-lm.
 
+mod stretch;
+
+pub(crate) use stretch::KvStretch;
+
 use super::lanes::{Lanes, runs};
 use super::planes::Planes;
 use super::ring::Ring;

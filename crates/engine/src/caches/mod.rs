@@ -9,7 +9,7 @@ mod planes;
 mod ring;
 mod states;
 
-pub(crate) use kv::{Chunk, Contents, KvCache, Order, Seen, Stored};
+pub(crate) use kv::{Chunk, Contents, KvCache, KvStretch, Order, Seen, Stored};
 pub(crate) use lanes::{Lanes, Part};
 pub(crate) use planes::Planes;
 pub(crate) use ring::Ring;

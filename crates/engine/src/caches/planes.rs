@@ -59,6 +59,11 @@ impl Planes {
         self.each(|array| device.zeros(&[array.dim(0), array.dim(1), slots, array.dim(3)], array.dtype()))
     }
 
+    /// One lane in memory of its own: a slice would keep the whole buffer alive.
+    pub(crate) fn copied(&self, device: &Device, lane: i32) -> Result<Self> {
+        self.each(|array| copied(device, &lane_of(device, array, lane)?))
+    }
+
     /// One after the other along the slots. All must be of one kind.
     pub(crate) fn joined(device: &Device, parts: &[Self]) -> Result<Self> {
         let [first, rest @ ..] = parts else { return Ok(Self::default()) };
@@ -145,6 +150,27 @@ impl Planes {
     fn each(&self, mut change: impl FnMut(&Array) -> Result<Array>) -> Result<Self> {
         Ok(Self { arrays: self.arrays.iter().map(&mut change).collect::<Result<_>>()? })
     }
+}
+
+/// One of the lanes that lie along the first axis.
+pub(super) fn lane_of(device: &Device, array: &Array, lane: i32) -> Result<Array> {
+    match array.dim(0) {
+        1 => Ok(array.clone()),
+        _ => device.slice_axis(array, 0, lane, lane + 1, 1),
+    }
+}
+
+/// The same elements in memory of their own: two halves put together, since MLX has no copy that always is one (writing all of an array
+/// anew gives what was written, and what is contiguous already stays where it is).
+pub(super) fn copied(device: &Device, array: &Array) -> Result<Array> {
+    let shape = array.shape();
+    let Some(axis) = shape.iter().position(|size| *size > 1) else { return device.contiguous(array) };
+    let middle = shape[axis] / 2;
+    let halves = [
+        device.slice_axis(array, axis, 0, middle, 1)?,
+        device.slice_axis(array, axis, middle, shape[axis], 1)?,
+    ];
+    device.concatenate(&halves, axis as i32)
 }
 
 /// Slots `start..stop` of `[1, heads, slots, width]`.

@@ -1,6 +1,7 @@
 //! The states of a recurrent mixer: arrays that are replaced at each step, such as the last inputs of a convolution.
 
 use super::lanes::{are_alike, runs};
+use super::planes::{copied, lane_of};
 use mlxnode_mlx::{Array, Device, Result};
 
 /// Arrays of a fixed size, whatever the number of tokens; none before the first token. Their meaning is the mixer's.
@@ -34,6 +35,18 @@ impl States {
     /// What a file held, after `tokens` tokens.
     pub(crate) fn of(arrays: Vec<Array>, tokens: i32) -> Self {
         Self { now: Snapshot { arrays, tokens }, before: None }
+    }
+
+    /// Copies of a lane's arrays as they were after `tokens` tokens of the longest one, which share no memory with these; None when
+    /// that was before the last step.
+    pub(crate) fn copied_at(&self, device: &Device, tokens: i32, lane: i32) -> Result<Option<Vec<Array>>> {
+        let snapshot = match &self.before {
+            Some(before) if before.tokens == tokens => before,
+            _ if self.now.tokens == tokens || self.now.arrays.is_empty() => &self.now,
+            _ => return Ok(None),
+        };
+        let copies = snapshot.arrays.iter().map(|array| copied(device, &lane_of(device, array, lane)?));
+        copies.collect::<Result<_>>().map(Some)
     }
 
     /// Can all tokens from position `tokens` on be forgotten?

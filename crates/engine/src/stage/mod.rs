@@ -6,8 +6,10 @@
 //!
 //! - [`sequence`]: what is kept of an open sequence
 //! - [`step`]: a micro-batch on its way through the layers
+//! - [`blocks`]: what outlives sequences
 //! - [`scores`]: what is made of prompts themselves
 
+mod blocks;
 mod scores;
 mod sequence;
 mod step;
@@ -15,14 +17,15 @@ mod step;
 use self::scores::{Scoring, VectorSum};
 use self::sequence::{Constraint, Purpose, Sampling, Sequence};
 use self::step::Queued;
+use crate::blocks::Blocks;
 use crate::cache_pool::CachePool;
 use crate::loader::LoadError;
 use crate::model::Model;
 use crate::sampler::Sampler;
 use mlxnode_checkpoint::Checkpoint;
 use mlxnode_compute::{
-    BatchOutput, ByteCount, CacheOptions, Grammar, GrammarError, Grammars, LayerRange, MicroBatch, Output,
-    SequenceId, SequenceSpec, Stage, StageError, StageInfo, StageMemory, Step,
+    BatchOutput, BlockStore, ByteCount, CacheOptions, Grammar, GrammarError, Grammars, LayerRange,
+    MicroBatch, Output, SequenceId, SequenceSpec, Stage, StageError, StageInfo, StageMemory, Step,
 };
 use mlxnode_mlx::Error;
 use std::collections::HashMap;
@@ -56,6 +59,7 @@ pub struct EngineStage {
     /// The step that was queued before anybody asked for it.
     queued: Option<Queued>,
     grammars: Option<Box<dyn Grammars>>,
+    blocks: Blocks,
     /// Steps done.
     steps: u64,
 }
@@ -78,7 +82,16 @@ impl EngineStage {
         }
         let caches = CachePool::new(model.decoder.joins());
         let sequences = HashMap::new();
-        Self { model, options, sequences, caches, queued: None, grammars: None, steps: 0 }
+        Self {
+            model,
+            options,
+            sequences,
+            caches,
+            queued: None,
+            grammars: None,
+            blocks: Blocks::default(),
+            steps: 0,
+        }
     }
 
     /// With grammars for the model's tokenizer; without them a sequence with a grammar is refused.
@@ -154,6 +167,8 @@ impl Stage for EngineStage {
             max_tokens: spec.max_tokens,
             purpose,
             scoring: spec.prompt_logprobs.filter(|_| is_last).map(Scoring::new),
+            ids: Vec::new(),
+            keeps: Vec::new(),
         };
         self.sequences.insert(id, sequence);
         Ok(())
@@ -162,6 +177,9 @@ impl Stage for EngineStage {
     fn run(&mut self, batch: &MicroBatch) -> Result<BatchOutput, StageError> {
         let has_chunk = batch.rows.iter().any(|row| row.tokens.len() > 1);
         let output = self.run_rows(batch)?;
+        for row in &batch.rows {
+            self.take_blocks(row.sequence)?;
+        }
         self.clean_up(has_chunk)?;
         Ok(output)
     }
@@ -169,6 +187,10 @@ impl Stage for EngineStage {
     fn close(&mut self, id: SequenceId) {
         self.sequences.remove(&id);
         self.caches.remove(id);
+    }
+
+    fn blocks(&mut self) -> Option<&mut dyn BlockStore> {
+        Some(self)
     }
 
     fn memory(&self) -> StageMemory {

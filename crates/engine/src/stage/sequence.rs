@@ -2,7 +2,7 @@
 
 use super::scores::{Scoring, VectorSum};
 use crate::sampler::Sampler;
-use mlxnode_compute::{GrammarError, SequenceId, TokenConstraint};
+use mlxnode_compute::{GrammarError, Keep, SequenceId, TokenConstraint};
 use mlxnode_mlx::{Array, Device, Error};
 
 /// An open sequence.
@@ -17,6 +17,10 @@ pub(super) struct Sequence {
     pub(super) purpose: Option<Purpose>,
     /// On the last stage, while the prompt's tokens are to be scored.
     pub(super) scoring: Option<Scoring>,
+    /// The ids that went through, for the blocks that are kept.
+    pub(super) ids: Vec<u32>,
+    /// Blocks to keep once their tokens went through.
+    pub(super) keeps: Vec<Keep>,
 }
 
 /// What comes out of a sequence.
@@ -72,6 +76,7 @@ impl Sequence {
     pub(super) fn advance(&mut self, tokens: &[u32]) -> Result<(), GrammarError> {
         let start = self.position;
         self.position += tokens.len();
+        self.ids.extend_from_slice(tokens);
         let prompt = self.prompt;
         let Some(sampling) = self.sampling_mut() else { return Ok(()) };
         sampling.remember(tokens);

@@ -12,8 +12,10 @@
 
 use super::pace::{Load, Pace, Room};
 use crate::message::{Batch, DriveCommand, DriveEvent, Message, Results, RowResult, SampledToken};
-use mlxnode_compute::{MicroBatch, Output, Row, SequenceId, SequenceSpec, StepInput};
-use std::collections::{BTreeMap, VecDeque};
+use mlxnode_compute::{
+    BLOCK_TOKENS, BlockPlan, Keep, MicroBatch, Output, Row, SequenceId, SequenceSpec, StepInput,
+};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// What the replica has room for.
 #[derive(Clone, Copy, Debug)]
@@ -46,6 +48,8 @@ pub(crate) struct Driver {
     may_follow: bool,
     pace: Pace,
     events: VecDeque<DriveEvent>,
+    /// Schedulers that came and that the stages have not all heard of.
+    resets: usize,
 }
 
 /// A batch in the pipeline.
@@ -62,6 +66,14 @@ struct Sequence {
     prompt: Vec<u32>,
     /// Tokens that entered the pipeline; where the next step begins.
     entered: usize,
+    /// Tokens that need no work.
+    cached: usize,
+    /// Its first chunk is on its way.
+    has_started: bool,
+    /// Blocks of its prompt that the scheduler knows to be through.
+    progress: usize,
+    /// Where a chunk must end, because states are kept there.
+    borders: BTreeSet<usize>,
     /// Nothing is sampled.
     is_embedded: bool,
     /// A row that will be sampled is on its way.
@@ -75,6 +87,15 @@ enum Phase {
     Prefilling,
     Decoding,
     Closing,
+}
+
+impl Sequence {
+    /// A block of it is kept.
+    fn note(&mut self, keep: &Keep) {
+        if keep.checkpoint {
+            self.borders.insert(keep.number.saturating_add(1).saturating_mul(BLOCK_TOKENS));
+        }
+    }
 }
 
 /// The scheduler or the last stage did what cannot be: the pipeline's state is not what this one believes.
@@ -110,13 +131,28 @@ impl Driver {
             may_follow: false,
             pace: Pace::default(),
             events: VecDeque::new(),
+            resets: 0,
         }
     }
 
     /// Takes the scheduler's command.
     pub(crate) fn command(&mut self, command: DriveCommand) -> Result<(), Violation> {
         match command {
-            DriveCommand::Open { sequence, prompt, spec } => self.open(sequence, prompt, spec),
+            DriveCommand::Open { sequence, prompt, spec, blocks } => {
+                self.open(sequence, prompt, spec, blocks)
+            }
+            DriveCommand::Keep { sequence, keep } => {
+                let state = self.sequences.get_mut(&sequence);
+                if let Some(state) = state.filter(|state| state.phase != Phase::Closing) {
+                    state.note(&keep);
+                    self.controls.push_back(Message::Keep { sequence, keep });
+                }
+                Ok(())
+            }
+            DriveCommand::Blocks(order) => {
+                self.controls.push_back(Message::Blocks(order));
+                Ok(())
+            }
             DriveCommand::Cancel { sequence } => {
                 self.close(sequence);
                 Ok(())
@@ -139,9 +175,29 @@ impl Driver {
                 self.stages = (stages as usize).clamp(1, 1024);
                 Ok(())
             }
+            Message::Missing { sequence } => {
+                self.known("a missing block", sequence)?;
+                self.missing(sequence);
+                Ok(())
+            }
+            Message::Reset { capacities } => {
+                self.resets = self.resets.saturating_sub(1);
+                // Only what the last scheduler asked for is for it.
+                if self.resets == 0 {
+                    self.events.push_back(DriveEvent::Capacity { stages: capacities });
+                }
+                Ok(())
+            }
+            Message::Keep { .. } | Message::Blocks(_) => Err(Violation::Direction("an order for a block")),
             Message::Open { .. } => Err(Violation::Direction("a new sequence")),
             Message::Batch(_) => Err(Violation::Direction("a batch")),
         }
+    }
+
+    /// A scheduler comes: the blocks of the one before mean nothing to it.
+    pub(crate) fn welcome(&mut self) {
+        self.resets += 1;
+        self.controls.push_back(Message::Reset { capacities: Vec::new() });
     }
 
     /// The next message for the pipeline, if any may enter now. Call until `None` after every command, message and taken event.
@@ -196,11 +252,17 @@ impl Driver {
         self.flights.clear();
     }
 
-    fn open(&mut self, sequence: SequenceId, prompt: Vec<u32>, spec: SequenceSpec) -> Result<(), Violation> {
+    fn open(
+        &mut self,
+        sequence: SequenceId,
+        prompt: Vec<u32>,
+        spec: SequenceSpec,
+        blocks: BlockPlan,
+    ) -> Result<(), Violation> {
         if self.sequences.contains_key(&sequence) {
             return Err(Violation::OpenedTwice(sequence.0));
         }
-        if let Err(reason) = self.check(&prompt, &spec) {
+        if let Err(reason) = self.check(&prompt, &spec, &blocks) {
             self.events.push_back(DriveEvent::Failed { sequence, reason });
             self.events.push_back(DriveEvent::Closed { sequence });
             return Ok(());
@@ -209,24 +271,35 @@ impl Driver {
         let max_tokens = spec.max_tokens.min(room);
         let spec = SequenceSpec { prompt_tokens: prompt.len(), max_tokens, ..spec };
         let spec_is_embedded = spec.output == Output::Embedding;
-        self.controls.push_back(Message::Open { sequence, spec, stages: 0 });
-        self.prefilling.push_back(sequence);
-        let state = Sequence {
+        let entered = blocks.cached_tokens();
+        let mut state = Sequence {
             phase: Phase::Prefilling,
             prompt,
-            entered: 0,
+            entered,
+            cached: entered,
+            has_started: false,
+            progress: entered / BLOCK_TOKENS,
+            borders: BTreeSet::new(),
             is_embedded: spec_is_embedded,
             awaits_token: false,
             orphaned: false,
         };
+        blocks.keep.iter().for_each(|keep| state.note(keep));
+        self.controls.push_back(Message::Open { sequence, spec, stages: 0, blocks });
+        self.prefilling.push_back(sequence);
         self.sequences.insert(sequence, state);
         Ok(())
     }
 
-    fn check(&self, prompt: &[u32], spec: &SequenceSpec) -> Result<(), String> {
+    fn check(&self, prompt: &[u32], spec: &SequenceSpec, blocks: &BlockPlan) -> Result<(), String> {
         let limits = &self.limits;
         if prompt.is_empty() {
             return Err("the prompt has no tokens".into());
+        }
+        if blocks.cached_tokens() >= prompt.len() {
+            return Err(
+                "the sequence begins with blocks of its whole prompt, which leaves nothing to compute".into(),
+            );
         }
         if spec.max_tokens == 0 {
             return Err("max_tokens is 0, but must be 1 or more".into());
@@ -332,11 +405,13 @@ impl Driver {
             && let Some(sequence) = self.prefilling.pop_front()
         {
             let Some(state) = self.sequences.get_mut(&sequence) else { continue };
-            let end = state.prompt.len().min(state.entered.saturating_add(room));
+            let border = state.borders.range(state.entered + 1..).next().copied().unwrap_or(usize::MAX);
+            let end = state.prompt.len().min(state.entered.saturating_add(room)).min(border);
             let (position, sample) = (state.entered, end == state.prompt.len());
             let tokens = state.prompt[position..end].to_vec();
-            if position == 0 {
-                self.events.push_back(DriveEvent::Started { sequence, cached_tokens: 0 });
+            if !std::mem::replace(&mut state.has_started, true) {
+                let cached_tokens = state.cached;
+                self.events.push_back(DriveEvent::Started { sequence, cached_tokens });
             }
             room -= tokens.len();
             state.entered = end;
@@ -403,6 +478,10 @@ impl Driver {
             self.events.push_back(DriveEvent::Scores { sequence, position: position - scores.len(), scores });
         }
         let is_last = state.awaits_token && position == state.entered;
+        if !is_last && position / BLOCK_TOKENS > state.progress {
+            state.progress = position / BLOCK_TOKENS;
+            self.events.push_back(DriveEvent::Progress { sequence, tokens: position });
+        }
         match (token, embedding) {
             (None, None) if is_last => return kind("nothing"),
             (None, None) => {}
@@ -427,6 +506,13 @@ impl Driver {
     fn fail(&mut self, sequence: SequenceId, reason: String) {
         if self.sequences.get(&sequence).is_some_and(|state| state.phase != Phase::Closing) {
             self.events.push_back(DriveEvent::Failed { sequence, reason });
+            self.close(sequence);
+        }
+    }
+
+    fn missing(&mut self, sequence: SequenceId) {
+        if self.sequences.get(&sequence).is_some_and(|state| state.phase != Phase::Closing) {
+            self.events.push_back(DriveEvent::Missing { sequence });
             self.close(sequence);
         }
     }

@@ -97,6 +97,7 @@ pub(crate) async fn run(
                         driver.cancel_all();
                         let _ = old.events.try_send(Err(Status::aborted("another scheduler took over")));
                     }
+                    driver.welcome();
                 }
             },
             command = next_command(&mut session), if session.is_some() && driver.accepts_commands() => {

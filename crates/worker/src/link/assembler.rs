@@ -1,6 +1,9 @@
 //! Frames back into messages, checked against what this stage expects. What does not fit strikes the sender.
 
 use super::FRAME_BYTES;
+use crate::blocks_wire::{
+    block_order_from_proto, block_plan_from_proto, capacities_from_proto, keep_from_proto,
+};
 use crate::message::{Batch, Message, Results};
 use crate::wire::{
     WireError, dtype_from_proto, row_result_from_proto, sequence_spec_from_proto, times_from_proto,
@@ -101,7 +104,21 @@ impl Assembler {
             (Body::Open(open), Direction::Down) => {
                 let spec = open.spec.ok_or(WireError::Missing("the sequence's parameters"))?;
                 let spec = sequence_spec_from_proto(spec, open.prompt_tokens as usize)?;
-                Ok(Some(Message::Open { sequence: SequenceId(open.sequence), spec, stages: open.stages }))
+                let (sequence, blocks) = (SequenceId(open.sequence), block_plan_from_proto(open.blocks)?);
+                Ok(Some(Message::Open { sequence, spec, stages: open.stages, blocks }))
+            }
+            (Body::Keep(keep), Direction::Down) => {
+                let (sequence, keep) = keep_from_proto(&keep)?;
+                Ok(Some(Message::Keep { sequence, keep }))
+            }
+            (Body::Blocks(order), Direction::Down) => {
+                Ok(Some(Message::Blocks(block_order_from_proto(order)?)))
+            }
+            (Body::Capacities(capacities), _) => {
+                Ok(Some(Message::Reset { capacities: capacities_from_proto(&capacities)? }))
+            }
+            (Body::Missing(missing), _) => {
+                Ok(Some(Message::Missing { sequence: SequenceId(missing.sequence) }))
             }
             (Body::Batch(frame), Direction::Down) => self.begin_batch(frame),
             (Body::Close(close), _) => Ok(Some(Message::Close { sequence: SequenceId(close.sequence) })),
@@ -114,6 +131,9 @@ impl Assembler {
                 Ok(Some(Message::Opened { sequence, stages }))
             }
             (Body::Results(results), Direction::Ring) => self.results(results).map(Some),
+            (Body::Keep(_) | Body::Blocks(_), Direction::Ring) => {
+                Err(FrameError::Direction("an order for a block"))
+            }
             (Body::Open(_), Direction::Ring) => Err(FrameError::Direction("a new sequence")),
             (Body::Batch(_), Direction::Ring) => Err(FrameError::Direction("a batch")),
             (Body::Opened(_), Direction::Down) => Err(FrameError::Direction("an opened sequence")),
@@ -238,7 +258,10 @@ mod tests {
     use super::super::Frames;
     use super::*;
     use crate::message::{RowResult, StageTimes};
-    use mlxnode_compute::{Sampled, SequenceEnd, SequenceSpec};
+    use mlxnode_compute::{
+        BlockCapacity, BlockHash, BlockId, BlockOrder, BlockPlan, ByteCount, Keep, Sampled, SequenceEnd,
+        SequenceSpec,
+    };
     use std::time::Duration;
 
     const PLAN: LinkPlan = LinkPlan {
@@ -298,9 +321,28 @@ mod tests {
         let rows = vec![row(token, scores, None), row(None, vec![], Some(vec![0.5]))];
         let times = vec![StageTimes::default(); 3];
         let none = MicroBatch { rows: vec![], input: StepInput::Tokens };
-        let both = [Message::Close { sequence }, Message::Failed { sequence, reason: "full".into() }];
+        let keep = Keep { number: 2, block: BlockId(9), checkpoint: true };
+        let hash = BlockHash([5; 32]);
+        let capacity =
+            BlockCapacity { block: ByteCount(3), fingerprint: [7; 32], ..BlockCapacity::default() };
+        let both = [
+            Message::Missing { sequence },
+            Message::Reset { capacities: vec![capacity; 2] },
+            Message::Close { sequence },
+            Message::Failed { sequence, reason: "full".into() },
+        ];
         let down = [
-            Message::Open { sequence, spec, stages: 1 },
+            Message::Open {
+                sequence,
+                spec,
+                stages: 1,
+                blocks: BlockPlan { reuse: vec![BlockId(4), BlockId(u64::MAX)], keep: vec![keep] },
+            },
+            Message::Keep { sequence, keep },
+            Message::Blocks(BlockOrder::Drop { block: BlockId(1) }),
+            Message::Blocks(BlockOrder::Spill { block: BlockId(2), hash }),
+            Message::Blocks(BlockOrder::Restore { block: BlockId(3), hash }),
+            Message::Blocks(BlockOrder::Erase { hash }),
             batch(1),
             batch(256),
             batch(257),

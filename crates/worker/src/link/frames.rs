@@ -1,6 +1,7 @@
 //! A message as the frames that carry it.
 
 use super::FRAME_BYTES;
+use crate::blocks_wire::{block_order_to_proto, block_plan_to_proto, capacities_to_proto, keep_to_proto};
 use crate::message::{Batch, Message};
 use crate::wire::{
     WireError, dtype_to_proto, number, row_result_to_proto, sequence_spec_to_proto, times_to_proto,
@@ -28,12 +29,17 @@ impl Frames {
                 rest = bytes.map(|bytes| (frame.number, bytes));
                 Body::Batch(frame)
             }
-            Message::Open { sequence, spec, stages } => Body::Open(proto::OpenSequence {
+            Message::Open { sequence, spec, stages, blocks } => Body::Open(proto::OpenSequence {
                 sequence: sequence.0,
                 spec: Some(sequence_spec_to_proto(&spec)?),
                 prompt_tokens: number("prompt_tokens", spec.prompt_tokens)?,
                 stages,
+                blocks: block_plan_to_proto(&blocks)?,
             }),
+            Message::Keep { sequence, keep } => Body::Keep(keep_to_proto(sequence, keep)?),
+            Message::Blocks(order) => Body::Blocks(block_order_to_proto(order)),
+            Message::Reset { capacities } => Body::Capacities(capacities_to_proto(&capacities)),
+            Message::Missing { sequence } => Body::Missing(proto::CloseSequence { sequence: sequence.0 }),
             Message::Close { sequence } => Body::Close(proto::CloseSequence { sequence: sequence.0 }),
             Message::Failed { sequence, reason } => {
                 Body::Failed(proto::SequenceFailed { sequence: sequence.0, reason })

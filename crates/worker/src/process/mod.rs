@@ -192,11 +192,22 @@ impl WorkerProcess {
             max_sequences: number("max_sequences", shard.max_sequences)?,
             prefill_chunk: number("prefill_chunk", shard.prefill_chunk)?,
         };
-        let folder = shard.folder.to_str().map(str::to_owned);
-        let folder = folder.ok_or_else(|| {
-            ProcessError::Refused(format!("the path {} is not valid UTF-8", shard.folder.display()))
-        })?;
-        let request = proto::LoadShardRequest { folder, shard: Some(spec), epoch };
+        let text = |path: &std::path::Path| {
+            let text = path.to_str().map(str::to_owned);
+            text.ok_or_else(|| {
+                ProcessError::Refused(format!("the path {} is not valid UTF-8", path.display()))
+            })
+        };
+        let blocks = match &shard.blocks {
+            Some(room) => Some(proto::BlockRoom {
+                memory_bytes: room.memory.0,
+                disk_bytes: room.disk.0,
+                folder: text(&room.folder)?,
+            }),
+            None => None,
+        };
+        let request =
+            proto::LoadShardRequest { folder: text(&shard.folder)?, shard: Some(spec), epoch, blocks };
         let mut client = self.client.clone();
         let reports = self.answer(client.load(request)).await?.into_inner();
         Ok(ShardLoading { reports, exit: self.exit.clone() })

@@ -104,7 +104,12 @@ impl Member {
         &mut self,
         shard: proto::ShardSpec,
     ) -> Result<Vec<proto::LoadShardProgress>, tonic::Status> {
-        let request = proto::LoadShardRequest { folder: "/model".into(), shard: Some(shard), epoch: EPOCH };
+        let request = proto::LoadShardRequest {
+            folder: "/model".into(),
+            shard: Some(shard),
+            epoch: EPOCH,
+            blocks: None,
+        };
         let mut reports = self.client.load(request).await?.into_inner();
         let mut all = Vec::new();
         while let Some(report) = reports.message().await? {
@@ -209,7 +214,11 @@ impl Heard {
                 self.failures.insert(sequence, reason);
             }
             DriveEvent::Closed { sequence } => self.closed.push(sequence),
-            DriveEvent::Scores { .. } | DriveEvent::Embedding { .. } => panic!("nobody asked: {event:?}"),
+            DriveEvent::Capacity { stages } => assert!(!stages.is_empty()),
+            DriveEvent::Progress { .. } => {}
+            DriveEvent::Missing { .. } | DriveEvent::Scores { .. } | DriveEvent::Embedding { .. } => {
+                panic!("nobody asked: {event:?}")
+            }
         }
     }
 

@@ -6,11 +6,14 @@ use crate::queue::StepQueue;
 use crate::shard::Shard;
 use mlxnode_compute::simulated::SimulatedStage;
 use mlxnode_compute::{
-    ByteCount, Dtype, LayerRange, LogprobRequest, Sampled, Sampling, SequenceEnd, StageInfo,
+    BlockCapacity, BlockPlan, ByteCount, Dtype, LayerRange, LogprobRequest, Sampled, Sampling, SequenceEnd,
+    StageInfo,
 };
 use proptest::prelude::*;
 use std::collections::HashMap;
 use std::time::Duration;
+
+mod blocks;
 
 const VOCABULARY: usize = 50;
 
@@ -50,6 +53,8 @@ struct Pipeline {
     costs: Vec<[u64; 3]>,
     ring: VecDeque<Message>,
     heard: HashMap<u64, Heard>,
+    /// What each scheduler was told of the stages' room for blocks.
+    capacities: Vec<Vec<BlockCapacity>>,
 }
 
 #[derive(Debug, Default)]
@@ -60,6 +65,8 @@ struct Heard {
     embeddings: Vec<Vec<f32>>,
     end: Option<SequenceEnd>,
     failures: Vec<String>,
+    progress: Vec<usize>,
+    missing: usize,
     closed: usize,
 }
 
@@ -83,12 +90,17 @@ impl Pipeline {
             costs: vec![[1000, 100, 20]; stage_count],
             ring: VecDeque::new(),
             heard: HashMap::new(),
+            capacities: Vec::new(),
         }
     }
 
     fn open(&mut self, sequence: u64, prompt: Vec<u32>, spec: SequenceSpec) {
+        self.open_with(sequence, prompt, spec, BlockPlan::default());
+    }
+
+    fn open_with(&mut self, sequence: u64, prompt: Vec<u32>, spec: SequenceSpec, blocks: BlockPlan) {
         let sequence = SequenceId(sequence);
-        self.driver.command(DriveCommand::Open { sequence, prompt, spec }).unwrap();
+        self.driver.command(DriveCommand::Open { sequence, prompt, spec, blocks }).unwrap();
     }
 
     fn cancel(&mut self, sequence: u64) {
@@ -147,6 +159,13 @@ impl Pipeline {
                 self.heard.entry(sequence.0).or_default().failures.push(reason);
             }
             DriveEvent::Closed { sequence } => self.heard.entry(sequence.0).or_default().closed += 1,
+            DriveEvent::Capacity { stages } => self.capacities.push(stages),
+            DriveEvent::Progress { sequence, tokens } => {
+                let heard = self.heard.entry(sequence.0).or_default();
+                assert_eq!((heard.started, heard.closed, heard.tokens.len()), (1, 0, 0));
+                heard.progress.push(tokens);
+            }
+            DriveEvent::Missing { sequence } => self.heard.entry(sequence.0).or_default().missing += 1,
         }
     }
 
@@ -272,7 +291,14 @@ fn a_broken_ring_is_noticed() {
     let results = |number, rows| Message::Results(Results { number, rows, times: vec![] });
     let run = |results: &[Message]| {
         let mut driver = Driver::new(limits(2));
-        driver.command(DriveCommand::Open { sequence, prompt: vec![1; 3], spec: spec(5, vec![]) }).unwrap();
+        driver
+            .command(DriveCommand::Open {
+                sequence,
+                prompt: vec![1; 3],
+                spec: spec(5, vec![]),
+                blocks: BlockPlan::default(),
+            })
+            .unwrap();
         while driver.next_work().is_some() {}
         results.iter().try_for_each(|message| driver.ring(message.clone()))
     };
@@ -296,8 +322,16 @@ fn a_broken_ring_is_noticed() {
     for (messages, what) in wrong {
         assert!(run(&messages).is_err(), "{what}");
     }
-    driver.command(DriveCommand::Open { sequence, prompt: vec![1; 3], spec: spec(5, vec![]) }).unwrap();
-    let again = DriveCommand::Open { sequence, prompt: vec![1], spec: spec(1, vec![]) };
+    driver
+        .command(DriveCommand::Open {
+            sequence,
+            prompt: vec![1; 3],
+            spec: spec(5, vec![]),
+            blocks: BlockPlan::default(),
+        })
+        .unwrap();
+    let again =
+        DriveCommand::Open { sequence, prompt: vec![1], spec: spec(1, vec![]), blocks: BlockPlan::default() };
     assert_eq!(driver.command(again), Err(Violation::OpenedTwice(1)));
 }
 

@@ -225,3 +225,58 @@ async fn story_unloading_tells_those_who_wait_for_answers() -> Result<()> {
     ensure!(status.message().contains("unloaded"), "{status}");
     Ok(())
 }
+
+/// `generate` and `chat` say the same whether a node answers or this process does.
+#[test]
+fn story_the_command_line_says_the_same_here_and_on_the_cluster() -> Result<()> {
+    let cluster = LocalCluster::start(2)?;
+    let node = cluster.first();
+    node.json(&["load", "demo", "--stages", "2"])?;
+    let schema = node.data_dir().join("schema.json");
+    std::fs::write(
+        &schema,
+        r#"{"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}"#,
+    )?;
+    let schema = schema.to_str().context("utf-8")?;
+    let flags: [&[&str]; 6] = [
+        &["-p", "What is 17 + 25?", "--logprobs", "2"],
+        &[
+            "-p",
+            "Sort 31, 4, 15",
+            "--temp",
+            "0.8",
+            "--seed",
+            "5",
+            "--top-k",
+            "20",
+            "--repetition-penalty",
+            "1.2",
+        ],
+        &["-p", "What is 2 + 3?", "--json-schema", schema],
+        &["-p", "What is 2 + 3?", "--regex", "[0-9]{2} (km|m)", "--stop", "k"],
+        &["-p", "Sort 31", "--ignore-chat-template", "--logit-bias", "{\"7\": -5}", "--max-tokens", "7"],
+        &["-p", "What is 9 + 3?", "--prefill-response", "1", "--system-prompt", "Add."],
+    ];
+    for flags in flags {
+        let arguments = [&["generate"], flags].concat();
+        let there = node.json(&[&arguments[..], &["--model", "demo"]].concat())?;
+        let here = node.json(&[&arguments[..], &["--local"]].concat())?;
+        for field in [
+            "text",
+            "content",
+            "reasoning",
+            "tool_calls",
+            "token_ids",
+            "prompt_tokens",
+            "generation_tokens",
+            "finish_reason",
+        ] {
+            assert_eq!(there[field], here[field], "{flags:?}: {field}");
+        }
+        let count = |answer: &serde_json::Value| answer["logprobs"].as_array().map(Vec::len);
+        assert_eq!(count(&there), count(&here), "{flags:?}");
+    }
+    let refused = node.output(&["generate", "-p", "x", "--adapter", "nobody"])?;
+    ensure!(!refused.status.success(), "an adapter that is not there");
+    Ok(())
+}

@@ -233,10 +233,7 @@ fn story_the_command_line_says_the_same_here_and_on_the_cluster() -> Result<()> 
     let node = cluster.first();
     node.json(&["load", "demo", "--stages", "2"])?;
     let schema = node.data_dir().join("schema.json");
-    std::fs::write(
-        &schema,
-        r#"{"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}"#,
-    )?;
+    std::fs::write(&schema, r#"{"type": "integer", "minimum": 10, "maximum": 19}"#)?;
     let schema = schema.to_str().context("utf-8")?;
     let flags: [&[&str]; 6] = [
         &["-p", "What is 17 + 25?", "--logprobs", "2"],

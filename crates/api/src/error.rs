@@ -39,6 +39,8 @@ pub enum ErrorKind {
     Method,
     /// 408: the request came too slowly.
     TooSlow,
+    /// 409: not in the state that things are in.
+    Conflict,
     /// 413: the body is too large.
     TooLarge,
     /// 429: too much at once.
@@ -94,13 +96,14 @@ impl From<FrontError> for ApiError {
     fn from(error: FrontError) -> Self {
         let text = error.to_string();
         match error {
-            FrontError::UnknownModel { .. } => {
+            FrontError::UnknownModel { .. } | FrontError::UnknownAdapter { .. } => {
                 Self { param: Some("model".to_owned()), ..Self::new(ErrorKind::NoModel, text) }
             }
             FrontError::AmbiguousModel(_) => Self::field("model", text),
             FrontError::Busy { retry_after, .. } => {
                 Self::new(ErrorKind::RateLimited, text).retry_after(retry_after)
             }
+            FrontError::BrokenAdapter { .. } => Self::new(ErrorKind::Unavailable, text).retry_after(SOON),
             FrontError::NotReady { .. } => Self::new(ErrorKind::Unavailable, text).retry_after(SOON),
             FrontError::Request(error) => {
                 Self { param: request_param(&error), ..Self::new(ErrorKind::Invalid, text) }

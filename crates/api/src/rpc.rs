@@ -41,6 +41,8 @@ pub const RPCS: &[Rpc] = &[
     admin("/mlxnode.v1.Models/Plan"),
     admin("/mlxnode.v1.Models/Load"),
     admin("/mlxnode.v1.Models/Unload"),
+    admin("/mlxnode.v1.Models/LoadAdapter"),
+    admin("/mlxnode.v1.Models/UnloadAdapter"),
     admin("/mlxnode.v1.Cluster/Status"),
     admin("/mlxnode.v1.Cluster/Watch"),
     admin("/mlxnode.v1.Cluster/Invite"),

@@ -321,9 +321,10 @@ impl Node {
             workers: workers.clone(),
             household: household.clone(),
         });
+        let models = ModelsService::new(route.clone(), view.clone(), busy.clone());
         let public = PublicServices {
             inference: InferenceService::new(front.clone()),
-            models: ModelsService::new(route.clone(), view.clone(), busy.clone()),
+            models: models.clone(),
             cluster: ClusterService::new(household.clone(), route.clone(), view, busy),
             keys: KeysService::new(route, keys.clone()),
         };
@@ -358,8 +359,10 @@ impl Node {
             refuse_without_keys(http.address(), keys).await?;
         }
         let http = http.map(|http| {
-            let services =
-                HttpServices::new(front, stop_serving.clone()).behind(gate).showing(metrics, observer);
+            let services = HttpServices::new(front, stop_serving.clone())
+                .behind(gate)
+                .showing(metrics, observer)
+                .controlling(models);
             let names = addresses::http_names(&name, http.address(), &reachable);
             let router = http.router(services, &names);
             let (address, moved) = (http.address(), http.moved());

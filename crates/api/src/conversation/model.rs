@@ -24,7 +24,7 @@ const ANY_MODEL: &str = "default_model";
 /// When there is none, several, or the caller may not use it.
 pub(crate) async fn find_model(front: &Front, caller: &Caller, model: &str) -> Result<Model, ApiError> {
     let name = if model == ANY_MODEL { "" } else { model };
-    let (deployment, adapter) = find(front, name)?;
+    let (deployment, adapter) = front.find(name)?;
     if !caller.may_use(&deployment.name) {
         // Whoever may not use a model need not learn that it is there.
         let error = ApiError::new(ErrorKind::NoModel, format!("no model named {model:?} is loaded"));
@@ -32,23 +32,6 @@ pub(crate) async fn find_model(front: &Front, caller: &Caller, model: &str) -> R
     }
     let text = front.text_of(&deployment).await?;
     Ok(Model { deployment, text, adapter })
-}
-
-fn find(front: &Front, name: &str) -> Result<(DeploymentView, Option<String>), ApiError> {
-    let error = match front.deployment(name) {
-        Ok(deployment) => return Ok((deployment, None)),
-        Err(error) => error,
-    };
-    let deployments = front.deployments();
-    if let Some(found) = deployments.iter().find(|deployment| deployment.source == name) {
-        return Ok((found.clone(), None));
-    }
-    if let Some((base, adapter)) = name.rsplit_once(':')
-        && let Some(found) = deployments.into_iter().find(|deployment| deployment.name == base)
-    {
-        return Ok((found, Some(adapter.to_owned())));
-    }
-    Err(error.into())
 }
 
 /// The grammar, compiled once to see whether it can be: the last stage compiles it again for itself.

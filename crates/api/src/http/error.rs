@@ -33,6 +33,7 @@ impl ErrorKind {
             Self::NoRoute | Self::NoModel => StatusCode::NOT_FOUND,
             Self::Method => StatusCode::METHOD_NOT_ALLOWED,
             Self::TooSlow => StatusCode::REQUEST_TIMEOUT,
+            Self::Conflict => StatusCode::CONFLICT,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::RateLimited => StatusCode::TOO_MANY_REQUESTS,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
@@ -50,6 +51,7 @@ impl ErrorKind {
             Self::NoModel => ("invalid_request_error", Some("model_not_found")),
             Self::Method => ("invalid_request_error", Some("method_not_allowed")),
             Self::TooSlow => ("invalid_request_error", Some("request_timeout")),
+            Self::Conflict => ("invalid_request_error", Some("conflict")),
             Self::TooLarge => ("invalid_request_error", Some("request_too_large")),
             Self::RateLimited => ("rate_limit_exceeded", Some("rate_limit_exceeded")),
             Self::Internal => ("server_error", None),
@@ -62,7 +64,7 @@ impl ErrorKind {
     /// Anthropic's `type`.
     fn anthropic(self) -> &'static str {
         match self {
-            Self::Invalid | Self::Method | Self::TooSlow => "invalid_request_error",
+            Self::Invalid | Self::Method | Self::TooSlow | Self::Conflict => "invalid_request_error",
             Self::Unauthorized => "authentication_error",
             Self::Forbidden => "permission_error",
             Self::NoRoute | Self::NoModel => "not_found_error",

@@ -21,7 +21,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 use tonic::transport::Channel;
 
-/// Refusals come at once; a busy machine gets a second and a third try.
+/// Refusals come at once; a busy machine gets a few more tries.
 const SOON: Duration = Duration::from_millis(50);
 const GENERATE: &str = "/mlxnode.v1.Inference/Generate";
 
@@ -46,7 +46,7 @@ async fn refused(
     what: &str,
 ) -> Result<Ended> {
     let mut took = Duration::MAX;
-    for _ in 0..3 {
+    for _ in 0..8 {
         let started = Instant::now();
         let ended = call(channel, path, headers, body.clone())
             .await

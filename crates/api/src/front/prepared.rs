@@ -75,7 +75,7 @@ impl Front {
             spec.trace.map(|trace| if sample == 0 { trace } else { trace.with_span(rand::random()) });
         let run = RunRequest { prompt: valid.prompt, spec, deadline, tenant };
         let mut account = self.account(&deployment, &run, origin);
-        let stream = self.replicas.run(&deployment, run).await.map_err(|error| account.failed(error))?;
+        let stream = self.run(&deployment, run).await.map_err(|error| account.failed(error))?;
         Ok(Answer::new(deployment, stream, output, account, seed))
     }
 

@@ -11,4 +11,5 @@ mod gate;
 mod malformed;
 mod page;
 mod responses;
+mod resume;
 mod shell;

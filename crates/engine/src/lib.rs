@@ -15,6 +15,7 @@ mod batch_generator;
 mod blocks;
 mod cache_pool;
 mod caches;
+mod constrained;
 mod decoder;
 mod dense_and_experts;
 mod draws;
@@ -38,6 +39,7 @@ mod scoring;
 mod sequence;
 mod speculation;
 mod stage;
+mod turn;
 mod widening;
 
 pub use adapters::{AdapterLoadError, UnknownAdapter};

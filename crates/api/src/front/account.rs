@@ -2,7 +2,7 @@
 
 use super::FrontError;
 use super::admission::Place;
-use super::routing::Ticket;
+use super::spans::RequestSpans;
 use crate::gate::Gate;
 use crate::metrics::{Finished, Metrics, Rejection, RequestRecord};
 use mlxnode_compute::TraceContext;
@@ -16,12 +16,11 @@ pub(super) struct Submitted {
     prompt_tokens: usize,
     trace: Option<TraceContext>,
     arrived: Instant,
-    ticket: Option<Ticket>,
 }
 
 impl Submitted {
-    pub(super) fn new(run: &RunRequest, arrived: Instant, ticket: Option<Ticket>) -> Self {
-        Self { prompt_tokens: run.prompt.len(), trace: run.spec.trace, arrived, ticket }
+    pub(super) fn new(run: &RunRequest, arrived: Instant) -> Self {
+        Self { prompt_tokens: run.prompt.len(), trace: run.spec.trace, arrived }
     }
 }
 
@@ -36,11 +35,10 @@ pub(super) struct Account {
     prompt_tokens: usize,
     generated: usize,
     trace: Option<TraceContext>,
+    spans: Option<RequestSpans>,
     arrived: Instant,
     /// When the first step began, and how many tokens of the prompt needed no work; until the first token.
     prefill: Option<(Instant, usize)>,
-    /// The replica that it counts on, where there are several.
-    ticket: Option<Ticket>,
 }
 
 impl Account {
@@ -49,11 +47,12 @@ impl Account {
         record: RequestRecord,
         metrics: Arc<Metrics>,
         gate: Option<(Gate, String)>,
+        spans: Option<RequestSpans>,
         submitted: Submitted,
     ) -> Self {
-        let Submitted { prompt_tokens, trace, arrived, ticket } = submitted;
+        let Submitted { prompt_tokens, trace, arrived } = submitted;
         let (generated, prefill) = (0, None);
-        Self { place, record, metrics, gate, prompt_tokens, generated, trace, arrived, prefill, ticket }
+        Self { place, record, metrics, gate, prompt_tokens, generated, trace, spans, arrived, prefill }
     }
 
     pub(super) fn prompt_tokens(&self) -> usize {
@@ -65,6 +64,9 @@ impl Account {
         let now = Instant::now();
         self.place.started();
         self.record.started(cached_tokens, now);
+        if let Some(spans) = &mut self.spans {
+            spans.started(cached_tokens, now);
+        }
         self.prefill = Some((now, cached_tokens));
         self.spend(self.prompt_tokens, now);
     }
@@ -74,6 +76,9 @@ impl Account {
         let now = Instant::now();
         if let Some((began, cached_tokens)) = self.prefill.take() {
             self.place.measured(cached_tokens, now.saturating_duration_since(began));
+            if let Some(spans) = &mut self.spans {
+                spans.first_token(now);
+            }
         }
         self.generated += 1;
         self.record.token(now);
@@ -86,6 +91,9 @@ impl Account {
         self.place.started();
         self.record.ended(finished, now);
         self.tell("ended", now);
+        if let Some(spans) = &mut self.spans {
+            spans.ended(Some(finished.word()), Some(self.generated), now);
+        }
     }
 
     /// It did not. What the client hears.
@@ -93,8 +101,8 @@ impl Account {
         let now = Instant::now();
         self.place.started();
         self.tell("failed", now);
-        if let (RunError::Unavailable(_), Some(ticket)) = (&error, &self.ticket) {
-            ticket.lost();
+        if let Some(spans) = &mut self.spans {
+            spans.ended(None, Some(self.generated), now);
         }
         match &error {
             RunError::QueueFull { .. } => self.record.was_never_taken(),
@@ -102,9 +110,9 @@ impl Account {
             _ => self.record.ended(Finished::Error, now),
         }
         match error {
-            RunError::QueueFull { queued } => {
+            RunError::QueueFull { tokens, .. } => {
                 self.metrics.rejected(Rejection::Overloaded);
-                let retry_after = self.place.refused(queued, now);
+                let retry_after = self.place.refused(tokens, now);
                 FrontError::Busy { model: self.place.model().to_owned(), retry_after }
             }
             error => error.into(),

@@ -15,6 +15,7 @@ mod requests;
 pub use observations::{LinkSeen, Observations, Observer, SchedulerSeen, StageSeen};
 pub use requests::{Finished, RequestRecord};
 
+use crate::gate::Denied;
 use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
 use prometheus_client::metrics::counter::Counter;
@@ -37,6 +38,18 @@ pub enum Rejection {
     NoValidKey,
     /// The key may do less.
     Forbidden,
+}
+
+impl Rejection {
+    /// Why the gate let nobody in; none when it only does not know yet.
+    pub(crate) fn of(denied: &Denied) -> Option<Self> {
+        match denied {
+            Denied::NoKey | Denied::WrongKey => Some(Self::NoValidKey),
+            Denied::WrongRole { .. } => Some(Self::Forbidden),
+            Denied::Exhausted(_) => Some(Self::KeyLimit),
+            Denied::NotKnownYet => None,
+        }
+    }
 }
 
 impl EncodeLabelValue for Rejection {
@@ -69,6 +82,7 @@ pub struct Metrics {
     requests: Requests,
     rejections: Family<RejectionLabels, Counter>,
     answers: Family<AnswerLabels, Counter>,
+    resumed: Counter,
 }
 
 impl Default for Metrics {
@@ -83,7 +97,13 @@ impl Default for Metrics {
         );
         let answers = Family::default();
         registry.register("mlxnode_http_answers", "HTTP answers by route and status", answers.clone());
-        Self { registry, requests, rejections, answers }
+        let resumed = Counter::default();
+        registry.register(
+            "mlxnode_answers_resumed",
+            "Times that an answer lost its replica and went on with another one",
+            resumed.clone(),
+        );
+        Self { registry, requests, rejections, answers, resumed }
     }
 }
 
@@ -96,6 +116,11 @@ impl Metrics {
     /// A request was turned away.
     pub fn rejected(&self, reason: Rejection) {
         self.rejections.get_or_create_owned(&RejectionLabels { reason }).inc();
+    }
+
+    /// An answer goes on after it lost its replica.
+    pub fn resumed(&self) {
+        self.resumed.inc();
     }
 
     /// A route (as it is written in the table of routes, not the path that was asked for) answered.
@@ -146,13 +171,20 @@ mod tests {
         record.token(start + seconds(1.6));
         record.ended(Finished::Length, start + seconds(1.6));
         drop(metrics.request("demo", 7, start));
-        let scheduler = SchedulerSeen { model: "demo".into(), running: 2, waiting: 3, kv_usage: Some(0.25) };
+        let scheduler = SchedulerSeen {
+            model: "demo".into(),
+            running: 2,
+            waiting: 3,
+            kv_usage: Some(0.25),
+            preemptions: 5,
+        };
         let text =
             metrics.text(Observations { schedulers: vec![scheduler], ..Observations::default() }).unwrap();
         for line in [
             "vllm:num_requests_running{model_name=\"demo\"} 2",
             "vllm:num_requests_waiting{model_name=\"demo\"} 3",
             "vllm:kv_cache_usage_perc{model_name=\"demo\"} 0.25",
+            "vllm:num_preemptions_total{model_name=\"demo\"} 5",
             "vllm:prompt_tokens_total{model_name=\"demo\"} 100",
             "vllm:generation_tokens_total{model_name=\"demo\"} 2",
             "vllm:prefix_cache_queries_total{model_name=\"demo\"} 100",
@@ -193,7 +225,11 @@ mod tests {
         };
         let observations = Observations {
             stages: vec![stage],
-            links: vec![LinkSeen { to: "studio".into(), round_trip: Some(seconds(0.001)) }],
+            links: vec![LinkSeen {
+                to: "studio".into(),
+                to_id: "00".into(),
+                round_trip: Some(seconds(0.001)),
+            }],
             nodes: [("alive", 2), ("dead", 1)].into(),
             memory_budget_bytes: 8,
             ..Observations::default()
@@ -210,6 +246,7 @@ mod tests {
         for name in [
             "mlxnode_requests_rejected_total",
             "mlxnode_http_answers_total",
+            "mlxnode_answers_resumed_total",
             "mlxnode_stage_compute_seconds_total",
             "mlxnode_link_round_trip_seconds",
             "mlxnode_nodes",

@@ -10,5 +10,7 @@ mod demand;
 mod desk;
 mod gate;
 mod malformed;
+mod page;
 mod responses;
+mod resume;
 mod shell;

@@ -71,9 +71,18 @@ pub struct Join {
     /// by `mlxnode load` only.
     #[arg(long, value_name = "TIME", num_args = 0..=1, default_missing_value = "10m", value_parser = duration)]
     load_on_demand: Option<Duration>,
+    /// Send spans of requests (times and counts, never what was asked) to an OpenTelemetry collector, by OTLP over gRPC.
+    #[arg(long, value_name = "http://HOST:PORT")]
+    otlp_endpoint: Option<String>,
     /// Memory that models may use on this Mac, such as 48GB. Default: three quarters of it.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     memory_budget: Option<ByteCount>,
+    /// Seconds that an answer waits for a lost node to come back; it goes on where it was. 0: it ends with an error at once.
+    ///
+    /// While the model is being loaded on the nodes that are there, answers wait as long as that takes.
+    #[arg(long, value_name = "SECONDS", default_value_t = mlxnode_node::NodeOptions::DEFAULT_RESUME_WITHIN.as_secs(),
+        value_parser = clap::value_parser!(u64).range(..=3600))]
+    resume_within: u64,
 }
 
 /// What `--json` prints when the node is ready.
@@ -114,12 +123,14 @@ impl Join {
             ..http
         });
         options.name = self.name;
+        options.otlp_endpoint = self.otlp_endpoint;
         options.cluster_name = self.cluster_name;
         options.invite = self.invite;
         options.peers = self.peers;
         options.discovery = !self.no_discovery;
         options.memory_budget = self.memory_budget;
         options.load_on_demand = self.load_on_demand;
+        options.resume_within = Duration::from_secs(self.resume_within);
         // Installed first, so that a signal during the start is not lost.
         let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;
@@ -142,6 +153,7 @@ impl Join {
                     false => String::new(),
                 };
                 output::line(&format!("OpenAI and Anthropic clients:   {http}/v1{moved}"))?;
+                output::line(&format!("In a browser:         {http}/"))?;
             }
             let invite = match node.founded() {
                 // Whoever starts the first node wants a second one next.

@@ -301,6 +301,11 @@ fn blocks_come_back_from_the_disk_and_what_is_damaged_is_missing() {
     let spill = |pipeline: &mut Pipeline| {
         for (block, hash) in [1, 2].map(BlockId).into_iter().zip(hashes) {
             pipeline.order(BlockOrder::Spill { block, hash });
+        }
+        for stage in &mut pipeline.stages {
+            while stage.blocks().unwrap().rest().unwrap() {}
+        }
+        for block in [1, 2].map(BlockId) {
             pipeline.order(BlockOrder::Drop { block });
         }
     };

@@ -216,6 +216,7 @@ impl Node {
             memory_total_bytes: machine.memory_total.0,
             memory_budget_bytes: machine.memory_budget.0,
             memory_used_bytes: 0,
+            prompt_cache_bytes: machine.prompt_cache.0,
             chip: machine.chip.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         };
@@ -245,12 +246,22 @@ impl Node {
         let registrar = Arc::new(Registrar::new(roster.clone(), key));
         let inviter = Arc::new(Inviter::new(identity.clone(), registrar.clone()));
         let advertised = addresses::host(reachable.first().map_or("127.0.0.1", String::as_str)).to_owned();
-        let workers_options =
-            WorkersOptions { command: options.worker_command.clone(), listen: bound.ip(), advertised };
+        let workers_options = WorkersOptions {
+            command: options.worker_command.clone(),
+            listen: bound.ip(),
+            advertised,
+            blocks: data_dir.blocks(),
+            block_disk: options.prompt_cache_disk,
+        };
         let workers =
             Workers::new(workers_options, identity.clone(), Arc::new(Hub::new(options.hub.clone())));
         let sandbox = Arc::new(SandboxProcess::new(SandboxOptions::new(options.worker_command.clone())));
-        let schedulers = Schedulers::new(identity.clone(), workers.clone(), sandbox.clone());
+        let schedulers = Schedulers::new(
+            identity.clone(),
+            workers.clone(),
+            sandbox.clone(),
+            (options.prompt_cache_disk.0 > 0).then(|| data_dir.blocks()),
+        );
 
         let nodes = ClusterNodes {
             own,

@@ -37,12 +37,12 @@ pub struct LoadShard {
     pub blocks: Option<BlockRoom>,
 }
 
-/// What blocks of prompts may take in one worker.
+/// What blocks of prompts may take.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockRoom {
-    /// In memory.
+    /// In the worker's memory.
     pub memory: ByteCount,
-    /// On the disk; 0: they are not there.
+    /// On the disk, those of other workers included; 0: they are not there.
     pub disk: ByteCount,
     /// Where their files lie, with those of other workers.
     pub folder: PathBuf,
@@ -141,6 +141,9 @@ fn work(
             queue.push(received.message, (received.credit, received.arrived));
         }
         let Some((message, (credit, arrived))) = queue.pop() else {
+            if shard.rest()? {
+                continue; // after a look at the inbox
+            }
             let Some(received) = messages.blocking_recv() else { break };
             queue.push(received.message, (received.credit, received.arrived));
             continue;

@@ -265,7 +265,7 @@ fn what_is_used_least_recently_goes_to_the_disk_and_comes_back() {
         world.end(id);
     }
     let statistics = world.index.statistics();
-    assert_eq!((statistics.blocks_in_memory, statistics.blocks_on_disk), (4, 2));
+    assert_eq!((statistics.blocks_in_memory, statistics.blocks_on_disk), (4, 6));
     let plan = world.begin(4, "a", &tokens(&[1, 2], 1), 1);
     assert_eq!(plan.reuse.len(), 2, "from the disk");
     world.end(4);

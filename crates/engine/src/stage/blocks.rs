@@ -118,6 +118,10 @@ impl BlockStore for EngineStage {
         self.blocks.order(&self.model.device, order).map_err(device_error)
     }
 
+    fn rest(&mut self) -> Result<bool, StageError> {
+        self.blocks.wait_and_write_next(&self.model.device).map_err(device_error)
+    }
+
     fn usage(&self) -> BlockUsage {
         self.blocks.usage()
     }

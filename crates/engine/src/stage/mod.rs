@@ -180,6 +180,8 @@ impl Stage for EngineStage {
         for row in &batch.rows {
             self.take_blocks(row.sequence)?;
         }
+        // A stage that is never idle writes all the same, a block with each step.
+        self.blocks.write_next(&self.model.device).map_err(device_error)?;
         self.clean_up(has_chunk)?;
         Ok(output)
     }

@@ -1,6 +1,6 @@
 //! The cluster's deployments as every node sees them: from the coordinator in this process, or from the one on another node.
 
-pub use mlxnode_coordinator::deployments::{DeploymentView, StageView, State};
+pub use mlxnode_coordinator::deployments::{AdapterView, DeploymentView, StageView, State};
 
 /// What a node knows about the deployments now.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -1,8 +1,8 @@
 //! The words of the command line. Each command's own arguments stand beside the command.
 
 use crate::commands::{
-    benchmark, cache_prompt, chat, completions, forget, generate, invite, join, keys, leave, load, models,
-    perplexity, plan, sandbox, status, unload, worker,
+    adapters, benchmark, cache_prompt, chat, completions, forget, generate, invite, join, keys, leave, load,
+    models, perplexity, plan, sandbox, status, unload, worker,
 };
 use clap::builder::RangedI64ValueParser;
 use clap::{Args, Parser, Subcommand};
@@ -73,6 +73,7 @@ pub enum Command {
     Load(load::Load),
     Unload(unload::Unload),
     Models(models::Models),
+    Adapters(adapters::Adapters),
     Keys(keys::Keys),
     Generate(Box<generate::Generate>),
     Chat(Box<chat::Chat>),

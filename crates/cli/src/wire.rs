@@ -65,6 +65,16 @@ pub struct Deployment {
     pub context_tokens: u32,
     pub active_requests: u32,
     pub queued_requests: u32,
+    pub adapters: Vec<Adapter>,
+}
+
+/// An adapter of a deployment; requests call it MODEL:NAME.
+#[derive(Debug, Serialize)]
+pub struct Adapter {
+    pub name: String,
+    pub source: String,
+    /// Why it cannot be used; `null` when it can.
+    pub problem: Option<String>,
 }
 
 /// One stage of a deployment.
@@ -205,7 +215,13 @@ pub fn deployment(deployment: v1::Deployment) -> Deployment {
         context_tokens: deployment.context_tokens,
         active_requests: deployment.active_requests,
         queued_requests: deployment.queued_requests,
+        adapters: deployment.adapters.into_iter().map(adapter).collect(),
     }
+}
+
+fn adapter(adapter: v1::Adapter) -> Adapter {
+    let problem = Some(adapter.problem).filter(|problem| !problem.is_empty());
+    Adapter { name: adapter.name, source: adapter.source, problem }
 }
 
 fn stage(stage: v1::Stage) -> Stage {

@@ -6,7 +6,8 @@ use crate::{
     SequenceSpec, Stage, StageError, StageInfo, StageMemory, StepInput,
 };
 use bytes::Bytes;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::path::Path;
 use std::time::Duration;
 
 /// Blocks that a simulated stage keeps in memory, and on its disk.
@@ -23,6 +24,7 @@ pub struct SimulatedStage {
     blocks: HashMap<BlockId, u64>,
     /// The same on a disk that never fails.
     files: HashMap<BlockHash, u64>,
+    adapters: BTreeSet<String>,
 }
 
 #[derive(Default)]
@@ -42,7 +44,14 @@ struct Sequence {
 impl SimulatedStage {
     /// A stage with these facts whose tokens take `step_time` (slept, not computed).
     pub fn new(info: StageInfo, step_time: Duration) -> Self {
-        Self { info, step_time, sequences: HashMap::new(), blocks: HashMap::new(), files: HashMap::new() }
+        Self {
+            info,
+            step_time,
+            sequences: HashMap::new(),
+            blocks: HashMap::new(),
+            files: HashMap::new(),
+            adapters: BTreeSet::new(),
+        }
     }
 
     /// The token that follows a history with this digest.
@@ -58,7 +67,18 @@ impl SimulatedStage {
 
     /// What a whole pipeline of simulated stages generates: the oracle for tests.
     pub fn expected_tokens(prompt: &[u32], count: usize, vocabulary: usize) -> Vec<u32> {
-        let mut digest = prompt.iter().fold(0, |digest, token| Self::digest(digest, *token));
+        Self::expected_tokens_with(None, prompt, count, vocabulary)
+    }
+
+    /// As [`Self::expected_tokens`], with an adapter: it stands like a secret token before the prompt.
+    pub fn expected_tokens_with(
+        adapter: Option<&str>,
+        prompt: &[u32],
+        count: usize,
+        vocabulary: usize,
+    ) -> Vec<u32> {
+        let start = adapter.map_or(0, Self::adapter_digest);
+        let mut digest = prompt.iter().fold(start, |digest, token| Self::digest(digest, *token));
         let mut tokens = Vec::with_capacity(count);
         for _ in 0..count {
             let token = Self::next_token(digest, vocabulary);
@@ -69,6 +89,12 @@ impl SimulatedStage {
     }
 }
 
+impl SimulatedStage {
+    fn adapter_digest(name: &str) -> u64 {
+        name.bytes().fold(1, |digest, byte| Self::digest(digest, byte.into()))
+    }
+}
+
 impl Stage for SimulatedStage {
     fn info(&self) -> &StageInfo {
         &self.info
@@ -76,7 +102,11 @@ impl Stage for SimulatedStage {
 
     fn open(&mut self, sequence: SequenceId, spec: SequenceSpec) -> Result<(), StageError> {
         spec.check(self.info.vocabulary)?;
+        if let Some(adapter) = spec.adapter.as_ref().filter(|adapter| !self.adapters.contains(*adapter)) {
+            return Err(StageError::Adapter(format!("the adapter {adapter:?} is not loaded")));
+        }
         let state = Sequence {
+            digest: spec.adapter.as_deref().map_or(0, Self::adapter_digest),
             is_scored: spec.prompt_logprobs.is_some(),
             is_embedded: spec.output == Output::Embedding,
             ..Sequence::default()
@@ -127,6 +157,20 @@ impl Stage for SimulatedStage {
 
     fn blocks(&mut self) -> Option<&mut dyn BlockStore> {
         Some(self)
+    }
+
+    fn load_adapter(&mut self, name: &str, folder: &Path) -> Result<(), StageError> {
+        if !folder.is_dir() {
+            return Err(StageError::Adapter(format!("{} is no folder", folder.display())));
+        }
+        match self.adapters.insert(name.to_owned()) {
+            true => Ok(()),
+            false => Err(StageError::Adapter(format!("an adapter named {name:?} is loaded already"))),
+        }
+    }
+
+    fn unload_adapter(&mut self, name: &str) {
+        self.adapters.remove(name);
     }
 
     fn memory(&self) -> StageMemory {

@@ -4,6 +4,7 @@ use crate::{
     Activation, ActivationError, BlockId, BlockStore, ByteCount, Dtype, Grammar, GrammarError, LayerRange,
     LogprobRequest, Sampled, Sampling, SamplingError, TraceContext,
 };
+use std::path::Path;
 
 /// Names a sequence within one replica. Chosen by the scheduler, never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -260,6 +261,17 @@ pub trait Stage {
     /// Where blocks of prompts outlive their sequences; None when this stage keeps none.
     fn blocks(&mut self) -> Option<&mut dyn BlockStore>;
 
+    /// Reads what the adapter in `folder` changes in these layers, for sequences that ask for it by `name`. The weights stay as they
+    /// are, and other sequences do not see it.
+    ///
+    /// # Errors
+    /// [`StageError::Adapter`] when it is none, is for another model, or the name is taken; then nothing has changed.
+    fn load_adapter(&mut self, name: &str, folder: &Path) -> Result<(), StageError>;
+
+    /// No further sequence gets the adapter. Those that have it keep it to their end; then its memory is free. One that is not there
+    /// is fine.
+    fn unload_adapter(&mut self, name: &str);
+
     /// What the device holds now and held at most since loading.
     fn memory(&self) -> StageMemory;
 
@@ -324,6 +336,9 @@ pub enum StageError {
     /// A sampling parameter is out of range.
     #[error(transparent)]
     Sampling(#[from] SamplingError),
+    /// An adapter cannot be loaded, or is not there.
+    #[error("{0}")]
+    Adapter(String),
     /// The answer's grammar cannot be followed.
     #[error("grammar: {0}")]
     Grammar(#[from] GrammarError),

@@ -15,7 +15,7 @@ use mlxnode_coordinator::coordinator::{
     Coordinator, CoordinatorHandle, Limits, LinkWorker, LoadUpdate, LoadWish, Nodes, ProgressSink,
     StartScheduler, StartWorker, start,
 };
-use mlxnode_coordinator::deployments::{Attempt, DeploymentView, StartedWorker, State};
+use mlxnode_coordinator::deployments::{AdapterWish, Attempt, DeploymentView, StartedWorker, State};
 use mlxnode_coordinator::keys::{KeyRole, KeyWish, find};
 use mlxnode_coordinator::placement::{LayerCost, ModelCost, Offer, Wish};
 use mlxnode_coordinator::{Error, NodeId};
@@ -45,6 +45,8 @@ struct Fakes {
     /// Nodes that hold another version of the model.
     outdated: BTreeSet<u8>,
     links: Vec<LinkWorker>,
+    /// (node, epoch, name)
+    adapters: BTreeSet<(u8, u64, String)>,
 }
 
 #[derive(Clone)]
@@ -168,6 +170,40 @@ impl Nodes for FakeNodes {
         .boxed()
     }
 
+    fn load_adapter(
+        &self,
+        node: NodeId,
+        attempt: Attempt,
+        adapter: AdapterWish,
+    ) -> BoxFuture<'static, Result<(), Error>> {
+        let nodes = self.clone();
+        async move {
+            nodes.check(node)?;
+            if adapter.source == "/adapters/other" {
+                return Err(Error::Refused("the adapter is for another model".into()));
+            }
+            let key = (node.as_bytes()[0], attempt.epoch, adapter.name);
+            nodes.with(|fakes| fakes.adapters.insert(key));
+            Ok(())
+        }
+        .boxed()
+    }
+
+    fn unload_adapter(
+        &self,
+        node: NodeId,
+        attempt: Attempt,
+        adapter: String,
+    ) -> BoxFuture<'static, Result<(), Error>> {
+        let nodes = self.clone();
+        async move {
+            nodes.check(node)?;
+            nodes.with(|fakes| fakes.adapters.remove(&(node.as_bytes()[0], attempt.epoch, adapter)));
+            Ok(())
+        }
+        .boxed()
+    }
+
     fn start_scheduler(&self, node: NodeId, order: StartScheduler) -> BoxFuture<'static, Result<(), Error>> {
         let nodes = self.clone();
         async move {
@@ -219,6 +255,10 @@ impl Story {
 
     async fn load(&self, name: &str, stages: Option<usize>) -> Result<DeploymentView, Error> {
         within(self.handle.load(wish(name, stages)).ready()).await
+    }
+
+    async fn load_adapter(&self, source: &str) -> Result<(DeploymentView, String), Error> {
+        self.handle.load_adapter("small".into(), source.to_owned(), None).await
     }
 
     /// Waits until the deployments are as described.
@@ -469,6 +509,51 @@ async fn the_control_log_is_folded_and_still_says_the_same() {
     let log = SqliteControlLog::open(&path).unwrap();
     assert!(log.snapshot().await.unwrap().is_some());
     assert!(log.entries_after(log.snapshot().await.unwrap().unwrap().index).await.unwrap().len() < 100);
+}
+
+#[tokio::test]
+async fn adapters_are_read_by_all_stages_and_survive_losses_restarts_and_folds() {
+    let story = Story::new(2).await;
+    let view = story.load("small", Some(2)).await.unwrap();
+    let (loaded, name) = within(story.load_adapter("/adapters/poet")).await.unwrap();
+    assert_eq!((loaded.adapters.len(), name.as_str()), (1, "poet"));
+    let of_epoch = |story: &Story, epoch: u64| {
+        story.nodes.with(|fakes| fakes.adapters.iter().filter(|adapter| adapter.1 == epoch).count())
+    };
+    assert_eq!(of_epoch(&story, view.epoch), 2);
+    // Twice is once; a name belongs to one source; what does not fit is nowhere.
+    within(story.load_adapter("/adapters/poet")).await.unwrap();
+    let taken = within(story.handle.load_adapter("small".into(), "/b".into(), Some("poet".into()))).await;
+    assert!(matches!(taken, Err(Error::NameTaken { .. })), "{taken:?}");
+    let other = within(story.load_adapter("/adapters/other")).await;
+    assert!(matches!(other, Err(Error::Refused(_))), "{other:?}");
+    assert_eq!(story.handle.list()[0].adapters.len(), 1);
+    for (deployment, adapter) in [("nobody", "poet"), ("small", "nobody")] {
+        let gone = within(story.handle.unload_adapter(deployment.into(), adapter.into())).await;
+        assert!(matches!(gone, Err(Error::NotFound(_))), "{gone:?}");
+    }
+
+    let (node, pid) = (view.stages[1].node, view.stages[1].pid.unwrap());
+    let attempt = Attempt { name: "small".into(), epoch: view.epoch };
+    story.handle.worker_ended(node, attempt, pid, "ended with signal 9".into());
+    let epoch = view.epoch;
+    let is_back = move |views: &[DeploymentView]| views[0].epoch > epoch && views[0].state == State::Ready;
+    let views = story.eventually("ready again", is_back).await;
+    assert_eq!(of_epoch(&story, views[0].epoch), 2, "the workers of the new attempt have it");
+
+    let story = story.restart().await;
+    let epoch = views[0].epoch;
+    let is_back = move |views: &[DeploymentView]| {
+        views.first().is_some_and(|view| view.epoch > epoch && view.state == State::Ready)
+    };
+    let views = story.eventually("formed again", is_back).await;
+    assert_eq!(views[0].adapters[0].source, "/adapters/poet");
+    assert_eq!(of_epoch(&story, views[0].epoch), 2);
+    within(story.handle.unload_adapter(String::new(), "poet".into())).await.unwrap();
+    assert_eq!((story.handle.list()[0].adapters.len(), of_epoch(&story, views[0].epoch)), (0, 0));
+    let story = story.restart().await;
+    let views = story.eventually("formed once more", |views| views[0].state == State::Ready).await;
+    assert!(views[0].adapters.is_empty());
 }
 
 #[tokio::test]

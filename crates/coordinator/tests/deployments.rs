@@ -47,7 +47,7 @@ fn model() -> ModelCost {
 
 fn wish(name: &str, stages: Option<usize>) -> DeploymentWish {
     let wish = Wish { stages, ..Wish::default() };
-    DeploymentWish { name: name.into(), source: format!("/models/{name}"), wish }
+    DeploymentWish { name: name.into(), source: format!("/models/{name}"), wish, ..DeploymentWish::default() }
 }
 
 /// A cluster that does what the effects say, one pending effect at a time, well or badly.
@@ -251,7 +251,7 @@ impl World {
                 }
                 Event::Stopped { attempt, node, result }
             }
-            Effect::Abandon { .. } | Effect::Settled { .. } | Effect::Gone { .. } => return,
+            effect => panic!("{effect:?} is for the tests of adapters"),
         };
         self.on(event);
     }
@@ -309,7 +309,7 @@ fn attempt_of(effect: &Effect) -> &Attempt {
         | Effect::StartScheduler { attempt, .. }
         | Effect::Abandon { attempt }
         | Effect::Stop { attempt, .. } => attempt,
-        Effect::Settled { .. } | Effect::Gone { .. } => panic!("has no attempt"),
+        effect => panic!("{effect:?} has no attempt"),
     }
 }
 

@@ -6,9 +6,13 @@ mod random_model;
 mod support;
 
 use mlxnode_checkpoint::{Adapter, AdapterError, Checkpoint, SafetensorsWriter, TensorDtype};
-use mlxnode_compute::{LogprobRequest, Sampling, SequenceSpec};
+use mlxnode_compute::{
+    BLOCK_TOKENS, BlockId, Keep, LayerRange, LogprobRequest, MicroBatch, Output, Row, RowOutput, Sampling,
+    SequenceId, SequenceSpec, Stage, StageError, StepInput,
+};
 use mlxnode_engine::{
-    BatchEvent, BatchGenerator, BatchOptions, GenerateError, Generator, GeneratorOptions, Model,
+    BatchEvent, BatchGenerator, BatchOptions, EngineStage, GenerateError, Generator, GeneratorOptions, Model,
+    StageOptions,
 };
 use random_model::VOCABULARY;
 use serde::Deserialize;
@@ -182,6 +186,275 @@ fn rows_of_a_batch_do_not_see_each_others_adapters() {
         assert_eq!(unknown.to_string(), "the adapter \"three\" is not loaded; loaded: one, two");
         assert!(matches!(unknown, GenerateError::Adapter(_)));
     }
+}
+
+/// A pipeline of stages that load and unload adapters as they go.
+struct Stages(Vec<EngineStage>);
+
+impl Stages {
+    fn load(model: &Path, count: usize) -> Self {
+        let checkpoint = Checkpoint::open(model).unwrap();
+        let layers = checkpoint.spec().layer_count();
+        let bounds: Vec<usize> = (0..=count).map(|stage| stage * layers / count).collect();
+        let stage = |pair: &[usize]| {
+            let range = LayerRange::new(pair[0], pair[1]);
+            EngineStage::load(&checkpoint, range, StageOptions::default(), &mut |_, _| {}).unwrap()
+        };
+        Self(bounds.windows(2).map(stage).collect())
+    }
+
+    fn add(&mut self, name: &str, folder: &Path) {
+        self.0.iter_mut().for_each(|stage| stage.load_adapter(name, folder).unwrap());
+    }
+
+    fn remove(&mut self, name: &str) {
+        self.0.iter_mut().for_each(|stage| stage.unload_adapter(name));
+    }
+
+    fn open(&mut self, id: u64, spec: &SequenceSpec) -> Result<(), StageError> {
+        self.0.iter_mut().try_for_each(|stage| stage.open(SequenceId(id), spec.clone()))
+    }
+
+    fn close(&mut self, id: u64) {
+        self.0.iter_mut().for_each(|stage| stage.close(SequenceId(id)));
+    }
+
+    fn run(&mut self, rows: &[Row]) -> Vec<RowOutput> {
+        let mut batch = MicroBatch { rows: rows.to_vec(), input: StepInput::Tokens };
+        let mut outputs = Vec::new();
+        for stage in &mut self.0 {
+            let output = stage.run(&batch).unwrap();
+            outputs = output.rows;
+            if let Some(activation) = output.activation {
+                batch.input = StepInput::Activation(activation);
+            }
+        }
+        outputs.into_iter().map(Result::unwrap).collect()
+    }
+
+    /// All of them to their ends, together: one joins with each step.
+    fn answers(&mut self, requests: &[(Vec<u32>, SequenceSpec)]) -> Vec<(Vec<u32>, RowOutput)> {
+        let mut answers: Vec<(Vec<u32>, RowOutput)> = vec![Default::default(); requests.len()];
+        for step in 0..requests.len() + NEW_TOKENS {
+            let mut rows = Vec::new();
+            for (number, (prompt, spec)) in requests.iter().enumerate() {
+                let tokens = &answers[number].0;
+                if step < number || tokens.len() >= NEW_TOKENS || answers[number].1.embedding.is_some() {
+                    continue;
+                }
+                let (position, tokens) = match tokens.last() {
+                    None => {
+                        self.open(number as u64, spec).unwrap();
+                        (0, prompt.clone())
+                    }
+                    Some(last) => (prompt.len() + tokens.len() - 1, vec![*last]),
+                };
+                rows.push(Row { sequence: SequenceId(number as u64), position, tokens, sample: true });
+            }
+            // As a driver does: single tokens first.
+            rows.sort_by_key(|row| row.tokens.len() > 1);
+            for (row, output) in rows.iter().zip(self.run(&rows)) {
+                let answer = &mut answers[row.sequence.0 as usize];
+                answer.0.extend(output.sampled.as_ref().map(|sampled| sampled.token));
+                if answer.1.scores.is_empty() {
+                    answer.1.scores.clone_from(&output.scores);
+                }
+                answer.1.embedding = answer.1.embedding.take().or(output.embedding);
+                if answer.0.len() >= NEW_TOKENS || answer.1.embedding.is_some() {
+                    self.close(row.sequence.0);
+                }
+            }
+        }
+        answers
+    }
+}
+
+#[test]
+fn sequences_of_a_pipeline_have_their_own_adapters() {
+    let root = folder();
+    for (name, config) in [
+        ("qwen3", random_model::config("qwen3", json!({}))),
+        ("qwen3_moe", random_model::parity_config("qwen3_moe")),
+    ] {
+        let model = root.path().join(name);
+        random_model::write(&model, &config, 3);
+        let keys = ["self_attn.q_proj", "mlp.down_proj", "model.embed_tokens", "lm_head"];
+        let case = |number: u32| {
+            let mut parameters = json!({"rank": 1 + number, "scale": 4.0, "dropout": 0.0});
+            if name == "qwen3" {
+                parameters["keys"] = json!(keys);
+            }
+            json!({"model": model, "adapter": root.path().join(format!("{name}-{number}")), "kind": "lora",
+                "parameters": parameters, "layers": -1, "seed": number, "prompts": [], "tokens": 1})
+        };
+        let _: Answers = ask("adapters.py", root.path(), &json!({"cases": [case(1), case(2)]}));
+        let folders = [root.path().join(format!("{name}-1")), root.path().join(format!("{name}-2"))];
+        let adapters = [("one", folders[0].as_path()), ("two", folders[1].as_path())];
+        let mut alone = Generator::new(load(&model, &adapters), GeneratorOptions::default()).unwrap();
+        let mut requests = Vec::new();
+        for (number, adapter) in [None, Some("one"), Some("two"), Some("one"), None].into_iter().enumerate() {
+            let input = prompt(3 + 11 * number, VOCABULARY as u64, 7);
+            let scored =
+                SequenceSpec { prompt_logprobs: Some(LogprobRequest { top: 0 }), ..spec(&input, adapter) };
+            let embedded = SequenceSpec { output: Output::Embedding, ..spec(&input, adapter) };
+            requests.push((input.clone(), spec(&input, adapter)));
+            requests.push((input.clone(), scored));
+            requests.push((input, embedded));
+        }
+        let mut whole = Stages::load(&model, 1);
+        let mut split = Stages::load(&model, 2);
+        for stages in [&mut whole, &mut split] {
+            for (name, folder) in adapters {
+                stages.add(name, folder);
+            }
+        }
+        let answers = whole.answers(&requests);
+        for (other, answer) in split.answers(&requests).iter().zip(&answers) {
+            assert_eq!(other.0, answer.0, "{name}: two stages");
+        }
+        for ((input, spec), answer) in requests.iter().zip(&answers) {
+            let adapter = spec.adapter.as_deref();
+            let what = format!("{name} {adapter:?} {:?}", spec.output);
+            if spec.output == Output::Tokens {
+                assert_eq!(answer.0, generate(&mut alone, input, adapter).0, "{what}");
+            }
+            // Scores and vectors in company equal those alone.
+            let single = Stages::load(&model, 1).with(&adapters).answers(&[(input.clone(), spec.clone())]);
+            let close = |(a, b): (f32, f32)| (a - b).abs() < 1e-4;
+            let scores = |output: &RowOutput| -> Vec<f32> {
+                output.scores.iter().filter_map(|score| score.logprob).collect()
+            };
+            let (own, others) = (scores(&single[0].1), scores(&answer.1));
+            assert_eq!(own.len(), others.len(), "{what}");
+            assert!(own.into_iter().zip(others).all(close), "{what}");
+            let vector = |output: &RowOutput| output.embedding.clone().unwrap_or_default();
+            assert!(vector(&single[0].1).into_iter().zip(vector(&answer.1)).all(close), "{what}");
+        }
+    }
+}
+
+impl Stages {
+    fn with(mut self, adapters: &[(&str, &Path)]) -> Self {
+        adapters.iter().for_each(|(name, folder)| self.add(name, folder));
+        self
+    }
+}
+
+#[test]
+fn an_adapter_stays_for_those_that_have_it() {
+    let root = folder();
+    let model = root.path().join("model");
+    random_model::write(&model, &random_model::config("qwen3", json!({})), 3);
+    let case = |number: u32| {
+        json!({"model": model, "adapter": root.path().join(number.to_string()), "kind": "lora",
+            "parameters": {"rank": 4, "scale": 4.0, "dropout": 0.0}, "layers": -1, "seed": number,
+            "prompts": [], "tokens": 1})
+    };
+    let _: Answers = ask("adapters.py", root.path(), &json!({"cases": [case(1), case(2)]}));
+    let folders = [root.path().join("1"), root.path().join("2")];
+    let mut alone =
+        Generator::new(load(&model, &[("a", &folders[0]), ("b", &folders[1])]), GeneratorOptions::default())
+            .unwrap();
+    let input = prompt(9, VOCABULARY as u64, 7);
+    let (first, second) =
+        (generate(&mut alone, &input, Some("a")).0, generate(&mut alone, &input, Some("b")).0);
+    assert_ne!(first, second);
+
+    let mut stages = Stages::load(&model, 2).with(&[("a", &folders[0])]);
+    let spec = spec(&input, Some("a"));
+    let step = |stages: &mut Stages, id: u64, tokens: &mut Vec<u32>| {
+        let (position, row) = match tokens.last() {
+            None => (0, input.clone()),
+            Some(last) => (input.len() + tokens.len() - 1, vec![*last]),
+        };
+        let row = Row { sequence: SequenceId(id), position, tokens: row, sample: true };
+        tokens.push(stages.run(&[row])[0].sampled.as_ref().unwrap().token);
+    };
+    stages.open(1, &spec).unwrap();
+    let mut old = Vec::new();
+    for _ in 0..4 {
+        step(&mut stages, 1, &mut old);
+    }
+    // Another adapter takes the name while the first one is in use.
+    stages.remove("a");
+    let unknown = stages.open(2, &spec).unwrap_err();
+    assert!(matches!(&unknown, StageError::Adapter(text) if text.contains("none is")), "{unknown}");
+    stages.0[0].close(SequenceId(2));
+    stages.add("a", &folders[1]);
+    stages.open(3, &spec).unwrap();
+    let mut new = Vec::new();
+    for _ in 0..NEW_TOKENS {
+        if old.len() < NEW_TOKENS {
+            step(&mut stages, 1, &mut old);
+        }
+        step(&mut stages, 3, &mut new);
+    }
+    assert_eq!((old, new), (first, second));
+    let before = stages.0[0].memory().active;
+    stages.close(1);
+    assert!(stages.0[0].memory().active < before, "the first adapter's memory is free");
+    for wrong in [root.path(), Path::new("/nowhere/at/all")] {
+        let refused = stages.0[0].load_adapter("x", wrong).unwrap_err();
+        assert!(matches!(&refused, StageError::Adapter(_)), "{refused}");
+    }
+    let taken = stages.0[0].load_adapter("a", &folders[0]).unwrap_err();
+    assert!(matches!(&taken, StageError::Adapter(text) if text.contains("already")), "{taken}");
+}
+
+#[test]
+fn blocks_of_an_adapter_serve_nobody_else_not_even_another_one_of_its_name() {
+    let root = folder();
+    let model = root.path().join("model");
+    random_model::write(&model, &random_model::config("qwen3", json!({})), 3);
+    let case = |number: u32| {
+        json!({"model": model, "adapter": root.path().join(number.to_string()), "kind": "lora",
+            "parameters": {"rank": 4, "scale": 4.0, "dropout": 0.0}, "layers": -1, "seed": number,
+            "prompts": [], "tokens": 1})
+    };
+    let _: Answers = ask("adapters.py", root.path(), &json!({"cases": [case(1), case(2)]}));
+    let folders = [root.path().join("1"), root.path().join("2")];
+    let input = prompt(BLOCK_TOKENS + 9, VOCABULARY as u64, 7);
+    let mut stages = Stages::load(&model, 2).with(&[("a", &folders[0])]);
+    let mut run = |stages: &mut Stages, id: u64, adapter: Option<&str>, reuse: &[BlockId]| {
+        stages.open(id, &spec(&input, adapter)).unwrap();
+        let id = SequenceId(id);
+        for stage in &mut stages.0 {
+            let store = stage.blocks().unwrap();
+            if let Err(error) = store.begin_with(id, reuse) {
+                stages.close(id.0);
+                return Err(error);
+            }
+            if reuse.is_empty() {
+                store.keep(id, Keep { number: 0, block: BlockId(id.0), checkpoint: true }).unwrap();
+            }
+        }
+        let position = reuse.len() * BLOCK_TOKENS;
+        let row = Row { sequence: id, position, tokens: input[position..].to_vec(), sample: true };
+        let sampled = stages.run(&[row]).remove(0).sampled.unwrap();
+        stages.close(id.0);
+        Ok((sampled.token, sampled.logprob.unwrap()))
+    };
+    let is_missing = |result: Result<_, StageError>, block: u64| {
+        assert!(
+            matches!(&result, Err(StageError::MissingBlock(missing)) if missing.0 == block),
+            "{result:?}"
+        );
+    };
+    let close = |(token, logprob): (u32, f32), (other, other_logprob): (u32, f32)| {
+        assert!(token == other && (logprob - other_logprob).abs() < 1e-4, "{logprob} and {other_logprob}");
+    };
+    let changed = run(&mut stages, 1, Some("a"), &[]).unwrap();
+    let plain = run(&mut stages, 2, None, &[]).unwrap();
+    close(run(&mut stages, 3, Some("a"), &[BlockId(1)]).unwrap(), changed);
+    close(run(&mut stages, 4, None, &[BlockId(2)]).unwrap(), plain);
+    is_missing(run(&mut stages, 5, None, &[BlockId(1)]), 1);
+    is_missing(run(&mut stages, 6, Some("a"), &[BlockId(2)]), 2);
+    stages.remove("a");
+    stages.add("a", &folders[1]);
+    is_missing(run(&mut stages, 7, Some("a"), &[BlockId(1)]), 1);
+    stages.remove("a");
+    stages.add("a", &folders[0]);
+    close(run(&mut stages, 8, Some("a"), &[BlockId(1)]).unwrap(), changed);
 }
 
 fn collect(batch: &mut BatchGenerator, heard: &mut HashMap<mlxnode_engine::RowId, Vec<u32>>) {

@@ -9,7 +9,7 @@
 //! ```
 
 use crate::error::{HubError, disk};
-use crate::files::{Wanted, is_safe_part, is_safe_path, is_weights};
+use crate::files::{ADAPTER_CONFIG, Wanted, is_adapter, is_safe_part, is_safe_path, is_weights};
 use crate::remote::RemoteFile;
 use crate::source::{HubId, ModelSource};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
@@ -170,6 +170,12 @@ pub(crate) fn missing_files(snapshot: &Path, wanted: Wanted) -> Vec<String> {
         if wanted.takes(&file) {
             expect(&file, has(&file));
         }
+    }
+    if wanted == Wanted::Adapter {
+        expect(ADAPTER_CONFIG, has(ADAPTER_CONFIG));
+        let is_there = files_of(snapshot).iter().any(|(name, _)| is_adapter(name));
+        expect("adapters.safetensors", is_there);
+        return missing.into_iter().collect();
     }
     expect("config.json", has("config.json"));
     let tokenizers =

@@ -58,6 +58,12 @@ pub enum HubError {
         /// The repository.
         id: String,
     },
+    /// The repository holds no adapter.
+    #[error("{id} is no adapter: it has neither adapters.safetensors nor adapter_model.safetensors")]
+    NotAnAdapter {
+        /// What was named.
+        id: String,
+    },
     /// The hub cannot be reached, or connections keep breaking.
     #[error("{url} cannot be reached; check the network, or HF_ENDPOINT")]
     Network {

@@ -7,12 +7,27 @@ pub(crate) enum Wanted {
     All,
     /// Config, tokenizer and templates, no weights.
     Text,
+    /// What changes a model: an adapter's config and tensors.
+    Adapter,
+}
+
+/// The files of an adapter, as mlx-lm and PEFT write them.
+pub(crate) const ADAPTER_CONFIG: &str = "adapter_config.json";
+const ADAPTER_TENSORS: [&str; 2] = ["adapters.safetensors", "adapter_model.safetensors"];
+
+/// Tensors of an adapter.
+pub(crate) fn is_adapter(file: &str) -> bool {
+    ADAPTER_TENSORS.contains(&file)
 }
 
 impl Wanted {
     /// Is this file of the repository wanted?
     pub(crate) fn takes(self, file: &str) -> bool {
-        is_text(file) || (self == Self::All && is_weights(file))
+        match self {
+            Self::All => is_text(file) || is_weights(file),
+            Self::Text => is_text(file),
+            Self::Adapter => file == ADAPTER_CONFIG || is_adapter(file),
+        }
     }
 }
 
@@ -71,6 +86,10 @@ mod tests {
             ("README.md", false, false),
         ] {
             assert_eq!((Wanted::All.takes(file), Wanted::Text.takes(file)), (all, text), "{file}");
+            assert!(!Wanted::Adapter.takes(file), "{file}");
+        }
+        for file in ["adapter_config.json", "adapters.safetensors", "adapter_model.safetensors"] {
+            assert!(Wanted::Adapter.takes(file), "{file}");
         }
     }
 

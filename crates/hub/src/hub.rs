@@ -4,7 +4,7 @@ use crate::cache::{self, LocalModel, RepoCache};
 use crate::demo;
 use crate::download::Download;
 use crate::error::HubError;
-use crate::files::{Wanted, is_weights};
+use crate::files::{Wanted, is_adapter, is_weights};
 use crate::options::Options;
 use crate::remote::Remote;
 use crate::source::{HubId, ModelSource};
@@ -59,6 +59,29 @@ impl Hub {
         self.resolve_files(source, Wanted::Text, progress)
     }
 
+    /// The folder of an adapter, downloaded if need be, as [`Hub::resolve`] does it for models.
+    ///
+    /// # Errors
+    /// [`HubError`]; the demo model is no adapter.
+    pub fn resolve_adapter(
+        &self,
+        source: &ModelSource,
+        progress: &dyn Fn(Progress<'_>),
+    ) -> Result<PathBuf, HubError> {
+        self.resolve_files(source, Wanted::Adapter, progress)
+    }
+
+    /// Has this machine all files of the model already, without asking the network?
+    pub fn is_here(&self, source: &ModelSource) -> bool {
+        match source {
+            ModelSource::Demo => true,
+            ModelSource::Folder(folder) => folder.is_dir(),
+            ModelSource::Hub(id) => RepoCache::new(&self.options.cache, id)
+                .known_snapshot()
+                .is_some_and(|snapshot| cache::missing_files(&snapshot, Wanted::All).is_empty()),
+        }
+    }
+
     /// The models that the cache has all files of, by name. Whether their files are sound shows when they are opened.
     pub fn local_models(&self) -> Vec<LocalModel> {
         cache::local_models(&self.options.cache)
@@ -71,6 +94,9 @@ impl Hub {
         progress: &dyn Fn(Progress<'_>),
     ) -> Result<PathBuf, HubError> {
         match source {
+            ModelSource::Demo if wanted == Wanted::Adapter => {
+                Err(HubError::NotAnAdapter { id: "demo".into() })
+            }
             ModelSource::Demo => demo::resolve(&self.options.cache),
             ModelSource::Folder(folder) if folder.is_dir() => Ok(folder.clone()),
             ModelSource::Folder(folder) => Err(HubError::NoFolder(folder.clone())),
@@ -114,6 +140,9 @@ impl Hub {
         let listing = self.remote.list(id)?;
         if wanted == Wanted::All && !listing.files.iter().any(|file| is_weights(file)) {
             return Err(HubError::NoWeights { id: id.repository() });
+        }
+        if wanted == Wanted::Adapter && !listing.files.iter().any(|file| is_adapter(file)) {
+            return Err(HubError::NotAnAdapter { id: id.repository() });
         }
         let commit = listing.commit.as_str();
         let snapshot = cache.snapshot(commit);

@@ -324,9 +324,10 @@ impl Node {
             workers: workers.clone(),
             household: household.clone(),
         });
+        let models = ModelsService::new(route.clone(), view.clone(), busy.clone());
         let public = public_routes(PublicServices {
             inference: InferenceService::new(front.clone()),
-            models: ModelsService::new(route.clone(), view.clone(), busy.clone()),
+            models: models.clone(),
             cluster: ClusterService::new(household.clone(), route.clone(), view, busy),
             keys: KeysService::new(route, keys.clone()),
         })
@@ -367,8 +368,10 @@ impl Node {
                     requires_key: options.http.as_ref().is_some_and(|http| http.requires_key),
                 },
             );
-            let services =
-                HttpServices::new(front, stop_serving.clone()).behind(gate).showing(metrics, observer);
+            let services = HttpServices::new(front, stop_serving.clone())
+                .behind(gate)
+                .showing(metrics, observer)
+                .controlling(models);
             let names = addresses::http_names(&name, http.address(), &reachable);
             let router = http.router(services, &names);
             let (address, moved) = (http.address(), http.moved());

@@ -6,7 +6,7 @@
 use mlxnode_checkpoint::Checkpoint;
 use mlxnode_cluster::Identity;
 use mlxnode_compute::{ByteCount, LayerRange};
-use mlxnode_coordinator::deployments::{Attempt, Links, Shard, StartedWorker};
+use mlxnode_coordinator::deployments::{AdapterWish, Attempt, Links, Shard, StartedWorker};
 use mlxnode_hub::{Hub, ModelSource};
 use mlxnode_worker::{BlockRoom, LoadShard, ProcessError, ShardStats, SpawnWorker, WorkerProcess};
 use std::collections::BTreeMap;
@@ -225,6 +225,54 @@ impl Workers {
         Ok(process.set_links(crate::wire::links_to_proto(&links)).await?)
     }
 
+    /// Reads an adapter into the attempt's workers, in place of an earlier one of its name. When one of them cannot, none keeps it.
+    ///
+    /// # Errors
+    /// [`WorkersError`].
+    pub(crate) async fn load_adapter(
+        &self,
+        attempt: &Attempt,
+        adapter: &AdapterWish,
+    ) -> Result<(), WorkersError> {
+        self.fence(attempt)?;
+        let folder = self.fetch_adapter(&adapter.source).await?;
+        let processes = self.processes_of(attempt)?;
+        let loads = processes.iter().map(|process| async {
+            process.unload_adapter(&adapter.name).await?;
+            process.load_adapter(&adapter.name, &folder).await
+        });
+        let loaded: Result<Vec<()>, ProcessError> =
+            futures::future::join_all(loads).await.into_iter().collect();
+        if loaded.is_err() {
+            // The coordinator hears why it was not loaded; that it was taken out again goes without saying.
+            let _ = self.unload_adapter(attempt, &adapter.name).await;
+        }
+        Ok(loaded.map(drop)?)
+    }
+
+    /// Takes an adapter out of the attempt's workers.
+    ///
+    /// # Errors
+    /// [`WorkersError`].
+    pub(crate) async fn unload_adapter(&self, attempt: &Attempt, name: &str) -> Result<(), WorkersError> {
+        self.fence(attempt)?;
+        let processes = self.processes_of(attempt)?;
+        let unloads = processes.iter().map(|process| process.unload_adapter(name));
+        let unloaded: Result<Vec<()>, ProcessError> =
+            futures::future::join_all(unloads).await.into_iter().collect();
+        Ok(unloaded.map(drop)?)
+    }
+
+    fn processes_of(&self, attempt: &Attempt) -> Result<Vec<Arc<WorkerProcess>>, WorkersError> {
+        let state = self.state();
+        let held = state.held.iter().filter(|held| held.attempt == *attempt);
+        let processes: Vec<_> = held.map(|held| held.process.clone()).collect();
+        match processes.is_empty() {
+            true => Err(WorkersError::UnknownWorker { deployment: attempt.name.clone(), pid: 0 }),
+            false => Ok(processes),
+        }
+    }
+
     /// Ends all workers of the deployment up to this epoch and waits until they are gone.
     ///
     /// # Errors
@@ -340,6 +388,18 @@ impl Workers {
             })
         });
         match resolved.await {
+            Ok(Ok(folder)) => Ok(folder),
+            Ok(Err(error)) => Err(WorkersError::Model(crate::error::chain(&error))),
+            Err(error) => Err(WorkersError::Model(format!("looking for {source} failed: {error}"))),
+        }
+    }
+
+    /// Looks for an adapter, or downloads it, on a thread of its own.
+    async fn fetch_adapter(&self, source: &str) -> Result<PathBuf, WorkersError> {
+        let parsed =
+            ModelSource::parse(source).map_err(|error| WorkersError::Model(crate::error::chain(&error)))?;
+        let hub = self.shared.hub.clone();
+        match tokio::task::spawn_blocking(move || hub.resolve_adapter(&parsed, &|_| {})).await {
             Ok(Ok(folder)) => Ok(folder),
             Ok(Err(error)) => Err(WorkersError::Model(crate::error::chain(&error))),
             Err(error) => Err(WorkersError::Model(format!("looking for {source} failed: {error}"))),

@@ -101,6 +101,10 @@ impl Stage for Timed {
     fn blocks(&mut self) -> Option<&mut dyn BlockStore> {
         None
     }
+    fn load_adapter(&mut self, name: &str, _: &std::path::Path) -> Result<(), StageError> {
+        Err(StageError::Adapter(format!("nothing is computed here that {name} could change")))
+    }
+    fn unload_adapter(&mut self, _: &str) {}
     fn memory(&self) -> StageMemory {
         StageMemory::default()
     }

@@ -4,6 +4,7 @@
 //! bounded channel and go out through another; while the outbox is full the thread waits, which is the pipeline's
 //! back-pressure. It ends when every sender of its inbox is gone, or on a fault.
 
+use crate::errand::{Errand, Errands};
 use crate::error::{Fault, shortened};
 use crate::lifeline::Lifeline;
 use crate::link::Received;
@@ -66,6 +67,7 @@ pub type StageFactory =
 pub(crate) struct ComputeThread {
     pub(crate) inbox: mpsc::Sender<Received>,
     pub(crate) outbox: mpsc::Receiver<Message>,
+    pub(crate) errands: Errands,
     /// (done, total) bytes while loading.
     pub(crate) loading: watch::Receiver<(u64, u64)>,
     /// Facts of the stage once it is loaded.
@@ -85,6 +87,7 @@ pub(crate) fn spawn(
 ) -> std::io::Result<ComputeThread> {
     let (inbox, mut messages) = mpsc::channel(inbox_messages);
     let (results, outbox) = mpsc::channel(outbox_messages);
+    let (errands, mut errands_in) = Errands::channel();
     let (loading_sender, loading) = watch::channel((0, 0));
     let (loaded_sender, loaded) = oneshot::channel();
     let (dropped_sender, dropped) = oneshot::channel::<()>();
@@ -106,7 +109,7 @@ pub(crate) fn spawn(
                     let shard = Shard::new(stage, max_sequences);
                     progress.holds(0, shard.memory());
                     report(Ok(shard.info().clone()));
-                    work(shard, &mut messages, &results, &progress, &lifeline)
+                    work(shard, &mut messages, &mut errands_in, &results, &progress, &lifeline)
                 }
                 Err(failure) => {
                     report(Err(Fault::Load(shortened(&with_causes(failure.as_ref())))));
@@ -122,15 +125,16 @@ pub(crate) fn spawn(
             lifeline.fail(fault);
         }
         // Only now, or the links would end first and be taken for the cause.
-        drop((messages, results));
+        drop((messages, errands_in, results));
     })?;
-    Ok(ComputeThread { inbox, outbox, loading, loaded, dropped })
+    Ok(ComputeThread { inbox, outbox, errands, loading, loaded, dropped })
 }
 
 /// Works until the senders are gone.
 fn work(
     mut shard: Shard,
     messages: &mut mpsc::Receiver<Received>,
+    errands: &mut mpsc::Receiver<Errand>,
     results: &mpsc::Sender<Message>,
     progress: &Progress,
     lifeline: &Lifeline,
@@ -140,12 +144,25 @@ fn work(
         while let Ok(received) = messages.try_recv() {
             queue.push(received.message, (received.credit, received.arrived));
         }
+        if let Ok(errand) = errands.try_recv() {
+            shard.errand(errand)?;
+            progress.holds(shard.open_sequences(), shard.memory());
+            continue;
+        }
         let Some((message, (credit, arrived))) = queue.pop() else {
             if shard.rest()? {
-                continue; // after a look at the inbox
+                continue; // after a look at the inboxes
             }
-            let Some(received) = messages.blocking_recv() else { break };
-            queue.push(received.message, (received.credit, received.arrived));
+            match futures::executor::block_on(next(messages, errands)) {
+                Some(Next::Message(received)) => {
+                    queue.push(received.message, (received.credit, received.arrived))
+                }
+                Some(Next::Errand(errand)) => {
+                    shard.errand(errand)?;
+                    progress.holds(shard.open_sequences(), shard.memory());
+                }
+                None => break,
+            }
             continue;
         };
         drop(credit);
@@ -166,6 +183,21 @@ fn work(
         }
     }
     Ok(())
+}
+
+#[expect(clippy::large_enum_variant, reason = "messages are the many, and one exists at a time")]
+enum Next {
+    Message(Received),
+    Errand(Errand),
+}
+
+/// Waits for either. None: nobody is left who could send messages.
+async fn next(messages: &mut mpsc::Receiver<Received>, errands: &mut mpsc::Receiver<Errand>) -> Option<Next> {
+    tokio::select! {
+        biased;
+        message = messages.recv() => message.map(Next::Message),
+        Some(errand) = errands.recv() => Some(Next::Errand(errand)),
+    }
 }
 
 /// An error and what caused it, in one line.

@@ -15,6 +15,7 @@ mod blocks_wire;
 mod compute_thread;
 mod drive;
 mod drive_client;
+mod errand;
 mod error;
 mod hello;
 mod lifeline;

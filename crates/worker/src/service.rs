@@ -4,6 +4,7 @@
 
 use crate::compute_thread::{BlockRoom, LoadShard};
 use crate::drive::session::{SESSION_EVENTS, Session};
+use crate::errand::Order;
 use crate::error::Fault;
 use crate::shard_state::{LinkEnd, LoadedShard, ShardState};
 use mlxnode_cluster::PeerKey;
@@ -21,6 +22,9 @@ use tonic::{Request, Response, Status, Streaming};
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 /// Most sequences that a shard may be asked to hold.
 const MOST_SEQUENCES: usize = 1024;
+/// Longest name of an adapter and longest path of its folder, in bytes.
+const LONGEST_NAME: usize = 256;
+const LONGEST_PATH: usize = 4096;
 /// Longest chunk that a shard may be asked to work on at once.
 const LONGEST_CHUNK: usize = 8192;
 
@@ -101,6 +105,29 @@ impl Worker for Services {
         Ok(Response::new(proto::SetLinksResponse {}))
     }
 
+    async fn load_adapter(
+        &self,
+        request: Request<proto::LoadShardAdapterRequest>,
+    ) -> Result<Response<proto::LoadShardAdapterResponse>, Status> {
+        self.require_parent(&request)?;
+        let proto::LoadShardAdapterRequest { name, folder } = request.into_inner();
+        bounded("name", &name, LONGEST_NAME)?;
+        bounded("folder", &folder, LONGEST_PATH)?;
+        self.shard_state.errand(Order::LoadAdapter { name, folder: folder.into() }).await?;
+        Ok(Response::new(proto::LoadShardAdapterResponse {}))
+    }
+
+    async fn unload_adapter(
+        &self,
+        request: Request<proto::UnloadShardAdapterRequest>,
+    ) -> Result<Response<proto::UnloadShardAdapterResponse>, Status> {
+        self.require_parent(&request)?;
+        let name = request.into_inner().name;
+        bounded("name", &name, LONGEST_NAME)?;
+        self.shard_state.errand(Order::UnloadAdapter { name }).await?;
+        Ok(Response::new(proto::UnloadShardAdapterResponse {}))
+    }
+
     async fn stats(
         &self,
         request: Request<proto::StatsRequest>,
@@ -150,6 +177,13 @@ impl Stage for Services {
         }
         Ok(Response::new(ReceiverStream::new(stream)))
     }
+}
+
+fn bounded(field: &str, text: &str, most: usize) -> Result<(), Status> {
+    if (1..=most).contains(&text.len()) {
+        return Ok(());
+    }
+    Err(Status::invalid_argument(format!("{field} has {} bytes, but must have 1 to {most}", text.len())))
 }
 
 fn shard_from_proto(request: &proto::LoadShardRequest) -> Result<LoadShard, Status> {

@@ -5,6 +5,7 @@
 //! the worker.
 //! Pure but for the stage: no channel, no clock, no thread.
 
+use crate::errand::Errand;
 use crate::error::Fault;
 use crate::message::{Batch, Message, Results, RowResult};
 use mlxnode_compute::{
@@ -47,6 +48,11 @@ impl Shard {
 
     pub(crate) fn memory(&self) -> mlxnode_compute::StageMemory {
         self.stage.memory()
+    }
+
+    /// Does what the node asks.
+    pub(crate) fn errand(&mut self, errand: Errand) -> Result<(), Fault> {
+        errand.run(self.stage.as_mut())
     }
 
     /// Works on one message from the stage before, or from the driver. What comes back is for the stage after.

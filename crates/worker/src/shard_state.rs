@@ -9,6 +9,7 @@
 use crate::compute_thread::{self, LoadShard, StageFactory};
 use crate::drive::driver::{Driver, Limits};
 use crate::drive::session::{self, Ring, Session};
+use crate::errand::{Errands, Order};
 use crate::error::{Fault, Side};
 use crate::lifeline::Lifeline;
 use crate::link::{
@@ -50,6 +51,7 @@ struct Contents {
     inbox: Option<mpsc::Sender<Received>>,
     outbox: Option<mpsc::Receiver<Message>>,
     dropped: Option<oneshot::Receiver<()>>,
+    errands: Option<Errands>,
     loaded: Option<LoadedShard>,
     links: Option<Links>,
 }
@@ -153,6 +155,7 @@ impl ShardState {
         contents.inbox = Some(thread.inbox);
         contents.outbox = Some(thread.outbox);
         contents.dropped = Some(thread.dropped);
+        contents.errands = Some(thread.errands);
         Ok(Loading { progress: thread.loading, loaded: thread.loaded })
     }
 
@@ -227,6 +230,16 @@ impl ShardState {
         }
         contents.links = Some(Links { previous: previous_end, drivers, sessions });
         Ok(())
+    }
+
+    /// Has the compute thread do something for the node, once the shard is loaded.
+    pub(crate) async fn errand(&self, order: Order) -> Result<(), Status> {
+        let errands = {
+            let contents = self.contents();
+            contents.errands.clone().filter(|_| contents.loaded.is_some())
+        };
+        let errands = errands.ok_or_else(|| Status::failed_precondition("the shard is not loaded yet"))?;
+        errands.run(order).await
     }
 
     /// The end of the link for the key `pin`, once.

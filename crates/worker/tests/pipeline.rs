@@ -242,6 +242,12 @@ impl Stage for Faulty {
     fn blocks(&mut self) -> Option<&mut dyn mlxnode_compute::BlockStore> {
         self.stage.blocks()
     }
+    fn load_adapter(&mut self, name: &str, folder: &std::path::Path) -> Result<(), StageError> {
+        self.stage.load_adapter(name, folder)
+    }
+    fn unload_adapter(&mut self, name: &str) {
+        self.stage.unload_adapter(name);
+    }
     fn memory(&self) -> StageMemory {
         self.stage.memory()
     }

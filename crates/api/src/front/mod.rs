@@ -9,6 +9,7 @@ mod admission;
 mod answer;
 mod defaults;
 mod model_text;
+mod names;
 mod output;
 mod prepared;
 mod replicas;
@@ -98,6 +99,26 @@ pub enum FrontError {
         model: String,
         /// A sentence on what there is.
         loaded: String,
+    },
+    /// It is there, but not with this adapter.
+    #[error("the model {model:?} has no adapter named {adapter:?}; {loaded}")]
+    UnknownAdapter {
+        /// Deployment.
+        model: String,
+        /// What was asked for.
+        adapter: String,
+        /// A sentence on what there is.
+        loaded: String,
+    },
+    /// The adapter is wanted, but could not be read.
+    #[error("the adapter {adapter:?} of {model:?} cannot be used: {problem}")]
+    BrokenAdapter {
+        /// Deployment.
+        model: String,
+        /// Its name.
+        adapter: String,
+        /// Why not.
+        problem: String,
     },
     /// Several are loaded and the request names none.
     #[error("several models are loaded ({0}); name one of them")]
@@ -230,11 +251,14 @@ impl Front {
     /// As [`Front::generate`], and when the replica is lost on the way.
     pub async fn embed(&self, request: EmbeddingRequest) -> Result<(Vec<f32>, usize), FrontError> {
         let arrived = Instant::now();
-        let deployment = self.ready(&request.model)?;
+        let (deployment, named_adapter) = self.find(&request.model)?;
+        check_ready(&deployment)?;
+        let adapter = request.adapter.or(named_adapter);
+        names::check_adapter(&deployment, adapter.as_deref())?;
         let _place = self.enter(&deployment.name, arrived)?;
         let text = self.model_text(&deployment).await?;
         let prompt = text.clone().tokenize_blocking(request.input).await?;
-        let mut valid = ValidRequest::embedding(prompt, request.adapter, &text.limits(&deployment)?)?;
+        let mut valid = ValidRequest::embedding(prompt, adapter, &text.limits(&deployment)?)?;
         valid.spec.trace = Some(named(request.trace));
         let prompt_tokens = valid.prompt.len();
         let (deadline, tenant) = (request.deadline, request.tenant);
@@ -269,12 +293,6 @@ impl Front {
         let record = self.metrics.request(&deployment.name, run.prompt.len(), arrived);
         let gate = self.gate.clone().map(|gate| (gate, run.tenant.clone()));
         Account::new(place, record, self.metrics.clone(), gate, Submitted::new(run, arrived))
-    }
-
-    fn ready(&self, model: &str) -> Result<DeploymentView, FrontError> {
-        let deployment = self.deployment(model)?;
-        check_ready(&deployment)?;
-        Ok(deployment)
     }
 
     /// The largest memory that any stage's MLX held since it was loaded; 0 when no stage says so in time.

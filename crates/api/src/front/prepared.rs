@@ -1,8 +1,9 @@
 //! A request that is checked and tokenized, ready to run once or several times.
 
 use crate::deployments::DeploymentView;
+use crate::front::names::check_adapter;
 use crate::front::{
-    Answer, Front, FrontError, GenerationRequest, Input, ModelText, Output, fresh_seed, named,
+    Answer, Front, FrontError, GenerationRequest, Input, ModelText, Output, check_ready, fresh_seed, named,
 };
 use mlxnode_coordinator::requests::ValidRequest;
 use mlxnode_coordinator::scheduler::RunRequest;
@@ -33,7 +34,11 @@ impl Front {
     /// An unknown model, a prompt that cannot be made, a parameter out of its range.
     pub async fn prepare(&self, request: GenerationRequest) -> Result<Prepared, FrontError> {
         let arrived = Instant::now();
-        let deployment = self.ready(&request.model)?;
+        let (deployment, adapter) = self.find(&request.model)?;
+        check_ready(&deployment)?;
+        let mut parameters = request.parameters;
+        parameters.adapter = parameters.adapter.or(adapter);
+        check_adapter(&deployment, parameters.adapter.as_deref())?;
         // Tokenizing is the first that costs something: who has no chance is refused before it.
         let _place = self.enter(&deployment.name, arrived)?;
         let text = self.model_text(&deployment).await?;
@@ -42,7 +47,6 @@ impl Front {
             _ => None,
         };
         let prompt = text.clone().tokenize_blocking(request.input).await?;
-        let mut parameters = request.parameters;
         for token in &request.extra_eos {
             parameters.extra_stop_tokens.push(text.tokenizer.parse_token(token)?);
         }

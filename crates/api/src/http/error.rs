@@ -40,6 +40,8 @@ pub enum ErrorKind {
     Method,
     /// 408: the request came too slowly.
     TooSlow,
+    /// 409: not in the state that things are in.
+    Conflict,
     /// 413: the body is too large.
     TooLarge,
     /// 429: too much at once.
@@ -77,6 +79,7 @@ impl ErrorKind {
             Self::NoRoute | Self::NoModel => StatusCode::NOT_FOUND,
             Self::Method => StatusCode::METHOD_NOT_ALLOWED,
             Self::TooSlow => StatusCode::REQUEST_TIMEOUT,
+            Self::Conflict => StatusCode::CONFLICT,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::RateLimited => StatusCode::TOO_MANY_REQUESTS,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
@@ -94,6 +97,7 @@ impl ErrorKind {
             Self::NoModel => ("invalid_request_error", Some("model_not_found")),
             Self::Method => ("invalid_request_error", Some("method_not_allowed")),
             Self::TooSlow => ("invalid_request_error", Some("request_timeout")),
+            Self::Conflict => ("invalid_request_error", Some("conflict")),
             Self::TooLarge => ("invalid_request_error", Some("request_too_large")),
             Self::RateLimited => ("rate_limit_exceeded", Some("rate_limit_exceeded")),
             Self::Internal => ("server_error", None),
@@ -104,7 +108,7 @@ impl ErrorKind {
     /// Anthropic's `type`.
     fn anthropic(self) -> &'static str {
         match self {
-            Self::Invalid | Self::Method | Self::TooSlow => "invalid_request_error",
+            Self::Invalid | Self::Method | Self::TooSlow | Self::Conflict => "invalid_request_error",
             Self::Unauthorized => "authentication_error",
             Self::Forbidden => "permission_error",
             Self::NoRoute | Self::NoModel => "not_found_error",
@@ -182,13 +186,14 @@ impl From<FrontError> for ApiError {
     fn from(error: FrontError) -> Self {
         let text = error.to_string();
         match error {
-            FrontError::UnknownModel { .. } => {
+            FrontError::UnknownModel { .. } | FrontError::UnknownAdapter { .. } => {
                 Self { param: Some("model".to_owned()), ..Self::new(ErrorKind::NoModel, text) }
             }
             FrontError::AmbiguousModel(_) => Self::field("model", text),
             FrontError::Busy { retry_after, .. } => {
                 Self::new(ErrorKind::RateLimited, text).retry_after(retry_after)
             }
+            FrontError::BrokenAdapter { .. } => Self::new(ErrorKind::Unavailable, text).retry_after(SOON),
             FrontError::NotReady { .. } => Self::new(ErrorKind::Unavailable, text).retry_after(SOON),
             FrontError::Request(error) => {
                 Self { param: request_param(&error), ..Self::new(ErrorKind::Invalid, text) }

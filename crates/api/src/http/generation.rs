@@ -26,7 +26,7 @@ impl HttpServices {
     /// Finds a model by what the client wrote into `model`: a deployment's name, where its weights come from, or `NAME:ADAPTER`.
     pub(super) async fn model(&self, caller: &Caller, model: &str) -> Result<Model, ApiError> {
         let name = if model == ANY_MODEL { "" } else { model };
-        let (deployment, adapter) = self.find(name)?;
+        let (deployment, adapter) = self.front.find(name)?;
         if !caller.may_use(&deployment.name) {
             // Whoever may not use a model need not learn that it is there.
             let error = ApiError::new(ErrorKind::NoModel, format!("no model named {model:?} is loaded"));
@@ -34,23 +34,6 @@ impl HttpServices {
         }
         let text = self.front.text_of(&deployment).await?;
         Ok(Model { deployment, text, adapter })
-    }
-
-    fn find(&self, name: &str) -> Result<(DeploymentView, Option<String>), ApiError> {
-        let error = match self.front.deployment(name) {
-            Ok(deployment) => return Ok((deployment, None)),
-            Err(error) => error,
-        };
-        let deployments = self.front.deployments();
-        if let Some(found) = deployments.iter().find(|deployment| deployment.source == name) {
-            return Ok((found.clone(), None));
-        }
-        if let Some((base, adapter)) = name.rsplit_once(':')
-            && let Some(found) = deployments.into_iter().find(|deployment| deployment.name == base)
-        {
-            return Ok((found, Some(adapter.to_owned())));
-        }
-        Err(error.into())
     }
 }
 

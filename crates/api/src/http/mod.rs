@@ -49,6 +49,7 @@ pub use server::{BindError, HttpOptions, HttpServer};
 use crate::front::Front;
 use crate::gate::Gate;
 use crate::metrics::{Metrics, Observer};
+use crate::models::ModelsService;
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -66,8 +67,15 @@ pub struct HttpServices {
     gate: Gate,
     metrics: Arc<Metrics>,
     observer: Option<Arc<dyn Observer>>,
+    control: Option<Control>,
     /// Unix time of the start.
     started: u64,
+}
+
+/// The cluster behind a listener.
+#[derive(Clone)]
+struct Control {
+    models: ModelsService,
 }
 
 /// All bodies together; a request that finds no room is asked to come back.
@@ -80,7 +88,7 @@ impl HttpServices {
         let (gate, metrics) = (Gate::open(), Arc::new(Metrics::default()));
         let front = front.counting(metrics.clone(), Some(gate.clone()));
         let bodies = Arc::new(Semaphore::new(BODIES_KIB));
-        Self { front, bodies, stopping, gate, metrics, observer: None, started }
+        Self { front, bodies, stopping, gate, metrics, observer: None, control: None, started }
     }
 
     /// Lets in only whom the gate lets in.
@@ -88,6 +96,12 @@ impl HttpServices {
     pub fn behind(self, gate: Gate) -> Self {
         let front = self.front.counting(self.metrics.clone(), Some(gate.clone()));
         Self { front, gate, ..self }
+    }
+
+    /// Changes what the cluster has loaded.
+    #[must_use]
+    pub fn controlling(self, models: ModelsService) -> Self {
+        Self { control: Some(Control { models }), ..self }
     }
 
     /// Counts into `metrics`, and shows with them what the observer sees.

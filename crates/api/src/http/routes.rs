@@ -29,6 +29,7 @@ pub struct Route {
 pub fn routes() -> Vec<Route> {
     let get_ = |path, access, handler| Route { path, method: Method::GET, access, handler };
     let post_ = |path, handler| Route { path, method: Method::POST, access: Access::User, handler };
+    let change = |path, handler| Route { path, method: Method::POST, access: Access::Admin, handler };
     vec![
         get_("/health", Access::Open, get(health::health)),
         get_("/metrics", Access::Metrics, get(metrics::metrics)),
@@ -42,6 +43,8 @@ pub fn routes() -> Vec<Route> {
         post_("/v1/responses", post(openai::responses::responses)),
         post_("/v1/messages", post(anthropic::messages::messages)),
         post_("/v1/messages/count_tokens", post(anthropic::messages::count_tokens)),
+        change("/v1/load_lora_adapter", post(openai::adapters::load)),
+        change("/v1/unload_lora_adapter", post(openai::adapters::unload)),
     ]
 }
 

@@ -148,7 +148,8 @@ pub(super) fn finish(summary: Summary, peak_memory: ByteCount) -> v1::Finish {
 pub(crate) fn status(error: FrontError) -> Status {
     let text = error.to_string();
     match error {
-        FrontError::UnknownModel { .. } => Status::not_found(text),
+        FrontError::UnknownModel { .. } | FrontError::UnknownAdapter { .. } => Status::not_found(text),
+        FrontError::BrokenAdapter { .. } => Status::unavailable(text),
         FrontError::Text(TextError::SandboxBusy) => Status::resource_exhausted(text),
         FrontError::Text(TextError::Sandbox { .. }) => Status::unavailable(text),
         FrontError::AmbiguousModel(_) | FrontError::Request(_) | FrontError::Text(_) => {

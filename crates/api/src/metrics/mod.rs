@@ -146,7 +146,14 @@ mod tests {
         record.token(start + seconds(1.6));
         record.ended(Finished::Length, start + seconds(1.6));
         drop(metrics.request("demo", 7, start));
-        let scheduler = SchedulerSeen { model: "demo".into(), running: 2, waiting: 3, kv_usage: Some(0.25) };
+        let scheduler = SchedulerSeen {
+            model: "demo".into(),
+            running: 2,
+            waiting: 3,
+            kv_usage: Some(0.25),
+            prompt_disk_bytes: 9,
+            ..SchedulerSeen::default()
+        };
         let text =
             metrics.text(Observations { schedulers: vec![scheduler], ..Observations::default() }).unwrap();
         for line in [

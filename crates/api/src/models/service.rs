@@ -10,8 +10,9 @@ use mlxnode_coordinator::scheduler::Statistics;
 use mlxnode_proto::v1::models_client::ModelsClient;
 use mlxnode_proto::v1::models_server::Models;
 use mlxnode_proto::v1::{
-    ListModelsRequest, ListModelsResponse, LoadProgress, LoadRequest, PlanRequest, PlanResponse,
-    UnloadRequest, UnloadResponse, WatchModelsRequest,
+    ListModelsRequest, ListModelsResponse, LoadAdapterRequest, LoadAdapterResponse, LoadProgress,
+    LoadRequest, PlanRequest, PlanResponse, UnloadAdapterRequest, UnloadAdapterResponse, UnloadRequest,
+    UnloadResponse, WatchModelsRequest,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,7 +25,8 @@ pub trait Busy: Send + Sync + 'static {
     fn statistics(&self) -> BTreeMap<String, Statistics>;
 }
 
-/// The service on one node.
+/// The service on one node. Cheap to clone.
+#[derive(Clone)]
 pub struct ModelsService {
     route: Arc<dyn CoordinatorRoute>,
     deployments: watch::Receiver<DeploymentsView>,
@@ -108,6 +110,40 @@ impl Models for ModelsService {
             Route::Here(coordinator) => {
                 coordinator.unload(request.into_inner().name).await.map_err(wire::status)?;
                 Ok(Response::new(UnloadResponse {}))
+            }
+        }
+    }
+
+    async fn load_adapter(
+        &self,
+        request: Request<LoadAdapterRequest>,
+    ) -> Result<Response<LoadAdapterResponse>, Status> {
+        match self.route.route()? {
+            Route::There(channel) => {
+                ModelsClient::new(channel).load_adapter(forwarded(request)?).await.map_err(not_answered)
+            }
+            Route::Here(coordinator) => {
+                let LoadAdapterRequest { model, source, name } = request.into_inner();
+                let (view, name) =
+                    coordinator.load_adapter(model, source, Some(name)).await.map_err(wire::status)?;
+                let deployment = Some(wire::deployment_to_proto(&view, None));
+                Ok(Response::new(LoadAdapterResponse { deployment, name }))
+            }
+        }
+    }
+
+    async fn unload_adapter(
+        &self,
+        request: Request<UnloadAdapterRequest>,
+    ) -> Result<Response<UnloadAdapterResponse>, Status> {
+        match self.route.route()? {
+            Route::There(channel) => {
+                ModelsClient::new(channel).unload_adapter(forwarded(request)?).await.map_err(not_answered)
+            }
+            Route::Here(coordinator) => {
+                let UnloadAdapterRequest { model, name } = request.into_inner();
+                coordinator.unload_adapter(model, name).await.map_err(wire::status)?;
+                Ok(Response::new(UnloadAdapterResponse {}))
             }
         }
     }

@@ -4,7 +4,7 @@ use mlxnode_cluster::NodeId;
 use mlxnode_compute::{ByteCount, LayerRange};
 use mlxnode_coordinator::Error;
 use mlxnode_coordinator::coordinator::{PlanReport, Progress};
-use mlxnode_coordinator::deployments::{DeploymentView, StageView, State};
+use mlxnode_coordinator::deployments::{AdapterView, DeploymentView, StageView, State};
 use mlxnode_coordinator::placement::{NodeBudget, PlannedStage, Wish};
 use mlxnode_coordinator::scheduler::Statistics;
 use mlxnode_proto::v1;
@@ -31,7 +31,21 @@ pub(crate) fn deployment_to_proto(view: &DeploymentView, statistics: Option<&Sta
         active_requests: statistics.map_or(0, |statistics| statistics.active as u32),
         queued_requests: statistics.map_or(0, |statistics| statistics.queued as u32),
         max_sequences: view.max_sequences as u32,
+        adapters: view.adapters.iter().map(adapter_to_proto).collect(),
     }
+}
+
+fn adapter_to_proto(adapter: &AdapterView) -> v1::Adapter {
+    v1::Adapter {
+        name: adapter.name.clone(),
+        source: adapter.source.clone(),
+        problem: adapter.problem.clone().unwrap_or_default(),
+    }
+}
+
+fn adapter(adapter: v1::Adapter) -> AdapterView {
+    let problem = Some(adapter.problem).filter(|problem| !problem.is_empty());
+    AdapterView { name: adapter.name, source: adapter.source, problem }
 }
 
 fn stage_to_proto(stage: &StageView) -> v1::Stage {
@@ -71,6 +85,7 @@ pub fn deployment(wire: v1::Deployment) -> Result<DeploymentView, Status> {
         architecture: wire.architecture,
         context_tokens: wire.context_tokens as usize,
         max_sequences: wire.max_sequences as usize,
+        adapters: wire.adapters.into_iter().map(adapter).collect(),
     })
 }
 
@@ -184,6 +199,11 @@ mod tests {
             architecture: "llama".into(),
             context_tokens: 256,
             max_sequences: 4,
+            adapters: vec![AdapterView {
+                name: "poet".into(),
+                source: "ann/poet".into(),
+                problem: Some("gone".into()),
+            }],
         };
         assert_eq!(deployment(deployment_to_proto(&view, None)).unwrap(), view);
         let broken = v1::Stage { node_id: "xyz".into(), ..Default::default() };

@@ -254,9 +254,13 @@ async fn models_go_by_several_names() -> Result<()> {
         good(desk.address, PATH, with(say("Hi."), json!({"model": model}))).await?;
     }
     assert_eq!(desk.replicas.last().spec.adapter.as_deref(), Some("style"));
-    for (model, status) in
-        [(json!("gpt-9"), 404), (json!("later"), 503), (json!("default_model"), 400), (Value::Null, 400)]
-    {
+    for (model, status) in [
+        (json!("demo:prose"), 404),
+        (json!("gpt-9"), 404),
+        (json!("later"), 503),
+        (json!("default_model"), 400),
+        (Value::Null, 400),
+    ] {
         let (found, param, _) =
             refused(desk.address, PATH, with(say("Hi."), json!({"model": model}))).await?;
         assert_eq!(found, status, "{model}");

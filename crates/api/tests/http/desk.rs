@@ -5,7 +5,7 @@ use anyhow::{Context as _, Result};
 use async_trait::async_trait;
 use futures::StreamExt as _;
 use futures::stream;
-use mlxnode_api::deployments::{DeploymentView, DeploymentsView, State};
+use mlxnode_api::deployments::{AdapterView, DeploymentView, DeploymentsView, State};
 use mlxnode_api::front::{Front, Replicas, RunEvents};
 use mlxnode_api::gate::Gate;
 use mlxnode_api::http::{HttpOptions, HttpServer, HttpServices};
@@ -77,9 +77,11 @@ impl Desk {
             architecture: "llama".into(),
             context_tokens: 512,
             max_sequences: 4,
+            adapters: Vec::new(),
         };
+        let style = AdapterView { name: "style".into(), source: "/adapters/style".into(), problem: None };
         let deployments = vec![
-            deployment("demo", "hub/demo", State::Ready),
+            DeploymentView { adapters: vec![style], ..deployment("demo", "hub/demo", State::Ready) },
             deployment("later", "hub/later", State::Loading),
         ];
         let (sender, view) = watch::channel(DeploymentsView { deployments, is_current: true });

@@ -1,5 +1,6 @@
 //! One file per command. Each has its arguments (a clap struct whose comments are the help text) and a `run`.
 
+pub mod adapters;
 pub mod benchmark;
 pub mod cache_prompt;
 pub mod chat;
@@ -38,6 +39,7 @@ pub fn run(arguments: Arguments) -> Result<ExitCode> {
         Command::Unload(command) => asynchronous(command.run(global))?,
         Command::Keys(command) => asynchronous(command.run(global))?,
         Command::Models(command) => command.run(global)?,
+        Command::Adapters(command) => asynchronous(command.run(global))?,
         Command::Generate(command) => return command.run(global),
         Command::Chat(command) => return command.run(global),
         Command::Benchmark(command) => command.run(global)?,

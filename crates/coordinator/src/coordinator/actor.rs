@@ -7,7 +7,9 @@ use super::Limits;
 use super::handle::PlanReport;
 use super::journal::{Decisions, Entry, Journal};
 use super::orders::{Orders, within};
-use crate::deployments::{Attempt, DeploymentView, DeploymentWish, Deployments, Effect, Event, Loaded};
+use crate::deployments::{
+    AdapterWish, Attempt, DeploymentView, DeploymentWish, Deployments, Effect, Event, Loaded,
+};
 use crate::keys::{KeyEntry, KeyText, KeyWish, Keys};
 use crate::placement::{ModelCost, Offer, Wish};
 use crate::{Error, keys};
@@ -45,6 +47,24 @@ pub(super) enum Message {
         name: String,
         /// When it is gone, or why not.
         reply: Reply<()>,
+    },
+    /// An adapter is wanted beside a deployment.
+    LoadAdapter {
+        /// Of which deployment; empty: the only one.
+        name: String,
+        /// What.
+        adapter: AdapterWish,
+        /// When it is there, or why not.
+        reply: Reply<DeploymentView>,
+    },
+    /// An adapter is not wanted any more.
+    UnloadAdapter {
+        /// Of which deployment; empty: the only one.
+        name: String,
+        /// Its name.
+        adapter: String,
+        /// When it is gone, or why not.
+        reply: Reply<DeploymentView>,
     },
     /// What would a plan be?
     Plan {
@@ -111,6 +131,8 @@ pub(super) struct Running {
     /// Calls that wait, by deployment; those to load with the number that cancels them.
     loads: HashMap<String, Vec<(u64, Reply<DeploymentView>)>>,
     unloads: HashMap<String, Vec<Reply<()>>>,
+    /// By deployment and adapter.
+    adapters: HashMap<(String, String), Vec<Reply<DeploymentView>>>,
     /// Orders and plans under way; aborted when this is dropped.
     under_way: JoinSet<()>,
     /// Those that [`Effect::Abandon`] ends.
@@ -139,6 +161,7 @@ impl Actor for CoordinatorActor {
             key_list: arguments.key_list,
             loads: HashMap::new(),
             unloads: HashMap::new(),
+            adapters: HashMap::new(),
             under_way: JoinSet::new(),
             of_attempt: HashMap::new(),
             timer: None,
@@ -169,6 +192,8 @@ impl Actor for CoordinatorActor {
                     Vec::new()
                 }
             },
+            Message::LoadAdapter { name, adapter, reply } => running.load_adapter(&name, adapter, reply),
+            Message::UnloadAdapter { name, adapter, reply } => running.unload_adapter(&name, adapter, reply),
             Message::Plan { source, wish, reply } => {
                 running.weigh_for_plan(&myself, source, wish, reply);
                 Vec::new()
@@ -214,6 +239,49 @@ impl Running {
         }
     }
 
+    fn load_adapter(
+        &mut self,
+        name: &str,
+        adapter: AdapterWish,
+        reply: Reply<DeploymentView>,
+    ) -> Vec<Effect> {
+        let wanted = self.deployments.named(name).and_then(|name| {
+            let key = (name.clone(), adapter.name.clone());
+            self.deployments.load_adapter(&name, adapter).map(|(loaded, effects)| (key, loaded, effects))
+        });
+        match wanted {
+            Ok(((name, _), Loaded::Already, effects)) => {
+                let _ = reply.send(self.deployments.find(&name));
+                effects
+            }
+            Ok((key, Loaded::UnderWay, effects)) => {
+                self.adapters.entry(key).or_default().push(reply);
+                effects
+            }
+            Err(error) => {
+                let _ = reply.send(Err(error));
+                Vec::new()
+            }
+        }
+    }
+
+    fn unload_adapter(&mut self, name: &str, adapter: String, reply: Reply<DeploymentView>) -> Vec<Effect> {
+        let wanted = self.deployments.named(name).and_then(|name| {
+            let effects = self.deployments.unload_adapter(&name, &adapter)?;
+            Ok((name, effects))
+        });
+        match wanted {
+            Ok((name, effects)) => {
+                self.adapters.entry((name, adapter)).or_default().push(reply);
+                effects
+            }
+            Err(error) => {
+                let _ = reply.send(Err(error));
+                Vec::new()
+            }
+        }
+    }
+
     /// The load is taken back when the last call that waits for it is gone.
     fn cancel_load(&mut self, name: &str, call: u64) -> Vec<Effect> {
         let Some(calls) = self.loads.get_mut(name) else { return Vec::new() };
@@ -239,6 +307,22 @@ impl Running {
                     // Only now do the deployments say what the record says.
                     if let Some(index) = fold {
                         self.fold(index).await;
+                    }
+                }
+                Effect::RecordAdapter { name, adapter, record } => {
+                    let result = self.record(Entry::Deployment(record)).await;
+                    let fold = result.as_ref().ok().copied().flatten();
+                    let event = Event::AdapterRecorded { name, adapter, result: result.map(|_| ()) };
+                    effects.extend(self.deployments.on(event, now()));
+                    if let Some(index) = fold {
+                        self.fold(index).await;
+                    }
+                }
+                Effect::AdapterSettled { name, adapter, result } => {
+                    info!(deployment = name, adapter, ok = result.is_ok(), "adapter settled");
+                    let answer = result.and_then(|()| self.deployments.find(&name));
+                    for reply in self.adapters.remove(&(name, adapter)).unwrap_or_default() {
+                        let _ = reply.send(answer.clone());
                     }
                 }
                 Effect::Abandon { attempt } => {
@@ -305,6 +389,8 @@ impl Running {
             | Effect::Prepare { attempt, .. }
             | Effect::Start { attempt, .. }
             | Effect::Link { attempt, .. }
+            | Effect::LoadAdapter { attempt, .. }
+            | Effect::UnloadAdapter { attempt, .. }
             | Effect::StartScheduler { attempt, .. } => Some(attempt.clone()),
             _ => None,
         };

@@ -6,7 +6,10 @@ use super::journal::Journal;
 use super::nodes::Nodes;
 use super::orders::Orders;
 use super::progress::{Audience, LoadUpdate, Progress};
-use crate::deployments::{Attempt, DeploymentView, DeploymentWish, Deployments, Event, default_name};
+use crate::deployments::{
+    AdapterWish, Attempt, DeploymentView, DeploymentWish, Deployments, Event, default_adapter_name,
+    default_name,
+};
 use crate::keys::{KeyEntry, KeyText, KeyWish, Keys};
 use crate::placement::{ModelCost, NodeBudget, Offer, Plan, Refusal, Wish};
 use crate::{Error, NodeId};
@@ -169,7 +172,12 @@ impl CoordinatorHandle {
     /// unless the deployment is ready or somebody else waits for it too.
     pub fn load(&self, load: LoadWish) -> LoadStream {
         let name = load.name.filter(|name| !name.is_empty()).unwrap_or_else(|| default_name(&load.source));
-        let wish = DeploymentWish { name: name.clone(), source: load.source, wish: load.wish };
+        let wish = DeploymentWish {
+            name: name.clone(),
+            source: load.source,
+            wish: load.wish,
+            ..DeploymentWish::default()
+        };
         let call = self.next_call.fetch_add(1, Ordering::Relaxed);
         let (reply, answer) = oneshot::channel();
         let progress = self.audience.join(&name);
@@ -203,6 +211,37 @@ impl CoordinatorHandle {
         let _permit = self.permit()?;
         let (reply, answer) = oneshot::channel();
         self.send(Message::Unload { name, reply })?;
+        answer.await.unwrap_or_else(|_| Err(stopped()))
+    }
+
+    /// Loads an adapter beside a deployment that is ready; answers with the deployment and the adapter's name once all stages have it
+    /// and it is durable.
+    ///
+    /// # Errors
+    /// When there is no such deployment or adapter, the name is taken, or the adapter does not fit the model.
+    pub async fn load_adapter(
+        &self,
+        deployment: String,
+        source: String,
+        name: Option<String>,
+    ) -> Result<(DeploymentView, String), Error> {
+        let _permit = self.permit()?;
+        let name = name.filter(|name| !name.is_empty()).unwrap_or_else(|| default_adapter_name(&source));
+        let adapter = AdapterWish { name: name.clone(), source };
+        let (reply, answer) = oneshot::channel();
+        self.send(Message::LoadAdapter { name: deployment, adapter, reply })?;
+        let view = answer.await.unwrap_or_else(|_| Err(stopped()))?;
+        Ok((view, name))
+    }
+
+    /// Unloads an adapter. Requests that have it keep it to their end.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or when the control log cannot be written.
+    pub async fn unload_adapter(&self, deployment: String, adapter: String) -> Result<DeploymentView, Error> {
+        let _permit = self.permit()?;
+        let (reply, answer) = oneshot::channel();
+        self.send(Message::UnloadAdapter { name: deployment, adapter, reply })?;
         answer.await.unwrap_or_else(|_| Err(stopped()))
     }
 

@@ -34,6 +34,8 @@ pub struct Limits {
     pub standstill: Duration,
     /// For linking a worker and for starting a scheduler.
     pub link: Duration,
+    /// For an adapter to be downloaded and read.
+    pub adapter: Duration,
     /// For workers to be gone: they have ten seconds to end by themselves.
     pub stop: Duration,
 }
@@ -45,6 +47,7 @@ impl Default for Limits {
             weigh: Duration::from_secs(120),
             standstill: Duration::from_secs(120),
             link: Duration::from_secs(20),
+            adapter: Duration::from_secs(600),
             stop: Duration::from_secs(30),
         }
     }

@@ -1,7 +1,7 @@
 //! What the coordinator asks of the nodes. The node crate carries it out: over gRPC on other nodes, directly on its own.
 
 use super::progress::ProgressSink;
-use crate::deployments::{Attempt, Links, Shard, StartedWorker};
+use crate::deployments::{AdapterWish, Attempt, Links, Shard, StartedWorker};
 use crate::placement::{ModelCost, Offer};
 use crate::{Error, NodeId};
 use futures::future::BoxFuture;
@@ -40,6 +40,22 @@ pub trait Nodes: Send + Sync + 'static {
 
     /// Starts the replica's scheduler, beside the worker of its first stage.
     fn start_scheduler(&self, node: NodeId, order: StartScheduler) -> BoxFuture<'static, Result<(), Error>>;
+
+    /// Reads an adapter into the attempt's workers on a node, in place of an earlier one of its name.
+    fn load_adapter(
+        &self,
+        node: NodeId,
+        attempt: Attempt,
+        adapter: AdapterWish,
+    ) -> BoxFuture<'static, Result<(), Error>>;
+
+    /// Takes an adapter out of the attempt's workers on a node. One that is not there is fine.
+    fn unload_adapter(
+        &self,
+        node: NodeId,
+        attempt: Attempt,
+        adapter: String,
+    ) -> BoxFuture<'static, Result<(), Error>>;
 
     /// Ends the deployment's workers and its scheduler on a node, those of epochs up to the attempt's, and waits until they are
     /// gone. A start of such an epoch that is under way or comes later must fail.

@@ -66,6 +66,21 @@ impl Orders {
                 Event::Linked { attempt, stage, result }
             }
             .boxed(),
+            Effect::LoadAdapter { attempt, node, adapter } => async move {
+                let name = adapter.name.clone();
+                let what = format!("loading the adapter {name} on {}", orders.name(node));
+                let work = orders.nodes.load_adapter(node, attempt.clone(), adapter);
+                let result = within(limits.adapter, &what, work).await;
+                Event::AdapterLoaded { attempt, node, adapter: name, result }
+            }
+            .boxed(),
+            Effect::UnloadAdapter { attempt, node, adapter } => async move {
+                let what = format!("unloading the adapter {adapter} on {}", orders.name(node));
+                let work = orders.nodes.unload_adapter(node, attempt.clone(), adapter.clone());
+                let result = within(limits.link, &what, work).await;
+                Event::AdapterUnloaded { attempt, node, adapter, result }
+            }
+            .boxed(),
             Effect::StartScheduler { attempt, node, source, max_sequences, context_tokens } => async move {
                 let order =
                     StartScheduler { attempt: attempt.clone(), source, max_sequences, context_tokens };
@@ -79,9 +94,12 @@ impl Orders {
                 Event::Stopped { attempt, node, result }
             }
             .boxed(),
-            Effect::Record { .. } | Effect::Abandon { .. } | Effect::Settled { .. } | Effect::Gone { .. } => {
-                return None;
-            }
+            Effect::Record { .. }
+            | Effect::RecordAdapter { .. }
+            | Effect::Abandon { .. }
+            | Effect::AdapterSettled { .. }
+            | Effect::Settled { .. }
+            | Effect::Gone { .. } => return None,
         })
     }
 

@@ -39,6 +39,7 @@ impl Deployments {
 
     /// Ends what the attempt started, then goes on as told.
     pub(super) fn stop(&mut self, name: &str, then: Then, now: Instant) {
+        self.give_up_adapter_orders(name);
         let Some(entry) = self.entries.get_mut(name) else { return };
         let attempt = entry.attempt();
         self.effects.push(Effect::Abandon { attempt: attempt.clone() });

@@ -1,10 +1,11 @@
 //! One deployment as the machine keeps it: what is wanted, how far the present attempt is, and how that looks from outside.
 
+use super::adapters::{AdapterView, Order};
 use super::retry::Failures;
-use super::{Attempt, DeploymentView, DeploymentWish, StageView, StartedWorker, State};
+use super::{AdapterWish, Attempt, DeploymentView, DeploymentWish, StageView, StartedWorker, State};
 use crate::placement::Plan;
 use crate::{Error, NodeId};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 #[derive(Debug)]
@@ -26,6 +27,10 @@ pub(super) struct Deployment {
     pub(super) refusal: Option<Error>,
     /// Nodes that did not say that they stopped.
     pub(super) not_stopped: Vec<String>,
+    /// What is being done about adapters, by their names.
+    pub(super) adapter_orders: BTreeMap<String, Order>,
+    /// Why adapters that are wanted cannot be used in this attempt, by their names.
+    pub(super) adapter_problems: BTreeMap<String, String>,
 }
 
 #[derive(Debug)]
@@ -55,6 +60,8 @@ pub(super) enum Phase {
     Preparing(BTreeSet<NodeId>),
     Starting(BTreeSet<usize>),
     Linking(BTreeSet<usize>),
+    /// Reading the adapters that are wanted: where, and which.
+    Adapting(BTreeSet<(NodeId, String)>),
     StartingScheduler,
     Ready,
     Stopping {
@@ -92,6 +99,8 @@ impl Deployment {
             detail: String::new(),
             refusal: None,
             not_stopped: Vec::new(),
+            adapter_orders: BTreeMap::new(),
+            adapter_problems: BTreeMap::new(),
         }
     }
 
@@ -145,11 +154,28 @@ impl Deployment {
             architecture: plan.map(|plan| plan.architecture.clone()).unwrap_or_default(),
             context_tokens: plan.map_or(0, |plan| plan.context_tokens),
             max_sequences: plan.map_or(0, |plan| plan.concurrent_sequences),
+            adapters: self.adapters(),
         }
     }
 }
 
+impl Deployment {
+    fn adapters(&self) -> Vec<AdapterView> {
+        let view = |wish: &AdapterWish| AdapterView {
+            name: wish.name.clone(),
+            source: wish.source.clone(),
+            problem: self.adapter_problems.get(&wish.name).cloned(),
+        };
+        self.wish.adapters.iter().map(view).collect()
+    }
+}
+
 impl Replica {
+    /// The nodes that run its stages.
+    pub(super) fn nodes(&self) -> BTreeSet<NodeId> {
+        self.plan.stages.iter().map(|stage| stage.node).collect()
+    }
+
     pub(super) fn node_name(&self, node: NodeId) -> String {
         let stage = self.plan.stages.iter().find(|stage| stage.node == node);
         stage.map_or_else(|| node.to_string(), |stage| stage.node_name.clone())
@@ -159,7 +185,10 @@ impl Replica {
 impl Phase {
     /// May workers of the attempt be running as they should?
     pub(super) fn has_workers(&self) -> bool {
-        matches!(self, Self::Starting(_) | Self::Linking(_) | Self::StartingScheduler | Self::Ready)
+        matches!(
+            self,
+            Self::Starting(_) | Self::Linking(_) | Self::Adapting(_) | Self::StartingScheduler | Self::Ready
+        )
     }
 
     pub(super) fn text(&self) -> &'static str {
@@ -170,6 +199,7 @@ impl Phase {
             Self::Preparing(_) => "downloading",
             Self::Starting(_) => "loading",
             Self::Linking(_) | Self::StartingScheduler => "linking",
+            Self::Adapting(_) => "loading adapters",
             Self::Ready => "",
             Self::Stopping { .. } | Self::Forgetting => "stopping",
             Self::Waiting { .. } => "waiting before the next try",

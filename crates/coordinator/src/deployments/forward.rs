@@ -237,6 +237,11 @@ impl Deployments {
         if !waiting.is_empty() {
             return;
         }
+        self.restore_adapters(attempt);
+    }
+
+    pub(super) fn start_scheduler(&mut self, attempt: &Attempt) {
+        let Some(entry) = self.entries.get_mut(&attempt.name) else { return };
         let Some(replica) = &entry.replica else { return };
         let effect = Effect::StartScheduler {
             attempt: attempt.clone(),

@@ -52,6 +52,7 @@ impl Deployments {
                 Record::Wanted { epoch, .. }
                 | Record::Removed { epoch, .. }
                 | Record::Epochs { used: epoch } => *epoch,
+                Record::AdapterAdded { .. } | Record::AdapterRemoved { .. } => 0,
             };
             deployments.last_epoch = deployments.last_epoch.max(epoch);
             match record {
@@ -65,6 +66,16 @@ impl Deployments {
                 }
                 Record::Removed { name, .. } => {
                     deployments.entries.remove(&name);
+                }
+                Record::AdapterAdded { name, adapter } => {
+                    if let Some(entry) = deployments.entries.get_mut(&name) {
+                        entry.wish.put_adapter(adapter);
+                    }
+                }
+                Record::AdapterRemoved { name, adapter } => {
+                    if let Some(entry) = deployments.entries.get_mut(&name) {
+                        entry.wish.adapters.retain(|other| other.name != adapter);
+                    }
                 }
                 Record::Epochs { .. } => {}
             }
@@ -115,7 +126,8 @@ impl Deployments {
                 }
                 Phase::Ready => return Ok((Loaded::Already, Vec::new())),
                 Phase::Failed { .. } => {
-                    entry.wish = wish;
+                    let adapters = std::mem::take(&mut entry.wish.adapters);
+                    entry.wish = DeploymentWish { adapters, ..wish };
                     entry.was_ready = false;
                     entry.failures.forget();
                     self.begin_attempt(&name);
@@ -163,6 +175,15 @@ impl Deployments {
             Event::Prepared { attempt, node, result } => self.prepared(&attempt, node, result, now),
             Event::Started { attempt, stage, result } => self.started(&attempt, stage, result, now),
             Event::Linked { attempt, stage, result } => self.linked(&attempt, stage, result, now),
+            Event::AdapterLoaded { attempt, node, adapter, result } => {
+                self.adapter_loaded(&attempt, node, &adapter, result);
+            }
+            Event::AdapterUnloaded { attempt, node, adapter, result } => {
+                self.adapter_unloaded(&attempt, node, &adapter, result);
+            }
+            Event::AdapterRecorded { name, adapter, result } => {
+                self.adapter_recorded(&name, &adapter, result)
+            }
             Event::SchedulerStarted { attempt, result } => self.scheduler_started(&attempt, result, now),
             Event::Stopped { attempt, node, result } => self.stopped(&attempt, node, result, now),
             Event::WorkerEnded { attempt, node, pid, reason } => {
@@ -240,6 +261,28 @@ impl Deployments {
     /// One deployment.
     pub fn find(&self, name: &str) -> Result<DeploymentView, Error> {
         self.entries.get(name).map(Deployment::view).ok_or_else(|| self.not_found(name))
+    }
+
+    /// The deployment of this name; without a name the only one.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or [`Error::Invalid`] when there are several and none is named.
+    pub fn named(&self, name: &str) -> Result<String, Error> {
+        if self.entries.contains_key(name) {
+            return Ok(name.to_owned());
+        }
+        let mut names = self.entries.keys();
+        match (name, names.next(), names.next()) {
+            ("", Some(only), None) => Ok(only.clone()),
+            ("", Some(_), Some(_)) => {
+                let all: Vec<&str> = self.entries.keys().map(String::as_str).collect();
+                Err(Error::Invalid(format!(
+                    "several models are loaded ({}); name one of them",
+                    all.join(", ")
+                )))
+            }
+            _ => Err(self.not_found(name)),
+        }
     }
 
     // --- what happens by itself ---

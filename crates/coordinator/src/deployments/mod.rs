@@ -19,6 +19,7 @@
 //!   The loss of a node explains the failures around it: the count begins anew.
 //! - What fits no longer because a node is gone is tried again when the nodes change.
 
+mod adapters;
 mod back;
 mod entry;
 mod forward;
@@ -26,8 +27,9 @@ mod machine;
 mod name;
 mod retry;
 
+pub use adapters::{AdapterView, AdapterWish, MAX_ADAPTERS};
 pub use machine::{Deployments, Loaded};
-pub use name::{check_name, default_name};
+pub use name::{check_adapter_name, check_name, default_adapter_name, default_name};
 pub use retry::{FAILURE_WINDOW, MAX_FAILURES};
 
 use crate::placement::{ModelCost, Offer, Wish};
@@ -42,7 +44,7 @@ pub const MAX_DEPLOYMENTS: usize = 64;
 pub const PREFILL_CHUNK: usize = 512;
 
 /// A model that somebody wants on the cluster.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeploymentWish {
     /// What clients write into `model`.
     pub name: String,
@@ -51,6 +53,9 @@ pub struct DeploymentWish {
     /// Where and how large.
     #[serde(flatten)]
     pub wish: Wish,
+    /// What changes it for the requests that ask for it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")] // records of before there were adapters
+    pub adapters: Vec<AdapterWish>,
 }
 
 /// A durable decision. Replayed in order; the last one about a name counts.
@@ -68,6 +73,20 @@ pub enum Record {
     Epochs {
         /// The highest.
         used: u64,
+    },
+    /// An adapter is wanted beside a deployment.
+    AdapterAdded {
+        /// The deployment.
+        name: String,
+        /// What.
+        adapter: AdapterWish,
+    },
+    /// It is not any more.
+    AdapterRemoved {
+        /// The deployment.
+        name: String,
+        /// The adapter's name.
+        adapter: String,
     },
     /// Not wanted any more.
     Removed {
@@ -185,6 +204,42 @@ pub enum Effect {
         /// Whom.
         links: Links,
     },
+    /// Read an adapter into the attempt's workers on a node. Answered by [`Event::AdapterLoaded`].
+    LoadAdapter {
+        /// For.
+        attempt: Attempt,
+        /// Where.
+        node: NodeId,
+        /// Which.
+        adapter: AdapterWish,
+    },
+    /// Take it out of them. Answered by [`Event::AdapterUnloaded`].
+    UnloadAdapter {
+        /// For.
+        attempt: Attempt,
+        /// Where.
+        node: NodeId,
+        /// Its name.
+        adapter: String,
+    },
+    /// Make a decision about an adapter durable. Answered by [`Event::AdapterRecorded`].
+    RecordAdapter {
+        /// Of which deployment.
+        name: String,
+        /// Its name.
+        adapter: String,
+        /// What.
+        record: Record,
+    },
+    /// The load or unload of an adapter is over: tell who waits for it. Not answered.
+    AdapterSettled {
+        /// Of which deployment.
+        name: String,
+        /// The adapter's name.
+        adapter: String,
+        /// Done, or why not.
+        result: Result<(), Error>,
+    },
     /// Start the scheduler beside the first stage. Answered by [`Event::SchedulerStarted`].
     StartScheduler {
         /// For.
@@ -277,6 +332,37 @@ pub enum Event {
         /// Done, or why not.
         result: Result<(), Error>,
     },
+    /// Answers [`Effect::LoadAdapter`].
+    AdapterLoaded {
+        /// Whose.
+        attempt: Attempt,
+        /// Where.
+        node: NodeId,
+        /// The adapter's name.
+        adapter: String,
+        /// Done, or why not.
+        result: Result<(), Error>,
+    },
+    /// Answers [`Effect::UnloadAdapter`].
+    AdapterUnloaded {
+        /// Whose.
+        attempt: Attempt,
+        /// Where.
+        node: NodeId,
+        /// The adapter's name.
+        adapter: String,
+        /// Done, or why not.
+        result: Result<(), Error>,
+    },
+    /// Answers [`Effect::RecordAdapter`].
+    AdapterRecorded {
+        /// Of which deployment.
+        name: String,
+        /// The adapter's name.
+        adapter: String,
+        /// Durable, or why not.
+        result: Result<(), Error>,
+    },
     /// Answers [`Effect::StartScheduler`].
     SchedulerStarted {
         /// Whose.
@@ -354,6 +440,8 @@ pub struct DeploymentView {
     pub context_tokens: usize,
     /// Sequences at the same time; 0 while there is no plan.
     pub max_sequences: usize,
+    /// What changes it for the requests that ask for it, by name.
+    pub adapters: Vec<AdapterView>,
 }
 
 /// One worker's part of a deployment.

@@ -25,6 +25,24 @@ pub fn check_name(name: &str) -> Result<(), Error> {
     )))
 }
 
+/// An adapter's name, which stands behind the deployment's and a colon: as a deployment's, without a colon.
+pub fn check_adapter_name(name: &str) -> Result<(), Error> {
+    if !name.contains(':') && check_name(name).is_ok() {
+        return Ok(());
+    }
+    let shown: String = name.chars().take(MAX_NAME_BYTES).collect();
+    Err(Error::Invalid(format!(
+        "{shown:?} cannot be an adapter's name: use 1 to {MAX_NAME_BYTES} letters, digits and . _ - / @ + \
+         (no part between slashes empty or beginning with a dot)"
+    )))
+}
+
+/// As [`default_name`], for an adapter.
+pub fn default_adapter_name(source: &str) -> String {
+    let name = default_name(source).replace(':', "-");
+    if name == "model" { "adapter".to_owned() } else { name }
+}
+
 /// A source is a path, an id or "demo": not empty, not endless, no control characters.
 pub(super) fn check_source(source: &str) -> Result<(), Error> {
     let is_valid = (1..=MAX_SOURCE_BYTES).contains(&source.len()) && !source.chars().any(char::is_control);
@@ -69,6 +87,17 @@ mod tests {
         for (source, name) in cases {
             assert_eq!(default_name(source), name, "{source}");
             assert_eq!(check_name(&default_name(source)), Ok(()));
+        }
+    }
+
+    #[test]
+    fn an_adapters_name_has_no_colon() {
+        assert_eq!(default_adapter_name("ann/poet"), "ann/poet");
+        assert_eq!(default_adapter_name("/adapters/a:b/"), "a-b");
+        assert_eq!(default_adapter_name("../.."), "adapter");
+        assert_eq!(check_adapter_name("poet-2"), Ok(()));
+        for name in ["a:b", "", "..", "a b"] {
+            assert!(matches!(check_adapter_name(name), Err(Error::Invalid(_))), "{name:?}");
         }
     }
 

@@ -220,11 +220,6 @@ impl Scheduler {
             Some(RunError::Unavailable(reason.clone()))
         } else if prompt.is_empty() || spec.max_tokens == 0 || spec.prompt_tokens != prompt.len() {
             Some(RunError::Invalid("a request needs a prompt and room for at least one token".into()))
-        } else if let Some(adapter) = &spec.adapter {
-            Some(RunError::Invalid(format!(
-                "the adapter {adapter:?} is not loaded: a cluster serves no adapters yet; run it in one process with --local \
-                 and --adapter-path, or load a model that it is fused into"
-            )))
         } else if tokens > self.limits.context_tokens || tokens > self.limits.kv_tokens {
             Some(RunError::TooLong { tokens, context: self.limits.context_tokens.min(self.limits.kv_tokens) })
         } else if deadline.is_some_and(|deadline| deadline <= now) {

@@ -154,16 +154,21 @@ impl Registry {
 
     /// Takes an adapter's changes out of all maps. One that is not there is fine.
     pub(crate) fn remove(&mut self, device: &Device, name: &str) -> Result<(), Error> {
-        match self.loaded.remove(name) {
-            Some(id) => {
-                self.default = self.default.filter(|default| *default != id);
-                self.take_out(device, id)
-            }
+        match self.retire(name) {
+            Some(id) => self.take_out(device, id),
             None => Ok(()),
         }
     }
 
-    fn take_out(&self, device: &Device, id: AdapterId) -> Result<(), Error> {
+    /// Nobody gets an adapter any more by its name; its changes stay for those that have it, until they are taken out.
+    pub(crate) fn retire(&mut self, name: &str) -> Option<AdapterId> {
+        let id = self.loaded.remove(name)?;
+        self.default = self.default.filter(|default| *default != id);
+        Some(id)
+    }
+
+    /// Takes the changes of a retired adapter out of all maps.
+    pub(crate) fn take_out(&self, device: &Device, id: AdapterId) -> Result<(), Error> {
         self.targets.iter().try_for_each(|target| {
             match target {
                 Target::Linear { slot, .. } | Target::TiedHead { slot, .. } => slot.remove(id),

@@ -8,15 +8,19 @@
 //! - [`step`]: a micro-batch on its way through the layers
 //! - [`blocks`]: what outlives sequences
 //! - [`scores`]: what is made of prompts themselves
+//! - [`adapters`]: which rows go with which adapter, and adapters that come and go meanwhile
 
+mod adapters;
 mod blocks;
 mod scores;
 mod sequence;
 mod step;
 
+use self::adapters::Retired;
 use self::scores::{Scoring, VectorSum};
 use self::sequence::{Constraint, Purpose, Sampling, Sequence};
 use self::step::Queued;
+use crate::adapters::AdapterId;
 use crate::blocks::Blocks;
 use crate::cache_pool::CachePool;
 use crate::loader::LoadError;
@@ -29,6 +33,7 @@ use mlxnode_compute::{
 };
 use mlxnode_mlx::Error;
 use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 
 /// How many steps are done between two clean-ups of the device's cache of free buffers, as in mlx-lm.
 const STEPS_PER_CLEAN_UP: u64 = 256;
@@ -60,6 +65,11 @@ pub struct EngineStage {
     queued: Option<Queued>,
     grammars: Option<Box<dyn Grammars>>,
     blocks: Blocks,
+    /// The model's folder, against whose files adapters are checked. None: the model was loaded elsewhere.
+    folder: Option<PathBuf>,
+    retired: Retired,
+    /// The contents of the adapters' files, so that blocks of one are not taken for those of another.
+    adapter_files: HashMap<AdapterId, blake3::Hash>,
     /// Steps done.
     steps: u64,
 }
@@ -72,7 +82,8 @@ impl EngineStage {
         options: StageOptions,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, LoadError> {
-        Ok(Self::new(Model::load(checkpoint, layers, progress)?, options))
+        let stage = Self::new(Model::load(checkpoint, layers, progress)?, options);
+        Ok(Self { folder: Some(checkpoint.folder().to_owned()), ..stage })
     }
 
     /// A stage of layers that are loaded.
@@ -90,6 +101,9 @@ impl EngineStage {
             queued: None,
             grammars: None,
             blocks: Blocks::default(),
+            folder: None,
+            retired: Retired::default(),
+            adapter_files: HashMap::new(),
             steps: 0,
         }
     }
@@ -157,6 +171,7 @@ impl Stage for EngineStage {
                 "{limit} sequences are open, which is the most; close one first"
             )));
         }
+        let adapter = self.adapter_named(spec.adapter.as_deref())?;
         let is_last = self.model.info().is_last();
         let purpose = if is_last { Some(self.purpose(&spec)?) } else { None };
         let cache = self.model.new_cache(&self.options.cache);
@@ -165,6 +180,7 @@ impl Stage for EngineStage {
             position: 0,
             prompt: spec.prompt_tokens,
             max_tokens: spec.max_tokens,
+            adapter,
             purpose,
             scoring: spec.prompt_logprobs.filter(|_| is_last).map(Scoring::new),
             ids: Vec::new(),
@@ -187,8 +203,19 @@ impl Stage for EngineStage {
     }
 
     fn close(&mut self, id: SequenceId) {
-        self.sequences.remove(&id);
+        let closed = self.sequences.remove(&id);
         self.caches.remove(id);
+        if let Some(adapter) = closed.and_then(|sequence| sequence.adapter) {
+            self.let_go(adapter);
+        }
+    }
+
+    fn load_adapter(&mut self, name: &str, folder: &Path) -> Result<(), StageError> {
+        self.read_adapter(name, folder)
+    }
+
+    fn unload_adapter(&mut self, name: &str) {
+        self.retire_adapter(name);
     }
 
     fn blocks(&mut self) -> Option<&mut dyn BlockStore> {

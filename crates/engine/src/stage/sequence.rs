@@ -1,6 +1,7 @@
 //! What a stage keeps of an open sequence, besides its caches.
 
 use super::scores::{Scoring, VectorSum};
+use crate::adapters::AdapterId;
 use crate::sampler::Sampler;
 use mlxnode_compute::{GrammarError, Keep, SequenceId, TokenConstraint};
 use mlxnode_mlx::{Array, Device, Error};
@@ -13,6 +14,8 @@ pub(super) struct Sequence {
     pub(super) prompt: usize,
     /// Most tokens to generate.
     pub(super) max_tokens: usize,
+    /// What changes the weights for it.
+    pub(super) adapter: Option<AdapterId>,
     /// What the last stage does with it; None on the others.
     pub(super) purpose: Option<Purpose>,
     /// On the last stage, while the prompt's tokens are to be scored.

@@ -395,6 +395,7 @@ impl EngineStage {
         if rows.is_empty() {
             return Ok(Drawn { draws: Draws::default(), columns: Vec::new(), failed });
         }
+        self.activate(rows.iter().map(|row| (row.sequence, 1)));
         let sequences = &mut self.sequences;
         let mut draw = || -> Result<Draws, Error> {
             let columns: Vec<i32> = rows.iter().map(|row| row.column).collect();
@@ -449,6 +450,7 @@ impl EngineStage {
         if sequence.is_plain() {
             return Ok(output);
         }
+        self.model.adapters.active.set_all(sequence.adapter);
         let hidden = &passed.hidden;
         let own = match (start, end) == (0, hidden.dim(1)) {
             true => hidden.clone(),
@@ -538,6 +540,7 @@ impl EngineStage {
             spans[*place] = (start, end);
             start = end;
         }
+        self.activate(order.iter().map(|place| (parts[*place].sequence, parts[*place].count())));
         let (model, caches) = (&self.model, &mut self.caches);
         let forward = || -> Result<Array, Error> {
             let mut batch = Batch::of(caches.rows(&chunks))?;

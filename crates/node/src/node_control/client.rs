@@ -10,11 +10,12 @@ use mlxnode_cluster::{MeshHandle, NodeId, PeerState, RosterStore};
 use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::Error;
 use mlxnode_coordinator::coordinator::{LinkWorker, Nodes, ProgressSink, StartScheduler, StartWorker};
-use mlxnode_coordinator::deployments::{Attempt, StartedWorker};
+use mlxnode_coordinator::deployments::{AdapterWish, Attempt, StartedWorker};
 use mlxnode_coordinator::placement::{ModelCost, Offer};
 use mlxnode_coordinator::scheduler::Limits;
 use mlxnode_proto::internal::v1 as proto;
 use mlxnode_proto::internal::v1::node_control_client::NodeControlClient;
+use mlxnode_worker::ProcessError;
 use std::sync::Arc;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
@@ -84,6 +85,7 @@ impl ClusterNodes {
         match error {
             WorkersError::Stale { .. } | WorkersError::Stopped { .. } => Error::Refused(text),
             WorkersError::UnknownWorker { .. } | WorkersError::Model(_) => Error::NotFound(text),
+            WorkersError::Process(ProcessError::Refused(_)) => Error::Refused(text),
             WorkersError::Process(_) => Error::Failed(text),
         }
     }
@@ -246,6 +248,48 @@ impl Nodes for ClusterNodes {
             };
             let started = nodes.client(node)?.start_scheduler(request).await;
             started.map(|_| ()).map_err(|status| nodes.failure(node, &status))
+        })
+    }
+
+    fn load_adapter(
+        &self,
+        node: NodeId,
+        attempt: Attempt,
+        adapter: AdapterWish,
+    ) -> BoxFuture<'static, Result<(), Error>> {
+        let nodes = self.clone();
+        Box::pin(async move {
+            if node == nodes.own {
+                let loaded = nodes.workers.load_adapter(&attempt, &adapter).await;
+                return loaded.map_err(|error| nodes.own_failure(&error));
+            }
+            let request = proto::LoadNodeAdapterRequest {
+                fence: wire::fence_to_proto(&attempt),
+                deployment: attempt.name,
+                name: adapter.name,
+                source: adapter.source,
+            };
+            let loaded = nodes.client(node)?.load_adapter(request).await;
+            loaded.map(|_| ()).map_err(|status| nodes.failure(node, &status))
+        })
+    }
+
+    fn unload_adapter(
+        &self,
+        node: NodeId,
+        attempt: Attempt,
+        adapter: String,
+    ) -> BoxFuture<'static, Result<(), Error>> {
+        let nodes = self.clone();
+        Box::pin(async move {
+            if node == nodes.own {
+                let unloaded = nodes.workers.unload_adapter(&attempt, &adapter).await;
+                return unloaded.map_err(|error| nodes.own_failure(&error));
+            }
+            let fence = wire::fence_to_proto(&attempt);
+            let request = proto::UnloadNodeAdapterRequest { deployment: attempt.name, fence, name: adapter };
+            let unloaded = nodes.client(node)?.unload_adapter(request).await;
+            unloaded.map(|_| ()).map_err(|status| nodes.failure(node, &status))
         })
     }
 

@@ -5,13 +5,16 @@ use crate::wire;
 use crate::workers::{WorkerEnded, Workers, WorkersError};
 use futures::stream::BoxStream;
 use mlxnode_compute::ByteCount;
+use mlxnode_coordinator::deployments::AdapterWish;
 use mlxnode_coordinator::scheduler::Limits;
 use mlxnode_proto::internal::v1::node_control_server::NodeControl;
 use mlxnode_proto::internal::v1::{
-    LinkWorkerRequest, LinkWorkerResponse, PrepareModelRequest, PrepareProgress, StartProgress,
-    StartSchedulerRequest, StartSchedulerResponse, StartWorkerRequest, StopWorkersRequest,
-    StopWorkersResponse, WatchWorkersRequest, WorkerEvent,
+    LinkWorkerRequest, LinkWorkerResponse, LoadNodeAdapterRequest, LoadNodeAdapterResponse,
+    PrepareModelRequest, PrepareProgress, StartProgress, StartSchedulerRequest, StartSchedulerResponse,
+    StartWorkerRequest, StopWorkersRequest, StopWorkersResponse, UnloadNodeAdapterRequest,
+    UnloadNodeAdapterResponse, WatchWorkersRequest, WorkerEvent,
 };
+use mlxnode_worker::ProcessError;
 use tokio::sync::{broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -113,6 +116,26 @@ impl NodeControl for NodeControlService {
         Ok(Response::new(StartSchedulerResponse {}))
     }
 
+    async fn load_adapter(
+        &self,
+        request: Request<LoadNodeAdapterRequest>,
+    ) -> Result<Response<LoadNodeAdapterResponse>, Status> {
+        let LoadNodeAdapterRequest { deployment, fence, name, source } = request.into_inner();
+        let attempt = wire::attempt(deployment, fence)?;
+        self.workers.load_adapter(&attempt, &AdapterWish { name, source }).await.map_err(status)?;
+        Ok(Response::new(LoadNodeAdapterResponse {}))
+    }
+
+    async fn unload_adapter(
+        &self,
+        request: Request<UnloadNodeAdapterRequest>,
+    ) -> Result<Response<UnloadNodeAdapterResponse>, Status> {
+        let UnloadNodeAdapterRequest { deployment, fence, name } = request.into_inner();
+        let attempt = wire::attempt(deployment, fence)?;
+        self.workers.unload_adapter(&attempt, &name).await.map_err(status)?;
+        Ok(Response::new(UnloadNodeAdapterResponse {}))
+    }
+
     async fn watch_workers(
         &self,
         _request: Request<WatchWorkersRequest>,
@@ -162,6 +185,7 @@ fn status(error: WorkersError) -> Status {
     match error {
         WorkersError::Stale { .. } | WorkersError::Stopped { .. } => Status::failed_precondition(text),
         WorkersError::UnknownWorker { .. } | WorkersError::Model(_) => Status::not_found(text),
+        WorkersError::Process(ProcessError::Refused(_)) => Status::failed_precondition(text),
         WorkersError::Process(_) => Status::aborted(text),
     }
 }

@@ -304,9 +304,6 @@ impl Driver {
         if spec.max_tokens == 0 {
             return Err("max_tokens is 0, but must be 1 or more".into());
         }
-        if spec.adapter.is_some() {
-            return Err("adapter is not served by this release's workers".into());
-        }
         if prompt.len() >= limits.context_tokens {
             return Err(format!(
                 "the prompt has {} tokens, but the model is loaded with a context of {}: \

@@ -20,7 +20,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 use tokio::io::{AsyncWriteExt, BufReader};
@@ -36,6 +36,8 @@ use tracing::{debug, info, warn};
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// For the connection to the worker and for small calls.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// For an adapter: some hundred megabytes are read, behind the step under way and other adapters.
+const ADAPTER_TIMEOUT: Duration = Duration::from_secs(120);
 /// After closing its stdin and SIGTERM; then SIGKILL. The worker itself takes at most 3 s to wait for a step.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// One process is started at a time: on macOS a pipe's other end could otherwise slip into a worker that starts at the same
@@ -80,8 +82,8 @@ pub enum ProcessError {
     #[error("{0}")]
     Refused(String),
     /// It did not answer in time.
-    #[error("the worker process did not answer within {} s", CALL_TIMEOUT.as_secs())]
-    Timeout,
+    #[error("the worker process did not answer within {} s", _0.as_secs())]
+    Timeout(Duration),
 }
 
 /// A worker process. Dropping it kills the process; [`Self::stop`] ends it in good order.
@@ -219,6 +221,29 @@ impl WorkerProcess {
         self.answer(client.set_links(links)).await.map(|_| ())
     }
 
+    /// Reads what the adapter in `folder` changes in the shard's layers; then sequences may ask for it by `name`.
+    ///
+    /// # Errors
+    /// [`ProcessError::Refused`] when it is none or does not fit the model, others when the worker is gone.
+    pub async fn load_adapter(&self, name: &str, folder: &Path) -> Result<(), ProcessError> {
+        let folder = folder.to_str().map(str::to_owned).ok_or_else(|| {
+            ProcessError::Refused(format!("the path {} is not valid UTF-8", folder.display()))
+        })?;
+        let mut client = self.client.clone();
+        let request = proto::LoadShardAdapterRequest { name: name.to_owned(), folder };
+        self.answer_within(ADAPTER_TIMEOUT, client.load_adapter(request)).await.map(|_| ())
+    }
+
+    /// No further sequence gets the adapter. One that is not there is fine.
+    ///
+    /// # Errors
+    /// [`ProcessError`] when the worker is gone or does not answer.
+    pub async fn unload_adapter(&self, name: &str) -> Result<(), ProcessError> {
+        let mut client = self.client.clone();
+        let request = proto::UnloadShardAdapterRequest { name: name.to_owned() };
+        self.answer_within(ADAPTER_TIMEOUT, client.unload_adapter(request)).await.map(|_| ())
+    }
+
     /// What the worker has done and holds.
     ///
     /// # Errors
@@ -258,12 +283,20 @@ impl WorkerProcess {
     }
 
     async fn answer<T>(&self, call: impl Future<Output = Result<T, Status>>) -> Result<T, ProcessError> {
+        self.answer_within(CALL_TIMEOUT, call).await
+    }
+
+    async fn answer_within<T>(
+        &self,
+        limit: Duration,
+        call: impl Future<Output = Result<T, Status>>,
+    ) -> Result<T, ProcessError> {
         tokio::select! {
             biased;
-            answer = tokio::time::timeout(CALL_TIMEOUT, call) => match answer {
+            answer = tokio::time::timeout(limit, call) => match answer {
                 Ok(Ok(answer)) => Ok(answer),
                 Ok(Err(status)) => Err(after(&status, &self.exit, self.pid()).await),
-                Err(_) => Err(ProcessError::Timeout),
+                Err(_) => Err(ProcessError::Timeout(limit)),
             },
             exit = self.wait() => Err(ProcessError::Ended(exit)),
         }

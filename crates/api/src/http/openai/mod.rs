@@ -1,5 +1,6 @@
 //! OpenAI's dialect, with the fields that mlx_lm.server and vLLM add to it.
 
+pub(super) mod adapters;
 pub(super) mod chat;
 pub(super) mod completions;
 pub(super) mod embeddings;

@@ -14,13 +14,15 @@ pub(in crate::http) struct Listing {
     data: Vec<Model>,
 }
 
-/// A model. The last three fields are ours; vLLM has `max_model_len` too.
+/// A model, or a model with an adapter. The last three fields are ours; vLLM has `parent` and `max_model_len` too.
 #[derive(Serialize)]
 pub(in crate::http) struct Model {
     id: String,
     object: &'static str,
     created: u64,
     owned_by: &'static str,
+    /// Of a model with an adapter: the model.
+    parent: Option<String>,
     max_model_len: usize,
     architecture: String,
     state: &'static str,
@@ -30,7 +32,14 @@ pub(in crate::http) struct Model {
 pub(in crate::http) async fn list(State(services): State<HttpServices>, caller: Caller) -> Json<Listing> {
     let deployments = services.front.deployments();
     let shown = deployments.into_iter().filter(|deployment| is_shown(deployment, &caller));
-    Json(Listing { object: "list", data: shown.map(|deployment| model(deployment, &services)).collect() })
+    let (mut data, mut with_adapters) = (Vec::new(), Vec::new());
+    for deployment in shown {
+        let usable = deployment.adapters.iter().filter(|adapter| adapter.problem.is_none());
+        with_adapters.extend(usable.map(|adapter| model(&deployment, Some(&adapter.name), &services)));
+        data.push(model(&deployment, None, &services));
+    }
+    data.append(&mut with_adapters);
+    Json(Listing { object: "list", data })
 }
 
 /// One of them by its name.
@@ -40,11 +49,12 @@ pub(in crate::http) async fn one(
     name: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Model>, ApiError> {
     let Path(name) = name.map_err(|error| ApiError::new(ErrorKind::Invalid, error.body_text()))?;
-    let deployment = services.front.deployment(&name)?;
+    let (deployment, adapter) = services.front.find(&name)?;
     if !is_shown(&deployment, &caller) {
         return Err(ApiError::new(ErrorKind::NoModel, format!("no model named {name:?} is loaded")));
     }
-    Ok(Json(model(deployment, &services)))
+    services.front.check_adapter(&deployment, adapter.as_deref())?;
+    Ok(Json(model(&deployment, adapter.as_deref(), &services)))
 }
 
 fn is_shown(deployment: &DeploymentView, caller: &Caller) -> bool {
@@ -52,14 +62,16 @@ fn is_shown(deployment: &DeploymentView, caller: &Caller) -> bool {
         && caller.may_use(&deployment.name)
 }
 
-fn model(deployment: DeploymentView, services: &HttpServices) -> Model {
+fn model(deployment: &DeploymentView, adapter: Option<&str>, services: &HttpServices) -> Model {
+    let name = &deployment.name;
     Model {
-        id: deployment.name,
+        id: adapter.map_or_else(|| name.clone(), |adapter| format!("{name}:{adapter}")),
         object: "model",
         created: services.started,
         owned_by: "mlxnode",
+        parent: adapter.map(|_| name.clone()),
         max_model_len: deployment.context_tokens,
-        architecture: deployment.architecture,
+        architecture: deployment.architecture.clone(),
         state: state_name(deployment.state),
     }
 }

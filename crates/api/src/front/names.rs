@@ -1,0 +1,64 @@
+//! What a client means by `model`: a deployment's name, where its weights come from, or `NAME:ADAPTER`.
+
+use super::{Front, FrontError};
+use crate::deployments::DeploymentView;
+
+impl Front {
+    /// The deployment that a client means, and the adapter that the name asks for.
+    ///
+    /// # Errors
+    /// When there is none, or several are loaded and none is named.
+    pub fn find(&self, model: &str) -> Result<(DeploymentView, Option<String>), FrontError> {
+        let error = match self.deployment(model) {
+            Ok(deployment) => return Ok((deployment, None)),
+            Err(error) => error,
+        };
+        let deployments = self.deployments();
+        if let Some(found) = deployments.iter().find(|deployment| deployment.source == model) {
+            return Ok((found.clone(), None));
+        }
+        if let Some((base, adapter)) = model.rsplit_once(':')
+            && let Some(found) = deployments
+                .into_iter()
+                .find(|deployment| deployment.name == base || deployment.source == base)
+        {
+            return Ok((found, Some(adapter.to_owned())));
+        }
+        Err(error)
+    }
+
+    /// Has the deployment this adapter?
+    ///
+    /// # Errors
+    /// When it has not, with those that there are, or the adapter cannot be used.
+    pub fn check_adapter(
+        &self,
+        deployment: &DeploymentView,
+        adapter: Option<&str>,
+    ) -> Result<(), FrontError> {
+        check_adapter(deployment, adapter)
+    }
+}
+
+/// Has the deployment the adapter that a request asks for?
+///
+/// # Errors
+/// [`FrontError::UnknownAdapter`], with those that there are, and [`FrontError::BrokenAdapter`].
+pub(super) fn check_adapter(deployment: &DeploymentView, adapter: Option<&str>) -> Result<(), FrontError> {
+    let Some(name) = adapter else { return Ok(()) };
+    let model = deployment.name.clone();
+    let Some(found) = deployment.adapters.iter().find(|adapter| adapter.name == name) else {
+        let names: Vec<&str> = deployment.adapters.iter().map(|adapter| adapter.name.as_str()).collect();
+        let loaded = match names.is_empty() {
+            true => "it has none; load one with `mlxnode adapters load MODEL ADAPTER`".to_owned(),
+            false => format!("it has: {}", names.join(", ")),
+        };
+        return Err(FrontError::UnknownAdapter { model, adapter: name.to_owned(), loaded });
+    };
+    match &found.problem {
+        None => Ok(()),
+        Some(problem) => {
+            Err(FrontError::BrokenAdapter { model, adapter: name.to_owned(), problem: problem.clone() })
+        }
+    }
+}

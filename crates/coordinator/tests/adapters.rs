@@ -1,0 +1,150 @@
+//! Adapters of deployments, step by step: what is asked of the nodes, what is recorded, and what happens when something goes wrong.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::expect_used,
+    reason = "a failing test is supposed to stop"
+)]
+
+mod machine;
+
+use machine::{Machine, node};
+use mlxnode_coordinator::Error;
+use mlxnode_coordinator::deployments::{
+    AdapterWish, Deployments, Effect, Event, Loaded, MAX_ADAPTERS, Record, State,
+};
+
+fn adapter(name: &str) -> AdapterWish {
+    AdapterWish { name: name.into(), source: format!("/adapters/{name}") }
+}
+
+fn failed() -> Error {
+    Error::Refused("it is for another model".into())
+}
+
+#[test]
+fn an_adapter_is_recorded_once_every_node_has_it() {
+    let mut machine = Machine::new(2);
+    machine.load("a", Some(2));
+    let attempt = machine.attempt("a");
+    let (loaded, effects) = machine.deployments.load_adapter("a", adapter("poet")).unwrap();
+    assert_eq!((loaded, effects.len()), (Loaded::UnderWay, 2));
+    assert_eq!(machine.deployments.load_adapter("a", adapter("poet")).unwrap(), (Loaded::UnderWay, vec![]));
+    let answer = |node, result| Event::AdapterLoaded {
+        attempt: attempt.clone(),
+        node,
+        adapter: "poet".into(),
+        result,
+    };
+    assert_eq!(machine.on(answer(node(0), Ok(()))), []);
+    assert_eq!(machine.on(answer(node(0), Ok(()))), [], "an answer counts once");
+    let effects = machine.on(answer(node(1), Ok(())));
+    assert!(matches!(&effects[..], [Effect::RecordAdapter { record: Record::AdapterAdded { .. }, .. }]));
+    assert!(machine.view("a").adapters.is_empty(), "not before it is durable");
+    machine.run(effects);
+    assert_eq!(machine.view("a").adapters[0].name, "poet");
+    assert_eq!(machine.settled(), [Ok(())]);
+    assert_eq!(machine.deployments.load_adapter("a", adapter("poet")).unwrap().0, Loaded::Already);
+}
+
+#[test]
+fn what_one_node_cannot_read_no_node_keeps() {
+    let mut machine = Machine::new(2);
+    machine.load("a", Some(2));
+    let (_, effects) = machine.deployments.load_adapter("a", adapter("poet")).unwrap();
+    machine.fails = Some((node(1), failed()));
+    machine.run(effects);
+    assert_eq!(machine.settled(), [Err(failed())]);
+    assert!(machine.view("a").adapters.is_empty() && machine.adapters.is_empty(), "{:?}", machine.adapters);
+    assert_eq!(machine.view("a").state, State::Ready, "the model goes on");
+    machine.fails = None;
+    machine.load_adapter("a", adapter("poet"));
+    assert_eq!(machine.adapters.len(), 2);
+}
+
+#[test]
+fn an_adapter_that_is_gone_does_not_hold_up_the_model() {
+    let mut machine = Machine::new(2);
+    machine.load("a", Some(2));
+    machine.load_adapter("a", adapter("poet"));
+    machine.load_adapter("a", adapter("sage"));
+    machine.settled();
+    machine.fails = Some((node(1), failed()));
+    machine.kill("a");
+    let view = machine.view("a");
+    assert_eq!((view.state, view.adapters.len()), (State::Ready, 2));
+    assert!(view.adapters.iter().all(|adapter| adapter.problem.is_some()), "{:?}", view.adapters);
+    // Once the cause is gone, loading it again is all that it takes.
+    machine.fails = None;
+    machine.load_adapter("a", adapter("poet"));
+    let view = machine.view("a");
+    assert_eq!(view.adapters.iter().filter(|adapter| adapter.problem.is_none()).count(), 1);
+    assert_eq!(machine.settled(), [Ok(())]);
+}
+
+#[test]
+fn a_loss_meanwhile_ends_what_was_asked() {
+    let mut machine = Machine::new(1);
+    machine.load("a", None);
+    let attempt = machine.attempt("a");
+    let (_, _) = machine.deployments.load_adapter("a", adapter("poet")).unwrap();
+    machine.kill("a");
+    assert!(matches!(&machine.settled()[..], [Err(Error::Unavailable(_))]));
+    let late = Event::AdapterLoaded { attempt, node: node(0), adapter: "poet".into(), result: Ok(()) };
+    assert_eq!(machine.on(late), [], "it is of an attempt of the past");
+    assert!(machine.view("a").adapters.is_empty());
+}
+
+#[test]
+fn a_decision_that_is_not_durable_is_taken_back() {
+    let mut machine = Machine::new(1);
+    machine.load("a", None);
+    machine.records_fail = true;
+    machine.load_adapter("a", adapter("poet"));
+    assert!(matches!(&machine.settled()[..], [Err(Error::Failed(_))]));
+    assert!(machine.adapters.is_empty() && machine.view("a").adapters.is_empty());
+    machine.records_fail = false;
+    machine.load_adapter("a", adapter("poet"));
+    machine.records_fail = true;
+    let effects = machine.deployments.unload_adapter("a", "poet").unwrap();
+    machine.run(effects);
+    assert!(matches!(&machine.settled()[..], [Ok(()), Err(Error::Failed(_))]));
+    assert_eq!((machine.adapters.len(), machine.view("a").adapters.len()), (1, 1), "it stays");
+}
+
+#[test]
+fn mistakes_are_told() {
+    let mut machine = Machine::new(1);
+    machine.load("a", None);
+    let mut refused = |name: &str, adapter| machine.deployments.load_adapter(name, adapter).unwrap_err();
+    assert!(matches!(refused("b", adapter("poet")), Error::NotFound(text) if text.contains("loaded are: a")));
+    assert!(matches!(refused("a", adapter("a:b")), Error::Invalid(_)));
+    let nowhere = AdapterWish { source: String::new(), ..adapter("poet") };
+    assert!(matches!(refused("a", nowhere), Error::Invalid(_)));
+    for number in 0..MAX_ADAPTERS {
+        machine.load_adapter("a", adapter(&format!("n{number}")));
+    }
+    let refused = machine.deployments.load_adapter("a", adapter("one-more")).unwrap_err();
+    assert!(matches!(refused, Error::TooMany(_)));
+    let unknown = machine.deployments.unload_adapter("a", "poet").unwrap_err();
+    assert!(matches!(unknown, Error::NotFound(text) if text.contains("n1")));
+}
+
+#[test]
+fn records_say_the_same_after_a_fold() {
+    let mut machine = Machine::new(1);
+    machine.load("a", None);
+    for name in ["x", "poet", "sage"] {
+        machine.load_adapter("a", adapter(name));
+    }
+    let effects = machine.deployments.unload_adapter("a", "x").unwrap();
+    machine.run(effects);
+    let names = |deployments: &Deployments| {
+        let view = deployments.find("a").unwrap();
+        view.adapters.into_iter().map(|adapter| adapter.name).collect::<Vec<_>>()
+    };
+    assert_eq!(names(&machine.deployments), ["poet", "sage"]);
+    assert_eq!(names(&Deployments::restore(machine.log.clone())), ["poet", "sage"]);
+    assert_eq!(names(&Deployments::restore(machine.deployments.records())), ["poet", "sage"]);
+}

@@ -7,6 +7,9 @@
 //! | [`gate`] | who is let in over HTTP, and how much each may ask |
 //! | [`keys`] | the API keys as every node knows them, and their service |
 //! | [`metrics`] | figures for monitoring |
+//! | [`panorama`] | what all nodes do now, asked once for everybody who watches |
+//! | [`picture`] | the cluster as the web page and `mlxnode top` show it |
+//! | [`jobs`] | the jobs of the cluster as they are shown |
 //! | `route` | the way to the coordinator, here or on another node |
 //! | [`access`] | who may call what |
 //! | `inference`, [`models`], [`cluster`], [`keys`] | the gRPC services of `mlxnode.v1` |
@@ -19,9 +22,12 @@ pub mod front;
 pub mod gate;
 pub mod http;
 mod inference;
+pub mod jobs;
 pub mod keys;
 pub mod metrics;
 pub mod models;
+pub mod panorama;
+pub mod picture;
 mod route;
 mod server;
 

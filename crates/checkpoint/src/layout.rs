@@ -17,6 +17,8 @@ pub const FINAL_NORM: &str = "model.norm";
 pub const HEAD: &str = "lm_head";
 /// Name of the learned factor on what the head gives, in a family that has one.
 pub const HEAD_GAIN: &str = "lm_head_gain.w_g";
+/// Name of the tensor with the signs of a map whose inputs are turned, behind the map's path.
+pub const SIGNS: &str = "signs";
 
 /// A module with weights of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -161,6 +163,13 @@ impl ModelSpec {
                 modules.push(Module { path: HEAD.into(), kind });
             }
         }
+        let signs = |module: &Module| {
+            let (_, width) = module.matrix().filter(|_| self.turned.contains_key(&module.path))?;
+            let kind = ModuleKind::SideParameter { shape: vec![width] };
+            Some(Module { path: format!("{}.{SIGNS}", module.path), kind })
+        };
+        let signs: Vec<Module> = modules.iter().filter_map(signs).collect();
+        modules.extend(signs);
         modules
     }
 

@@ -30,6 +30,8 @@ pub struct ShardModule {
     pub module: Module,
     /// How its weight is packed, if it is.
     pub quantization: Option<QuantSetting>,
+    /// Its inputs, or a table's vectors, are turned in blocks of so many elements, see [`crate::ModelSpec::turned`].
+    pub turned: Option<usize>,
 }
 
 impl ShardTensors {
@@ -48,6 +50,11 @@ impl ShardTensors {
     /// How a module's weight is packed, by the module's path; None for one that is not packed or not here.
     pub fn quantization_of(&self, path: &str) -> Option<QuantSetting> {
         self.modules.iter().find(|shard| shard.module.path == path)?.quantization
+    }
+
+    /// The blocks in which a module's inputs are turned, by the module's path; None for one whose inputs are taken as they are.
+    pub fn turned(&self, path: &str) -> Option<usize> {
+        self.modules.iter().find(|shard| shard.module.path == path)?.turned
     }
 
     /// Bytes of all its tensors once they are loaded.
@@ -154,7 +161,8 @@ impl Checkpoint {
                 }
                 shard.tensors.insert(tensor.name, found.clone());
             }
-            shard.modules.push(ShardModule { module, quantization });
+            let turned = self.spec().turned.get(&module.path).copied();
+            shard.modules.push(ShardModule { module, quantization, turned });
         }
         problems.unexpected = self.unexpected(layers, &shard, &problems);
         if problems.missing.is_empty() && problems.unexpected.is_empty() && problems.wrong.is_empty() {

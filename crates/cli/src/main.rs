@@ -29,6 +29,7 @@ mod prompt;
 mod sampling;
 mod shuffle;
 mod target;
+mod top;
 mod view;
 mod warnings;
 mod wire;

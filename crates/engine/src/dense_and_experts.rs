@@ -1,6 +1,6 @@
 //! A dense network and experts side by side, each with norms of its own.
 
-use crate::experts::Networks;
+use crate::experts::{Networks, weighted_sum};
 use crate::feed_forward::Network;
 use crate::linear::Linear;
 use crate::norm::Norm;
@@ -29,8 +29,7 @@ impl DenseAndExperts {
         let dense = after_dense.forward(device, &dense)?;
         let (chosen, weights) = self.choose(device, x)?;
         let results = self.networks.forward(device, &before_experts.forward(device, x)?, &chosen)?;
-        let weighted = device.multiply(&device.expand(&weights, -1)?, &results)?;
-        let mixed = after_experts.forward(device, &device.sum(&weighted, -2, false)?)?;
+        let mixed = after_experts.forward(device, &weighted_sum(device, &results, &weights)?)?;
         device.add(&dense, &mixed)
     }
 

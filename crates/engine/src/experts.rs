@@ -111,8 +111,7 @@ impl Experts {
             Some([narrow, _]) => self.networks.forward(device, &narrow.forward(device, x)?, &chosen)?,
             None => self.networks.forward(device, x, &chosen)?,
         };
-        let weights = device.expand(&weights, -1)?;
-        let mixed = device.sum(&device.multiply(&results, &weights)?, -2, false)?;
+        let mixed = weighted_sum(device, &results, &weights)?;
         let mixed = match self.router.choice.routing.precision {
             WeightPrecision::SumRounded | WeightPrecision::SumInSingle => {
                 device.cast(&mixed, results.dtype())?
@@ -157,20 +156,29 @@ impl Experts {
         let passes = device.greater_equal(chosen, &experts)?;
         let chosen = device.select(&passes, &Array::scalar(0.0, chosen.dtype())?, chosen)?;
         let results = self.networks.forward(device, x, &chosen)?;
-        let regular = device.expand(&device.select(&passes, &nothing, weights)?, -1)?;
-        let mixed = device.sum(&device.multiply(&results, &regular)?, -2, false)?;
+        let mixed = weighted_sum(device, &results, &device.select(&passes, &nothing, weights)?)?;
         let passed = device.sum(&device.select(&passes, weights, &nothing)?, -1, true)?;
         device.add(&mixed, &device.multiply(x, &passed)?)
     }
 }
 
+/// Of results `[1, tokens, per_token, 1, hidden]` and their weights `[1, tokens, per_token]`: `[1, tokens, hidden]`.
+pub(crate) fn weighted_sum(device: &Device, results: &Array, weights: &Array) -> Result<Array> {
+    let weights = device.reshape(weights, &[1, weights.dim(1), weights.dim(2), 1, 1])?;
+    device.sum_over(&device.multiply(results, &weights)?, &[2, 3])
+}
+
 impl Networks {
-    /// The chosen experts' results, `[1, tokens, per_token, hidden]`.
+    /// The chosen experts' results, `[1, tokens, per_token, 1, hidden]`.
     pub(crate) fn forward(&self, device: &Device, x: &Array, chosen: &Array) -> Result<Array> {
         let (tokens, hidden, per_token) = (x.dim(1), x.dim(2), chosen.dim(2));
         let choices = tokens * per_token;
         if choices < SORTED_FROM {
-            let rows = device.reshape(x, &[1, tokens, 1, 1, hidden])?;
+            let rows = match tokens {
+                // [1, 1, hidden] is a matrix for all of the choices.
+                1 if !self.up.changes.is_active() => x.clone(),
+                _ => device.reshape(x, &[1, tokens, 1, 1, hidden])?,
+            };
             let order = match self.up.changes.is_active() {
                 true => {
                     let all: Vec<u32> = (0..tokens.unsigned_abs()).collect();
@@ -179,8 +187,7 @@ impl Networks {
                 false => None,
             };
             let choices = Choices { experts: chosen, sorted: false, tokens: order, count: tokens };
-            let results = self.of(device, &rows, &choices)?;
-            return device.reshape(&results, &[1, tokens, per_token, hidden]);
+            return self.of(device, &rows, &choices);
         }
         let chosen = device.reshape(chosen, &[choices])?;
         let order = device.argsort(&chosen, 0)?;
@@ -190,7 +197,7 @@ impl Networks {
         let experts = device.take(&chosen, &order, 0)?;
         let choices = Choices { experts: &experts, sorted: true, tokens: Some(token), count: tokens };
         let results = self.of(device, &rows, &choices)?;
-        device.reshape(&device.take(&results, &back, 0)?, &[1, tokens, per_token, hidden])
+        device.reshape(&device.take(&results, &back, 0)?, &[1, tokens, per_token, 1, hidden])
     }
 
     fn of(&self, device: &Device, rows: &Array, choices: &Choices<'_>) -> Result<Array> {

@@ -38,6 +38,7 @@ mod scoring;
 mod sequence;
 mod speculation;
 mod stage;
+mod turn;
 mod widening;
 
 pub use adapters::{AdapterLoadError, UnknownAdapter};

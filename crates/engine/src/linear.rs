@@ -2,7 +2,9 @@
 
 use crate::adapters::{Change, EmbeddingSlot, Slot};
 use crate::products::{DenseMatrix, packed_product};
-use mlxnode_mlx::{Array, Device, Quantized, Result};
+use crate::turn::Turn;
+use mlxnode_mlx::{Array, Device, Dtype, Quantized, Result};
+use std::rc::Rc;
 
 /// `x @ weight.T + bias`.
 pub(crate) struct Linear {
@@ -22,6 +24,8 @@ pub(crate) enum Weight {
     Quantized(Quantized),
     /// Packed with scales in single precision, in a model of another type: sums are single precision too, and rounded at the end.
     Rounded(Quantized),
+    /// Packed for inputs that are turned.
+    Turned(Quantized, Rc<Turn>),
 }
 
 impl Weight {
@@ -45,6 +49,13 @@ impl Linear {
             (Weight::Dense(matrix), bias) => matrix.product(device, x, bias.as_ref()),
             (Weight::Quantized(matrix), None) => packed_product(device, x, matrix),
             (Weight::Quantized(matrix), Some(bias)) => device.add(&packed_product(device, x, matrix)?, bias),
+            (Weight::Turned(matrix, turn), bias) => {
+                let product = packed_product(device, &turn.forward(device, x)?, matrix)?;
+                match bias {
+                    Some(bias) => device.add(&product, bias),
+                    None => Ok(product),
+                }
+            }
             (Weight::Rounded(matrix), bias) => {
                 let product = device.cast(&device.quantized_matmul(x, matrix)?, x.dtype())?;
                 match bias {
@@ -108,6 +119,8 @@ pub(crate) enum Table {
     Dense(Array),
     /// Packed.
     Quantized(Quantized),
+    /// Packed after its vectors were turned; they are taken in half precision.
+    Turned(Quantized, Rc<Turn>),
 }
 
 impl Embedding {
@@ -116,6 +129,10 @@ impl Embedding {
         let vectors = match &self.table {
             Table::Dense(matrix) => device.take(matrix, ids, 0),
             Table::Quantized(matrix) => device.dequantize(&device.take_rows(matrix, ids)?),
+            Table::Turned(matrix, turn) => {
+                let vectors = device.dequantize(&device.take_rows(matrix, ids)?)?;
+                turn.back(device, &device.cast(&vectors, Dtype::F16)?)
+            }
         }?;
         if self.changes.is_idle() { Ok(vectors) } else { self.changes.apply(device, ids, vectors) }
     }
@@ -125,6 +142,7 @@ impl Embedding {
         let weight = match &self.table {
             Table::Dense(matrix) => Weight::dense(device, matrix)?,
             Table::Quantized(matrix) => Weight::Quantized(matrix.clone()),
+            Table::Turned(matrix, turn) => Weight::Turned(matrix.clone(), Rc::clone(turn)),
         };
         Ok(Linear { weight, bias: None, changes })
     }

@@ -51,6 +51,13 @@ impl Device {
         self.run(|result, stream| unsafe { sys::mlx_round(result, x.handle(), 0, stream) })
     }
 
+    /// The Walsh-Hadamard transform of the last axis, times `scale`. Its length is a power of two, or 12, 20 or 28 times one.
+    pub fn hadamard(&self, x: &Array, scale: f32) -> Result<Array> {
+        let scale = sys::mlx_optional_float { value: scale, has_value: true };
+        // SAFETY: a valid handle; the result is written to an empty handle.
+        self.run(|result, stream| unsafe { sys::mlx_hadamard_transform(result, x.handle(), scale, stream) })
+    }
+
     /// Hyperbolic tangent.
     pub fn tanh(&self, x: &Array) -> Result<Array> {
         // SAFETY: a valid handle; the result is written to an empty handle.
@@ -67,6 +74,16 @@ impl Device {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_hadamard_transform_of_a_unit_vector_is_a_row_of_signs() {
+        let device = Device::open().unwrap();
+        let x = Array::from_f32(&[0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0], &[2, 4]).unwrap();
+        let turned = device.hadamard(&x, 0.5).unwrap();
+        assert_eq!(turned.to_f32().unwrap(), [0.5, -0.5, 0.5, -0.5, 0.5, 0.5, -0.5, -0.5]);
+        let back = device.hadamard(&turned, 0.5).unwrap();
+        assert_eq!(back.to_f32().unwrap(), x.to_f32().unwrap());
+    }
 
     #[test]
     fn layer_norm_centres_and_scales() {

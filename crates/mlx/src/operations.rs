@@ -149,6 +149,14 @@ impl Device {
         })
     }
 
+    /// Sums over several dimensions, which go away.
+    pub fn sum_over(&self, a: &Array, axes: &[i32]) -> Result<Array> {
+        // SAFETY: a valid handle and a slice with its length.
+        self.run(|result, stream| unsafe {
+            sys::mlx_sum_axes(result, a.handle(), axes.as_ptr(), axes.len(), false, stream)
+        })
+    }
+
     /// A new dimension of size 1 at `axis` of the result; negative counts from the last.
     #[inline]
     pub fn expand(&self, a: &Array, axis: i32) -> Result<Array> {
@@ -197,12 +205,16 @@ impl Device {
     /// `a` cut along `axis` before each of the `N - 1` `places`, in one operation.
     #[inline]
     pub fn split<const N: usize>(&self, a: &Array, places: &[i32], axis: i32) -> Result<[Array; N]> {
-        // SAFETY: a valid handle and a slice with its length.
-        let parts = self.run_many(|results, stream| unsafe {
-            sys::mlx_split_sections(results, a.handle(), places.as_ptr(), places.len(), axis, stream)
-        })?;
-        <[Array; N]>::try_from(parts)
+        <[Array; N]>::try_from(self.pieces(a, places, axis)?)
             .map_err(|parts| Error::Mlx(format!("{} parts where {N} were asked for", parts.len())))
+    }
+
+    /// The same for a number of parts that is not known before.
+    pub fn pieces(&self, a: &Array, places: &[i32], axis: i32) -> Result<Vec<Array>> {
+        // SAFETY: a valid handle and a slice with its length.
+        self.run_many(|results, stream| unsafe {
+            sys::mlx_split_sections(results, a.handle(), places.as_ptr(), places.len(), axis, stream)
+        })
     }
 
     /// `a` with the elements `start..stop` replaced by `update`. In place when nothing else holds `a`.

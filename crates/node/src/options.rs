@@ -37,8 +37,12 @@ pub struct NodeOptions {
     pub worker_command: PathBuf,
     /// Where models come from.
     pub hub: mlxnode_hub::Options,
+    /// `http://HOST:PORT` of an OpenTelemetry collector that takes spans of requests; nothing is sent when absent.
+    pub otlp_endpoint: Option<String>,
     /// How long a stopping node waits for running requests.
     pub drain: Duration,
+    /// How long an answer that lost its replica waits while nobody forms another one, see `mlxnode_api::front::Front::resuming_within`.
+    pub resume_within: Duration,
 }
 
 impl NodeOptions {
@@ -63,7 +67,9 @@ impl NodeOptions {
             prompt_cache_disk: ByteCount(0),
             worker_command,
             hub,
+            otlp_endpoint: None,
             drain: Self::DEFAULT_DRAIN,
+            resume_within: Self::DEFAULT_RESUME_WITHIN,
         }
     }
 
@@ -73,4 +79,6 @@ impl NodeOptions {
     pub const DEFAULT_PROMPT_CACHE_SHARE: f64 = 0.1;
     /// Long enough for a short answer to finish, short enough for a person who waits at a terminal.
     pub const DEFAULT_DRAIN: Duration = Duration::from_secs(5);
+    /// A node that crashed and is started again is back by then.
+    pub const DEFAULT_RESUME_WITHIN: Duration = mlxnode_api::front::DEFAULT_RESUME_WITHIN;
 }

@@ -93,6 +93,11 @@ BY_NAME = {
     "quant_value_scale": lambda array: uniform(array, 0.01, 0.05),
     # The factor on BitNet's weights.
     "weight_scale": lambda array: uniform(array, 0.1, 0.3),
+    # Of maps that are packed from the start, 2 bits in groups of 128: weights around zero.
+    "scales": lambda array: uniform(array, 0.8, 1.2) * 1.3 / (128 * array.shape[-1]) ** 0.5,
+    "biases": lambda array: uniform(array, -1.8, -1.2) * 1.3 / (128 * array.shape[-1]) ** 0.5,
+    # The signs of a turn.
+    "signs": lambda array: 1.0 - 2.0 * mx.random.bernoulli(0.5, array.shape),
     # Logits of a recurrent gate's decay.
     "recurrent_param": lambda array: normal(array, 1.0),
 }
@@ -103,6 +108,9 @@ def random_weight(name, array, embeddings):
     if array.dtype == mx.uint8:  # BitNet: four times -1, 0 or 1, counted from 0
         crumbs = mx.random.randint(0, 3, (4, *array.shape)).astype(mx.uint8)
         return crumbs[0] + 4 * crumbs[1] + 16 * crumbs[2] + 64 * crumbs[3]
+    if array.dtype == mx.uint32:  # packed from the start
+        halves = mx.random.randint(0, 1 << 16, (2, *array.shape)).astype(mx.uint32)
+        return halves[0] * (1 << 16) + halves[1]
     if not mx.issubdtype(array.dtype, mx.floating):
         return array
     module, _, leaf = name.rpartition(".")
@@ -145,7 +153,7 @@ def make_model(request, folder):
     for name, array in tree_flatten(model.parameters()):
         weight = random_weight(name, array, embeddings)
         if mx.issubdtype(weight.dtype, mx.floating):
-            weight = weight.astype(dtype if is_cast(name) else mx.float32)
+            weight = weight.astype(dtype if is_cast(name) and not name.endswith(".signs") else mx.float32)
         weights.append((name, weight))
     model.update(tree_unflatten(weights))
     mx.eval(model.parameters())

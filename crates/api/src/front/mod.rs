@@ -1,24 +1,29 @@
 //! The front of a request: the node a client is connected to owns it.
 //!
 //! It finds the deployment, turns text into tokens, checks every parameter, runs the sequence on the replica's scheduler
-//! wherever that is, and turns tokens back into text. It keeps prompt, parameters and seed, so that nothing has to be asked
-//! again. Dropping the answer's stream cancels the work.
+//! wherever that is, and turns tokens back into text. It keeps prompt, parameters, seed and what was emitted: when the replica is lost, it
+//! goes on with the next one from there ([`resume`]). Dropping the answer's stream cancels the work.
 
 mod account;
 mod admission;
 mod answer;
+mod continuation;
 mod defaults;
 mod model_text;
 mod names;
 mod output;
+mod patience;
 mod prepared;
 mod replicas;
+mod resume;
+mod spans;
 
 pub use admission::Admission;
 pub use answer::{Answer, AnswerEvent, Summary};
 pub use defaults::SamplingDefaults;
 pub use model_text::ModelText;
 pub use output::{End, Output, Piece};
+pub use patience::DEFAULT_RESUME_WITHIN;
 pub use prepared::Prepared;
 pub use replicas::{Replicas, RunEvents};
 
@@ -28,14 +33,16 @@ use crate::metrics::{Finished, Metrics, Rejection};
 use account::{Account, Submitted};
 use admission::{Door, Place};
 use futures::StreamExt as _;
-use mlxnode_compute::{ByteCount, TraceContext};
+use mlxnode_compute::{ByteCount, SpanSink, TraceContext};
 use mlxnode_coordinator::requests::{Parameters, RequestError, ValidRequest};
 use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
 use mlxnode_text::{ChatRequest, Sandbox, TextError};
+use spans::RequestSpans;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 /// A figure in an answer's last message is worth less than the message itself.
 const MEMORY_PATIENCE: Duration = Duration::from_millis(500);
@@ -162,6 +169,11 @@ pub struct Front {
     door: Door,
     metrics: Arc<Metrics>,
     gate: Option<Gate>,
+    /// How long a sequence that lost its replica waits while nobody forms another one.
+    resume_within: Duration,
+    /// The node ends: nobody waits for replicas any more.
+    ending: CancellationToken,
+    spans: Option<Arc<dyn SpanSink>>,
 }
 
 /// By deployment, with the epoch for which they were read: a reload may bring another tokenizer.
@@ -175,13 +187,47 @@ impl Front {
         sandbox: Arc<dyn Sandbox>,
     ) -> Self {
         let (texts, door, metrics) = (Arc::default(), Door::default(), Arc::default());
-        Self { deployments, replicas, sandbox, texts, door, metrics, gate: None }
+        Self {
+            deployments,
+            replicas,
+            sandbox,
+            texts,
+            door,
+            metrics,
+            gate: None,
+            resume_within: DEFAULT_RESUME_WITHIN,
+            ending: CancellationToken::new(),
+            spans: None,
+        }
+    }
+
+    /// Waits so long for a node to come back when a sequence lost its replica and nobody forms another one; not at all for zero, and then
+    /// every loss ends its sequences. While a replica is being formed, sequences wait longer.
+    #[must_use]
+    pub fn resuming_within(self, resume_within: Duration) -> Self {
+        Self { resume_within, ..self }
+    }
+
+    /// The node ends: sequences that wait for a replica end now.
+    pub fn end(&self) {
+        self.ending.cancel();
     }
 
     /// With figures that are read elsewhere too, and a gate at which tokens are counted against the keys that asked for them.
     #[must_use]
     pub fn counting(self, metrics: Arc<Metrics>, gate: Option<Gate>) -> Self {
         Self { metrics, gate, ..self }
+    }
+
+    /// With a place for spans of requests.
+    #[must_use]
+    pub fn telling(self, spans: Option<Arc<dyn SpanSink>>) -> Self {
+        Self { spans, ..self }
+    }
+
+    /// Where spans of requests go, when somebody collects them.
+    pub(crate) fn spans(&self) -> Option<Arc<dyn SpanSink>> {
+        self.spans.clone()
     }
 
     /// All deployments, by name.
@@ -260,11 +306,12 @@ impl Front {
         let prompt = text.clone().tokenize_blocking(request.input).await?;
         let mut valid = ValidRequest::embedding(prompt, adapter, &text.limits(&deployment)?)?;
         valid.spec.trace = Some(named(request.trace));
+        let parent = request.trace.map(|trace| trace.span_id());
         let prompt_tokens = valid.prompt.len();
         let (deadline, tenant) = (request.deadline, request.tenant);
         let run = RunRequest { prompt: valid.prompt, spec: valid.spec, deadline, tenant };
-        let mut account = self.account(&deployment, &run, arrived);
-        let mut events = self.replicas.run(&deployment, run).await.map_err(|error| account.failed(error))?;
+        let mut account = self.account(&deployment, &run, Origin { arrived, parent });
+        let mut events = self.run(&deployment, run).await.map_err(|error| account.failed(error))?;
         while let Some(event) = events.next().await {
             match event {
                 Ok(RunEvent::Started { cached_tokens }) => account.started(cached_tokens),
@@ -288,11 +335,16 @@ impl Front {
     }
 
     /// The account of a sequence that is about to be submitted.
-    fn account(&self, deployment: &DeploymentView, run: &RunRequest, arrived: Instant) -> Account {
+    fn account(&self, deployment: &DeploymentView, run: &RunRequest, origin: Origin) -> Account {
+        let arrived = origin.arrived;
         let place = self.door.join(&deployment.name, run.prompt.len());
         let record = self.metrics.request(&deployment.name, run.prompt.len(), arrived);
         let gate = self.gate.clone().map(|gate| (gate, run.tenant.clone()));
-        Account::new(place, record, self.metrics.clone(), gate, Submitted::new(run, arrived))
+        let spans = self.spans.clone().zip(run.spec.trace);
+        let spans = spans.map(|(sink, trace)| {
+            RequestSpans::new(sink, trace, origin.parent, &deployment.name, run.prompt.len(), arrived)
+        });
+        Account::new(place, record, self.metrics.clone(), gate, spans, Submitted::new(run, arrived))
     }
 
     /// The largest memory that any stage's MLX held since it was loaded; 0 when no stage says so in time.
@@ -318,9 +370,19 @@ fn check_ready(deployment: &DeploymentView) -> Result<(), FrontError> {
     Err(FrontError::NotReady { model, state, detail })
 }
 
-/// The request's name, or a new one.
+/// When a request came, and the span that it is part of.
+#[derive(Clone, Copy)]
+struct Origin {
+    arrived: Instant,
+    parent: Option<[u8; 8]>,
+}
+
+/// The request's trace, or a new one, with a span of its own.
 fn named(trace: Option<TraceContext>) -> TraceContext {
-    trace.unwrap_or_else(|| TraceContext::new(rand::random()))
+    match trace {
+        Some(trace) => trace.with_span(rand::random()),
+        None => TraceContext::new(rand::random()),
+    }
 }
 
 /// 63 random bits: a seed that survives every JSON parser's numbers would need 53, but gRPC carries all.

@@ -7,6 +7,7 @@ use crate::spec::{
     Mixer, ModelSpec, NormKind, Residual, RopeSpec, SinglePrecision, Values, Widening,
 };
 use mlxnode_compute::Dtype;
+use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
 // Far above any model there is, and low enough that no product of them overflows or allocates much.
@@ -259,6 +260,7 @@ pub(super) fn of_layers(
         dtype: config.announced_dtype().unwrap_or(Dtype::F32),
         context,
         quantization: Quantization::from_config(config)?,
+        turned: BTreeMap::new(),
     })
 }
 

@@ -105,6 +105,7 @@ mod pixtral;
 mod plamo;
 mod plamo2;
 mod plamo3;
+mod prism_hadamard_qwen35;
 mod qwen;
 mod qwen2;
 mod qwen2_moe;
@@ -318,6 +319,7 @@ pub fn known() -> &'static [Architecture] {
         plamo::ARCHITECTURE,
         plamo2::ARCHITECTURE,
         plamo3::ARCHITECTURE,
+        prism_hadamard_qwen35::ARCHITECTURE,
         qwen::ARCHITECTURE,
         qwen2::ARCHITECTURE,
         qwen2_moe::ARCHITECTURE,

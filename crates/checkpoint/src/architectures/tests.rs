@@ -483,6 +483,45 @@ fn capabilities_are_true() {
     }
 }
 
+/// What stands under `field` of the first entry, or beside the entries, of a Hadamard pack.
+fn pack_with(field: &str, value: Value, of_entry: bool) -> Config {
+    let (_, config) = every_family().find(|(known, _)| known.name == "prism_hadamard_qwen35").unwrap();
+    let mut fields = Value::Object(config.raw().clone());
+    let place = if of_entry { &mut fields["modules"][0] } else { &mut fields };
+    place[field] = value;
+    self::config(fields)
+}
+
+#[test]
+fn packs_of_turned_maps_say_what_is_turned() {
+    let model = spec(&pack_with("gdn_activation_layout", json!(null), false)).unwrap();
+    assert_eq!(model.turned["model.layers.0.mlp.gate_proj"], 512);
+    let modules = model.modules(mlxnode_compute::LayerRange::new(0, 1));
+    assert!(modules.iter().any(|module| module.path == "model.layers.0.mlp.gate_proj.signs"));
+    let plain = spec(&pack_with("block", json!(0), true)).unwrap();
+    assert_eq!(plain.turned.len() + 1, model.turned.len());
+    assert_eq!(plain.quantization.per_path.len(), model.quantization.per_path.len());
+    for (of_entry, field, value, part) in [
+        (false, "schema_version", json!(3), "schema_version is 3"),
+        (false, "schema_version", json!(1), "tensor_namespace is \"mlx-vlm-qwen3_5\""),
+        (false, "gdn_activation_layout", json!("flat"), "gdn_activation_layout is \"flat\""),
+        (false, "quantization", json!({ "bits": 4, "group_size": 64 }), "quantization is "),
+        (false, "modules", json!([]), "modules is missing"),
+        (true, "path", json!("model.norm"), "modules[0].path is \"model.norm\""),
+        (true, "path", json!("model.layers.9.mlp.gate_proj"), "modules[0].path"),
+        (true, "path", json!("model.layers.0.mlp.up_proj"), "modules[1].path"),
+        (true, "path", json!(7), "modules[0].path is 7"),
+        (true, "embedding", json!(true), "modules[0].embedding is true"),
+        (true, "dtype", json!("bfloat16"), "modules[0].dtype is \"bfloat16\""),
+        (true, "block", json!(256), "modules[0].block is 256"),
+        (true, "block", json!(1024), "divide the width, which is 512"),
+        (true, "block", json!(null), "modules[0].block"),
+    ] {
+        let message = spec(&pack_with(field, value.clone(), of_entry)).expect_err(field).to_string();
+        assert!(message.contains(part), "{field} {value}: {message}");
+    }
+}
+
 #[test]
 fn families_with_fields_of_their_own_refuse_by_field() {
     let gpt2 = json!({ "n_ctx": 64, "n_positions": 64, "n_embd": 64, "n_head": 4, "n_layer": 2, "layer_norm_epsilon": 1e-5 });

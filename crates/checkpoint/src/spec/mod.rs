@@ -55,6 +55,7 @@ pub use widening::{LayerInputs, Widening};
 use crate::layout::{ModuleKind, Push};
 use crate::quantization::Quantization;
 use mlxnode_compute::Dtype;
+use std::collections::BTreeMap;
 
 /// A whole model. Sizes are in elements.
 #[derive(Clone, Debug, PartialEq)]
@@ -104,6 +105,9 @@ pub struct ModelSpec {
     pub context: Option<usize>,
     /// Which weights are packed, and how.
     pub quantization: Quantization,
+    /// Paths of packed maps and tables whose inputs, or whose vectors, are turned, and the sizes of the blocks that are turned: each
+    /// element is multiplied by one of the signs in the tensor `PATH.signs`, each block goes through a Walsh-Hadamard transform.
+    pub turned: BTreeMap<String, usize>,
 }
 
 /// One layer: a mixer that looks across tokens, then a feed-forward network for each token.

@@ -64,6 +64,9 @@ pub struct Join {
     /// Name of a cluster that is made now.
     #[arg(long, value_name = "NAME", conflicts_with = "invite")]
     cluster_name: Option<String>,
+    /// Send spans of requests (times and counts, never what was asked) to an OpenTelemetry collector, by OTLP over gRPC.
+    #[arg(long, value_name = "http://HOST:PORT")]
+    otlp_endpoint: Option<String>,
     /// Memory that models may use on this Mac, such as 48GB. Default: three quarters of it.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     memory_budget: Option<ByteCount>,
@@ -77,6 +80,12 @@ pub struct Join {
     /// Prompts can be read out of these files. They are in the data directory, for its owner only.
     #[arg(long, value_name = "SIZE", value_parser = size_or_none, default_value = "0")]
     prompt_cache_disk: ByteCount,
+    /// Seconds that an answer waits for a lost node to come back; it goes on where it was. 0: it ends with an error at once.
+    ///
+    /// While the model is being loaded on the nodes that are there, answers wait as long as that takes.
+    #[arg(long, value_name = "SECONDS", default_value_t = mlxnode_node::NodeOptions::DEFAULT_RESUME_WITHIN.as_secs(),
+        value_parser = clap::value_parser!(u64).range(..=3600))]
+    resume_within: u64,
 }
 
 /// What `--json` prints when the node is ready.
@@ -117,6 +126,7 @@ impl Join {
             ..http
         });
         options.name = self.name;
+        options.otlp_endpoint = self.otlp_endpoint;
         options.cluster_name = self.cluster_name;
         options.invite = self.invite;
         options.peers = self.peers;
@@ -124,6 +134,7 @@ impl Join {
         options.memory_budget = self.memory_budget;
         options.prompt_cache_memory = self.prompt_cache_memory;
         options.prompt_cache_disk = self.prompt_cache_disk;
+        options.resume_within = Duration::from_secs(self.resume_within);
         // Installed first, so that a signal during the start is not lost.
         let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;
@@ -146,6 +157,7 @@ impl Join {
                     false => String::new(),
                 };
                 output::line(&format!("OpenAI and Anthropic clients:   {http}/v1{moved}"))?;
+                output::line(&format!("In a browser:         {http}/"))?;
             }
             let invite = match node.founded() {
                 // Whoever starts the first node wants a second one next.

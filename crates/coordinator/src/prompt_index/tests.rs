@@ -333,7 +333,14 @@ fn without_room_nothing_is_kept() {
     let mut world = World::new(0, 0, 0);
     assert!(world.begin(1, "a", &tokens(&[1, 2], 1), 1).is_empty());
     // Of a stage that keeps none nothing is known but that.
-    for stages in [vec![], vec![BlockCapacity::default()], vec![BlockCapacity { block: ByteCount(10), memory: ByteCount(1000), ..Default::default() }, BlockCapacity::default()]] {
+    for stages in [
+        vec![],
+        vec![BlockCapacity::default()],
+        vec![
+            BlockCapacity { block: ByteCount(10), memory: ByteCount(1000), ..Default::default() },
+            BlockCapacity::default(),
+        ],
+    ] {
         let mut index = PromptIndex::new(Capacity::new(stages));
         assert!(index.begin(SequenceId(1), World::prompt("a", &tokens(&[1, 2], 1), 1)).0.is_empty());
     }

@@ -304,6 +304,10 @@ fn lengths(device: &Device, weight: &Weight, part: &Part, a: &Array, b: &Array) 
     // `[inputs, outputs]`
     let matrix = match weight {
         Weight::Dense(matrix) => matrix.view().clone(),
+        // A turn back would change no length of a row, but it would the sum with what an adapter adds.
+        Weight::Turned(packed, turn) => {
+            device.transpose(&turn.back(device, &device.dequantize(packed)?)?, &[1, 0])?
+        }
         Weight::Quantized(packed) | Weight::Rounded(packed) => {
             device.transpose(&device.dequantize(packed)?, &[1, 0])?
         }

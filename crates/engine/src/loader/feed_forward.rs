@@ -224,7 +224,8 @@ impl Source<'_> {
                 self.queue([&turned]);
                 MatrixStack::Dense(turned)
             }
-            Matrix::Quantized(matrices) => {
+            // Only linear maps and tables are turned.
+            Matrix::Quantized(matrices) | Matrix::Turned(matrices, _) => {
                 self.queue(arrays(&matrices));
                 MatrixStack::Quantized(matrices)
             }

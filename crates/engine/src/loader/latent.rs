@@ -101,7 +101,8 @@ impl Source<'_> {
                 self.queue([&turned]);
                 OfHeads::Dense { stored, turned }
             }
-            Matrix::Quantized(matrices) => {
+            // Only linear maps and tables are turned.
+            Matrix::Quantized(matrices) | Matrix::Turned(matrices, _) => {
                 self.queue(arrays(&matrices));
                 OfHeads::Quantized(matrices)
             }

@@ -3,6 +3,7 @@
 use super::{LoadError, Source, arrays, layout, size};
 use crate::adapters::{Active, Part, Slot, Target};
 use crate::linear::{Embedding, Linear, Stacked, Table, Weight};
+use crate::turn::Turn;
 use mlxnode_checkpoint::Tensor;
 use mlxnode_mlx::{Array, Device, Dtype, Error, Quantized};
 use std::rc::Rc;
@@ -16,14 +17,33 @@ const LARGEST_DENSE_STACK_ON_CPU: u64 = 4_000_000;
 pub(super) enum Matrix {
     Dense(Array),
     Quantized(Quantized),
+    /// Packed for inputs that are turned.
+    Turned(Quantized, Rc<Turn>),
 }
 
 impl Matrix {
+    /// Some of its rows, or all in another order: what `rows` makes of each array that has them.
+    fn with_rows<E>(&self, rows: impl Fn(&Array) -> Result<Array, E>) -> Result<Self, E> {
+        let packed = |matrix: &Quantized| {
+            Ok::<_, E>(Quantized {
+                weight: rows(&matrix.weight)?,
+                scales: rows(&matrix.scales)?,
+                biases: matrix.biases.as_ref().map(&rows).transpose()?,
+                layout: matrix.layout,
+            })
+        };
+        Ok(match self {
+            Self::Dense(matrix) => Self::Dense(rows(matrix)?),
+            Self::Quantized(matrix) => Self::Quantized(packed(matrix)?),
+            Self::Turned(matrix, turn) => Self::Turned(packed(matrix)?, Rc::clone(turn)),
+        })
+    }
+
     /// How many outputs it has.
     fn outputs(&self) -> i32 {
         match self {
             Self::Dense(matrix) => matrix.dim(0),
-            Self::Quantized(matrix) => matrix.weight.dim(0),
+            Self::Quantized(matrix) | Self::Turned(matrix, _) => matrix.weight.dim(0),
         }
     }
 }
@@ -43,15 +63,7 @@ impl Stored {
         let numbers: Vec<u32> = order.iter().map(|row| row.unsigned_abs()).collect();
         let order = Array::from_u32(&numbers, &[size(numbers.len())])?;
         let rows = |array: &Array| device.take(array, &order, 0);
-        let matrix = match &self.matrix {
-            Matrix::Dense(matrix) => Matrix::Dense(rows(matrix)?),
-            Matrix::Quantized(matrix) => Matrix::Quantized(Quantized {
-                weight: rows(&matrix.weight)?,
-                scales: rows(&matrix.scales)?,
-                biases: matrix.biases.as_ref().map(rows).transpose()?,
-                layout: matrix.layout,
-            }),
-        };
+        let matrix = self.matrix.with_rows(rows)?;
         let bias = self.bias.as_ref().map(rows).transpose()?;
         Ok(Self { matrix, bias, path: self.path, order: Some(numbers) })
     }
@@ -63,15 +75,7 @@ impl Stored {
                 let (start, stop) = if after { (first, array.dim(0)) } else { (0, first) };
                 device.slice_axis(array, 0, start, stop, 1)
             };
-            let matrix = match &self.matrix {
-                Matrix::Dense(matrix) => Matrix::Dense(rows(matrix)?),
-                Matrix::Quantized(matrix) => Matrix::Quantized(Quantized {
-                    weight: rows(&matrix.weight)?,
-                    scales: rows(&matrix.scales)?,
-                    biases: matrix.biases.as_ref().map(rows).transpose()?,
-                    layout: matrix.layout,
-                }),
-            };
+            let matrix = self.matrix.with_rows(rows)?;
             let all: Vec<u32> = match &self.order {
                 Some(order) => order.clone(),
                 None => (0..self.matrix.outputs().unsigned_abs()).collect(),
@@ -111,7 +115,11 @@ impl Source<'_> {
         let Some(setting) = self.shard.quantization_of(path) else { return Ok(Matrix::Dense(weight)) };
         let scales = self.tensor(&format!("{path}.scales"))?;
         let biases = self.optional(&format!("{path}.biases"))?;
-        Ok(Matrix::Quantized(Quantized { weight, scales, biases, layout: layout(setting) }))
+        let packed = Quantized { weight, scales, biases, layout: layout(setting) };
+        Ok(match self.turn(path)? {
+            Some(turn) => Matrix::Turned(packed, turn),
+            None => Matrix::Quantized(packed),
+        })
     }
 
     /// A table of vectors, read.
@@ -119,10 +127,11 @@ impl Source<'_> {
         let table = match self.matrix(path)? {
             Matrix::Dense(matrix) => Table::Dense(matrix),
             Matrix::Quantized(matrix) => Table::Quantized(matrix),
+            Matrix::Turned(matrix, turn) => Table::Turned(matrix, turn),
         };
         match &table {
             Table::Dense(matrix) => self.queue([matrix]),
-            Table::Quantized(matrix) => self.queue(arrays(matrix)),
+            Table::Quantized(matrix) | Table::Turned(matrix, _) => self.queue(arrays(matrix)),
         }
         let changes = Slot::new(self.active());
         let target = Target::Embedding { slot: changes.clone(), path: path.to_owned() };
@@ -150,6 +159,10 @@ impl Source<'_> {
                     self.queue([matrix.view()]);
                 }
                 weight
+            }
+            Matrix::Turned(matrix, turn) => {
+                self.queue(arrays(&matrix));
+                Weight::Turned(matrix, turn)
             }
             Matrix::Quantized(matrix) => {
                 self.queue(arrays(&matrix));
@@ -179,7 +192,15 @@ impl Source<'_> {
 
     /// Maps of the same input with these numbers of outputs, stacked when they are of one kind.
     pub(super) fn stacked(&mut self, parts: &[(String, i32)]) -> Result<Stacked, LoadError> {
-        if !self.stack_pays(parts) {
+        let mut turns = Vec::with_capacity(parts.len());
+        for (path, _) in parts {
+            turns.push(self.turn(path)?);
+        }
+        let same_turn = turns.windows(2).all(|pair| match (&pair[0], &pair[1]) {
+            (Some(one), Some(other)) => Rc::ptr_eq(one, other),
+            (one, other) => one.is_none() && other.is_none(),
+        });
+        if !same_turn || !self.stack_pays(parts) {
             let linears = parts.iter().map(|(path, _)| self.linear(path)).collect::<Result<_, _>>()?;
             return Ok(Stacked { whole: None, parts: linears });
         }
@@ -187,14 +208,20 @@ impl Source<'_> {
         let bias = self.joined(parts, "bias")?;
         let matrix = match (self.joined(parts, "weight")?, self.shard.quantization_of(path)) {
             (Some(weight), None) => Matrix::Dense(weight),
-            (Some(weight), Some(setting)) => Matrix::Quantized(Quantized {
-                weight,
-                scales: self
-                    .joined(parts, "scales")?
-                    .ok_or_else(|| self.missing(&format!("{path}.scales")))?,
-                biases: self.joined(parts, "biases")?,
-                layout: layout(setting),
-            }),
+            (Some(weight), Some(setting)) => {
+                let packed = Quantized {
+                    weight,
+                    scales: self
+                        .joined(parts, "scales")?
+                        .ok_or_else(|| self.missing(&format!("{path}.scales")))?,
+                    biases: self.joined(parts, "biases")?,
+                    layout: layout(setting),
+                };
+                match turns.into_iter().flatten().next() {
+                    Some(turn) => Matrix::Turned(packed, turn),
+                    None => Matrix::Quantized(packed),
+                }
+            }
             (None, _) => return Err(self.missing(&format!("{path}.weight"))),
         };
         // Only the stacked matrix and views of it live.
@@ -265,13 +292,19 @@ impl Source<'_> {
             count if count == maps.len() => Some(join(&biases)?),
             _ => return Ok(None),
         };
-        let (mut dense, mut packed) = (Vec::new(), Vec::new());
+        let (mut dense, mut packed, mut turns) = (Vec::new(), Vec::new(), Vec::new());
         for map in maps {
             match &map.matrix {
                 Matrix::Dense(matrix) => dense.push(matrix),
                 Matrix::Quantized(matrix) => packed.push(matrix),
+                Matrix::Turned(matrix, turn) => {
+                    packed.push(matrix);
+                    turns.push(turn);
+                }
             }
         }
+        let same_turn = turns.is_empty()
+            || (turns.len() == maps.len() && turns.windows(2).all(|pair| Rc::ptr_eq(pair[0], pair[1])));
         let same_type = dense.windows(2).all(|pair| pair[0].dtype() == pair[1].dtype());
         let bytes: usize = dense.iter().map(|matrix| matrix.byte_size()).sum();
         let pays = device.is_gpu() || bytes as u64 <= LARGEST_DENSE_STACK_ON_CPU;
@@ -280,14 +313,20 @@ impl Source<'_> {
         };
         let matrix = if dense.len() == maps.len() && same_type && pays {
             Matrix::Dense(join(&dense)?)
-        } else if packed.len() == maps.len() && packed.windows(2).all(alike) {
-            Matrix::Quantized(device.stack_rows(&packed)?)
+        } else if packed.len() == maps.len() && packed.windows(2).all(alike) && same_turn {
+            let packed = device.stack_rows(&packed)?;
+            match turns.first() {
+                Some(turn) => Matrix::Turned(packed, Rc::clone(turn)),
+                None => Matrix::Quantized(packed),
+            }
         } else {
             return Ok(None);
         };
         match &matrix {
             Matrix::Dense(matrix) => self.queue([matrix].into_iter().chain(&bias)),
-            Matrix::Quantized(matrix) => self.queue(arrays(matrix).chain(&bias)),
+            Matrix::Quantized(matrix) | Matrix::Turned(matrix, _) => {
+                self.queue(arrays(matrix).chain(&bias));
+            }
         }
         Ok(Some((matrix, bias)))
     }
@@ -302,7 +341,7 @@ impl Source<'_> {
                 self.queue([matrix]);
                 self.device.is_gpu() || matrix.byte_size() as u64 <= LARGEST_DENSE_STACK_ON_CPU
             }
-            Matrix::Quantized(matrix) => {
+            Matrix::Quantized(matrix) | Matrix::Turned(matrix, _) => {
                 self.queue(arrays(matrix));
                 true
             }
@@ -349,15 +388,7 @@ impl Source<'_> {
         stop: i32,
     ) -> Result<(Matrix, Option<Array>), LoadError> {
         let cut = |array: &Array| self.device.slice(array, &[start, 0], &[stop, array.dim(1)]);
-        let matrix = match matrix {
-            Matrix::Dense(matrix) => Matrix::Dense(cut(matrix)?),
-            Matrix::Quantized(matrix) => Matrix::Quantized(Quantized {
-                weight: cut(&matrix.weight)?,
-                scales: cut(&matrix.scales)?,
-                biases: matrix.biases.as_ref().map(cut).transpose()?,
-                layout: matrix.layout,
-            }),
-        };
+        let matrix = matrix.with_rows(cut)?;
         let bias = bias.map(|bias| self.device.slice(bias, &[start], &[stop])).transpose()?;
         Ok((matrix, bias))
     }

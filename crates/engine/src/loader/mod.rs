@@ -18,6 +18,7 @@ mod plamo_mamba;
 mod rwkv7;
 mod short_convolution;
 mod shortcut;
+mod turn;
 mod weights;
 mod widening;
 
@@ -83,6 +84,14 @@ pub enum LoadError {
         layers: LayerRange,
         /// The first layer behind the cut.
         cut: usize,
+    },
+    /// The signs of a map whose inputs are turned are none.
+    #[error("{tensor} in {file} holds numbers other than 1 and -1; fetch the model again")]
+    Signs {
+        /// Our name for the tensor.
+        tensor: String,
+        /// Its file's name.
+        file: String,
     },
     /// A file is not the one whose header was checked.
     #[error("{file} changed while it was being loaded: {tensor} is not what it was; load the model again")]
@@ -202,6 +211,8 @@ struct Source<'a> {
     started: Vec<Array>,
     /// Bytes of the tensors that were asked for so far.
     loaded: u64,
+    /// What inputs go through before packed maps.
+    turns: Vec<turn::KnownTurn>,
     /// What was loaded, by name, of a model that goes through its layers several times: the weights exist once.
     kept: Option<HashMap<String, Array>>,
 }
@@ -210,7 +221,18 @@ impl<'a> Source<'a> {
     fn open(device: &'a Device, shard: &'a ShardTensors, dtype: Dtype) -> Result<Self, LoadError> {
         let weights = WeightReader::open(device, shard.tensors.values())?;
         let (registry, queued, started) = (RefCell::default(), RefCell::default(), Vec::new());
-        Ok(Self { device, shard, weights, dtype, registry, queued, started, loaded: 0, kept: None })
+        Ok(Self {
+            device,
+            shard,
+            weights,
+            dtype,
+            registry,
+            queued,
+            started,
+            loaded: 0,
+            turns: Vec::new(),
+            kept: None,
+        })
     }
 
     /// A tensor that is there by the checkpoint's checks; it is read and computed when it is evaluated.

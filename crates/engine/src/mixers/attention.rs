@@ -327,16 +327,9 @@ impl Attention {
         x: &Array,
     ) -> Result<(Vec<Array>, Option<Array>)> {
         let projected = self.limited(device, whole.forward(device, x)?)?;
-        let tokens = projected.dim(1);
-        let rotating = self.heads + self.kv_heads;
-        let all = if self.source == Source::Keys { rotating } else { rotating + self.kv_heads };
-        let bounds = [0, self.heads, rotating, all];
-        let pairs = bounds.windows(2).filter(|pair| pair[1] > pair[0]);
-        let cut = |pair: &[i32]| {
-            let (from, to) = (pair[0] * self.head_dim, pair[1] * self.head_dim);
-            device.slice(&projected, &[0, 0, from], &[1, tokens, to])
-        };
-        Ok((pairs.map(cut).collect::<Result<_>>()?, self.cut_gate(device, &projected)?))
+        let mut parts = device.pieces(&projected, &self.cuts(self.head_dim), 2)?;
+        let gate = if self.output_gate { parts.pop() } else { None };
+        Ok((parts, gate))
     }
 
     /// Which projection is which.
@@ -451,36 +444,58 @@ impl Attention {
     /// The one product for a single token, `[1, 1, heads * head_dim]` of queries, keys and values (and the gate), cut by heads.
     fn cut_one(&self, device: &Device, projected: &Array, offset: i32) -> Result<Parts> {
         let rotating = self.heads + self.kv_heads;
-        let all = if self.source == Source::Keys { rotating } else { rotating + self.kv_heads };
         if self.norms.as_ref().is_some_and(|norms| !norms.is_per_head() || norms.after_rope) {
-            let cut = |from: i32, to: i32| {
-                device.slice(projected, &[0, 0, from * self.head_dim], &[1, 1, to * self.head_dim])
-            };
-            let mut parts = vec![cut(0, self.heads)?, cut(self.heads, rotating)?];
-            if all > rotating {
-                parts.push(cut(rotating, all)?);
+            let mut parts = device.pieces(projected, &self.cuts(self.head_dim), 2)?;
+            if self.output_gate {
+                parts.pop();
             }
             return self.arranged(device, parts, offset);
         }
         // For one token [1, 1, heads, width] and [1, heads, 1, width] are the same elements in the same order.
         let projected = device.reshape(projected, &[1, -1, 1, self.head_dim])?;
-        let cut = |array: &Array, from: i32, to: i32| {
-            device.slice(array, &[0, from, 0, 0], &[1, to, 1, self.head_dim])
-        };
-        let values = match self.source {
-            Source::Keys => cut(&projected, self.heads, rotating)?,
-            _ => cut(&projected, rotating, all)?,
-        };
-        let values = self.normed_values(device, values)?;
         let Some(norms) = &self.norms else {
-            let both = self.rotated(device, cut(&projected, 0, rotating)?, offset)?;
-            let queries = cut(&both, 0, self.heads)?;
-            return Ok(Parts { queries, keys_values: Some((cut(&both, self.heads, rotating)?, values)) });
+            // What rotates goes through that together. Without values of their own the keys serve, before that.
+            let (both, values) = match self.cuts(1).split_first() {
+                Some((_, [])) => (projected, None),
+                Some((_, later)) => {
+                    let mut parts = device.pieces(&projected, later, 1)?.into_iter();
+                    let (Some(both), values) = (parts.next(), parts.next()) else {
+                        return Err(wrong_projections());
+                    };
+                    (both, values.filter(|_| self.source != Source::Keys))
+                }
+                None => return Err(wrong_projections()),
+            };
+            let values = match values {
+                Some(values) => values,
+                None => device.slice_axis(&both, 1, self.heads, rotating, 1)?,
+            };
+            let values = self.normed_values(device, values)?;
+            let [queries, keys] = device.split(&self.rotated(device, both, offset)?, &[self.heads], 1)?;
+            return Ok(Parts { queries, keys_values: Some((keys, values)) });
         };
-        let queries = norms.apply(device, &cut(&projected, 0, self.heads)?, Part::Queries)?;
-        let keys = norms.apply(device, &cut(&projected, self.heads, rotating)?, Part::Keys)?;
+        let parts = device.pieces(&projected, &self.cuts(1), 1)?;
+        let (queries, keys, values) = match (parts.as_slice(), self.source) {
+            ([queries, keys, ..], Source::Keys) => (queries, keys, keys),
+            ([queries, keys, values, ..], _) => (queries, keys, values),
+            _ => return Err(wrong_projections()),
+        };
+        let values = self.normed_values(device, values.clone())?;
+        let queries = norms.apply(device, queries, Part::Queries)?;
+        let keys = norms.apply(device, keys, Part::Keys)?;
         let queries = self.rotated(device, queries, offset)?;
         Ok(Parts { queries, keys_values: Some((self.rotated(device, keys, offset)?, values)) })
+    }
+
+    /// Where the one product of queries, keys, values and gate is cut, in elements of `width` to a head.
+    fn cuts(&self, width: i32) -> Vec<i32> {
+        let keys = self.heads + self.kv_heads;
+        let values = if self.source == Source::Keys { keys } else { keys + self.kv_heads };
+        let all = if self.output_gate { values + self.heads } else { values };
+        let mut cuts = vec![self.heads, keys, values];
+        cuts.dedup();
+        cuts.retain(|cut| *cut < all);
+        cuts.into_iter().map(|cut| cut * width).collect()
     }
 
     /// The gate on the result, which comes last in the one product.

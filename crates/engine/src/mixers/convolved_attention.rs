@@ -1,6 +1,6 @@
 //! Attention whose keys and values are mixed with those of the token before, as baichuan_m1 has it.
 
-use super::by_row::{by_row, channels};
+use super::by_row::by_row;
 use super::{Keeps, SoftmaxAttention};
 use crate::batch::Batch;
 use crate::linear::{Linear, Stacked};
@@ -72,13 +72,7 @@ impl ConvolvedAttention {
         let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         match (&self.projections.whole, self.projections.parts.as_slice()) {
             (Some(whole), _) if x.dim(1) == 1 => {
-                let all = whole.forward(device, x)?;
-                let cut = |from: i32, to: i32| channels(device, &all, from, to);
-                Ok([
-                    cut(0, queries)?,
-                    cut(queries, queries + keys)?,
-                    cut(queries + keys, queries + 2 * keys)?,
-                ])
+                device.split(&whole.forward(device, x)?, &[queries, queries + keys], 2)
             }
             (_, [queries, keys, values]) => {
                 Ok([queries.forward(device, x)?, keys.forward(device, x)?, values.forward(device, x)?])

@@ -1,6 +1,6 @@
 //! Gated delta networks: qwen3_next, qwen3_5, olmo_hybrid and kimi_linear.
 
-use super::by_row::{by_row, channels};
+use super::by_row::by_row;
 use super::{CausalConvolution, DeltaRule};
 use crate::batch::Batch;
 use crate::caches::LayerCache;
@@ -113,15 +113,11 @@ impl GatedDeltaNet {
             Some(whole) if x.dim(1) == 1 => {
                 let all = whole.forward(device, x)?;
                 let (before, last) = self.widths.split_at(self.widths.len().saturating_sub(3));
-                let mut start = 0;
-                [before.iter().sum()]
-                    .iter()
-                    .chain(last)
-                    .map(|width| {
-                        start += width;
-                        channels(device, &all, start - width, start)
-                    })
-                    .collect::<Result<_>>()?
+                let mut cuts = vec![before.iter().sum::<i32>()];
+                for width in last.iter().take(2) {
+                    cuts.push(cuts.last().copied().unwrap_or(0) + width);
+                }
+                device.pieces(&all, &cuts, 2)?
             }
             _ => self.inputs.parts.iter().map(|part| part.forward(device, x)).collect::<Result<_>>()?,
         };
@@ -170,21 +166,13 @@ impl GatedDeltaNet {
         let convolved = activate(device, Activation::Silu, &convolved)?;
         let (heads, width) = (self.key_heads, self.key_dim);
         let keys = 2 * heads * width;
-        let both = channels(device, &convolved, 0, keys)?;
+        let [both, values] = device.split(&convolved, &[keys], 2)?;
         let both = device.reshape(&both, &[lanes, count, 2 * heads, width])?;
         let eps = (NORM_EPS / f64::from(width)) as f32; // the norm adds it to the mean of squares
         let both = device.multiply(&device.rms_normalize(&both, eps)?, &self.scales)?;
-        let of_heads =
-            |from: i32| device.slice(&both, &[0, 0, from, 0], &[lanes, count, from + heads, width]);
-        let values = channels(device, &convolved, keys, convolved.dim(2))?;
+        let [queries, keys] = device.split(&both, &[heads], 2)?;
         let values = device.reshape(&values, &[lanes, count, self.value_heads, self.value_dim])?;
-        let inputs = super::delta_rule::Inputs {
-            queries: of_heads(0)?,
-            keys: of_heads(heads)?,
-            values,
-            log_decay: decay,
-            strength,
-        };
+        let inputs = super::delta_rule::Inputs { queries, keys, values, log_decay: decay, strength };
         let (read, memory) = self.rule.forward(device, &inputs, memory)?;
         states.replace(vec![last, memory], count);
         Ok(read)

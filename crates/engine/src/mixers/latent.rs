@@ -79,7 +79,7 @@ impl LatentNorm {
     }
 }
 
-/// What the tokens of all rows are projected to, `[1, tokens, ..]`.
+/// What the tokens of all rows are projected to, `[1, tokens, ..]`; a single token's may have one more axis in front.
 struct Projected {
     /// Of all heads.
     queries: Array,
@@ -116,11 +116,11 @@ impl LatentAttention {
         layer: usize,
         batch: &mut Batch<'_>,
     ) -> Result<Array> {
-        let projected = self.project(device, x)?;
+        let projected = self.project(device, x, batch.rows.iter().all(|row| row.tokens == 1))?;
         let mixed = match batch.rows.as_mut_slice() {
             [row] if row.cache.lanes() == 1 => {
                 let place = Place::From(row.cache.tokens());
-                self.mix(device, x, &projected, place, &mut row.cache.layers[layer])?
+                self.mix(device, x, &projected, [1, row.tokens], place, &mut row.cache.layers[layer])?
             }
             rows => {
                 let total = x.dim(1);
@@ -129,15 +129,9 @@ impl LatentAttention {
                 for row in rows {
                     let stop = start + row.span();
                     let (lanes, tokens) = (row.cache.lanes() as i32, row.tokens);
-                    let cut = |array: &Array| {
-                        let own = match (start, stop) == (0, total) {
-                            true => array.clone(),
-                            false => device.slice(array, &[0, start, 0], &[1, stop, array.dim(2)])?,
-                        };
-                        match lanes {
-                            1 => Ok(own),
-                            _ => device.reshape(&own, &[lanes, tokens, own.dim(2)]),
-                        }
+                    let cut = |array: &Array| match (start, stop) == (0, total) {
+                        true => Ok(array.clone()),
+                        false => device.slice(array, &[0, start, 0], &[1, stop, array.dim(2)]),
                     };
                     let part = Projected {
                         queries: cut(&projected.queries)?,
@@ -155,11 +149,9 @@ impl LatentAttention {
                         }
                         _ => Place::From(row.cache.tokens()),
                     };
-                    let seen = self.mix(device, &cut(x)?, &part, place, &mut row.cache.layers[layer])?;
-                    mixed.push(match lanes {
-                        1 => seen,
-                        _ => device.reshape(&seen, &[1, lanes * tokens, seen.dim(2)])?,
-                    });
+                    let own = if self.indexer.is_some() { cut(x)? } else { x.clone() };
+                    let cache = &mut row.cache.layers[layer];
+                    mixed.push(self.mix(device, &own, &part, [lanes, tokens], place, cache)?);
                     start = stop;
                 }
                 match mixed.as_slice() {
@@ -187,15 +179,20 @@ impl LatentAttention {
         device.reshape(&device.multiply(&heads, &open)?, mixed.shape())
     }
 
-    fn project(&self, device: &Device, x: &Array) -> Result<Projected> {
-        let (queries, [latents, keys]) = match (&self.narrow.whole, self.narrow.parts.as_slice()) {
-            (Some(whole), _) if x.dim(1) == 1 => {
-                let places = [self.query_width, self.query_width + self.latent];
-                let [queries, latents, keys] = device.split(&whole.forward(device, x)?, &places, 2)?;
-                (queries, [latents, keys])
+    /// `singles`: one token of each sequence. Then all is one product; a prompt goes through its parts, which need no cutting.
+    fn project(&self, device: &Device, x: &Array, singles: bool) -> Result<Projected> {
+        let (queries, latents, keys) = match (&self.narrow.whole, self.narrow.parts.as_slice()) {
+            (Some(whole), _) if singles => {
+                let cuts = [self.query_width, self.query_width + self.latent];
+                let all = whole.forward(device, x)?;
+                // For one token [1, 1, width] and [1, 1, 1, width] are the same; keys are needed so.
+                let all = if x.dim(1) == 1 { device.expand(&all, 0)? } else { all };
+                let [queries, latents, keys] = device.split(&all, &cuts, -1)?;
+                (queries, latents, keys)
             }
             (_, [queries, both]) => {
-                (queries.forward(device, x)?, device.split(&both.forward(device, x)?, &[self.latent], 2)?)
+                let [latents, keys] = device.split(&both.forward(device, x)?, &[self.latent], 2)?;
+                (queries.forward(device, x)?, latents, keys)
             }
             _ => return Err(mlxnode_mlx::Error::Mlx("latent attention needs two projections".to_owned())),
         };
@@ -235,24 +232,28 @@ impl LatentAttention {
             && self.rope.as_ref().is_none_or(RotaryEmbedding::goes_by_row)
     }
 
-    /// What one sequence's tokens see, `[1, tokens, heads * value_dims]`; or one token of each of several, `[lanes, 1, ..]`. `x` is
-    /// their input.
+    /// What one sequence's tokens see, or one token of each of several lanes: `[1, lanes * tokens, heads * value_dims]`. `x` is their
+    /// input, for an indexer.
     fn mix(
         &self,
         device: &Device,
         x: &Array,
         projected: &Projected,
+        [lanes, tokens]: [i32; 2],
         place: Place,
         cache: &mut LayerCache,
     ) -> Result<Array> {
-        let (lanes, tokens) = (x.dim(0), x.dim(1));
-        let queries = self.queries(device, &projected.queries, &place)?;
+        let queries = self.queries(device, &projected.queries, [lanes, tokens], &place)?;
         // One head: the same elements in the same order as [lanes, tokens, 1, dims] turned.
-        let keys = device.reshape(&projected.keys, &[lanes, 1, tokens, self.rotated_dims])?;
-        let keys = self.rotated(device, keys, &place)?;
+        let one_head = |x: &Array, dims: i32| match x.shape().len() {
+            4 => Ok(x.clone()),
+            _ => device.reshape(x, &[lanes, 1, tokens, dims]),
+        };
+        let keys = self.rotated(device, one_head(&projected.keys, self.rotated_dims)?, &place)?;
         let mixed = match (&self.expansion, &projected.expanded) {
             (Expansion::Expanded { core, .. }, Some(expanded)) => {
-                let expanded = self.by_heads(device, expanded, self.still_dims + self.value_dims)?;
+                let dims = self.still_dims + self.value_dims;
+                let expanded = self.by_heads(device, expanded, [lanes, tokens], dims)?;
                 let [still, values] = device.split(&expanded, &[self.still_dims], 3)?;
                 let keys = device.broadcast(&keys, &[lanes, self.heads, tokens, self.rotated_dims])?;
                 let keys = device.concatenate([&still, &keys], 3)?;
@@ -260,7 +261,7 @@ impl LatentAttention {
                 core.forward(device, &queries, &keys, &values, &mut cache.kv)?
             }
             (Expansion::Absorbed(absorbed), _) => {
-                let latents = device.reshape(&projected.latents, &[lanes, 1, tokens, self.latent])?;
+                let latents = one_head(&projected.latents, self.latent)?;
                 let held = cache.kv.extend(device, &latents, &keys, None)?;
                 let selection = match (&self.indexer, &projected.narrow, &place) {
                     (Some(indexer), Some(narrow), Place::From(offset)) => {
@@ -277,7 +278,7 @@ impl LatentAttention {
         };
         let width = self.heads * self.value_dims;
         if tokens == 1 {
-            return device.reshape(&mixed, &[lanes, 1, width]);
+            return device.reshape(&mixed, &[1, lanes, width]);
         }
         device.reshape(&device.transpose(&mixed, &[0, 2, 1, 3])?, &[1, tokens, width])
     }
@@ -352,10 +353,10 @@ impl LatentAttention {
         device.matmul(&queries, &device.transpose(keys, &[0, 1, 3, 2])?)
     }
 
-    /// Queries `[1, tokens, heads * dims]`, cut and rotated.
-    fn queries(&self, device: &Device, queries: &Array, place: &Place) -> Result<Queries> {
+    /// Queries `[1, lanes * tokens, heads * dims]`, cut and rotated.
+    fn queries(&self, device: &Device, queries: &Array, span: [i32; 2], place: &Place) -> Result<Queries> {
         let dims = self.still_dims + self.rotated_dims;
-        let queries = self.by_heads(device, queries, dims)?;
+        let queries = self.by_heads(device, queries, span, dims)?;
         let queries = match self.query_factor {
             Some(factor) => device.multiply(&queries, &Array::scalar(factor, queries.dtype())?)?,
             None => queries,
@@ -376,11 +377,10 @@ impl LatentAttention {
         }
     }
 
-    /// `[lanes, tokens, heads * dims]` to `[lanes, heads, tokens, dims]`; only one lane has several tokens.
-    fn by_heads(&self, device: &Device, x: &Array, dims: i32) -> Result<Array> {
-        let tokens = x.dim(1);
+    /// `[1, lanes * tokens, heads * dims]` to `[lanes, heads, tokens, dims]`; only one lane has several tokens.
+    fn by_heads(&self, device: &Device, x: &Array, [lanes, tokens]: [i32; 2], dims: i32) -> Result<Array> {
         if tokens == 1 {
-            return device.reshape(x, &[x.dim(0), self.heads, 1, dims]);
+            return device.reshape(x, &[lanes, self.heads, 1, dims]);
         }
         device.transpose(&device.reshape(x, &[1, tokens, self.heads, dims])?, &[0, 2, 1, 3])
     }

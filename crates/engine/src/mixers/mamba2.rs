@@ -1,6 +1,6 @@
 //! Mamba 2, as mamba2, nemotron_h, falcon_h1 and granitemoehybrid have it.
 
-use super::by_row::{by_row, channels};
+use super::by_row::by_row;
 use super::{CausalConvolution, StateSpace};
 use crate::batch::Batch;
 use crate::caches::LayerCache;
@@ -39,9 +39,7 @@ impl Mamba2 {
         let width = self.heads * self.head_dim;
         let projected = self.input.forward(device, x)?;
         let convolved = width + width + 2 * self.groups * self.state;
-        let gate = channels(device, &projected, 0, width)?;
-        let inputs = channels(device, &projected, width, convolved)?;
-        let steps = channels(device, &projected, convolved, projected.dim(2))?;
+        let [gate, inputs, steps] = device.split(&projected, &[width, convolved], 2)?;
         let mixed = by_row(device, [inputs, steps], layer, batch, |parts, cache| {
             self.remember(device, parts, cache)
         })?;
@@ -61,12 +59,12 @@ impl Mamba2 {
         let (convolved, last) = self.convolution.forward(device, &inputs, before)?;
         let convolved = activate(device, Activation::Silu, &convolved)?;
         let (width, shared) = (self.heads * self.head_dim, self.groups * self.state);
-        let part = |from: i32, to: i32, heads: i32, size: i32| {
-            device.reshape(&channels(device, &convolved, from, to)?, &[lanes, count, heads, size])
-        };
-        let x = part(0, width, self.heads, self.head_dim)?;
-        let b = part(width, width + shared, self.groups, self.state)?;
-        let c = part(width + shared, width + 2 * shared, self.groups, self.state)?;
+        let [x, b, c] = device.split(&convolved, &[width, width + shared], 2)?;
+        let by_heads =
+            |part: &Array, heads: i32, size: i32| device.reshape(part, &[lanes, count, heads, size]);
+        let x = by_heads(&x, self.heads, self.head_dim)?;
+        let b = by_heads(&b, self.groups, self.state)?;
+        let c = by_heads(&c, self.groups, self.state)?;
         let inputs = super::state_space::Inputs { x, b, c, steps };
         let (read, state) = self.core.forward(device, &inputs, state)?;
         states.replace(vec![last, state], count);

@@ -5,6 +5,7 @@ use crate::schedulers::{Schedulers, SchedulersError};
 use crate::wire;
 use crate::workers::{Workers, WorkersError};
 use futures::future::BoxFuture;
+use mlxnode_api::panorama::{NodeSeen, node_seen};
 use mlxnode_checkpoint::{Checkpoint, ModelProfile};
 use mlxnode_cluster::{MeshHandle, NodeId, PeerState, RosterStore};
 use mlxnode_compute::ByteCount;
@@ -30,6 +31,12 @@ pub(crate) struct ClusterNodes {
     pub(crate) schedulers: Schedulers,
     /// Is this node's listener bound to all addresses?
     pub(crate) listens_everywhere: bool,
+}
+
+/// What another node does now.
+pub(crate) async fn observe(channel: Channel) -> Result<NodeSeen, Status> {
+    let figures = NodeControlClient::new(channel).observe(proto::ObserveRequest {}).await?;
+    node_seen(figures.into_inner())
 }
 
 impl ClusterNodes {
@@ -228,7 +235,7 @@ impl Nodes for ClusterNodes {
         let nodes = self.clone();
         Box::pin(async move {
             if node == nodes.own {
-                let limits = Limits::new(order.max_sequences, order.context_tokens);
+                let limits = Limits::shared(order.max_sequences, order.context_tokens, order.fixed_tokens);
                 let started = nodes.schedulers.start(order.attempt, order.source, limits).await;
                 return started.map_err(|error| match error {
                     SchedulersError::Workers(error) => nodes.own_failure(&error),
@@ -245,6 +252,7 @@ impl Nodes for ClusterNodes {
                 run: true,
                 max_sequences: order.max_sequences as u32,
                 context_tokens: order.context_tokens as u32,
+                fixed_tokens: order.fixed_tokens as u32,
             };
             let started = nodes.client(node)?.start_scheduler(request).await;
             started.map(|_| ()).map_err(|status| nodes.failure(node, &status))

@@ -14,7 +14,7 @@ use std::sync::OnceLock;
 const ALLOWED: [(&str, &[&str]); 20] = [
     ("proto", &[]),
     ("compute", &[]),
-    ("text", &[]),
+    ("text", &["compute"]),
     ("sandbox", &["text"]),
     ("hub", &[]),
     ("xtask", &[]),

@@ -27,6 +27,7 @@ mod prefill;
 mod progress;
 mod prompt;
 mod sampling;
+mod shape;
 mod shuffle;
 mod target;
 mod top;

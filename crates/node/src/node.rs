@@ -332,8 +332,16 @@ impl Node {
         });
         let busy = Arc::new(schedulers.clone());
         let metrics = Arc::new(Metrics::default());
+        // One gate for HTTP and for the keys that gRPC calls carry: what one key asks is counted in one place.
+        let gate = Gate::new(
+            keys.clone(),
+            GateOptions {
+                is_public: http.as_ref().is_some_and(|http| !http.address().ip().is_loopback()),
+                requires_key: options.http.as_ref().is_some_and(|http| http.requires_key),
+            },
+        );
         let front = Front::new(view.clone(), replicas, sandbox)
-            .counting(metrics.clone(), None)
+            .counting(metrics.clone(), Some(gate.clone()))
             .telling(traces.as_ref().map(Exporter::sink))
             .resuming_within(options.resume_within);
         let own_front = front.clone();
@@ -347,14 +355,15 @@ impl Node {
         let panorama = Panorama::new(Arc::new(sight));
         let models = ModelsService::new(route.clone(), view.clone(), busy.clone());
         let members = ClusterService::new(household.clone(), route.clone(), view, busy, panorama);
-        let public = public_routes(PublicServices {
+        let public = PublicServices {
             inference: InferenceService::new(front.clone()),
             models: models.clone(),
             cluster: members.clone(),
             keys: KeysService::new(route, keys.clone()),
-        })
-        .await
-        .map_err(|error| NodeError::Api(error.to_string()))?;
+        };
+        let public = public_routes(public, gate.clone(), metrics.clone())
+            .await
+            .map_err(|error| NodeError::Api(error.to_string()))?;
         let control = NodeControlServer::new(NodeControlService {
             workers: workers.clone(),
             schedulers: schedulers.clone(),
@@ -382,16 +391,9 @@ impl Node {
         if let Some(http) = &http
             && !http.address().ip().is_loopback()
         {
-            refuse_without_keys(http.address(), keys.clone()).await?;
+            refuse_without_keys(http.address(), keys).await?;
         }
         let http = http.map(|http| {
-            let gate = Gate::new(
-                keys,
-                GateOptions {
-                    is_public: !http.address().ip().is_loopback(),
-                    requires_key: options.http.as_ref().is_some_and(|http| http.requires_key),
-                },
-            );
             let services = HttpServices::new(front, stop_serving.clone())
                 .behind(gate)
                 .showing(metrics, observer)

@@ -64,7 +64,7 @@ pub struct GenerationRequest {
     pub tenant: String,
     /// Names the request on all nodes; a new name when absent.
     pub trace: Option<TraceContext>,
-    /// Tell content, reasoning and tool calls apart: [`Piece::deltas`]. Only for conversations.
+    /// Tell content, reasoning and tool calls apart: [`Piece::deltas`].
     pub is_read: bool,
 }
 

@@ -44,8 +44,9 @@ impl Front {
         let _place = self.enter(&deployment.name, arrived)?;
         let text = self.model_text(&deployment).await?;
         let tools = match &request.input {
-            Input::Chat(chat) if request.is_read => Some(chat.tools.clone().unwrap_or_default()),
-            _ => None,
+            _ if !request.is_read => None,
+            Input::Chat(chat) => Some(chat.tools.clone().unwrap_or_default()),
+            Input::Prompt(_) | Input::Tokens(_) => Some(Vec::new()),
         };
         let prompt = text.clone().tokenize_blocking(request.input).await?;
         for token in &request.extra_eos {

@@ -138,11 +138,39 @@ impl Gate {
     /// [`Denied`]
     pub fn admit(&self, needs: Access, presented: Option<&str>, now: Instant) -> Result<Pass, Denied> {
         let view = self.keys.borrow();
-        let Some(key) = decide(&view, self.options, needs, presented)? else { return Ok(Pass::default()) };
-        if needs != Access::User {
-            return Ok(Pass { key: Some(Arc::new(key.clone())), balance: Balance::default() });
+        let key = decide(&view, self.options, needs, presented)?;
+        self.count(needs, key, &view, now)
+    }
+
+    /// Lets a call in whose connection was let in already, by the key that it carries besides: the call may do what the key may, and is
+    /// counted against it. Without a key, and where nothing is needed, it may do what its connection may.
+    ///
+    /// # Errors
+    /// [`Denied`]
+    pub fn narrow(&self, needs: Access, presented: Option<&str>, now: Instant) -> Result<Pass, Denied> {
+        match presented {
+            Some(_) if needs != Access::Open => {
+                let view = self.keys.borrow();
+                let options = GateOptions { is_public: true, requires_key: true };
+                let key = decide(&view, options, needs, presented)?;
+                self.count(needs, key, &view, now)
+            }
+            _ => Ok(Pass::default()),
         }
-        let balance = self.lock().admit(key, &view.keys, now).map_err(Denied::Exhausted)?;
+    }
+
+    fn count(
+        &self,
+        needs: Access,
+        key: Option<&KeyEntry>,
+        view: &KeysView,
+        now: Instant,
+    ) -> Result<Pass, Denied> {
+        let Some(key) = key else { return Ok(Pass::default()) };
+        let balance = match needs {
+            Access::User => self.lock().admit(key, &view.keys, now).map_err(Denied::Exhausted)?,
+            _ => Balance::default(),
+        };
         Ok(Pass { key: Some(Arc::new(key.clone())), balance })
     }
 

@@ -12,10 +12,10 @@
 //! | [`routes`] | every route as data, and the router made of it |
 //! | `requests` | every request has an id and a trace |
 //! | `entrance` | the gate at every route: keys, roles, limits |
-//! | `caller` | for whom a request is |
-//! | `error`, `body`, `fields` | what a client can get wrong, and how it hears of it |
-//! | `conversation`, `tools`, `constraint` | a request for an answer, whatever its dialect, and what the answer has to look like |
-//! | `generation`, `events` | the samples of a request, and an answer in pieces (server-sent events) |
+//! | `caller` | for whom a request is, for handlers |
+//! | `error`, `body` | how a client hears of what it got wrong |
+//! | `tools` | the functions that a request offers, in OpenAI's notation |
+//! | `events` | an answer in pieces (server-sent events) |
 //! | `openai`, `anthropic` | the endpoints |
 //! | `page` | the web page, and the endpoints under `/api/v1` that it lives on |
 //! | `openapi` | the description of all of them for programs |
@@ -25,13 +25,9 @@
 mod anthropic;
 mod body;
 mod caller;
-mod constraint;
-mod conversation;
 mod entrance;
 mod error;
 mod events;
-mod fields;
-mod generation;
 mod guard;
 mod health;
 mod metrics;
@@ -44,12 +40,15 @@ mod server;
 mod stalled;
 mod tools;
 
-pub use caller::Caller;
-pub use error::{ApiError, Dialect, ErrorKind};
+pub use crate::caller::Caller;
+pub use crate::error::{ApiError, ErrorKind};
+pub use error::Dialect;
 pub use server::{BindError, HttpOptions, HttpServer};
 
 use crate::cluster::ClusterService;
-use crate::front::Front;
+use crate::conversation::{self, Conversation, Model, find_model};
+use crate::fields;
+use crate::front::{Front, Prepared};
 use crate::gate::Gate;
 use crate::jobs::JobTable;
 use crate::metrics::{Metrics, Observer};
@@ -102,6 +101,21 @@ impl HttpServices {
     pub fn behind(self, gate: Gate) -> Self {
         let front = self.front.counting(self.metrics.clone(), Some(gate.clone()));
         Self { front, gate, ..self }
+    }
+
+    /// The model that a request means, if this caller may use it.
+    async fn model(&self, caller: &Caller, model: &str) -> Result<Model, ApiError> {
+        find_model(&self.front, caller, model).await
+    }
+
+    /// Everything before the first step.
+    async fn prepare(
+        &self,
+        caller: &Caller,
+        model: &Model,
+        conversation: Conversation,
+    ) -> Result<Prepared, ApiError> {
+        conversation::prepare(&self.front, caller, model, conversation).await
     }
 
     /// Shows this cluster and changes what it has loaded.

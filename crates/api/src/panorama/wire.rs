@@ -44,6 +44,7 @@ fn scheduler_to_proto(seen: &SchedulerSeen) -> v1::SchedulerFigures {
         running: count(seen.running),
         waiting: count(seen.waiting),
         kv_usage: seen.kv_usage,
+        preemptions: seen.preemptions,
     }
 }
 
@@ -53,6 +54,7 @@ fn scheduler(wire: v1::SchedulerFigures) -> SchedulerSeen {
         running: wire.running as usize,
         waiting: wire.waiting as usize,
         kv_usage: wire.kv_usage,
+        preemptions: wire.preemptions,
     }
 }
 
@@ -127,6 +129,7 @@ mod tests {
                 running: 1,
                 waiting: 2,
                 kv_usage: Some(0.5),
+                preemptions: 3,
             }],
             stages: vec![StageSeen {
                 model: "demo".into(),

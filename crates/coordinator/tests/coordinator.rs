@@ -80,6 +80,7 @@ impl Nodes for FakeNodes {
             name: format!("mac-{number}"),
             budget: ByteCount(400 * MIB),
             used: ByteCount(0),
+            prompts: ByteCount(0),
             bytes_per_second: None,
             coordinator: *number == 0,
             round_trips: [].into(),

@@ -225,6 +225,7 @@ impl Node {
             memory_total_bytes: machine.memory_total.0,
             memory_budget_bytes: machine.memory_budget.0,
             memory_used_bytes: 0,
+            prompt_cache_bytes: machine.prompt_cache.0,
             chip: machine.chip.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         };
@@ -264,12 +265,19 @@ impl Node {
             command: options.worker_command.clone(),
             listen: bound.ip(),
             advertised,
+            blocks: data_dir.blocks(),
+            block_disk: options.prompt_cache_disk,
             collector: collector.clone(),
         };
         let hub = Arc::new(Hub::new(options.hub.clone()));
         let workers = Workers::new(workers_options, identity.clone(), hub.clone());
         let sandbox = Arc::new(SandboxProcess::new(SandboxOptions::new(options.worker_command.clone())));
-        let schedulers = Schedulers::new(identity.clone(), workers.clone(), sandbox.clone());
+        let schedulers = Schedulers::new(
+            identity.clone(),
+            workers.clone(),
+            sandbox.clone(),
+            (options.prompt_cache_disk.0 > 0).then(|| data_dir.blocks()),
+        );
 
         let nodes = ClusterNodes {
             own,

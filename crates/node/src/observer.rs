@@ -39,6 +39,8 @@ impl Observer for NodeObserver {
                 waiting: statistics.queued,
                 preemptions: statistics.preemptions,
                 kv_usage: reserved.map(|tokens| statistics.reserved_tokens as f64 / tokens as f64),
+                prompt_memory_bytes: statistics.prompts.memory.0,
+                prompt_disk_bytes: statistics.prompts.disk.0,
                 model: replica_of(&model).0.to_owned(),
             }
         });

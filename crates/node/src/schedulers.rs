@@ -11,6 +11,7 @@ use mlxnode_coordinator::scheduler::{
 use mlxnode_text::{Sandbox, TextFiles};
 use mlxnode_worker::{DriveClient, DriveError, DriveEvents};
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -43,6 +44,8 @@ struct Shared {
     identity: Arc<Identity>,
     workers: Workers,
     sandbox: Arc<dyn Sandbox>,
+    /// Where it is written which prompts are on the disk; None when none are.
+    prompts: Option<PathBuf>,
     running: Mutex<BTreeMap<String, Running>>,
 }
 
@@ -76,8 +79,14 @@ const IN_FLIGHT: usize = 64;
 
 impl Schedulers {
     /// None yet.
-    pub(crate) fn new(identity: Arc<Identity>, workers: Workers, sandbox: Arc<dyn Sandbox>) -> Self {
-        Self { shared: Arc::new(Shared { identity, workers, sandbox, running: Mutex::default() }) }
+    pub(crate) fn new(
+        identity: Arc<Identity>,
+        workers: Workers,
+        sandbox: Arc<dyn Sandbox>,
+        prompts: Option<PathBuf>,
+    ) -> Self {
+        let running = Mutex::default();
+        Self { shared: Arc::new(Shared { identity, workers, sandbox, prompts, running }) }
     }
 
     /// Starts the scheduler of a replica, in place of an older one.
@@ -100,7 +109,9 @@ impl Schedulers {
         let (events_in, events_out) = mpsc::channel(IN_FLIGHT);
         let sending = AbortOnDropHandle::new(tokio::spawn(send_commands(commands_out, client)));
         let receiving = AbortOnDropHandle::new(tokio::spawn(receive_events(events, events_in)));
-        let (handle, mut task) = scheduler::start(limits, Drive { commands, events: events_out }, None);
+        let drive = Drive { commands, events: events_out };
+        let prompts = self.shared.prompts.as_ref().map(|folder| folder.join(index_file(&attempt.name)));
+        let (handle, mut task) = scheduler::start(limits, drive, prompts);
         let name = attempt.name.clone();
         let stop = CancellationToken::new();
         let stopped = stop.clone();
@@ -254,9 +265,29 @@ const TAKEN_LATE: Duration = Duration::from_millis(50);
 
 /// Notes when requests come and end, until the scheduler ends.
 async fn note_use(mut statistics: watch::Receiver<Statistics>, last_used: Arc<Mutex<Instant>>) {
+    let mut before = 0;
     while statistics.changed().await.is_ok() {
+        let busy = {
+            let now = statistics.borrow_and_update();
+            now.active + now.queued
+        };
+        if busy == std::mem::replace(&mut before, busy) {
+            continue; // something else changed, such as what is on the disk
+        }
         *last_used.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
+}
+
+/// Names of deployments may hold what names of files may not.
+fn index_file(deployment: &str) -> String {
+    let mut name = String::with_capacity(deployment.len() + 8);
+    for byte in deployment.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' => name.push(char::from(byte)),
+            other => name.push_str(&format!("%{other:02x}")),
+        }
+    }
+    name + ".prompts"
 }
 
 fn not_here(deployment: &str) -> RunError {

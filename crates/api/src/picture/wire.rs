@@ -356,6 +356,7 @@ mod tests {
                 waiting: 1,
                 kv_usage: Some(0.5),
                 preemptions: 3,
+                ..Default::default()
             }],
             stages: vec![v1::StageFigures {
                 model: "demo".into(),

@@ -77,6 +77,16 @@ pub struct Join {
     /// Memory that models may use on this Mac, such as 48GB. Default: three quarters of it.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     memory_budget: Option<ByteCount>,
+    /// Memory in which each model may remember prompts here, so that what begins as one before is answered sooner; 0 for none.
+    ///
+    /// Taken from what the model's weights and caches leave free of the budget. Default: a tenth of the budget.
+    #[arg(long, value_name = "SIZE", value_parser = size_or_none)]
+    prompt_cache_memory: Option<ByteCount>,
+    /// Disk on which all models together may remember prompts here, over restarts as well, such as 50GB.
+    ///
+    /// Prompts can be read out of these files. They are in the data directory, for its owner only.
+    #[arg(long, value_name = "SIZE", value_parser = size_or_none, default_value = "0")]
+    prompt_cache_disk: ByteCount,
     /// Seconds that an answer waits for a lost node to come back; it goes on where it was. 0: it ends with an error at once.
     ///
     /// While the model is being loaded on the nodes that are there, answers wait as long as that takes.
@@ -130,6 +140,8 @@ impl Join {
         options.discovery = !self.no_discovery;
         options.memory_budget = self.memory_budget;
         options.load_on_demand = self.load_on_demand;
+        options.prompt_cache_memory = self.prompt_cache_memory;
+        options.prompt_cache_disk = self.prompt_cache_disk;
         options.resume_within = Duration::from_secs(self.resume_within);
         // Installed first, so that a signal during the start is not lost.
         let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
@@ -191,6 +203,11 @@ fn address(flag: &str, text: &str, any: IpAddr) -> Result<SocketAddr> {
     }
 }
 
+/// A size, or 0.
+fn size_or_none(text: &str) -> Result<ByteCount, String> {
+    if text.trim() == "0" { Ok(ByteCount(0)) } else { size(text) }
+}
+
 /// "48GB", "512 MiB", "1500000000".
 fn size(text: &str) -> Result<ByteCount, String> {
     let digits =
@@ -225,7 +242,9 @@ mod tests {
         let cases = [("48GB", 48_000_000_000), ("1.5 GiB", 1_610_612_736), ("512", 512), ("3MB", 3_000_000)];
         for (text, bytes) in cases {
             assert_eq!(size(text), Ok(ByteCount(bytes)), "{text}");
+            assert_eq!(size_or_none(text), Ok(ByteCount(bytes)), "{text}");
         }
+        assert_eq!(size_or_none("0"), Ok(ByteCount(0)));
         for text in ["", "GB", "-1GB", "12 parsecs", "1e99GB", "0"] {
             assert!(size(text).is_err(), "{text}");
         }

@@ -185,6 +185,7 @@ impl Deployments {
                     context_tokens: plan.context_tokens,
                     max_sequences: Limits::sequences_for(plan.concurrent_sequences),
                     prefill_chunk: PREFILL_CHUNK.min(plan.context_tokens),
+                    prompts: stage.prompts,
                 },
             });
         }

@@ -131,6 +131,8 @@ pub struct Shard {
     pub max_sequences: usize,
     /// Longest prefill chunk, in tokens.
     pub prefill_chunk: usize,
+    /// Memory for blocks of prompts; 0: none are kept.
+    pub prompts: ByteCount,
 }
 
 /// A worker that has loaded its shard.

@@ -210,6 +210,7 @@ impl Machine {
             name: format!("mac-{number}"),
             budget: ByteCount(1000 * MIB),
             used: ByteCount(0),
+            prompts: ByteCount(0),
             bytes_per_second: None,
             coordinator: number == 0,
             round_trips: [].into(),

@@ -15,6 +15,7 @@ use mlxnode_api::http::HttpOptions;
 use mlxnode_api::keys::{KeysService, KeysView};
 use mlxnode_api::metrics::Metrics;
 use mlxnode_api::models::{Busy, ModelsService};
+use mlxnode_api::panorama::{NodeSeen, Panorama, Sight};
 use mlxnode_api::{CoordinatorRoute, InferenceService, PublicServices, Route, public_routes};
 use mlxnode_cluster::{Invite, KeyPin, PeerKey, Role};
 use mlxnode_coordinator::scheduler::Statistics;
@@ -83,6 +84,13 @@ impl Busy for Nobody {
     }
 }
 
+#[async_trait]
+impl Sight for Nobody {
+    async fn look(&self) -> Vec<NodeSeen> {
+        Vec::new()
+    }
+}
+
 /// What the connection's key is admitted as; none is a connection without one, which TLS would not let in.
 pub(crate) async fn start(role: Option<Role>, keys: KeysView) -> Result<Rpcs> {
     let desk = Desk::with(HttpOptions { any_port_will_do: false, ..HttpOptions::local() }).await?;
@@ -93,8 +101,14 @@ pub(crate) async fn start(role: Option<Role>, keys: KeysView) -> Result<Rpcs> {
     let front = desk.front.clone().counting(metrics.clone(), Some(gate.clone()));
     let services = PublicServices {
         inference: InferenceService::new(front),
-        models: ModelsService::new(nobody(), desk._deployments.subscribe(), nobody()),
-        cluster: ClusterService::new(nobody(), nobody(), desk._deployments.subscribe(), nobody()),
+        models: ModelsService::new(nobody(), desk.deployments.subscribe(), nobody()),
+        cluster: ClusterService::new(
+            nobody(),
+            nobody(),
+            desk.deployments.subscribe(),
+            nobody(),
+            Panorama::new(nobody()),
+        ),
         keys: KeysService::new(nobody(), receiver),
     };
     let routes = public_routes(services, gate, metrics).await?;

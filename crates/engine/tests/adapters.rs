@@ -415,7 +415,7 @@ fn blocks_of_an_adapter_serve_nobody_else_not_even_another_one_of_its_name() {
     let folders = [root.path().join("1"), root.path().join("2")];
     let input = prompt(BLOCK_TOKENS + 9, VOCABULARY as u64, 7);
     let mut stages = Stages::load(&model, 2).with(&[("a", &folders[0])]);
-    let mut run = |stages: &mut Stages, id: u64, adapter: Option<&str>, reuse: &[BlockId]| {
+    let run = |stages: &mut Stages, id: u64, adapter: Option<&str>, reuse: &[BlockId]| {
         stages.open(id, &spec(&input, adapter)).unwrap();
         let id = SequenceId(id);
         for stage in &mut stages.0 {

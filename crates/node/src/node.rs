@@ -9,6 +9,7 @@
 use crate::addresses;
 use crate::coordination::{self, RosterRoute};
 use crate::data_dir::{DataDir, DataDirError, DataDirLock, RunningNode};
+use crate::demand::NodeDemand;
 use crate::facts::MachineFacts;
 use crate::household::{LEAVE_TIME, Members, NodeHousehold};
 use crate::joining::become_member;
@@ -268,8 +269,8 @@ impl Node {
             block_disk: options.prompt_cache_disk,
             collector: collector.clone(),
         };
-        let workers =
-            Workers::new(workers_options, identity.clone(), Arc::new(Hub::new(options.hub.clone())));
+        let hub = Arc::new(Hub::new(options.hub.clone()));
+        let workers = Workers::new(workers_options, identity.clone(), hub.clone());
         let sandbox = Arc::new(SandboxProcess::new(SandboxOptions::new(options.worker_command.clone())));
         let schedulers = Schedulers::new(
             identity.clone(),
@@ -344,6 +345,13 @@ impl Node {
             .counting(metrics.clone(), Some(gate.clone()))
             .telling(traces.as_ref().map(Exporter::sink))
             .resuming_within(options.resume_within);
+        let front = match options.load_on_demand {
+            None => front,
+            Some(ttl) => {
+                let (route, under_way) = (route.clone(), Default::default());
+                front.demanding(Arc::new(NodeDemand { route, hub, ttl, under_way }))
+            }
+        };
         let own_front = front.clone();
         let observer = Arc::new(NodeObserver {
             deployments: view.clone(),

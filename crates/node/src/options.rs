@@ -37,6 +37,8 @@ pub struct NodeOptions {
     pub worker_command: PathBuf,
     /// Where models come from.
     pub hub: mlxnode_hub::Options,
+    /// Load models of this machine's cache when somebody asks for them, and unload them when nobody did for so long.
+    pub load_on_demand: Option<Duration>,
     /// `http://HOST:PORT` of an OpenTelemetry collector that takes spans of requests; nothing is sent when absent.
     pub otlp_endpoint: Option<String>,
     /// How long a stopping node waits for running requests.
@@ -67,6 +69,7 @@ impl NodeOptions {
             prompt_cache_disk: ByteCount(0),
             worker_command,
             hub,
+            load_on_demand: None,
             otlp_endpoint: None,
             drain: Self::DEFAULT_DRAIN,
             resume_within: Self::DEFAULT_RESUME_WITHIN,

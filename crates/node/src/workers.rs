@@ -241,15 +241,16 @@ impl Workers {
         self.fence(attempt)?;
         let folder = self.fetch_adapter(&adapter.source).await?;
         let processes = self.processes_of(attempt)?;
+        let key = &adapter.key();
         let loads = processes.iter().map(|process| async {
-            process.unload_adapter(&adapter.name).await?;
-            process.load_adapter(&adapter.name, &folder).await
+            process.unload_adapter(key).await?;
+            process.load_adapter(key, &folder).await
         });
         let loaded: Result<Vec<()>, ProcessError> =
             futures::future::join_all(loads).await.into_iter().collect();
         if loaded.is_err() {
             // The coordinator hears why it was not loaded; that it was taken out again goes without saying.
-            let _ = self.unload_adapter(attempt, &adapter.name).await;
+            let _ = self.unload_adapter(attempt, key).await;
         }
         Ok(loaded.map(drop)?)
     }

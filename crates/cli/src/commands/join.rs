@@ -1,6 +1,6 @@
 //! `mlxnode join`: starts a node on this Mac; the first one makes a cluster, the others come by invite.
 
-use crate::arguments::Global;
+use crate::arguments::{Global, duration};
 use crate::commands::data_dir;
 use crate::output;
 use anyhow::{Context as _, Result, bail};
@@ -64,6 +64,13 @@ pub struct Join {
     /// Name of a cluster that is made now.
     #[arg(long, value_name = "NAME", conflicts_with = "invite")]
     cluster_name: Option<String>,
+    /// Load models that this Mac has when somebody asks for them, and unload them when nobody did for so long (10m when no time is
+    /// given).
+    ///
+    /// What was not used for longest is unloaded when the room is needed; what was loaded with --pin stays. Without this, models are loaded
+    /// by `mlxnode load` only.
+    #[arg(long, value_name = "TIME", num_args = 0..=1, default_missing_value = "10m", value_parser = duration)]
+    load_on_demand: Option<Duration>,
     /// Send spans of requests (times and counts, never what was asked) to an OpenTelemetry collector, by OTLP over gRPC.
     #[arg(long, value_name = "http://HOST:PORT")]
     otlp_endpoint: Option<String>,
@@ -132,6 +139,7 @@ impl Join {
         options.peers = self.peers;
         options.discovery = !self.no_discovery;
         options.memory_budget = self.memory_budget;
+        options.load_on_demand = self.load_on_demand;
         options.prompt_cache_memory = self.prompt_cache_memory;
         options.prompt_cache_disk = self.prompt_cache_disk;
         options.resume_within = Duration::from_secs(self.resume_within);

@@ -159,7 +159,7 @@ impl Ended {
     }
 }
 
-/// A call with these headers and this body, as they are. Those that watch something are read up to their first message.
+/// A call with these headers and this body, as they are. Watches are read up to their first message.
 pub(crate) async fn call(
     channel: &Channel,
     path: &str,
@@ -206,7 +206,7 @@ pub(crate) async fn send(
             ended = Ended { bytes: ended.bytes, ..told(trailers, ended.http) };
         } else if let Some(data) = frame.data_ref() {
             ended.bytes += data.len();
-            let goes_on = ["/Watch", "/Figures"].iter().any(|watch| path.ends_with(watch));
+            let goes_on = ["/Watch", "/Figures"].iter().any(|method| path.ends_with(method));
             if goes_on && ended.bytes > 0 {
                 ended.code = Some(0);
             }

@@ -61,6 +61,13 @@ async fn echo_scores_the_prompt() -> Result<()> {
     let offsets: Vec<u64> =
         logprobs["text_offset"].as_array().context("offsets")?.iter().filter_map(Value::as_u64).collect();
     assert!(offsets.is_sorted() && offsets[0] == 0 && offsets.last() == Some(&7), "{offsets:?}");
+    // A model that would end at once has an entry for that, which the harness cuts off like any other.
+    let ids = desk.replicas.tokenizer.encode("SAY ", false)?;
+    let ends = json!({"model": "demo", "prompt": [ids], "max_tokens": 1, "logprobs": 1, "echo": true, "temperature": 0});
+    let answer = good(desk.address, PATH, ends).await?;
+    let choice = &answer["choices"][0];
+    assert_eq!((&choice["text"], &choice["finish_reason"]), (&json!("SAY "), &json!("stop")));
+    assert_eq!(choice["logprobs"]["token_logprobs"].as_array().map(Vec::len), Some(ids.len() + 1));
     // Only the prompt.
     let silent = json!({"model": "demo", "prompt": "SAY Hi.", "max_tokens": 0, "logprobs": 0, "echo": true});
     let answer = good(desk.address, PATH, silent).await?;

@@ -249,8 +249,14 @@ impl Run {
         }
         if !self.wish.silent {
             if let Some(logprobs) = &mut logprobs {
-                for sampled in spoken(&piece, prepared) {
-                    sample.offset = logprobs.push(tokenizer, sampled, sample.offset);
+                for sampled in &piece.tokens {
+                    let is_end = is_end(sampled, &piece, prepared);
+                    // Whoever has a prompt scored asks for one token more and cuts the last entry off (lm-evaluation-harness does):
+                    // it has to be there even when the model would end, or the last token of the prompt is lost.
+                    if !is_end || self.wish.echo {
+                        let next = logprobs.push(tokenizer, sampled, sample.offset);
+                        sample.offset = if is_end { sample.offset } else { next };
+                    }
                 }
             }
             text.push_str(&piece.text);
@@ -305,13 +311,9 @@ impl Run {
     }
 }
 
-/// The tokens of a piece that are part of the answer: an end token is not.
-fn spoken<'a>(piece: &'a Piece, prepared: &'a Prepared) -> impl Iterator<Item = &'a Sampled> {
-    let stop_tokens = &prepared.valid.spec.stop_tokens;
-    piece
-        .tokens
-        .iter()
-        .filter(move |sampled| piece.end != Some(End::Stop) || !stop_tokens.contains(&sampled.token))
+/// Ends this token the answer? Then it is no part of its text.
+fn is_end(sampled: &Sampled, piece: &Piece, prepared: &Prepared) -> bool {
+    piece.end == Some(End::Stop) && prepared.valid.spec.stop_tokens.contains(&sampled.token)
 }
 
 /// The prompt's text and, if wished for, its tokens with their scores. The first token has none.

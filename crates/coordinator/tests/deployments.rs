@@ -461,6 +461,25 @@ fn what_fits_no_longer_waits_for_a_node() {
 }
 
 #[test]
+fn a_node_that_comes_while_an_attempt_fails_for_want_of_it_is_not_missed() {
+    let mut world = World::new(2, 300);
+    world.load(wish("a", None)).unwrap();
+    world.settle();
+    world.lose(1);
+    // It is there, and not offered yet.
+    world.on(Event::NodeJoined { node: node(1) });
+    let epoch = world.deployments.find("a").unwrap().epoch;
+    for _ in 0..20 {
+        if world.deployments.find("a").unwrap().epoch == epoch && !world.pending.is_empty() {
+            world.answer(0, true);
+        }
+    }
+    world.alive.insert(1);
+    world.settle();
+    assert_eq!(world.state("a"), Some(State::Ready));
+}
+
+#[test]
 fn unloading_ends_the_workers_whatever_is_under_way() {
     for steps in 0..12 {
         let mut world = World::new(2, 400);

@@ -107,21 +107,30 @@ pub(crate) async fn bring_news(coordinator: CoordinatorHandle, nodes: ClusterNod
     let mut peers = nodes.mesh.watch();
     // One watch on each node that is alive.
     let mut watches: BTreeMap<NodeId, AbortOnDropHandle<()>> = BTreeMap::new();
+    // Those that can be given something to do. One that restarts quickly is suspect for a moment and never lost.
+    let mut offered = BTreeSet::new();
     loop {
-        let alive: BTreeSet<NodeId> = {
+        let (alive, offers): (BTreeSet<NodeId>, BTreeSet<NodeId>) = {
             let peers = peers.borrow_and_update();
             // A suspect node is still a member of its pipelines: only its death changes the plan.
             let counts = |state| matches!(state, PeerState::Alive | PeerState::Suspect);
-            peers.iter().filter(|peer| counts(peer.state)).map(|peer| peer.node_id).collect()
+            let offers = peers.iter().filter(|peer| peer.state == PeerState::Alive && peer.facts.is_some());
+            (
+                peers.iter().filter(|peer| counts(peer.state)).map(|peer| peer.node_id).collect(),
+                offers.map(|peer| peer.node_id).collect(),
+            )
         };
         let lost: Vec<NodeId> = watches.keys().filter(|node| !alive.contains(node)).copied().collect();
         for node in lost {
             watches.remove(&node);
             coordinator.node_lost(node);
         }
+        for node in offers.difference(&offered) {
+            coordinator.node_joined(*node);
+        }
+        offered = offers;
         for node in alive {
             watches.entry(node).or_insert_with(|| {
-                coordinator.node_joined(node);
                 AbortOnDropHandle::new(tokio::spawn(watch_node(
                     node,
                     nodes.mesh.clone(),

@@ -14,6 +14,8 @@ use std::time::Instant;
 pub(super) struct Deployment {
     pub(super) wish: DeploymentWish,
     pub(super) epoch: u64,
+    /// [`super::Deployments`]' count of nodes that came when this attempt began.
+    pub(super) arrivals: u64,
     pub(super) phase: Phase,
     pub(super) replica: Option<Replica>,
     /// Nodes that were told to start something in this epoch.
@@ -99,6 +101,7 @@ impl Deployment {
         Self {
             wish,
             epoch,
+            arrivals: 0,
             phase: Phase::Recording,
             replica: None,
             touched: BTreeSet::new(),

@@ -27,6 +27,7 @@ impl Deployments {
         let epoch = self.last_epoch;
         let Some(entry) = self.entries.get_mut(name) else { return };
         entry.epoch = epoch;
+        entry.arrivals = self.arrivals;
         entry.phase = Phase::Recording;
         entry.replica = None;
         entry.is_asked = false;

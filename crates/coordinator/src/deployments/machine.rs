@@ -17,6 +17,8 @@ pub struct Deployments {
     pub(super) last_epoch: u64,
     /// Nodes that are dead as far as is known: nothing is asked of them.
     pub(super) lost: BTreeSet<NodeId>,
+    /// How often a node came.
+    pub(super) arrivals: u64,
     pub(super) orphans: BTreeMap<(NodeId, String), Orphan>,
     pub(super) effects: Vec<Effect>,
 }
@@ -326,6 +328,7 @@ impl Deployments {
 
     pub(super) fn node_joined(&mut self, node: NodeId, now: Instant) {
         self.lost.remove(&node);
+        self.arrivals += 1;
         for (name, entry) in &mut self.entries {
             let Some(epoch) = entry.may_still_run_on(node) else { continue };
             let orphan = Orphan { epoch, memory: ByteCount(0), retry_at: now };

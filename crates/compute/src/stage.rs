@@ -13,9 +13,9 @@ pub struct SequenceId(pub u64);
 /// What a sequence needs besides its tokens.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SequenceSpec {
-    /// Tokens in the prompt.
+    /// Tokens in the prompt. A sequence that is continued elsewhere brings generated ones behind them, which do not count here.
     pub prompt_tokens: usize,
-    /// Most tokens to generate.
+    /// Most tokens to generate, those that a continued sequence brings along included.
     pub max_tokens: usize,
     /// Tokens that end the sequence.
     pub stop_tokens: Vec<u32>,

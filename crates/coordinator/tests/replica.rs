@@ -286,7 +286,7 @@ async fn a_full_queue_refuses_and_a_stop_ends_what_runs() {
         let items: Vec<_> = within(stream.collect()).await;
         errors.push(items.last().unwrap().clone().unwrap_err());
     }
-    assert_eq!(errors[4], RunError::QueueFull { queued: 3 });
-    assert_eq!(errors[5], RunError::QueueFull { queued: 3 });
+    assert_eq!(errors[4], RunError::QueueFull { queued: 3, tokens: 3 });
+    assert_eq!(errors[5], RunError::QueueFull { queued: 3, tokens: 3 });
     assert!(errors[..4].iter().all(|error| matches!(error, RunError::Unavailable(_))), "{errors:?}");
 }

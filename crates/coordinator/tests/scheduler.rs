@@ -17,7 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 fn limits() -> Limits {
-    Limits { max_queued: 5, max_queued_tokens: 60, kv_tokens: 60, ..Limits::new(3, 40) }
+    Limits { max_queued: 5, max_queued_tokens: 60, tenant_percent: 100, kv_tokens: 60, ..Limits::new(3, 40) }
 }
 
 fn spec(prompt_tokens: usize, max_tokens: usize) -> SequenceSpec {
@@ -106,8 +106,8 @@ fn the_queue_is_bounded_in_requests_and_in_tokens() {
         }
         ends(&scheduler.submit(RequestId(99), "", vec![0; prompt], spec(prompt, 1), None, now))
     };
-    assert_eq!(full(1, 5), [(99, Err(RunError::QueueFull { queued: 5 }))]);
-    assert_eq!(full(30, 2), [(99, Err(RunError::QueueFull { queued: 2 }))]);
+    assert_eq!(full(1, 5), [(99, Err(RunError::QueueFull { queued: 5, tokens: 5 }))]);
+    assert_eq!(full(30, 2), [(99, Err(RunError::QueueFull { queued: 2, tokens: 60 }))]);
 }
 
 #[test]
@@ -122,6 +122,28 @@ fn requests_that_can_never_run_are_refused_at_once() {
     assert!(matches!(ends(&empty)[0].1, Err(RunError::Invalid(_))));
     let late = scheduler.submit(RequestId(4), "", vec![0], spec(1, 1), Some(now), now);
     assert_eq!(ends(&late), [(4, Err(RunError::DeadlineExceeded))]);
+}
+
+#[test]
+fn a_continued_sequence_counts_what_was_generated_before() {
+    let now = Instant::now();
+    let mut scheduler = Scheduler::new(limits(), now);
+    // 2 of prompt and 3 of 5 to generate: two tokens more.
+    let effects = scheduler.submit(RequestId(1), "", vec![7; 5], spec(2, 5), None, now);
+    assert_eq!(opened(&effects), [1]);
+    assert_eq!(scheduler.statistics().reserved_tokens, 7, "as much as the whole");
+    let sequence = SequenceId(1);
+    let mut token = |position| {
+        scheduler.on_drive(DriveEvent::Token { sequence, position, sampled: sampled(5), end: None }, now)
+    };
+    assert_eq!(ends(&token(5)), []);
+    // The workers end it; should they not, it ends here.
+    assert_eq!(ends(&token(6)), [(1, Ok(SequenceEnd::Length))]);
+    for (prompt, prompt_tokens, max_tokens) in [(5, 2, 3), (5, 0, 9), (5, 6, 9)] {
+        let wrong =
+            scheduler.submit(RequestId(2), "", vec![7; prompt], spec(prompt_tokens, max_tokens), None, now);
+        assert!(matches!(ends(&wrong)[0].1, Err(RunError::Invalid(_))), "{prompt_tokens} {max_tokens}");
+    }
 }
 
 #[test]

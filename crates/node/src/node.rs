@@ -155,6 +155,7 @@ pub struct Node {
     reachable: Vec<String>,
     http: Option<HttpListener>,
     drain: Duration,
+    front: Front,
     data_dir: DataDir,
     founded: bool,
     household: Arc<NodeHousehold>,
@@ -306,7 +307,10 @@ impl Node {
         });
         let busy = Arc::new(schedulers.clone());
         let metrics = Arc::new(Metrics::default());
-        let front = Front::new(view.clone(), replicas, sandbox).counting(metrics.clone(), None);
+        let front = Front::new(view.clone(), replicas, sandbox)
+            .counting(metrics.clone(), None)
+            .resuming_within(options.resume_within);
+        let own_front = front.clone();
         let observer = Arc::new(NodeObserver {
             deployments: view.clone(),
             schedulers: schedulers.clone(),
@@ -382,6 +386,7 @@ impl Node {
             reachable,
             http,
             drain: options.drain,
+            front: own_front,
             data_dir,
             founded,
             has_left: household.left(),
@@ -494,6 +499,7 @@ impl Node {
             }
         };
         let _ = tokio::time::timeout(self.drain, drained).await;
+        self.front.end();
         // Orders to workers must not come back to life while they are ended.
         if let Some(coordinator) = self.coordinator.take() {
             coordinator.stop().await;

@@ -36,6 +36,7 @@ impl Observer for NodeObserver {
             SchedulerSeen {
                 running: statistics.active,
                 waiting: statistics.queued,
+                preemptions: statistics.preemptions,
                 kv_usage: reserved.map(|tokens| statistics.reserved_tokens as f64 / tokens as f64),
                 model,
             }

@@ -34,6 +34,8 @@ pub struct NodeOptions {
     pub hub: mlxnode_hub::Options,
     /// How long a stopping node waits for running requests.
     pub drain: Duration,
+    /// How long an answer that lost its replica waits while nobody forms another one, see `mlxnode_api::front::Front::resuming_within`.
+    pub resume_within: Duration,
 }
 
 impl NodeOptions {
@@ -57,6 +59,7 @@ impl NodeOptions {
             worker_command,
             hub,
             drain: Self::DEFAULT_DRAIN,
+            resume_within: Self::DEFAULT_RESUME_WITHIN,
         }
     }
 
@@ -64,4 +67,6 @@ impl NodeOptions {
     pub const DEFAULT_BUDGET_SHARE: f64 = 0.75;
     /// Long enough for a short answer to finish, short enough for a person who waits at a terminal.
     pub const DEFAULT_DRAIN: Duration = Duration::from_secs(5);
+    /// A node that crashed and is started again is back by then.
+    pub const DEFAULT_RESUME_WITHIN: Duration = mlxnode_api::front::DEFAULT_RESUME_WITHIN;
 }

@@ -7,8 +7,8 @@ use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
 use mlxnode_proto::internal::v1 as proto;
 use mlxnode_worker::SampledToken;
 use mlxnode_worker::wire::{
-    WireError, sampled_token_from_proto, sampled_token_to_proto, scores_from_proto, scores_to_proto,
-    sequence_spec_from_proto, sequence_spec_to_proto,
+    WireError, prompt_tokens, sampled_token_from_proto, sampled_token_to_proto, scores_from_proto,
+    scores_to_proto, sequence_spec_from_proto, sequence_spec_to_proto,
 };
 use tonic::Status;
 
@@ -103,6 +103,8 @@ pub(crate) fn run_to_proto(deployment: &str, run: &RunRequest) -> Result<proto::
         prompt: run.prompt.clone(),
         spec: Some(sequence_spec_to_proto(&run.spec)?),
         tenant: run.tenant.clone(),
+        generated: u32::try_from(run.generated())
+            .map_err(|_| WireError::TooLarge { name: "generated", value: run.generated() })?,
     })
 }
 
@@ -111,7 +113,8 @@ pub(crate) fn run(
     deadline: Option<std::time::Instant>,
 ) -> Result<RunRequest, Status> {
     let spec = run.spec.ok_or_else(|| Status::invalid_argument("spec is missing"))?;
-    let spec = sequence_spec_from_proto(spec, run.prompt.len())
+    let spec = prompt_tokens(run.prompt.len(), run.generated)
+        .and_then(|prompt_tokens| sequence_spec_from_proto(spec, prompt_tokens))
         .map_err(|error| Status::invalid_argument(error.to_string()))?;
     Ok(RunRequest { prompt: run.prompt, spec, deadline, tenant: run.tenant })
 }
@@ -166,7 +169,7 @@ pub(crate) fn run_event(event: proto::RunEvent) -> Result<RunEvent, RunError> {
 fn run_failed_to_proto(error: RunError) -> proto::RunFailed {
     use proto::run_failed::Kind;
     let (kind, text, count, limit) = match error {
-        RunError::QueueFull { queued } => (Kind::QueueFull, String::new(), queued, 0),
+        RunError::QueueFull { queued, tokens } => (Kind::QueueFull, String::new(), queued, tokens),
         RunError::TooLong { tokens, context } => (Kind::TooLong, String::new(), tokens, context),
         RunError::Invalid(text) => (Kind::Invalid, text, 0, 0),
         RunError::DeadlineExceeded => (Kind::Deadline, String::new(), 0, 0),
@@ -180,7 +183,9 @@ fn run_failed_to_proto(error: RunError) -> proto::RunFailed {
 fn run_failed(failed: proto::RunFailed) -> RunError {
     use proto::run_failed::Kind;
     match failed.kind() {
-        Kind::QueueFull => RunError::QueueFull { queued: failed.count as usize },
+        Kind::QueueFull => {
+            RunError::QueueFull { queued: failed.count as usize, tokens: failed.limit as usize }
+        }
         Kind::TooLong => RunError::TooLong { tokens: failed.count as usize, context: failed.limit as usize },
         Kind::Invalid => RunError::Invalid(failed.text),
         Kind::Deadline => RunError::DeadlineExceeded,
@@ -197,7 +202,7 @@ mod tests {
     #[test]
     fn every_way_to_fail_survives_the_network() {
         let errors = [
-            RunError::QueueFull { queued: 7 },
+            RunError::QueueFull { queued: 7, tokens: 900 },
             RunError::TooLong { tokens: 9, context: 8 },
             RunError::Invalid("no".into()),
             RunError::DeadlineExceeded,

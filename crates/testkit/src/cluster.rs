@@ -54,7 +54,8 @@ impl LocalCluster {
         Ok(())
     }
 
-    fn setup(&self, index: usize) -> NodeSetup {
+    /// How the node of this number is started again; who was a member needs no invite.
+    pub fn setup(&self, index: usize) -> NodeSetup {
         NodeSetup { name: format!("node{index}"), arguments: self.arguments.clone(), ..NodeSetup::default() }
     }
 

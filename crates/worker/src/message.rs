@@ -108,7 +108,7 @@ pub struct SampledToken {
 #[allow(clippy::large_enum_variant)] // few, short-lived, and moved once; a box would be in every caller's way
 #[derive(Clone, Debug, PartialEq)]
 pub enum DriveCommand {
-    /// Run this sequence. `spec.prompt_tokens` equals the prompt's length.
+    /// Run this sequence. `spec.prompt_tokens` is the prompt's length without the tokens at its end that were generated before.
     Open {
         /// Never used before in this replica.
         sequence: SequenceId,

@@ -298,6 +298,7 @@ pub fn dtype_from_proto(dtype: i32) -> Result<Dtype, WireError> {
 pub fn drive_command_to_proto(command: DriveCommand) -> Result<proto::DriveCommand, WireError> {
     let command = match command {
         DriveCommand::Open { sequence, prompt, spec, blocks } => {
+            let generated = number("generated", prompt.len().saturating_sub(spec.prompt_tokens))?;
             let spec = Some(sequence_spec_to_proto(&spec)?);
             let blocks = block_plan_to_proto(&blocks)?;
             proto::drive_command::Command::Open(proto::DriveOpen {
@@ -305,6 +306,7 @@ pub fn drive_command_to_proto(command: DriveCommand) -> Result<proto::DriveComma
                 prompt,
                 spec,
                 blocks,
+                generated,
             })
         }
         DriveCommand::Keep { sequence, keep } => {
@@ -323,7 +325,8 @@ pub fn drive_command_from_proto(command: proto::DriveCommand) -> Result<DriveCom
     match command.command.ok_or(WireError::Missing("a command"))? {
         proto::drive_command::Command::Open(open) => {
             let spec = open.spec.ok_or(WireError::Missing("the sequence's parameters"))?;
-            let spec = sequence_spec_from_proto(spec, open.prompt.len())?;
+            let prompt_tokens = prompt_tokens(open.prompt.len(), open.generated)?;
+            let spec = sequence_spec_from_proto(spec, prompt_tokens)?;
             let (sequence, blocks) = (SequenceId(open.sequence), block_plan_from_proto(open.blocks)?);
             Ok(DriveCommand::Open { sequence, prompt: open.prompt, spec, blocks })
         }
@@ -337,6 +340,19 @@ pub fn drive_command_from_proto(command: proto::DriveCommand) -> Result<DriveCom
         proto::drive_command::Command::Cancel(close) => {
             Ok(DriveCommand::Cancel { sequence: SequenceId(close.sequence) })
         }
+    }
+}
+
+/// Tokens of the first prompt, in one of `length` whose last ones were generated.
+///
+/// # Errors
+/// When nothing is left of it.
+pub fn prompt_tokens(length: usize, generated: u32) -> Result<usize, WireError> {
+    let generated = generated as usize;
+    match length.checked_sub(generated) {
+        // An empty prompt is refused where all prompts are.
+        Some(prompt_tokens) if prompt_tokens > 0 || generated == 0 => Ok(prompt_tokens),
+        _ => Err(WireError::TooLarge { name: "generated", value: generated }),
     }
 }
 
@@ -460,12 +476,28 @@ mod tests {
                 spec: greedy,
                 blocks: BlockPlan::default(),
             },
+            // Continued: three of these were generated before.
+            DriveCommand::Open {
+                sequence: SequenceId(6),
+                prompt: vec![1, 2, 3, 4, 5, 6],
+                spec: rich_spec(),
+                blocks: BlockPlan::default(),
+            },
             DriveCommand::Cancel { sequence: SequenceId(u64::MAX) },
         ];
         for command in commands {
             let wire = drive_command_to_proto(command.clone()).unwrap();
             assert_eq!(drive_command_from_proto(wire), Ok(command));
         }
+    }
+
+    #[test]
+    fn more_generated_than_there_is_of_the_prompt_is_refused() {
+        for (length, generated) in [(0, 1), (3, 3), (3, u32::MAX)] {
+            let error = prompt_tokens(length, generated).unwrap_err();
+            assert_eq!(error, WireError::TooLarge { name: "generated", value: generated as usize });
+        }
+        assert_eq!((prompt_tokens(0, 0), prompt_tokens(3, 2)), (Ok(0), Ok(1)));
     }
 
     #[test]

@@ -68,6 +68,8 @@ struct Ready {
     name: String,
     cluster: String,
     grpc: String,
+    /// URL; none without HTTP.
+    http: Option<String>,
 }
 
 /// A running node; dropped without [`Node::stop`] it is killed.
@@ -133,6 +135,11 @@ impl<'a> Node<'a> {
 
     pub(crate) fn address(&self) -> &str {
         &self.ready.grpc
+    }
+
+    /// URL of its HTTP listener.
+    pub(crate) fn http(&self) -> Option<&str> {
+        self.ready.http.as_deref()
     }
 
     /// The end of its log.

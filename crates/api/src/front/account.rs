@@ -95,9 +95,9 @@ impl Account {
             _ => self.record.ended(Finished::Error, now),
         }
         match error {
-            RunError::QueueFull { queued } => {
+            RunError::QueueFull { tokens, .. } => {
                 self.metrics.rejected(Rejection::Overloaded);
-                let retry_after = self.place.refused(queued, now);
+                let retry_after = self.place.refused(tokens, now);
                 FrontError::Busy { model: self.place.model().to_owned(), retry_after }
             }
             error => error.into(),

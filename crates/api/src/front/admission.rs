@@ -34,8 +34,6 @@ struct Load {
     waiting_tokens: usize,
     /// Tokens of prompts per second that go through, smoothed; none before the first measurement.
     speed: Option<f64>,
-    /// Tokens of a prompt, smoothed.
-    usual_prompt: Option<f64>,
     refuses_until: Option<Instant>,
 }
 
@@ -78,7 +76,6 @@ impl Admission {
         if let Some(load) = self.by_model.get_mut(model) {
             load.waiting += 1;
             load.waiting_tokens += tokens;
-            smooth(&mut load.usual_prompt, tokens as f64);
         }
     }
 
@@ -101,12 +98,11 @@ impl Admission {
         }
     }
 
-    /// The replica refused, because `queued` requests wait there, of this and of other fronts. Answers how long they take.
-    pub fn refused(&mut self, model: &str, queued: usize, now: Instant) -> Duration {
+    /// The replica refused, because prompts of so many tokens wait there, of this and of other fronts. Answers how long they take.
+    pub fn refused(&mut self, model: &str, tokens: usize, now: Instant) -> Duration {
         let Some(load) = self.by_model.get_mut(model) else { return SHORTEST_RETRY };
         load.refuses_until = Some(now + REFUSES_FOR);
-        let tokens = queued as f64 * load.usual_prompt.unwrap_or_default();
-        load.time_for(tokens).unwrap_or_default().clamp(SHORTEST_RETRY, LONGEST_RETRY)
+        load.time_for(tokens as f64).unwrap_or_default().clamp(SHORTEST_RETRY, LONGEST_RETRY)
     }
 
     /// Forgets deployments that are gone and for which nothing waits.
@@ -171,8 +167,8 @@ impl Place {
     }
 
     /// The replica's queue is full.
-    pub(super) fn refused(&self, queued: usize, now: Instant) -> Duration {
-        self.door.with(|admission| admission.refused(&self.model, queued, now))
+    pub(super) fn refused(&self, tokens: usize, now: Instant) -> Duration {
+        self.door.with(|admission| admission.refused(&self.model, tokens, now))
     }
 }
 
@@ -194,13 +190,13 @@ mod tests {
     fn a_client_is_told_how_long_what_waits_will_take() {
         let mut admission = Admission::default();
         let now = Instant::now();
-        // 1000 tokens a second, prompts of 500 tokens: 20 of them take 10 s.
+        // 1000 tokens a second.
         admission.arrives("m", now).unwrap();
         admission.joins("m", 500);
         admission.measured("m", 500, seconds(0.5));
-        assert_eq!(admission.refused("m", 20, now), seconds(10.0));
+        assert_eq!(admission.refused("m", 10_000, now), seconds(10.0));
         assert_eq!(admission.refused("m", 0, now), SHORTEST_RETRY);
-        assert_eq!(admission.refused("m", 1_000_000, now), LONGEST_RETRY);
+        assert_eq!(admission.refused("m", 100_000_000, now), LONGEST_RETRY);
         // Nothing is known about a model that nobody asked.
         assert_eq!(admission.refused("other", 20, now), SHORTEST_RETRY);
     }

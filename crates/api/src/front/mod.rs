@@ -1,24 +1,28 @@
 //! The front of a request: the node a client is connected to owns it.
 //!
 //! It finds the deployment, turns text into tokens, checks every parameter, runs the sequence on the replica's scheduler
-//! wherever that is, and turns tokens back into text. It keeps prompt, parameters and seed, so that nothing has to be asked
-//! again. Dropping the answer's stream cancels the work.
+//! wherever that is, and turns tokens back into text. It keeps prompt, parameters, seed and what was emitted: when the replica is lost, it
+//! goes on with the next one from there ([`resume`]). Dropping the answer's stream cancels the work.
 
 mod account;
 mod admission;
 mod answer;
+mod continuation;
 mod defaults;
 mod model_text;
 mod names;
 mod output;
+mod patience;
 mod prepared;
 mod replicas;
+mod resume;
 
 pub use admission::Admission;
 pub use answer::{Answer, AnswerEvent, Summary};
 pub use defaults::SamplingDefaults;
 pub use model_text::ModelText;
 pub use output::{End, Output, Piece};
+pub use patience::DEFAULT_RESUME_WITHIN;
 pub use prepared::Prepared;
 pub use replicas::{Replicas, RunEvents};
 
@@ -36,6 +40,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 /// A figure in an answer's last message is worth less than the message itself.
 const MEMORY_PATIENCE: Duration = Duration::from_millis(500);
@@ -162,6 +167,10 @@ pub struct Front {
     door: Door,
     metrics: Arc<Metrics>,
     gate: Option<Gate>,
+    /// How long a sequence that lost its replica waits while nobody forms another one.
+    resume_within: Duration,
+    /// The node ends: nobody waits for replicas any more.
+    ending: CancellationToken,
 }
 
 /// By deployment, with the epoch for which they were read: a reload may bring another tokenizer.
@@ -175,7 +184,29 @@ impl Front {
         sandbox: Arc<dyn Sandbox>,
     ) -> Self {
         let (texts, door, metrics) = (Arc::default(), Door::default(), Arc::default());
-        Self { deployments, replicas, sandbox, texts, door, metrics, gate: None }
+        Self {
+            deployments,
+            replicas,
+            sandbox,
+            texts,
+            door,
+            metrics,
+            gate: None,
+            resume_within: DEFAULT_RESUME_WITHIN,
+            ending: CancellationToken::new(),
+        }
+    }
+
+    /// Waits so long for a node to come back when a sequence lost its replica and nobody forms another one; not at all for zero, and then
+    /// every loss ends its sequences. While a replica is being formed, sequences wait longer.
+    #[must_use]
+    pub fn resuming_within(self, resume_within: Duration) -> Self {
+        Self { resume_within, ..self }
+    }
+
+    /// The node ends: sequences that wait for a replica end now.
+    pub fn end(&self) {
+        self.ending.cancel();
     }
 
     /// With figures that are read elsewhere too, and a gate at which tokens are counted against the keys that asked for them.
@@ -264,7 +295,7 @@ impl Front {
         let (deadline, tenant) = (request.deadline, request.tenant);
         let run = RunRequest { prompt: valid.prompt, spec: valid.spec, deadline, tenant };
         let mut account = self.account(&deployment, &run, arrived);
-        let mut events = self.replicas.run(&deployment, run).await.map_err(|error| account.failed(error))?;
+        let mut events = self.run(&deployment, run).await.map_err(|error| account.failed(error))?;
         while let Some(event) = events.next().await {
             match event {
                 Ok(RunEvent::Started { cached_tokens }) => account.started(cached_tokens),

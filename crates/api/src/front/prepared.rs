@@ -70,7 +70,7 @@ impl Front {
         let seed = spec.sampling.seed;
         let run = RunRequest { prompt: valid.prompt, spec, deadline, tenant };
         let mut account = self.account(&deployment, &run, arrived);
-        let stream = self.replicas.run(&deployment, run).await.map_err(|error| account.failed(error))?;
+        let stream = self.run(&deployment, run).await.map_err(|error| account.failed(error))?;
         Ok(Answer::new(deployment, stream, output, account, seed))
     }
 

@@ -285,7 +285,7 @@ mod tests {
 
     #[test]
     fn a_full_queue_says_when_to_come_back() {
-        let response = ApiError::from(RunError::QueueFull { queued: 9 }).into_response();
+        let response = ApiError::from(RunError::QueueFull { queued: 9, tokens: 99 }).into_response();
         assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
         assert_eq!(response.headers()[header::RETRY_AFTER], "2");
     }

@@ -69,6 +69,7 @@ pub struct Metrics {
     requests: Requests,
     rejections: Family<RejectionLabels, Counter>,
     answers: Family<AnswerLabels, Counter>,
+    resumed: Counter,
 }
 
 impl Default for Metrics {
@@ -83,7 +84,13 @@ impl Default for Metrics {
         );
         let answers = Family::default();
         registry.register("mlxnode_http_answers", "HTTP answers by route and status", answers.clone());
-        Self { registry, requests, rejections, answers }
+        let resumed = Counter::default();
+        registry.register(
+            "mlxnode_answers_resumed",
+            "Times that an answer lost its replica and went on with another one",
+            resumed.clone(),
+        );
+        Self { registry, requests, rejections, answers, resumed }
     }
 }
 
@@ -96,6 +103,11 @@ impl Metrics {
     /// A request was turned away.
     pub fn rejected(&self, reason: Rejection) {
         self.rejections.get_or_create_owned(&RejectionLabels { reason }).inc();
+    }
+
+    /// An answer goes on after it lost its replica.
+    pub fn resumed(&self) {
+        self.resumed.inc();
     }
 
     /// A route (as it is written in the table of routes, not the path that was asked for) answered.
@@ -146,13 +158,20 @@ mod tests {
         record.token(start + seconds(1.6));
         record.ended(Finished::Length, start + seconds(1.6));
         drop(metrics.request("demo", 7, start));
-        let scheduler = SchedulerSeen { model: "demo".into(), running: 2, waiting: 3, kv_usage: Some(0.25) };
+        let scheduler = SchedulerSeen {
+            model: "demo".into(),
+            running: 2,
+            waiting: 3,
+            kv_usage: Some(0.25),
+            preemptions: 5,
+        };
         let text =
             metrics.text(Observations { schedulers: vec![scheduler], ..Observations::default() }).unwrap();
         for line in [
             "vllm:num_requests_running{model_name=\"demo\"} 2",
             "vllm:num_requests_waiting{model_name=\"demo\"} 3",
             "vllm:kv_cache_usage_perc{model_name=\"demo\"} 0.25",
+            "vllm:num_preemptions_total{model_name=\"demo\"} 5",
             "vllm:prompt_tokens_total{model_name=\"demo\"} 100",
             "vllm:generation_tokens_total{model_name=\"demo\"} 2",
             "vllm:prefix_cache_queries_total{model_name=\"demo\"} 100",
@@ -210,6 +229,7 @@ mod tests {
         for name in [
             "mlxnode_requests_rejected_total",
             "mlxnode_http_answers_total",
+            "mlxnode_answers_resumed_total",
             "mlxnode_stage_compute_seconds_total",
             "mlxnode_link_round_trip_seconds",
             "mlxnode_nodes",

@@ -47,6 +47,8 @@ pub struct SchedulerSeen {
     pub waiting: usize,
     /// How much of the reserved KV memory is promised to sequences, 0 to 1; none when that is not known here.
     pub kv_usage: Option<f64>,
+    /// How often a sequence gave its memory back for older ones.
+    pub preemptions: u64,
 }
 
 /// A worker.
@@ -109,6 +111,12 @@ impl Collector for Observations {
             "vllm:kv_cache_usage_perc",
             "Part of the reserved KV memory that is promised to sequences, 0 to 1",
             by_scheduler(|seen| seen.kv_usage),
+        )?;
+        counters(
+            out,
+            "vllm:num_preemptions",
+            "Times that a sequence gave its memory back for older ones, to be computed again",
+            by_scheduler(|seen| Some(seen.preemptions as f64)),
         )?;
         let by_stage = |value: fn(&StageSeen) -> Option<f64>| {
             self.stages.iter().filter_map(move |seen| Some((stage_labels(seen), value(seen)?)))

@@ -17,6 +17,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -28,7 +29,7 @@ pub(crate) struct Desk {
     pub(crate) front: Front,
     stop: CancellationToken,
     server: JoinHandle<()>,
-    _deployments: watch::Sender<DeploymentsView>,
+    pub(crate) deployments: watch::Sender<DeploymentsView>,
 }
 
 /// The demo model's files with another template, which writes down everything that a conversation holds.
@@ -48,6 +49,16 @@ impl Desk {
 
     /// With a gate.
     pub(crate) async fn behind(options: HttpOptions, gate: Gate) -> Result<Self> {
+        Self::made(options, gate, Duration::ZERO).await
+    }
+
+    /// Answers that lose their replica wait for another one.
+    pub(crate) async fn patient(resume_within: Duration) -> Result<Self> {
+        let options = HttpOptions { any_port_will_do: false, ..HttpOptions::local() };
+        Self::made(options, Gate::open(), resume_within).await
+    }
+
+    async fn made(options: HttpOptions, gate: Gate, resume_within: Duration) -> Result<Self> {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../hub/demo-model/model");
         let mut files: BTreeMap<String, Vec<u8>> = BTreeMap::new();
         for name in TextFiles::names() {
@@ -65,6 +76,7 @@ impl Desk {
             tokenizer,
             running: AtomicUsize::new(0).into(),
             seen: Mutex::default(),
+            tokens_per_replica: AtomicUsize::new(usize::MAX),
         });
         let deployment = |name: &str, source: &str, state| DeploymentView {
             name: name.into(),
@@ -89,11 +101,21 @@ impl Desk {
         let options = HttpOptions { listen: SocketAddr::new(options.listen.ip(), 0), ..options };
         let server = HttpServer::bind(options).await?;
         let address = server.address();
-        let front = Front::new(view, replicas.clone(), Arc::new(InProcess::default()));
+        let front =
+            Front::new(view, replicas.clone(), Arc::new(InProcess::default())).resuming_within(resume_within);
         let services = HttpServices::new(front.clone(), stop.clone()).behind(gate);
         let router = server.router(services, &["studio".to_owned()]);
         let server = tokio::spawn(server.serve(router, stop.clone()));
-        Ok(Self { address, replicas, front, stop, server, _deployments: sender })
+        Ok(Self { address, replicas, front, stop, server, deployments: sender })
+    }
+
+    /// What the demo model is doing now.
+    pub(crate) fn set_state(&self, state: State, epoch: u64) {
+        self.deployments.send_modify(|view| {
+            if let Some(demo) = view.deployments.first_mut() {
+                (demo.state, demo.epoch) = (state, epoch);
+            }
+        });
     }
 
     /// Stops the listener and waits until it has.
@@ -129,11 +151,18 @@ pub(crate) struct Scripted {
     running: Arc<AtomicUsize>,
     /// Every request so far.
     pub(crate) seen: Mutex<Vec<RunRequest>>,
+    /// A replica is lost after so many tokens of each sequence.
+    pub(crate) tokens_per_replica: AtomicUsize,
 }
 
 impl Scripted {
     pub(crate) fn running(&self) -> usize {
         self.running.load(Ordering::SeqCst)
+    }
+
+    /// How many requests came so far.
+    pub(crate) fn requests(&self) -> usize {
+        self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner).len()
     }
 
     /// The last request.
@@ -167,11 +196,12 @@ impl Drop for Held {
 impl Replicas for Scripted {
     async fn run(&self, _deployment: &DeploymentView, request: RunRequest) -> Result<RunEvents, RunError> {
         self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(request.clone());
-        let text = self.say(&request.prompt);
+        let generated = request.generated();
+        let text = self.say(&request.prompt[..request.spec.prompt_tokens]);
         let spec = &request.spec;
         let mut events = vec![Ok(RunEvent::Started { cached_tokens: 3.min(request.prompt.len() - 1) })];
         if text == "QUEUE FULL" {
-            return Ok(stream::iter([Err(RunError::QueueFull { queued: 64 })]).boxed());
+            return Ok(stream::iter([Err(RunError::QueueFull { queued: 64, tokens: 64_000 })]).boxed());
         }
         let sampled = |token: u32, wish: Option<mlxnode_compute::LogprobRequest>| Sampled {
             token,
@@ -198,7 +228,16 @@ impl Replicas for Scripted {
         let mut tokens =
             self.tokenizer.encode(&text, false).map_err(|error| RunError::Failed(error.to_string()))?;
         tokens.push(2);
-        for (index, token) in tokens.iter().enumerate() {
+        let told = &request.prompt[request.spec.prompt_tokens..];
+        if tokens.get(..generated) != Some(told) {
+            return Err(RunError::Failed(format!("{told:?} was never said")));
+        }
+        let until = self.tokens_per_replica.load(Ordering::SeqCst).saturating_add(generated);
+        for (index, token) in tokens.iter().enumerate().skip(generated) {
+            if index == until {
+                events.push(Err(RunError::Unavailable("a worker ended with signal 9".into())));
+                break;
+            }
             let is_stop = spec.stop_tokens.contains(token);
             let is_last = index + 1 == spec.max_tokens;
             let end = if is_stop { Some(SequenceEnd::Stop) } else { is_last.then_some(SequenceEnd::Length) };
@@ -206,7 +245,7 @@ impl Replicas for Scripted {
                 events.push(Err(RunError::Unavailable("worker 7 ended".into())));
                 break;
             }
-            let position = request.prompt.len() + index;
+            let position = request.spec.prompt_tokens + index;
             events.push(Ok(RunEvent::Token {
                 position,
                 sampled: sampled(*token, spec.sampling.logprobs),

@@ -10,4 +10,5 @@ mod desk;
 mod gate;
 mod malformed;
 mod responses;
+mod resume;
 mod shell;

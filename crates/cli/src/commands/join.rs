@@ -67,6 +67,12 @@ pub struct Join {
     /// Memory that models may use on this Mac, such as 48GB. Default: three quarters of it.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     memory_budget: Option<ByteCount>,
+    /// Seconds that an answer waits for a lost node to come back; it goes on where it was. 0: it ends with an error at once.
+    ///
+    /// While the model is being loaded on the nodes that are there, answers wait as long as that takes.
+    #[arg(long, value_name = "SECONDS", default_value_t = mlxnode_node::NodeOptions::DEFAULT_RESUME_WITHIN.as_secs(),
+        value_parser = clap::value_parser!(u64).range(..=3600))]
+    resume_within: u64,
 }
 
 /// What `--json` prints when the node is ready.
@@ -112,6 +118,7 @@ impl Join {
         options.peers = self.peers;
         options.discovery = !self.no_discovery;
         options.memory_budget = self.memory_budget;
+        options.resume_within = Duration::from_secs(self.resume_within);
         // Installed first, so that a signal during the start is not lost.
         let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;

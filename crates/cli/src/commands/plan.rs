@@ -35,7 +35,7 @@ pub struct Wish {
     /// Tokens of context to reserve memory for, for each sequence. Default: what the model allows, at most 4096.
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     context: Option<u32>,
-    /// Sequences at the same time. Default: 4.
+    /// Sequences of that length to reserve memory for. Default: 4. Shorter ones share it, up to four times as many at the same time.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     sequences: Option<u32>,
 }

@@ -91,8 +91,10 @@ pub struct StartScheduler {
     pub attempt: Attempt,
     /// Of which model: the scheduler's node hands out its text files.
     pub source: String,
-    /// Sequences at the same time.
+    /// Sequences of the greatest length for which memory is reserved.
     pub max_sequences: usize,
     /// Longest sequence, in tokens.
     pub context_tokens: usize,
+    /// What each takes whatever its length, in tokens of a whole context.
+    pub fixed_tokens: usize,
 }

@@ -81,14 +81,21 @@ impl Orders {
                 Event::AdapterUnloaded { attempt, node, adapter, result }
             }
             .boxed(),
-            Effect::StartScheduler { attempt, node, source, max_sequences, context_tokens } => async move {
-                let order =
-                    StartScheduler { attempt: attempt.clone(), source, max_sequences, context_tokens };
-                let what = format!("starting the scheduler on {}", orders.name(node));
-                let result = within(limits.link, &what, orders.nodes.start_scheduler(node, order)).await;
-                Event::SchedulerStarted { attempt, result }
+            Effect::StartScheduler { attempt, node, source, max_sequences, context_tokens, fixed_tokens } => {
+                async move {
+                    let order = StartScheduler {
+                        attempt: attempt.clone(),
+                        source,
+                        max_sequences,
+                        context_tokens,
+                        fixed_tokens,
+                    };
+                    let what = format!("starting the scheduler on {}", orders.name(node));
+                    let result = within(limits.link, &what, orders.nodes.start_scheduler(node, order)).await;
+                    Event::SchedulerStarted { attempt, result }
+                }
+                .boxed()
             }
-            .boxed(),
             Effect::Stop { attempt, node } => async move {
                 let result = orders.stop(node, attempt.clone()).await;
                 Event::Stopped { attempt, node, result }

@@ -4,6 +4,7 @@ use super::entry::{Phase, Replica};
 use super::machine::Deployments;
 use super::{Attempt, Effect, Links, PREFILL_CHUNK, Record, Shard, StartedWorker};
 use crate::placement::{ModelCost, Offer};
+use crate::scheduler::Limits;
 use crate::{Error, NodeId};
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -164,7 +165,7 @@ impl Deployments {
                     layers: stage.layers,
                     layer_count: plan.layer_count,
                     context_tokens: plan.context_tokens,
-                    max_sequences: plan.concurrent_sequences,
+                    max_sequences: Limits::sequences_for(plan.concurrent_sequences),
                     prefill_chunk: PREFILL_CHUNK.min(plan.context_tokens),
                 },
             });
@@ -248,6 +249,7 @@ impl Deployments {
             source: entry.wish.source.clone(),
             max_sequences: replica.plan.concurrent_sequences,
             context_tokens: replica.plan.context_tokens,
+            fixed_tokens: replica.plan.fixed_tokens,
         };
         entry.phase = Phase::StartingScheduler;
         self.effects.push(effect);

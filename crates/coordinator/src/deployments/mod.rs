@@ -246,10 +246,12 @@ pub enum Effect {
         node: NodeId,
         /// Which model.
         source: String,
-        /// Sequences at the same time.
+        /// Sequences of the greatest length for which memory is reserved.
         max_sequences: usize,
         /// Longest sequence, in tokens.
         context_tokens: usize,
+        /// What each takes whatever its length, in tokens of a whole context.
+        fixed_tokens: usize,
     },
     /// Give up what is under way for this attempt (but not records and stops): none of its answers counts any more. Not answered.
     Abandon {

@@ -1,7 +1,7 @@
 //! What a model costs to hold and to run, layer by layer.
 
 use mlxnode_checkpoint::ModelProfile;
-use mlxnode_compute::ByteCount;
+use mlxnode_compute::{ByteCount, LayerRange};
 
 /// Longest context when the model does not say: longer than any model of today is made for.
 const UNSTATED_CONTEXT: usize = 1 << 20;
@@ -50,6 +50,12 @@ impl LayerCost {
         let states = self.state.0.saturating_mul(sequences as u64);
         ByteCount(self.kv_per_token.0.saturating_mul(tokens).saturating_add(states))
     }
+
+    /// The part of one sequence's cache that does not grow with its tokens, or not to the end of `context_tokens`: states, and windows.
+    fn fixed(&self, context_tokens: usize) -> u64 {
+        let window = self.kv_window.filter(|window| *window < context_tokens).unwrap_or(0);
+        self.state.0.saturating_add(self.kv_per_token.0.saturating_mul(window as u64))
+    }
 }
 
 impl From<&ModelProfile> for ModelCost {
@@ -80,6 +86,16 @@ impl From<&ModelProfile> for ModelCost {
 }
 
 impl ModelCost {
+    /// What a sequence takes in a stage of these layers whatever its length, as tokens of a whole context: never too few, so that sequences whose
+    /// tokens in sum fit have the memory that was reserved for as many whole contexts.
+    pub(crate) fn fixed_tokens(&self, layers: LayerRange, context_tokens: usize) -> usize {
+        let own = || self.layers.iter().skip(layers.start).take(layers.len());
+        let whole: u64 = own().map(|layer| layer.kv(context_tokens, 1).0).sum();
+        let fixed: u64 = own().map(|layer| layer.fixed(context_tokens)).sum();
+        let tokens = (fixed as u128 * context_tokens as u128).div_ceil(u128::from(whole.max(1)));
+        usize::try_from(tokens).unwrap_or(usize::MAX).min(context_tokens)
+    }
+
     /// How many stages the model can be cut into at most.
     pub(crate) fn pieces(&self) -> usize {
         self.layers.len() - self.joined.len()
@@ -101,5 +117,44 @@ impl ModelCost {
             weight_bits: Some(bits),
             ..self.clone()
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_grow_counts_from_the_beginning() {
+        let layer = |kv: u64, state: u64, kv_window| LayerCost {
+            weights: ByteCount(1),
+            kv_per_token: ByteCount(kv),
+            state: ByteCount(state),
+            kv_window,
+        };
+        let fixed = |layers: Vec<LayerCost>| {
+            let range = LayerRange::new(0, layers.len());
+            let model = ModelCost {
+                architecture: String::new(),
+                layers,
+                joined: vec![],
+                passes: 1,
+                embedding: ByteCount(0),
+                head: ByteCount(0),
+                shared: ByteCount(0),
+                context_tokens: 1000,
+                weight_bits: None,
+            };
+            model.fixed_tokens(range, 1000)
+        };
+        assert_eq!(fixed(vec![layer(10, 0, None); 4]), 0);
+        assert_eq!(fixed(vec![layer(10, 0, Some(2000))]), 0, "a window that is never full");
+        assert_eq!(
+            fixed(vec![layer(0, 10, None)]),
+            1000,
+            "states alone: each sequence takes all of its share"
+        );
+        // 1000 tokens of one layer and 100 of another; 50 tokens' worth of states.
+        assert_eq!(fixed(vec![layer(10, 500, None), layer(10, 0, Some(100))]), 131);
     }
 }

@@ -94,8 +94,10 @@ pub struct Plan {
     pub layer_count: usize,
     /// Longest sequence that the reserved memory allows, in tokens.
     pub context_tokens: usize,
-    /// Sequences at the same time.
+    /// Sequences of that length for which memory is reserved. Shorter ones share it: there may be more of them at the same time.
     pub concurrent_sequences: usize,
+    /// What a sequence takes of it whatever its length, in tokens of a whole context: states, windows. Of the stage where it is most.
+    pub fixed_tokens: usize,
     /// In the order of the layers; at least one.
     pub stages: Vec<PlannedStage>,
     /// What every candidate node has and what this plan adds to it.
@@ -214,6 +216,11 @@ pub fn plan(model: &ModelCost, offers: &[Offer], wish: &Wish) -> Result<Plan, Re
         layer_count: model.layers.len(),
         context_tokens: sizes.context_tokens,
         concurrent_sequences: sizes.sequences,
+        fixed_tokens: stages
+            .iter()
+            .map(|stage| model.fixed_tokens(stage.layers, sizes.context_tokens))
+            .max()
+            .unwrap_or(0),
         tokens_per_second: problem.predicted_tokens_per_second(&placed),
         stages,
         budgets,

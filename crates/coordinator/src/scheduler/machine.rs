@@ -1,9 +1,16 @@
 //! The scheduler's decisions: queue, admission, order of tokens, ends.
 //!
 //! A request goes: submitted → queued → open in the workers → ended → its memory free. It ends exactly once, for its front;
-//! its memory is free only when the workers say so, and until then nobody gets the place. Strictly first come, first served: a
-//! long request at the head of the queue is never overtaken, so it cannot starve.
+//! its memory is free only when the workers say so, and until then nobody gets the place. Who is next, [`FairQueue`] says; it is
+//! never overtaken because it is long, so it cannot starve.
+//!
+//! Memory is promised by what sequences will probably take ([`forecast`](super::forecast)). Should they take more, the youngest one gives its own back: it
+//! is closed in the workers, waits before all others and is opened again with what it generated as part of its prompt, so that its front
+//! sees nothing of it. The oldest one is never closed, so every request ends.
 
+use super::forecast::{Footprint, Growing, Lengths, peak};
+use super::queue::{ANSWER_TOKEN, FairQueue};
+use super::request::Request;
 use super::reuse::{self, Reuse};
 use super::{DriveEvent, RunError, RunEvent, Statistics};
 use crate::prompt_index;
@@ -24,10 +31,14 @@ pub struct Limits {
     pub context_tokens: usize,
     /// KV tokens reserved over all sequences.
     pub kv_tokens: usize,
+    /// What of them is promised to a sequence.
+    pub promise: Promise,
     /// Requests that may wait.
     pub max_queued: usize,
     /// Prompt tokens that may wait. A single request is taken even if it has more, so that long prompts have a chance.
     pub max_queued_tokens: usize,
+    /// What one tenant may fill of both, in hundredths: whatever one does, others find a place.
+    pub tenant_percent: usize,
     /// With open sequences and no word from the workers for this long (and `stall_per_prompt_token` for each prompt token
     /// that is being worked on), they count as lost.
     pub stall_after: Duration,
@@ -43,13 +54,52 @@ impl Limits {
             max_sequences,
             context_tokens,
             kv_tokens: max_sequences.saturating_mul(context_tokens),
+            promise: Promise::Whole,
             max_queued: 256,
             max_queued_tokens: 1_000_000,
+            tenant_percent: 75,
             stall_after: Duration::from_secs(30),
             stall_per_prompt_token: Duration::from_millis(100),
         }
     }
 }
+
+/// What of the reserved memory a sequence counts for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Promise {
+    /// All that it may ever take: its prompt and `max_tokens`.
+    Whole,
+    /// What it takes now. It is opened when what all will probably take fits too.
+    Probable {
+        /// What a sequence takes whatever its length (states, windows), in tokens of a whole context.
+        fixed_tokens: usize,
+    },
+}
+
+/// How many sequences may be open for each whole context that is reserved.
+const SEQUENCES_PER_CONTEXT: usize = 4;
+/// A worker keeps something for each sequence, and a step of more rows than that gains nothing.
+const MOST_SEQUENCES: usize = 256;
+
+impl Limits {
+    /// The limits of a plan that reserves memory for so many whole contexts and shares it among more sequences than that, as long as they
+    /// are short. The workers must take [`Limits::sequences_for`] of them.
+    pub fn shared(contexts: usize, context_tokens: usize, fixed_tokens: usize) -> Self {
+        Self {
+            max_sequences: Self::sequences_for(contexts),
+            promise: Promise::Probable { fixed_tokens },
+            ..Self::new(contexts, context_tokens)
+        }
+    }
+
+    /// Most sequences that are open at the same time where memory for so many whole contexts is reserved.
+    pub fn sequences_for(contexts: usize) -> usize {
+        contexts.saturating_mul(SEQUENCES_PER_CONTEXT).min(MOST_SEQUENCES).max(contexts)
+    }
+}
+
+/// Tokens that a sequence may get before another one that is closed now has given its memory back.
+const AHEAD: usize = 64;
 
 /// After a failure the workers close the sequence. Should they forget to say so, its place is given away after this.
 const CLOSING_GRACE: Duration = Duration::from_secs(5);
@@ -107,11 +157,16 @@ pub enum Effect {
 #[derive(Debug)]
 pub struct Scheduler {
     limits: Limits,
-    waiting: VecDeque<Waiting>,
-    waiting_tokens: usize,
+    waiting: FairQueue<Request>,
     open: BTreeMap<SequenceId, Open>,
     failing: VecDeque<Failing>,
-    reserved_tokens: usize,
+    /// What open sequences count for, by [`Limits::promise`].
+    taken: usize,
+    /// How long answers were.
+    lengths: Lengths,
+    /// The next one, for which there was no room when something was freed last.
+    too_large: Option<RequestId>,
+    preemptions: u64,
     next_sequence: u64,
     last_heard: Instant,
     lost: Option<String>,
@@ -119,47 +174,27 @@ pub struct Scheduler {
     effects: Vec<Effect>,
 }
 
-#[derive(Clone, Debug)]
-struct Waiting {
-    request: RequestId,
-    tenant: String,
-    /// Does another sequence compute what it begins with? As of that version of the index.
-    awaited: Option<(u64, bool)>,
-    prompt: Vec<u32>,
-    spec: SequenceSpec,
-    deadline: Option<Instant>,
-}
-
 #[derive(Debug)]
 struct Open {
-    /// `None` once the request ended: only the memory is still to be freed.
-    request: Option<RequestId>,
-    prompt_tokens: usize,
-    max_tokens: usize,
-    emitted: usize,
-    /// Tokens of the prompt whose scores went to the front.
-    scored: usize,
-    started: bool,
+    /// `None` once the request ended or waits again: only the memory is still to be freed.
+    request: Option<Box<Request>>,
+    /// It is not known yet that all stages have the blocks that it begins with.
+    is_unsure: bool,
     /// Tokens of the prompt that need no work.
     cached_tokens: usize,
-    /// Until it is known that the workers have the blocks it begins with: what it takes to begin anew.
-    again: Option<Box<Waiting>>,
-    deadline: Option<Instant>,
-    reserved: usize,
+    /// Tokens of the prompt that were scored since it was opened.
+    scored: usize,
+    /// Did a token come since it was opened?
+    has_token: bool,
+    /// What it counts for.
+    taken: usize,
     /// Give the place away then, even if the workers say nothing.
     forget_at: Option<Instant>,
 }
 
-impl Waiting {
-    /// Is it better to wait? Asked at every event, so the answer is kept until the index changes.
-    fn is_awaited(&mut self, reuse: &Reuse) -> bool {
-        let version = reuse.version();
-        if let Some((_, known)) = self.awaited.filter(|(of, _)| *of == version) {
-            return known;
-        }
-        let is_awaited = reuse.is_awaited(&self.tenant, &self.prompt, &self.spec);
-        self.awaited = Some((version, is_awaited));
-        is_awaited
+impl Open {
+    fn is(&self, request: RequestId) -> bool {
+        self.request.as_ref().is_some_and(|own| own.id == request)
     }
 }
 
@@ -176,11 +211,13 @@ impl Scheduler {
     pub fn new(limits: Limits, now: Instant) -> Self {
         Self {
             limits,
-            waiting: VecDeque::new(),
-            waiting_tokens: 0,
+            waiting: FairQueue::default(),
             open: BTreeMap::new(),
             failing: VecDeque::new(),
-            reserved_tokens: 0,
+            taken: 0,
+            lengths: Lengths::default(),
+            too_large: None,
+            preemptions: 0,
             next_sequence: 1,
             last_heard: now,
             lost: None,
@@ -202,7 +239,8 @@ impl Scheduler {
         self.reuse.store()
     }
 
-    /// A front wants a sequence. `request` must be new; one that is known is left as it is.
+    /// A front wants a sequence, or the rest of one: then `prompt` has what was generated at its end, behind the `spec.prompt_tokens` of the
+    /// first prompt. `request` must be new and larger than those before; one that is known is left as it is.
     pub fn submit(
         &mut self,
         request: RequestId,
@@ -215,27 +253,41 @@ impl Scheduler {
         if self.is_known(request) {
             return Vec::new();
         }
-        let tokens = prompt.len().saturating_add(spec.max_tokens);
+        let tokens = spec.prompt_tokens.saturating_add(spec.max_tokens);
+        let generated = prompt.len().checked_sub(spec.prompt_tokens);
+        let request = Request {
+            id: request,
+            tenant: tenant.to_owned(),
+            tokens: prompt,
+            spec,
+            deadline,
+            awaited: None,
+            has_started: false,
+            scored: 0,
+        };
         let refusal = if let Some(reason) = &self.lost {
             Some(RunError::Unavailable(reason.clone()))
-        } else if prompt.is_empty() || spec.max_tokens == 0 || spec.prompt_tokens != prompt.len() {
+        } else if request.spec.prompt_tokens == 0
+            || generated.is_none_or(|generated| generated >= request.spec.max_tokens)
+        {
             Some(RunError::Invalid("a request needs a prompt and room for at least one token".into()))
         } else if tokens > self.limits.context_tokens || tokens > self.limits.kv_tokens {
             Some(RunError::TooLong { tokens, context: self.limits.context_tokens.min(self.limits.kv_tokens) })
         } else if deadline.is_some_and(|deadline| deadline <= now) {
             Some(RunError::DeadlineExceeded)
-        } else if !self.has_room(tokens, prompt.len()) {
-            Some(RunError::QueueFull { queued: self.waiting.len() })
+        } else if !self.has_place(&request) {
+            Some(RunError::QueueFull { queued: self.waiting.len(), tokens: self.waiting.tokens() })
         } else {
             None
         };
         if let Some(error) = refusal {
-            self.end(request, Err(error));
+            self.end(request.id, Err(error));
             return self.take_effects();
         }
-        self.waiting_tokens += prompt.len();
-        let tenant = tenant.to_owned();
-        self.waiting.push_back(Waiting { request, tenant, awaited: None, prompt, spec, deadline });
+        match request.generated() {
+            0 => self.waiting.push(request),
+            _ => self.waiting.push_continued(request.id.0, request),
+        }
         self.admit(now);
         self.take_effects()
     }
@@ -295,15 +347,14 @@ impl Scheduler {
             return Vec::new();
         }
         self.lost = Some(reason.to_owned());
-        let waiting = std::mem::take(&mut self.waiting).into_iter().map(|waiting| waiting.request);
-        let open = std::mem::take(&mut self.open).into_values().filter_map(|open| open.request);
+        let waiting = self.waiting.drain().into_iter().map(|waiting| waiting.id);
+        let open = std::mem::take(&mut self.open).into_values().filter_map(|open| Some(open.request?.id));
         let failing = std::mem::take(&mut self.failing).into_iter().map(|failing| failing.request);
         // Those that run are older than those that wait.
         for request in failing.chain(open).chain(waiting).collect::<Vec<_>>() {
             self.end(request, Err(RunError::Unavailable(reason.to_owned())));
         }
-        self.waiting_tokens = 0;
-        self.reserved_tokens = 0;
+        self.taken = 0;
         self.take_effects()
     }
 
@@ -314,9 +365,10 @@ impl Scheduler {
             return self.on_driver_lost(&format!("its workers said nothing for {silence} s"));
         }
         let passed = |deadline: Option<Instant>| deadline.is_some_and(|deadline| deadline <= now);
-        let waiting = self.waiting.iter().filter(|it| passed(it.deadline)).map(|it| it.request);
-        let open = self.open.values().filter(|it| passed(it.deadline)).filter_map(|it| it.request);
-        for request in open.chain(waiting).collect::<Vec<_>>() {
+        let waiting = self.waiting.iter();
+        let open = self.open.values().filter_map(|it| it.request.as_deref());
+        let late = open.chain(waiting).filter(|it| passed(it.deadline)).map(|it| it.id);
+        for request in late.collect::<Vec<_>>() {
             self.stop(request, RunError::DeadlineExceeded);
         }
         while self.failing.front().is_some_and(|failing| failing.settles_at <= now) {
@@ -336,8 +388,7 @@ impl Scheduler {
     /// When to call [`Scheduler::tick`].
     pub fn next_wake(&self) -> Option<Instant> {
         let waiting = self.waiting.iter().filter_map(|waiting| waiting.deadline);
-        let live = self.open.values().filter(|open| open.request.is_some());
-        let deadlines = live.filter_map(|open| open.deadline);
+        let deadlines = self.open.values().filter_map(|open| open.request.as_ref()?.deadline);
         let forgets = self.open.values().filter_map(|open| open.forget_at);
         let failures = self.failing.front().map(|failing| failing.settles_at);
         waiting.chain(deadlines).chain(forgets).chain(failures).chain(self.stalls_at()).min()
@@ -349,7 +400,8 @@ impl Scheduler {
             active: self.open.values().filter(|open| open.request.is_some()).count() + self.failing.len(),
             queued: self.waiting.len(),
             open_sequences: self.open.len(),
-            reserved_tokens: self.reserved_tokens,
+            reserved_tokens: self.taken,
+            preemptions: self.preemptions,
             prompts: self.reuse.statistics(),
         }
     }
@@ -360,70 +412,151 @@ impl Scheduler {
     }
 
     fn is_known(&self, request: RequestId) -> bool {
-        self.waiting.iter().any(|waiting| waiting.request == request)
-            || self.open.values().any(|open| open.request == Some(request))
+        self.waiting.find(|waiting| waiting.id == request).is_some()
+            || self.open.values().any(|open| open.is(request))
             || self.failing.iter().any(|failing| failing.request == request)
     }
 
     /// Can it run at once, or else wait?
-    fn has_room(&self, reserve: usize, prompt_tokens: usize) -> bool {
-        if self.waiting.is_empty() {
-            return self.can_open(reserve) || self.limits.max_queued > 0;
+    fn has_place(&self, request: &Request) -> bool {
+        let limits = &self.limits;
+        if request.generated() > 0 {
+            // It had its place before: those that come with it have places of their own, as many as others.
+            return self.waiting.continued() < limits.max_queued;
         }
-        self.waiting.len() < self.limits.max_queued
-            && self.waiting_tokens.saturating_add(prompt_tokens) <= self.limits.max_queued_tokens
+        if self.waiting.len() == 0 {
+            return limits.max_queued > 0 || self.can_open(request);
+        }
+        let fits = |(requests, tokens): (usize, usize), percent: usize| {
+            requests < (limits.max_queued * percent).div_ceil(100)
+                && tokens.saturating_add(request.tokens.len())
+                    <= limits.max_queued_tokens.saturating_mul(percent) / 100
+        };
+        let all = (self.waiting.len() - self.waiting.continued(), self.waiting.tokens());
+        let own = self.waiting.of(&request.tenant);
+        fits(all, 100) && (own.0 == 0 || fits(own, limits.tenant_percent.min(100)))
     }
 
-    fn can_open(&self, reserve: usize) -> bool {
-        self.open.len() < self.limits.max_sequences
-            && self.reserved_tokens.saturating_add(reserve) <= self.limits.kv_tokens
+    fn can_open(&self, request: &Request) -> bool {
+        let taken = self.takes(request);
+        if self.open.len() >= self.limits.max_sequences
+            || self.taken.saturating_add(taken) > self.limits.kv_tokens
+        {
+            return false;
+        }
+        let Some(footprint) = self.footprint() else { return true };
+        let growing = |request: &Request| {
+            let (there, most) = (request.generated(), request.spec.max_tokens);
+            let coming = self.lengths.forecast(there, most) - there;
+            Growing { held: request.tokens.len() + AHEAD, coming }
+        };
+        let running = self.open.values().filter_map(|open| open.request.as_deref());
+        let mut all: Vec<Growing> = running.chain([request]).map(growing).collect();
+        let closing: usize = self.closing().map(|open| open.taken).sum();
+        peak(&mut all, footprint).saturating_add(closing) <= self.limits.kv_tokens
+    }
+
+    /// Those whose memory is about to be free.
+    fn closing(&self) -> impl Iterator<Item = &Open> {
+        self.open.values().filter(|open| open.request.is_none())
+    }
+
+    fn footprint(&self) -> Option<Footprint> {
+        match self.limits.promise {
+            Promise::Whole => None,
+            Promise::Probable { fixed_tokens } => {
+                Some(Footprint::new(self.limits.context_tokens, fixed_tokens))
+            }
+        }
+    }
+
+    /// What a request counts for while it is open.
+    fn takes(&self, request: &Request) -> usize {
+        match self.footprint() {
+            None => request.spec.prompt_tokens + request.spec.max_tokens,
+            Some(footprint) => footprint.of(request.tokens.len() + AHEAD),
+        }
     }
 
     /// Opens waiting requests, in order, while there is room. Not while a failure settles: the pipeline may be breaking. Who waits for
     /// what another sequence is computing lets others pass: it loses nothing by that, as its turn comes when that is done.
     fn admit(&mut self, now: Instant) {
-        if !self.failing.is_empty() {
-            return;
-        }
-        loop {
+        while self.failing.is_empty() && self.waiting.len() > 0 && self.open.len() < self.limits.max_sequences
+        {
             let reuse = &self.reuse;
-            let Some(place) = self.waiting.iter_mut().position(|it| !it.is_awaited(reuse)) else { return };
-            let reserved = self.waiting[place].prompt.len() + self.waiting[place].spec.max_tokens;
-            if !self.can_open(reserved) {
+            let Some(place) = self.waiting.next(|request| !request.is_awaited(reuse)) else { return };
+            let Some(next) = self.waiting.get(&place) else { return };
+            // Those that run only grow: until one of them gives memory back there is no room for who had none.
+            if self.too_large == Some(next.id) {
                 return;
             }
-            let Some(waiting) = self.waiting.remove(place) else { return };
-            self.waiting_tokens -= waiting.prompt.len();
-            self.open(waiting, reserved, now);
+            if !self.can_open(next) {
+                self.too_large = Some(next.id);
+                return;
+            }
+            let Some(request) = self.waiting.take(&place, true) else { return };
+            self.open(request, now);
         }
     }
 
-    fn open(&mut self, waiting: Waiting, reserved: usize, now: Instant) {
+    fn open(&mut self, request: Request, now: Instant) {
         if self.open.is_empty() {
             self.last_heard = now; // the workers owed no word before
         }
         let sequence = SequenceId(self.next_sequence);
         self.next_sequence += 1;
-        self.reserved_tokens += reserved;
-        let (blocks, effects) = self.reuse.begin(sequence, &waiting.tenant, &waiting.prompt, &waiting.spec);
+        let spec = request.spec_from_here();
+        let (blocks, effects) = self.reuse.begin(sequence, &request.tenant, &request.tokens, &spec);
         self.tell(effects);
-        let again = (!blocks.reuse.is_empty()).then(|| Box::new(waiting.clone()));
-        let Waiting { request, prompt, spec, deadline, .. } = waiting;
+        let cached_tokens = blocks.cached_tokens();
+        if request.generated() == 0 {
+            // What is computed again is nobody's wish.
+            let tokens = request.tokens.len().saturating_sub(cached_tokens);
+            self.waiting.charge(&request.tenant, tokens as u64);
+        }
+        let taken = self.takes(&request);
+        self.taken += taken;
+        let prompt = request.tokens.clone();
         let open = Open {
-            request: Some(request),
-            prompt_tokens: prompt.len(),
-            max_tokens: spec.max_tokens,
-            emitted: 0,
+            is_unsure: !blocks.reuse.is_empty(),
+            cached_tokens,
             scored: 0,
-            started: false,
-            cached_tokens: blocks.cached_tokens(),
-            deadline,
-            reserved,
+            has_token: false,
+            taken,
             forget_at: None,
-            again,
+            request: Some(Box::new(request)),
         };
         self.open.insert(sequence, open);
         self.effects.push(Effect::Open { sequence, prompt, spec, blocks });
+    }
+
+    /// A sequence got longer. When the memory does not do any more, the youngest ones give theirs back.
+    fn grew(&mut self, sequence: SequenceId) {
+        let Some(open) = self.open.get(&sequence) else { return };
+        let Some(takes) = open.request.as_deref().map(|request| self.takes(request)) else { return };
+        if let Some(open) = self.open.get_mut(&sequence) {
+            self.taken = self.taken - open.taken + takes;
+            open.taken = takes;
+        }
+        loop {
+            let closing: usize = self.closing().map(|open| open.taken).sum();
+            if self.taken - closing <= self.limits.kv_tokens {
+                return;
+            }
+            let running = || {
+                self.open.iter().filter_map(|(sequence, open)| Some((open.request.as_ref()?.id, *sequence)))
+            };
+            let Some((_, youngest)) = running().max().filter(|_| running().count() > 1) else { return };
+            self.preempt(youngest);
+        }
+    }
+
+    /// Closes a sequence in the workers and lets its request wait for room, before all others.
+    fn preempt(&mut self, sequence: SequenceId) {
+        let Some(request) = self.open.get_mut(&sequence).and_then(|open| open.request.take()) else { return };
+        self.preemptions += 1;
+        self.effects.push(Effect::Cancel { sequence });
+        self.waiting.push_continued(request.id.0, *request);
     }
 
     /// Passes on what the index says.
@@ -439,53 +572,60 @@ impl Scheduler {
     fn missing(&mut self, sequence: SequenceId) {
         let effects = self.reuse.missed(sequence);
         self.tell(effects);
-        let Some(open) = self.open.get_mut(&sequence) else { return };
-        let (Some(_), Some(again)) = (open.request, open.again.take()) else { return };
-        open.request = None;
-        self.waiting_tokens += again.prompt.len();
-        self.waiting.push_front(*again);
+        let Some(open) = self.open.get_mut(&sequence).filter(|open| open.is_unsure) else { return };
+        if let Some(request) = open.request.take() {
+            self.waiting.push_continued(request.id.0, *request);
+        }
     }
 
     /// The first step of a sequence entered the pipeline. Whoever begins with blocks is started when a result comes: then all stages
     /// have them.
     fn begun(&mut self, sequence: SequenceId) {
-        if self.open.get(&sequence).is_some_and(|open| open.again.is_none()) {
+        if self.open.get(&sequence).is_some_and(|open| !open.is_unsure) {
             self.started(sequence);
         }
     }
 
     fn started(&mut self, sequence: SequenceId) {
         let Some(open) = self.open.get_mut(&sequence) else { return };
-        open.again = None;
-        let Some(request) = open.request else { return };
-        if !std::mem::replace(&mut open.started, true) {
-            let cached_tokens = open.cached_tokens;
+        open.is_unsure = false;
+        let Some(request) = &mut open.request else { return };
+        if !std::mem::replace(&mut request.has_started, true) {
+            let (request, cached_tokens) = (request.id, open.cached_tokens);
             self.effects.push(Effect::Emit { request, event: RunEvent::Started { cached_tokens } });
         }
     }
 
-    fn scores(&mut self, sequence: SequenceId, position: usize, scores: Vec<mlxnode_compute::Sampled>) {
+    fn scores(&mut self, sequence: SequenceId, position: usize, mut scores: Vec<mlxnode_compute::Sampled>) {
         self.started(sequence);
         let Some(open) = self.open.get_mut(&sequence) else { return };
-        let Some(request) = open.request else { return };
+        let Some(request) = &mut open.request else { return };
+        let id = request.id;
         // The token at 0 has no score. The front's channel has room for one event per token, so more than that are not passed on.
         if scores.is_empty()
             || position != open.scored + 1
-            || open.scored + scores.len() >= open.prompt_tokens
+            || open.scored + scores.len() >= request.tokens.len()
         {
             let reason = format!("scores of the prompt came at {position}, after {} were there", open.scored);
-            self.stop(request, RunError::Failed(reason));
+            self.stop(id, RunError::Failed(reason));
             return;
         }
         open.scored += scores.len();
-        self.effects.push(Effect::Emit { request, event: RunEvent::Scores { position, scores } });
+        // Opened again, it is scored again; its front hears what it has not heard.
+        let known = request.scored.saturating_sub(position - 1).min(scores.len());
+        scores.drain(..known);
+        if !scores.is_empty() {
+            request.scored = open.scored;
+            let event = RunEvent::Scores { position: position + known, scores };
+            self.effects.push(Effect::Emit { request: id, event });
+        }
     }
 
     fn embedding(&mut self, sequence: SequenceId, values: Vec<f32>) {
         self.started(sequence);
         let Some(request) = self.open.get_mut(&sequence).and_then(|open| open.request.take()) else { return };
-        self.effects.push(Effect::Emit { request, event: RunEvent::Embedding(values) });
-        self.end(request, Ok(SequenceEnd::Length));
+        self.effects.push(Effect::Emit { request: request.id, event: RunEvent::Embedding(values) });
+        self.end(request.id, Ok(SequenceEnd::Length));
     }
 
     fn token(
@@ -497,24 +637,33 @@ impl Scheduler {
     ) {
         self.started(sequence);
         let Some(open) = self.open.get_mut(&sequence) else { return };
-        let Some(request) = open.request else { return };
-        let expected = open.prompt_tokens + open.emitted;
+        let Some(request) = &mut open.request else { return };
+        let id = request.id;
+        let expected = request.tokens.len();
         if position < expected {
             return; // a repetition: the front has it
         }
         if position > expected {
             let reason = format!("a token was lost: position {position} came where {expected} was next");
-            self.stop(request, RunError::Failed(reason));
+            self.stop(id, RunError::Failed(reason));
             return;
         }
-        open.emitted += 1;
+        request.tokens.push(sampled.token);
+        open.has_token = true;
+        self.waiting.charge(&request.tenant, ANSWER_TOKEN);
+        let generated = request.generated();
         // The workers end a sequence at its limit; should they not, it ends here.
-        let is_overdue = end.is_none() && open.emitted == open.max_tokens;
+        let is_overdue = end.is_none() && generated == request.spec.max_tokens;
         let end = if is_overdue { Some(SequenceEnd::Length) } else { end };
-        self.effects.push(Effect::Emit { request, event: RunEvent::Token { position, sampled, end } });
-        if let Some(end) = end {
-            open.request = None;
-            self.end(request, Ok(end));
+        self.effects.push(Effect::Emit { request: id, event: RunEvent::Token { position, sampled, end } });
+        match end {
+            None => self.grew(sequence),
+            Some(end) => {
+                open.request = None;
+                self.lengths.ended(generated);
+                self.too_large = None;
+                self.end(id, Ok(end));
+            }
         }
         if is_overdue {
             self.effects.push(Effect::Cancel { sequence });
@@ -523,10 +672,8 @@ impl Scheduler {
 
     /// Ends a request before its time: out of the queue, or out of the workers.
     fn stop(&mut self, request: RequestId, error: RunError) {
-        if let Some(index) = self.waiting.iter().position(|waiting| waiting.request == request) {
-            if let Some(waiting) = self.waiting.remove(index) {
-                self.waiting_tokens -= waiting.prompt.len();
-            }
+        if let Some(place) = self.waiting.find(|waiting| waiting.id == request) {
+            self.waiting.take(&place, false);
             self.end(request, Err(error));
             return;
         }
@@ -535,7 +682,7 @@ impl Scheduler {
             self.end(request, Err(error));
             return;
         }
-        let found = self.open.iter_mut().find(|(_, open)| open.request == Some(request));
+        let found = self.open.iter_mut().find(|(_, open)| open.is(request));
         if let Some((sequence, open)) = found {
             let sequence = *sequence;
             open.request = None;
@@ -547,7 +694,11 @@ impl Scheduler {
     /// The workers gave up a sequence: its request ends soon, if it has not ended.
     fn fail(&mut self, sequence: SequenceId, reason: String, now: Instant) {
         if let Some(request) = self.open.get_mut(&sequence).and_then(|open| open.request.take()) {
-            self.failing.push_back(Failing { request, reason, settles_at: now + FAILURE_SETTLES });
+            self.failing.push_back(Failing {
+                request: request.id,
+                reason,
+                settles_at: now + FAILURE_SETTLES,
+            });
         }
     }
 
@@ -555,7 +706,8 @@ impl Scheduler {
         let effects = self.reuse.end(sequence);
         self.tell(effects);
         if let Some(open) = self.open.remove(&sequence) {
-            self.reserved_tokens -= open.reserved;
+            self.taken -= open.taken;
+            self.too_large = None;
         }
     }
 
@@ -568,8 +720,8 @@ impl Scheduler {
         if self.open.is_empty() {
             return None;
         }
-        let prefilling = self.open.values().filter(|open| open.emitted == 0);
-        let tokens: usize = prefilling.map(|open| open.prompt_tokens).sum();
+        let prefilling = self.open.values().filter(|open| !open.has_token);
+        let tokens: usize = prefilling.filter_map(|open| Some(open.request.as_ref()?.tokens.len())).sum();
         let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
         let patience = self.limits.stall_after + self.limits.stall_per_prompt_token.saturating_mul(tokens);
         self.last_heard.checked_add(patience)

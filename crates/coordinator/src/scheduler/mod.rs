@@ -8,15 +8,22 @@
 //!       ◀─ RunStream ──────────────────── task ◀── DriveEvent ─── (tokens come back from the last stage)
 //! ```
 //!
-//! The workers do the steps: prefill chunks, micro-batches and the ring are theirs. The scheduler bounds how many sequences
-//! they have at once, so that the reserved KV memory is never exceeded.
+//! The workers do the steps: prefill chunks, micro-batches and the ring are theirs. The scheduler decides which sequences
+//! they have at once, so that everybody gets a fair share and the reserved KV memory is never exceeded:
+//!
+//! - `queue`: who is next
+//! - `forecast`: what fits
+//! - `reuse`: what of a prompt is computed already
 
+mod forecast;
 mod machine;
+mod queue;
+mod request;
 mod reuse;
 mod stream;
 mod task;
 
-pub use machine::{Effect, Limits, RequestId, Scheduler};
+pub use machine::{Effect, Limits, Promise, RequestId, Scheduler};
 pub use stream::{RunRequest, RunStream};
 pub use task::{Drive, Ended, SchedulerHandle, SchedulerTask, start};
 
@@ -35,7 +42,7 @@ pub enum DriveCommand {
         sequence: SequenceId,
         /// At least one token.
         prompt: Vec<u32>,
-        /// `prompt_tokens` is the prompt's length.
+        /// `prompt_tokens` is the prompt's length without the tokens at its end that were generated before.
         spec: SequenceSpec,
         /// What it begins with, and what is kept of it.
         blocks: BlockPlan,
@@ -164,6 +171,8 @@ pub enum RunError {
     QueueFull {
         /// How many wait.
         queued: usize,
+        /// Tokens of their prompts: what a newcomer would wait behind.
+        tokens: usize,
     },
     /// Prompt and answer do not fit the context.
     #[error("{tokens} tokens (prompt and answer) do not fit the context of {context}")]
@@ -201,6 +210,8 @@ pub struct Statistics {
     pub open_sequences: usize,
     /// KV tokens that these reserve.
     pub reserved_tokens: usize,
+    /// How often a sequence gave its memory back for older ones, to be computed again.
+    pub preemptions: u64,
     /// What is remembered of prompts.
     pub prompts: prompt_index::Statistics,
 }

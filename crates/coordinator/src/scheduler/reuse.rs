@@ -103,5 +103,8 @@ fn is_reusable(spec: &SequenceSpec) -> bool {
 }
 
 fn named<'a>(tenant: &'a str, tokens: &'a [u32], spec: &'a SequenceSpec) -> Prompt<'a> {
-    Prompt { tenant, adapter: spec.adapter.as_deref(), tokens, max_tokens: spec.max_tokens }
+    // Of a sequence that is continued a part of the answer is there.
+    let generated = tokens.len().saturating_sub(spec.prompt_tokens);
+    let max_tokens = spec.max_tokens.saturating_sub(generated);
+    Prompt { tenant, adapter: spec.adapter.as_deref(), tokens, max_tokens }
 }

@@ -13,14 +13,21 @@ use tokio::sync::{Notify, mpsc};
 /// One sequence to run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RunRequest {
-    /// At least one token.
+    /// At least one token. Of a sequence that is continued: the first prompt, and what was generated so far.
     pub prompt: Vec<u32>,
-    /// `prompt_tokens` is the prompt's length.
+    /// `prompt_tokens` is the length of the first prompt, `max_tokens` counts what was generated so far too.
     pub spec: SequenceSpec,
     /// When to give up.
     pub deadline: Option<Instant>,
-    /// Who asks. Empty: the cluster's own people. Carried for fairness between clients and for prompt caches; nothing reads it yet.
+    /// Who asks. Empty: the cluster's own people. Tenants get fair shares, and nobody finds what another one computed.
     pub tenant: String,
+}
+
+impl RunRequest {
+    /// Tokens at the end of the prompt that were generated before.
+    pub fn generated(&self) -> usize {
+        self.prompt.len().saturating_sub(self.spec.prompt_tokens)
+    }
 }
 
 /// The events of one request: [`RunEvent::Started`], tokens, the last of them with its end; or an error, also the last item.

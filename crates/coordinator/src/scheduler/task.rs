@@ -106,7 +106,8 @@ impl SchedulerHandle {
         match self.inbox.try_send(Submission { request, run, events: sender }) {
             Ok(()) => RunStream::new(events, request, self.cancelled.clone()),
             Err(mpsc::error::TrySendError::Full(_)) => {
-                RunStream::refused(RunError::QueueFull { queued: INBOX })
+                // More came at once than the scheduler has looked at: their prompts are not counted yet.
+                RunStream::refused(RunError::QueueFull { queued: INBOX, tokens: 0 })
             }
             Err(mpsc::error::TrySendError::Closed(_)) => {
                 RunStream::refused(RunError::Unavailable("its scheduler ended".into()))

@@ -226,7 +226,7 @@ impl Nodes for ClusterNodes {
         let nodes = self.clone();
         Box::pin(async move {
             if node == nodes.own {
-                let limits = Limits::new(order.max_sequences, order.context_tokens);
+                let limits = Limits::shared(order.max_sequences, order.context_tokens, order.fixed_tokens);
                 let started = nodes.schedulers.start(order.attempt, order.source, limits).await;
                 return started.map_err(|error| match error {
                     SchedulersError::Workers(error) => nodes.own_failure(&error),
@@ -243,6 +243,7 @@ impl Nodes for ClusterNodes {
                 run: true,
                 max_sequences: order.max_sequences as u32,
                 context_tokens: order.context_tokens as u32,
+                fixed_tokens: order.fixed_tokens as u32,
             };
             let started = nodes.client(node)?.start_scheduler(request).await;
             started.map(|_| ()).map_err(|status| nodes.failure(node, &status))

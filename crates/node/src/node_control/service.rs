@@ -107,7 +107,9 @@ impl NodeControl for NodeControlService {
             self.schedulers.stop(&attempt).await;
             return Ok(Response::new(StartSchedulerResponse {}));
         }
-        let limits = Limits::new(request.max_sequences as usize, request.context_tokens as usize);
+        let [contexts, tokens, fixed] = [request.max_sequences, request.context_tokens, request.fixed_tokens]
+            .map(|number| number as usize);
+        let limits = Limits::shared(contexts, tokens, fixed);
         self.schedulers.start(attempt, request.source, limits).await.map_err(|error| match error {
             SchedulersError::Workers(error) => status(error),
             SchedulersError::Text(text) => Status::failed_precondition(text),

@@ -267,9 +267,9 @@ impl Driver {
             self.events.push_back(DriveEvent::Closed { sequence });
             return Ok(());
         }
-        let room = self.limits.context_tokens - prompt.len();
-        let max_tokens = spec.max_tokens.min(room);
-        let spec = SequenceSpec { prompt_tokens: prompt.len(), max_tokens, ..spec };
+        // A sequence that is continued brings tokens of its answer along; they count.
+        let max_tokens = spec.max_tokens.min(self.limits.context_tokens - spec.prompt_tokens);
+        let spec = SequenceSpec { max_tokens, ..spec };
         let spec_is_embedded = spec.output == Output::Embedding;
         let entered = blocks.cached_tokens();
         let mut state = Sequence {
@@ -303,6 +303,16 @@ impl Driver {
         }
         if spec.max_tokens == 0 {
             return Err("max_tokens is 0, but must be 1 or more".into());
+        }
+        let generated = match prompt.len().checked_sub(spec.prompt_tokens) {
+            Some(generated) if spec.prompt_tokens > 0 => generated,
+            _ => {
+                let (own, all) = (spec.prompt_tokens, prompt.len());
+                return Err(format!("prompt_tokens is {own}, but must be 1 to {all}, the prompt's length"));
+            }
+        };
+        if generated >= spec.max_tokens {
+            return Err(format!("all of max_tokens ({}) were generated before", spec.max_tokens));
         }
         if prompt.len() >= limits.context_tokens {
             return Err(format!(

@@ -366,6 +366,8 @@ fn lengths(size: Size, dtype: Dtype, quick: bool) -> (usize, usize) {
         (Size::T, _) => (256, 512),
         (Size::S, Dtype::F32) => (256, 128),
         (Size::S, _) => (64, 64),
+        (Size::M, Dtype::F32) => (192, 64),
+        (Size::M, _) => (32, 32),
         (Size::L, Dtype::F32) => (128, 32),
         (Size::L, _) => (16, 16),
     };

@@ -3,6 +3,7 @@
 //! - [`engine`]: one model in one process against mlx-lm
 //! - [`hop`]: one hop between two stages against bare TLS
 //! - [`pipeline`]: two stages on two cores against one on one; memory, start and answer times of nodes
+//! - [`serve`]: many clients against mlx_lm.server; overload
 //!
 //! What is compared runs in turns, so that a busy machine slows both. Medians and ratios go to stdout as a table, and with
 //! `--json FILE` as data. Nothing fails because it is slow: a table says "met" or "missed".
@@ -13,6 +14,7 @@ mod models;
 mod pipeline;
 mod process;
 mod report;
+mod serve;
 mod statistics;
 
 use crate::places::Places;
@@ -48,6 +50,8 @@ enum Subject {
     Hop,
     /// Two nodes with a stage each on two cores, against one; memory of a stage, start of a node, status
     Pipeline,
+    /// 1 to 16 clients over HTTP, pauses by long prompts, shared beginnings, overload, against mlx_lm.server
+    Serve(serve::Options),
 }
 
 /// How long it may measure, and what.
@@ -67,10 +71,12 @@ impl Bench {
             Some(Subject::Engine(options)) => vec![engine::run(places, options, limits)?],
             Some(Subject::Hop) => vec![hop::run(places, limits)?],
             Some(Subject::Pipeline) => vec![pipeline::run(places, limits)?],
+            Some(Subject::Serve(options)) => vec![serve::run(places, options, limits)?],
             None => vec![
                 engine::run(places, &engine::Options::all(), limits)?,
                 hop::run(places, limits)?,
                 pipeline::run(places, limits)?,
+                serve::run(places, &serve::Options::all(), limits)?,
             ],
         };
         for report in &reports {

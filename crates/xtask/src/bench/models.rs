@@ -46,6 +46,8 @@ pub(super) enum Size {
     T,
     /// About 30 million
     S,
+    /// About 100 million, with room for a long prompt and its answer
+    M,
     /// About 310 million
     L,
 }
@@ -196,6 +198,7 @@ fn sizes(size: Size) -> Sizes {
     let (hidden, layers, heads, kv_heads, intermediate, vocabulary, experts, expert) = match size {
         Size::T => (64, 2, 4, 2, 128, 256, 8, 64),
         Size::S => (512, 8, 8, 4, 1408, 8192, 16, 256),
+        Size::M => (768, 14, 12, 4, 2048, 8192, 16, 320),
         Size::L => (1280, 16, 20, 10, 3456, 8192, 16, 448),
     };
     Sizes { hidden, layers, heads, kv_heads, intermediate, vocabulary, experts, expert }
@@ -214,7 +217,7 @@ fn config(shape: Shape, size: Size) -> Value {
         "vocab_size": vocabulary,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": if size == Size::M { 8192 } else { 4096 },
         "tie_word_embeddings": false,
     });
     let head_dim = hidden / heads;
@@ -288,6 +291,7 @@ mod tests {
         };
         assert!((0.08..0.13).contains(&parameters(Size::T)), "{}", parameters(Size::T));
         assert!((25.0..35.0).contains(&parameters(Size::S)), "{}", parameters(Size::S));
+        assert!((100.0..110.0).contains(&parameters(Size::M)), "{}", parameters(Size::M));
         assert!((300.0..330.0).contains(&parameters(Size::L)), "{}", parameters(Size::L));
     }
 

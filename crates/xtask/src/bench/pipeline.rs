@@ -164,10 +164,14 @@ fn memory(cluster: &Cluster, empty: &Model, model: &Model) -> Result<Vec<Row>> {
 }
 
 /// For data directories; removed at the end.
-struct Folder(PathBuf);
+pub(super) struct Folder(PathBuf);
 
 impl Folder {
-    fn new() -> Result<Self> {
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub(super) fn new() -> Result<Self> {
         let folder = std::env::temp_dir().join(format!("mlxnode-bench-{}", std::process::id()));
         setup::wheel::remove(&folder)?;
         std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;

@@ -83,10 +83,25 @@ pub(super) fn cpu_of(process_id: u32) -> Option<Duration> {
 
 /// The most memory that a running process held, in bytes; none where the system does not tell by files (macOS).
 pub(super) fn peak_memory_of(process_id: u32) -> Option<u64> {
+    memory_of(process_id, "VmHWM:")
+}
+
+/// The memory that a running process holds now, likewise.
+pub(super) fn resident_memory_of(process_id: u32) -> Option<u64> {
+    memory_of(process_id, "VmRSS:")
+}
+
+fn memory_of(process_id: u32, field: &str) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{process_id}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
     let kibibytes: u64 = line.trim().strip_suffix(" kB")?.trim().parse().ok()?;
     Some(kibibytes * 1024)
+}
+
+/// The end of what a process wrote.
+pub(super) fn last_lines_of(log: &Path) -> String {
+    let text = std::fs::read(log).unwrap_or_default();
+    last_lines(&String::from_utf8_lossy(&text), 20)
 }
 
 /// OpenBLAS of this system. The reference BLAS in MLX's wheel for Linux is 10 times slower, which would hide all else.
@@ -122,7 +137,9 @@ mod tests {
         let start = Instant::now();
         while start.elapsed() < Duration::from_millis(60) {} // burns CPU of this process
         assert!(cpu_of(std::process::id()).unwrap() > Duration::ZERO);
-        assert!(peak_memory_of(std::process::id()).unwrap() > 100_000);
+        let peak = peak_memory_of(std::process::id()).unwrap();
+        let now = resident_memory_of(std::process::id()).unwrap();
+        assert!(now > 100_000 && now <= peak + 10_000_000, "{now} of {peak}");
         assert!(cpu_of(u32::MAX).is_none());
     }
 

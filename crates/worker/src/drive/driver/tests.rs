@@ -25,6 +25,11 @@ fn spec(max_tokens: usize, stop_tokens: Vec<u32>) -> SequenceSpec {
     SequenceSpec { stop_tokens, ..SequenceSpec::new(0, max_tokens, Sampling::default()) }
 }
 
+/// For a prompt of three tokens.
+fn three(max_tokens: usize) -> SequenceSpec {
+    SequenceSpec { prompt_tokens: 3, ..spec(max_tokens, vec![]) }
+}
+
 /// What a sequence should generate: to its stop token, its `max_tokens` or the end of the context.
 fn expected(prompt: &[u32], max_tokens: usize, stop_tokens: &[u32]) -> (Vec<u32>, SequenceEnd) {
     let count = max_tokens.min(limits(1).context_tokens - prompt.len());
@@ -98,7 +103,16 @@ impl Pipeline {
         self.open_with(sequence, prompt, spec, BlockPlan::default());
     }
 
+    /// A spec without a prompt's length gets that of the whole prompt.
     fn open_with(&mut self, sequence: u64, prompt: Vec<u32>, spec: SequenceSpec, blocks: BlockPlan) {
+        let spec = match spec.prompt_tokens {
+            0 => SequenceSpec { prompt_tokens: prompt.len(), ..spec },
+            _ => spec,
+        };
+        self.open_as_it_is(sequence, prompt, spec, blocks);
+    }
+
+    fn open_as_it_is(&mut self, sequence: u64, prompt: Vec<u32>, spec: SequenceSpec, blocks: BlockPlan) {
         let sequence = SequenceId(sequence);
         self.driver.command(DriveCommand::Open { sequence, prompt, spec, blocks }).unwrap();
     }
@@ -189,6 +203,40 @@ fn a_prompt_enters_in_chunks_and_its_tokens_come_back() {
         let (tokens, end) = expected(&prompt, 12, &[]);
         assert_eq!((&heard.tokens, heard.end), (&tokens, Some(end)));
         assert_eq!((heard.started, heard.closed, heard.failures.len()), (1, 1, 0));
+    }
+}
+
+#[test]
+fn a_sequence_that_is_continued_ends_as_the_whole_one() {
+    for stage_count in [1, 3] {
+        for stops in [vec![], vec![expected(&[1, 2, 3], 12, &[]).0[9]]] {
+            let (whole, end) = expected(&[1, 2, 3], 12, &stops);
+            for told in 0..whole.len() {
+                let mut pipeline = Pipeline::new(stage_count, 4);
+                let prompt = [&[1, 2, 3], &whole[..told]].concat();
+                pipeline.open(1, prompt, SequenceSpec { prompt_tokens: 3, ..spec(12, stops.clone()) });
+                pipeline.finish();
+                let heard = &pipeline.heard[&1];
+                assert_eq!((&heard.tokens[..], heard.end), (&whole[told..], Some(end)), "after {told}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_continued_sequence_must_have_a_prompt_and_something_to_generate() {
+    let cases = [
+        (SequenceSpec { prompt_tokens: 0, ..spec(5, vec![]) }, "prompt_tokens is 0, but must be 1 to 4"),
+        (SequenceSpec { prompt_tokens: 5, ..spec(5, vec![]) }, "prompt_tokens is 5, but must be 1 to 4"),
+        (SequenceSpec { prompt_tokens: 2, ..spec(2, vec![]) }, "all of max_tokens (2) were generated before"),
+    ];
+    for (spec, reason) in cases {
+        let mut pipeline = Pipeline::new(1, 4);
+        pipeline.open_as_it_is(1, vec![1, 2, 3, 4], spec, BlockPlan::default());
+        pipeline.finish();
+        let heard = &pipeline.heard[&1];
+        assert!(heard.failures[0].contains(reason), "{:?}", heard.failures);
+        assert_eq!((heard.closed, heard.tokens.len()), (1, 0));
     }
 }
 
@@ -295,7 +343,7 @@ fn a_broken_ring_is_noticed() {
             .command(DriveCommand::Open {
                 sequence,
                 prompt: vec![1; 3],
-                spec: spec(5, vec![]),
+                spec: three(5),
                 blocks: BlockPlan::default(),
             })
             .unwrap();
@@ -326,7 +374,7 @@ fn a_broken_ring_is_noticed() {
         .command(DriveCommand::Open {
             sequence,
             prompt: vec![1; 3],
-            spec: spec(5, vec![]),
+            spec: three(5),
             blocks: BlockPlan::default(),
         })
         .unwrap();

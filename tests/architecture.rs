@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 /// Which of our crates may depend on which, by short name. `proto` is the package at the top.
-const ALLOWED: [(&str, &[&str]); 19] = [
+const ALLOWED: [(&str, &[&str]); 20] = [
     ("proto", &[]),
     ("compute", &[]),
-    ("text", &[]),
+    ("text", &["compute"]),
     ("sandbox", &["text"]),
     ("hub", &[]),
     ("xtask", &[]),
@@ -24,6 +24,7 @@ const ALLOWED: [(&str, &[&str]); 19] = [
     ("engine", &["mlx", "checkpoint", "compute"]),
     ("training", &["mlx", "engine", "checkpoint", "compute"]),
     ("quantization", &["mlx", "engine", "checkpoint", "compute"]),
+    ("traces", &["compute"]),
     ("worker", &["cluster", "compute", "proto"]),
     ("coordinator", &["cluster", "compute", "checkpoint", "hub", "proto"]),
     ("api", &["coordinator", "cluster", "text", "hub", "compute", "proto"]),
@@ -37,6 +38,7 @@ const ALLOWED: [(&str, &[&str]); 19] = [
             "hub",
             "sandbox",
             "text",
+            "traces",
             "checkpoint",
             "compute",
             "proto",

@@ -19,7 +19,7 @@ async fn channel(node: &NodeProcess) -> Result<Channel> {
 }
 
 fn chat(text: &str) -> Chat {
-    let messages = vec![ChatMessage { role: "user".into(), content: text.into() }];
+    let messages = vec![ChatMessage { role: "user".into(), content: text.into(), ..ChatMessage::default() }];
     Chat { messages, ..Chat::default() }
 }
 
@@ -88,7 +88,8 @@ async fn story_a_client_asks_in_every_way() -> Result<()> {
     assert_eq!(tokens(&by_chat), tokens(&answer(&mut client, by_text).await?));
     assert_eq!(tokens(&by_chat), tokens(&answer(&mut client, by_ids).await?));
     assert_eq!(by_chat[0].prompt_tokens as usize, rendered.token_ids.len());
-    let finish = by_chat.last().and_then(|last| last.finish).context("the last message has finish")?;
+    let finish =
+        by_chat.last().and_then(|last| last.finish.clone()).context("the last message has finish")?;
     assert_eq!(finish.reason(), FinishReason::Stop);
     assert_eq!(finish.usage.context("usage")?.generation_tokens as usize, tokens(&by_chat).len());
     ensure!(finish.timing.context("timing")?.peak_memory_bytes > 1_000_000, "{finish:?}");
@@ -122,7 +123,7 @@ async fn story_a_client_asks_in_every_way() -> Result<()> {
         ..endless()
     };
     let first = answer(&mut client, sampled(None)).await?;
-    let seed = first.last().and_then(|last| last.finish).context("finish")?.seed;
+    let seed = first.last().and_then(|last| last.finish.clone()).context("finish")?.seed;
     assert_eq!(tokens(&first), tokens(&answer(&mut client, sampled(Some(seed))).await?));
     ensure!(tokens(&first) != tokens(&answer(&mut client, sampled(Some(seed + 1))).await?));
 
@@ -222,5 +223,57 @@ async fn story_unloading_tells_those_who_wait_for_answers() -> Result<()> {
     };
     assert_eq!(status.code(), Code::Unavailable);
     ensure!(status.message().contains("unloaded"), "{status}");
+    Ok(())
+}
+
+/// `generate` and `chat` say the same whether a node answers or this process does.
+#[test]
+fn story_the_command_line_says_the_same_here_and_on_the_cluster() -> Result<()> {
+    let cluster = LocalCluster::start(2)?;
+    let node = cluster.first();
+    node.json(&["load", "demo", "--stages", "2"])?;
+    let schema = node.data_dir().join("schema.json");
+    std::fs::write(&schema, r#"{"type": "integer", "minimum": 10, "maximum": 19}"#)?;
+    let schema = schema.to_str().context("utf-8")?;
+    let flags: [&[&str]; 6] = [
+        &["-p", "What is 17 + 25?", "--logprobs", "2"],
+        &[
+            "-p",
+            "Sort 31, 4, 15",
+            "--temp",
+            "0.8",
+            "--seed",
+            "5",
+            "--top-k",
+            "20",
+            "--repetition-penalty",
+            "1.2",
+        ],
+        &["-p", "What is 2 + 3?", "--json-schema", schema],
+        &["-p", "What is 2 + 3?", "--regex", "[0-9]{2} (km|m)", "--stop", "k"],
+        &["-p", "Sort 31", "--ignore-chat-template", "--logit-bias", "{\"7\": -5}", "--max-tokens", "7"],
+        &["-p", "What is 9 + 3?", "--prefill-response", "1", "--system-prompt", "Add."],
+    ];
+    for flags in flags {
+        let arguments = [&["generate"], flags].concat();
+        let there = node.json(&[&arguments[..], &["--model", "demo"]].concat())?;
+        let here = node.json(&[&arguments[..], &["--local"]].concat())?;
+        for field in [
+            "text",
+            "content",
+            "reasoning",
+            "tool_calls",
+            "token_ids",
+            "prompt_tokens",
+            "generation_tokens",
+            "finish_reason",
+        ] {
+            assert_eq!(there[field], here[field], "{flags:?}: {field}");
+        }
+        let count = |answer: &serde_json::Value| answer["logprobs"].as_array().map(Vec::len);
+        assert_eq!(count(&there), count(&here), "{flags:?}");
+    }
+    let refused = node.output(&["generate", "-p", "x", "--adapter", "nobody"])?;
+    ensure!(!refused.status.success(), "an adapter that is not there");
     Ok(())
 }

@@ -2,13 +2,17 @@
 
 use crate::access::{ADMINS, PUBLIC, only};
 use crate::cluster::ClusterService;
+use crate::gate::Gate;
 use crate::inference::InferenceService;
 use crate::keys::KeysService;
+use crate::metrics::Metrics;
 use crate::models::ModelsService;
+use crate::rpc;
 use mlxnode_proto::v1::cluster_server::ClusterServer;
 use mlxnode_proto::v1::inference_server::InferenceServer;
 use mlxnode_proto::v1::keys_server::KeysServer;
 use mlxnode_proto::v1::models_server::ModelsServer;
+use std::sync::Arc;
 use tonic::service::Routes;
 use tonic::service::interceptor::InterceptedService;
 
@@ -27,11 +31,16 @@ pub struct PublicServices {
 /// The largest request that a client may send: a prompt of two million characters, with room for the rest.
 const LARGEST_REQUEST: usize = 16 << 20;
 
-/// Routes for [`mlxnode_cluster::serve`]: the public services, reflection and health, each for the roles that may call them.
+/// Routes for [`mlxnode_cluster::serve`]: the public services, reflection and health, each for the roles that may call them, and for the
+/// API keys that calls carry as `gate` has it.
 ///
 /// # Errors
 /// When the descriptors compiled into this binary cannot be read, which a test would notice.
-pub async fn public_routes(services: PublicServices) -> Result<Routes, tonic_reflection::server::Error> {
+pub async fn public_routes(
+    services: PublicServices,
+    gate: Gate,
+    metrics: Arc<Metrics>,
+) -> Result<Routes, tonic_reflection::server::Error> {
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<InferenceServer<InferenceService>>().await;
     health.set_serving::<ModelsServer<ModelsService>>().await;
@@ -45,7 +54,7 @@ pub async fn public_routes(services: PublicServices) -> Result<Routes, tonic_ref
         .add_service(InterceptedService::new(health_service, only(PUBLIC)))
         .add_service(InterceptedService::new(reflection().build_v1()?, only(PUBLIC)))
         .add_service(InterceptedService::new(reflection().build_v1alpha()?, only(PUBLIC)));
-    Ok(routes)
+    Ok(rpc::guarded(routes, gate, metrics))
 }
 
 /// What reflection tells: the public services only.

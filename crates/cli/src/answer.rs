@@ -13,8 +13,8 @@ use serde::Serialize;
 pub struct Answer {
     /// Its text as the model wrote it.
     pub text: String,
-    /// What the text consists of; none when the model does not tell.
-    pub parts: Option<Parts>,
+    /// What the text consists of.
+    pub parts: Parts,
     /// Its tokens, one that ends the sequence included.
     pub tokens: Vec<Sampled>,
     /// How it went.
@@ -40,7 +40,7 @@ pub struct Parts {
 struct Report<'a> {
     text: &'a str,
     #[serde(flatten)]
-    parts: Option<&'a Parts>,
+    parts: &'a Parts,
     token_ids: Vec<u32>,
     prompt_tokens: usize,
     cached_tokens: usize,
@@ -93,15 +93,13 @@ impl Answer {
         on_piece: &mut dyn FnMut(&Piece) -> Result<()>,
     ) -> Result<Self> {
         let (mut text, mut tokens) = (String::new(), Vec::new());
-        let mut parts = model.tells_parts().then(Parts::default);
+        let mut parts = Parts::default();
         let guard = interrupts.answer();
         let outcome = model.generate(request, &guard, &mut |piece: Piece| {
             on_piece(&piece)?;
             text.push_str(&piece.text);
             tokens.extend(piece.tokens);
-            if let Some(parts) = &mut parts {
-                piece.deltas.into_iter().for_each(|delta| parts.add(delta));
-            }
+            piece.deltas.into_iter().for_each(|delta| parts.add(delta));
             Ok(())
         })?;
         Ok(Self { text, parts, tokens, outcome })
@@ -120,7 +118,7 @@ impl Answer {
         };
         output::json(&Report {
             text: &self.text,
-            parts: self.parts.as_ref(),
+            parts: &self.parts,
             token_ids: self.tokens.iter().map(|sampled| sampled.token).collect(),
             prompt_tokens: self.outcome.prompt_tokens,
             cached_tokens: self.outcome.cached_tokens,
@@ -154,7 +152,7 @@ impl Answer {
 
     /// Says on stderr what is odd about the answer.
     pub fn warn(&self, quiet: bool) {
-        for problem in self.parts.iter().flat_map(|parts| &parts.warnings).filter(|_| !quiet) {
+        for problem in self.parts.warnings.iter().filter(|_| !quiet) {
             warnings::text(&format!("warning: a tool call of the model cannot be read: {problem}\n"));
         }
     }

@@ -2,7 +2,7 @@
 
 use crate::commands::{
     adapters, benchmark, cache_prompt, chat, completions, forget, generate, invite, join, keys, leave, load,
-    models, perplexity, plan, sandbox, status, unload, worker,
+    models, perplexity, plan, sandbox, status, top, unload, worker,
 };
 use clap::builder::RangedI64ValueParser;
 use clap::{Args, Parser, Subcommand};
@@ -69,6 +69,7 @@ pub enum Command {
     Leave(leave::Leave),
     Forget(forget::Forget),
     Status(status::Status),
+    Top(top::Top),
     Plan(plan::Plan),
     Load(load::Load),
     Unload(unload::Unload),

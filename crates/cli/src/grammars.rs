@@ -1,7 +1,7 @@
 //! Grammars for a worker's stage: compiled for its model's tokenizer, which is read when the first request brings a grammar.
 
 use mlxnode_compute::{Grammar, GrammarError, Grammars, TokenConstraint};
-use mlxnode_text::grammar::{Matcher, Source, Vocabulary};
+use mlxnode_text::grammar::{Matcher, Vocabulary};
 use mlxnode_text::{TextFiles, Tokenizer};
 use std::path::PathBuf;
 
@@ -34,13 +34,7 @@ impl ModelGrammars {
 
 impl Grammars for ModelGrammars {
     fn constraint(&mut self, grammar: &Grammar) -> Result<Box<dyn TokenConstraint>, GrammarError> {
-        let source = match grammar {
-            Grammar::JsonObject => Source::JsonObject,
-            Grammar::JsonSchema(text) => Source::JsonSchema(text),
-            Grammar::Regex(text) => Source::Regex(text),
-            Grammar::Lark(text) => Source::Lark(text),
-        };
-        Ok(Box::new(Followed(self.vocabulary()?.compile(source).map_err(told)?)))
+        Ok(Box::new(Followed(self.vocabulary()?.compile(grammar.into()).map_err(told)?)))
     }
 }
 

@@ -33,10 +33,15 @@ impl ChatFlags {
     }
 
     /// A conversation that waits for an answer, which may have begun.
-    pub fn request(&self, messages: Vec<Message>, prefill: Option<String>) -> ChatRequest {
+    pub fn request(
+        &self,
+        messages: Vec<Message>,
+        prefill: Option<String>,
+        tools: Option<Vec<Value>>,
+    ) -> ChatRequest {
         ChatRequest {
             messages,
-            tools: None,
+            tools,
             documents: None,
             add_generation_prompt: prefill.is_none(),
             continue_final: prefill,
@@ -98,7 +103,7 @@ mod tests {
             ("--thinking --no-thinking", Some(false)),
             ("--no-thinking --thinking", Some(true)),
         ] {
-            assert_eq!(parse(flags).request(Vec::new(), None).thinking, expected, "{flags}");
+            assert_eq!(parse(flags).request(Vec::new(), None, None).thinking, expected, "{flags}");
         }
     }
 
@@ -113,7 +118,7 @@ mod tests {
         let flags = parse("--system-prompt S");
         let messages = flags.opening();
         assert_eq!(messages, [Message::new("system", "S")]);
-        assert!(flags.request(messages.clone(), None).add_generation_prompt);
-        assert!(!flags.request(messages, Some("Yes".into())).add_generation_prompt);
+        assert!(flags.request(messages.clone(), None, None).add_generation_prompt);
+        assert!(!flags.request(messages, Some("Yes".into()), None).add_generation_prompt);
     }
 }

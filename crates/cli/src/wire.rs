@@ -278,6 +278,11 @@ pub fn plan(plan: v1::PlanResponse) -> Plan {
     }
 }
 
+/// Figures at this pace.
+pub fn figures_request(period: std::time::Duration) -> v1::FiguresRequest {
+    v1::FiguresRequest { period_milliseconds: u32::try_from(period.as_millis()).unwrap_or(u32::MAX) }
+}
+
 pub fn invite(invite: v1::InviteResponse) -> Invite {
     Invite { code: invite.code, token: invite.token, expires_unix: invite.expires_unix }
 }

@@ -771,6 +771,54 @@ fn a_prompt_is_processed_once_and_gone_on_from() {
 }
 
 #[test]
+fn answers_have_the_form_that_was_asked_for() {
+    let user = User::new();
+    let write = |name: &str, text: &str| {
+        let path = user.home.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    // The demo model has never seen JSON; a number is what it would write of it.
+    let schema = r#"{"type": "integer", "minimum": 10, "maximum": 19}"#;
+    let file = write("schema.json", schema);
+    let generate = ["generate", "-p", "What is 2 + 3?"];
+    let ask = |flags: &[&str]| user.json(&[&generate, flags].concat());
+    let answer = ask(&["--json-schema", &file]);
+    let number: u32 = answer["text"].as_str().unwrap().parse().unwrap();
+    assert_eq!(((10..20).contains(&number), &answer["finish_reason"]), (true, &"stop".into()), "{answer}");
+    let output = user.run_with_input(&[&generate[..], &["--json-schema", "-", "--json"]].concat(), schema);
+    let piped: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(piped["token_ids"], answer["token_ids"]);
+    let drawn = ask(&["--regex", "(red|green) [0-9]{3}", "--temp", "2", "--seed", "7"]);
+    let text = drawn["text"].as_str().unwrap();
+    let (colour, number) = text.split_once(' ').unwrap();
+    assert!(
+        ["red", "green"].contains(&colour) && number.len() == 3 && number.parse::<u32>().is_ok(),
+        "{text}"
+    );
+    let lark = write("grammar.lark", "start: \"yes\" | \"no\"");
+    assert!(
+        ["yes", "no"].contains(&ask(&["--lark", &lark, "--ignore-chat-template"])["text"].as_str().unwrap())
+    );
+
+    let tools = write("tools.json", r#"[{"type": "function", "function": {"name": "add"}}]"#);
+    let chat = ["chat", "--json-schema", "-"];
+    for (flags, named) in [
+        (&["--json-schema", "/no/such/file"][..], "/no/such/file"),
+        (&["--json-schema", &lark], "is not JSON"),
+        (&["--regex", "("], "regular expression"),
+        (&["--tools", &tools], "this model knows no tool calls"),
+        (&["--tools", &tools, "--ignore-chat-template"], "--tools needs the model's chat template"),
+        (&["--adapter", "mine"], "use --adapter-path FOLDER"),
+        (&["--prompt", "-", "--json-schema", "-"], "both read stdin"),
+    ] {
+        let arguments = if flags.contains(&"--prompt") { flags } else { &[&generate[1..], flags].concat() };
+        check_sentence(&user.run(&[&["generate"], arguments].concat()), flags, named);
+    }
+    check_sentence(&user.run(&chat), &chat, "put the schema into a file");
+}
+
+#[test]
 fn completions_know_commands_and_flags() {
     let user = User::new();
     for shell in ["bash", "zsh", "fish"] {

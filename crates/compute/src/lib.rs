@@ -11,6 +11,7 @@ mod grammar;
 mod quantity;
 mod sampling;
 pub mod simulated;
+mod span;
 mod stage;
 mod trace;
 
@@ -22,6 +23,7 @@ pub use cache_options::{CacheOptions, CacheOptionsError};
 pub use grammar::{Grammar, GrammarError, Grammars, TokenConstraint};
 pub use quantity::{ByteCount, LayerRange};
 pub use sampling::{Candidate, LogprobRequest, Penalty, Sampled, Sampling, SamplingError, Xtc};
+pub use span::{Span, SpanSink, SpanValue};
 pub use stage::{
     BatchOutput, MicroBatch, Output, Row, RowOutput, SequenceEnd, SequenceId, SequenceSpec, Stage,
     StageError, StageInfo, StageMemory, Step, StepInput, StepOutput,

@@ -5,12 +5,14 @@
 
 use crate::adapters::UnknownAdapter;
 use crate::caches::SequenceCache;
+use crate::constrained;
 use crate::model::Model;
 use crate::prompt_cache::{ForeignCache, PromptCache};
 use crate::sequence::{Sequence, fill};
 use crate::speculation::{self, Speculation};
 use mlxnode_compute::{
-    ByteCount, CacheOptions, CacheOptionsError, Sampled, SamplingError, SequenceEnd, SequenceSpec,
+    ByteCount, CacheOptions, CacheOptionsError, GrammarError, Grammars, Sampled, SamplingError, SequenceEnd,
+    SequenceSpec,
 };
 use mlxnode_mlx::{Array, Error};
 use std::ops::ControlFlow;
@@ -144,6 +146,12 @@ pub enum GenerateError {
         /// That of the model.
         model: usize,
     },
+    /// The answer's grammar cannot be followed.
+    #[error("grammar: {0}")]
+    Grammar(#[from] GrammarError),
+    /// Nobody can read it.
+    #[error("this model has no tokenizer that grammars could be read for")]
+    NoGrammars,
     /// Only some of the layers were loaded.
     #[error("generation needs all {layers} layers of the model, but only some are loaded")]
     Partial {
@@ -163,6 +171,7 @@ pub struct Generator {
     model: Model,
     options: GeneratorOptions,
     speculation: Option<Speculation>,
+    grammars: Option<Box<dyn Grammars>>,
 }
 
 /// What a run of the loop did.
@@ -188,11 +197,25 @@ impl Progress {
         spec: &SequenceSpec,
         on_token: OnToken<'_>,
     ) -> bool {
+        self.accepted += usize::from(from_draft);
+        self.report_completing(sampled, from_draft, false, spec, on_token)
+    }
+
+    /// The same for a token that may complete what a grammar asks for.
+    pub(crate) fn report_completing(
+        &mut self,
+        sampled: Sampled,
+        from_draft: bool,
+        is_complete: bool,
+        spec: &SequenceSpec,
+        on_token: OnToken<'_>,
+    ) -> bool {
         self.first.get_or_insert_with(Instant::now);
         self.generated += 1;
-        self.accepted += usize::from(from_draft);
         if spec.stop_tokens.contains(&sampled.token) {
             self.end = Some(SequenceEnd::Stop);
+        } else if is_complete {
+            self.end = Some(SequenceEnd::Complete);
         } else if self.generated >= spec.max_tokens {
             self.end = Some(SequenceEnd::Length);
         }
@@ -206,7 +229,7 @@ impl Generator {
     pub fn new(model: Model, options: GeneratorOptions) -> Result<Self, GenerateError> {
         check_whole(&model)?;
         model.check_cache(&options.cache)?;
-        Ok(Self { model, options, speculation: None })
+        Ok(Self { model, options, speculation: None, grammars: None })
     }
 
     /// The same with several tokens guessed ahead, which changes the speed and no token.
@@ -214,6 +237,13 @@ impl Generator {
         speculation.check(&self.model)?;
         self.speculation = Some(speculation);
         Ok(self)
+    }
+
+    /// The same with grammars for the model's tokenizer. Nothing is guessed ahead while one is followed.
+    #[must_use]
+    pub fn with_grammars(mut self, grammars: Box<dyn Grammars>) -> Self {
+        self.grammars = Some(grammars);
+        self
     }
 
     /// The model.
@@ -296,6 +326,11 @@ impl Generator {
         self.check_tokens(prompt)?;
         let adapter = self.model.adapters.named(spec.adapter.as_deref())?;
         self.model.adapters.active.set_all(adapter);
+        let constraint = match (&spec.grammar, &mut self.grammars) {
+            (None, _) => None,
+            (Some(grammar), Some(grammars)) => Some(grammars.constraint(grammar)?),
+            (Some(_), None) => return Err(GenerateError::NoGrammars),
+        };
         let start = Instant::now();
         let known = cache.tokens();
         let max_tokens = spec.max_tokens.min(most_tokens(&self.model, known, prompt.len())?);
@@ -304,6 +339,9 @@ impl Generator {
         let mut progress = Progress::default();
         if spec.max_tokens == 0 {
             progress.end = Some(SequenceEnd::Length);
+        } else if let Some(mut constraint) = constraint {
+            let step = self.options.prefill_step.max(1);
+            constrained::run(&mut sequence, prompt, step, &mut *constraint, spec, on_token, &mut progress)?;
         } else if let Some(speculation) = &self.speculation {
             let step = self.options.prefill_step.max(1);
             speculation::run(&mut sequence, speculation, prompt, step, spec, on_token, &mut progress)?;

@@ -15,6 +15,7 @@ mod batch_generator;
 mod blocks;
 mod cache_pool;
 mod caches;
+mod constrained;
 mod decoder;
 mod dense_and_experts;
 mod draws;

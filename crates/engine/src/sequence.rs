@@ -43,11 +43,16 @@ impl<'a> Sequence<'a> {
 
     /// One token `[1]`, which may still be computed; queues the draw of the next and returns without waiting.
     pub(crate) fn step(&mut self, token: &Array) -> Result<Draw, Error> {
+        self.step_among(token, None)
+    }
+
+    /// The same with a draw among the tokens that `allowed` `[1, vocabulary]` says are possible; None for all.
+    pub(crate) fn step_among(&mut self, token: &Array, allowed: Option<&Array>) -> Result<Draw, Error> {
         let device = &self.model.device;
         let hidden = forward(self.model, &mut self.cache, &device.reshape(token, &[1, 1])?)?;
         let logits = self.model.decoder.logits(device, &hidden)?;
         self.history.push(device, token)?;
-        let draw = self.sampler.draw(device, logits, self.history.tokens(), self.index)?;
+        let draw = self.sampler.draw_among(device, logits, self.history.tokens(), self.index, allowed)?;
         self.index += 1;
         device.async_eval(draw.arrays())?;
         Ok(draw)

@@ -26,6 +26,7 @@ mod node;
 mod node_control;
 mod observer;
 mod options;
+mod panorama;
 mod registrar;
 mod replica;
 mod schedulers;

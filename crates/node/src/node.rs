@@ -19,6 +19,7 @@ use crate::node_control::client::ClusterNodes;
 use crate::node_control::service::NodeControlService;
 use crate::observer::NodeObserver;
 use crate::options::NodeOptions;
+use crate::panorama::ClusterSight;
 use crate::registrar::{Registrar, keep_addresses};
 use crate::replica::client::ClusterReplicas;
 use crate::replica::service::ReplicaService;
@@ -33,6 +34,7 @@ use mlxnode_api::http::{BindError, HttpServer, HttpServices};
 use mlxnode_api::keys::{KeysService, KeysView};
 use mlxnode_api::metrics::Metrics;
 use mlxnode_api::models::{Busy, ModelsService};
+use mlxnode_api::panorama::Panorama;
 use mlxnode_api::{InferenceService, PublicServices, public_routes};
 use mlxnode_cluster::{
     AccessList, ClusterAdmission, ClusterKey, Discovery, Identity, InviteError, Inviter, JoinError, KeyError,
@@ -46,6 +48,7 @@ use mlxnode_proto::internal::v1::key_ring_server::KeyRingServer;
 use mlxnode_proto::internal::v1::node_control_server::NodeControlServer;
 use mlxnode_proto::internal::v1::replica_server::ReplicaServer;
 use mlxnode_sandbox::{SandboxOptions, SandboxProcess};
+use mlxnode_traces::{Collector, Exporter, ExporterError};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -104,6 +107,9 @@ pub enum NodeError {
     /// This node was taken out of its cluster.
     #[error("this node was removed from the cluster {0}; join again with `mlxnode join --invite CODE`")]
     Removed(String),
+    /// Traces cannot be sent.
+    #[error(transparent)]
+    Traces(#[from] ExporterError),
     /// An invite, but a member already.
     #[error(
         "this node belongs to the cluster {0} already; run `mlxnode leave` first, or join without --invite"
@@ -168,6 +174,7 @@ pub struct Node {
     workers: Workers,
     mesh: MeshHandle,
     lookout: Arc<Lookout>,
+    traces: Option<Exporter>,
     _tasks: Vec<AbortOnDropHandle<()>>,
     _lock: DataDirLock,
 }
@@ -245,9 +252,19 @@ impl Node {
         }
         let registrar = Arc::new(Registrar::new(roster.clone(), key));
         let inviter = Arc::new(Inviter::new(identity.clone(), registrar.clone()));
+        let collector = options.otlp_endpoint.clone().map(|endpoint| Collector {
+            endpoint,
+            node: name.clone(),
+            part: "node".to_owned(),
+        });
+        let traces = collector.clone().map(Exporter::start).transpose()?;
         let advertised = addresses::host(reachable.first().map_or("127.0.0.1", String::as_str)).to_owned();
-        let workers_options =
-            WorkersOptions { command: options.worker_command.clone(), listen: bound.ip(), advertised };
+        let workers_options = WorkersOptions {
+            command: options.worker_command.clone(),
+            listen: bound.ip(),
+            advertised,
+            collector: collector.clone(),
+        };
         let workers =
             Workers::new(workers_options, identity.clone(), Arc::new(Hub::new(options.hub.clone())));
         let sandbox = Arc::new(SandboxProcess::new(SandboxOptions::new(options.worker_command.clone())));
@@ -307,8 +324,17 @@ impl Node {
         });
         let busy = Arc::new(schedulers.clone());
         let metrics = Arc::new(Metrics::default());
+        // One gate for HTTP and for the keys that gRPC calls carry: what one key asks is counted in one place.
+        let gate = Gate::new(
+            keys.clone(),
+            GateOptions {
+                is_public: http.as_ref().is_some_and(|http| !http.address().ip().is_loopback()),
+                requires_key: options.http.as_ref().is_some_and(|http| http.requires_key),
+            },
+        );
         let front = Front::new(view.clone(), replicas, sandbox)
-            .counting(metrics.clone(), None)
+            .counting(metrics.clone(), Some(gate.clone()))
+            .telling(traces.as_ref().map(Exporter::sink))
             .resuming_within(options.resume_within);
         let own_front = front.clone();
         let observer = Arc::new(NodeObserver {
@@ -317,18 +343,24 @@ impl Node {
             workers: workers.clone(),
             household: household.clone(),
         });
+        let sight = ClusterSight { own, mesh: mesh.clone(), observer: observer.clone() };
+        let panorama = Panorama::new(Arc::new(sight));
         let models = ModelsService::new(route.clone(), view.clone(), busy.clone());
-        let public = public_routes(PublicServices {
+        let members = ClusterService::new(household.clone(), route.clone(), view, busy, panorama);
+        let public = PublicServices {
             inference: InferenceService::new(front.clone()),
             models: models.clone(),
-            cluster: ClusterService::new(household.clone(), route.clone(), view, busy),
+            cluster: members.clone(),
             keys: KeysService::new(route, keys.clone()),
-        })
-        .await
-        .map_err(|error| NodeError::Api(error.to_string()))?;
+        };
+        let public = public_routes(public, gate.clone(), metrics.clone())
+            .await
+            .map_err(|error| NodeError::Api(error.to_string()))?;
         let control = NodeControlServer::new(NodeControlService {
             workers: workers.clone(),
             schedulers: schedulers.clone(),
+            own,
+            observer: observer.clone(),
         });
         let replica =
             ReplicaServer::new(ReplicaService { schedulers: schedulers.clone(), workers: workers.clone() })
@@ -351,20 +383,13 @@ impl Node {
         if let Some(http) = &http
             && !http.address().ip().is_loopback()
         {
-            refuse_without_keys(http.address(), keys.clone()).await?;
+            refuse_without_keys(http.address(), keys).await?;
         }
         let http = http.map(|http| {
-            let gate = Gate::new(
-                keys,
-                GateOptions {
-                    is_public: !http.address().ip().is_loopback(),
-                    requires_key: options.http.as_ref().is_some_and(|http| http.requires_key),
-                },
-            );
             let services = HttpServices::new(front, stop_serving.clone())
                 .behind(gate)
                 .showing(metrics, observer)
-                .controlling(models);
+                .controlling(members, models);
             let names = addresses::http_names(&name, http.address(), &reachable);
             let router = http.router(services, &names);
             let (address, moved) = (http.address(), http.moved());
@@ -399,6 +424,7 @@ impl Node {
             workers,
             mesh,
             lookout,
+            traces,
             _tasks: tasks,
             _lock: lock,
         })
@@ -515,6 +541,10 @@ impl Node {
         if let Some(http) = self.http.take() {
             // What still runs has lost its workers and ends; a client that takes nothing is not waited for.
             let _ = tokio::time::timeout(HTTP_FAREWELL, http.server).await;
+        }
+        if let Some(traces) = self.traces.take() {
+            // Waits a moment for what is left.
+            let _ = tokio::task::spawn_blocking(move || drop(traces)).await;
         }
         if *self.has_left.borrow() {
             // SQLite may have written its files again on the way out.

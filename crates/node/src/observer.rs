@@ -50,8 +50,11 @@ impl Observer for NodeObserver {
         let own = view.nodes.iter().find(|node| node.id == view.own);
         let name = |id| view.nodes.iter().find(|node| node.id == id).map(|node| node.name.clone());
         let links = own.map(|own| own.links.as_slice()).unwrap_or_default().iter();
-        let links = links.filter_map(|link| Some(LinkSeen { to: name(link.to)?, round_trip: link.rtt }));
+        let links = links.filter_map(|link| {
+            Some(LinkSeen { to: name(link.to)?, to_id: link.to.to_string(), round_trip: link.rtt })
+        });
         Observations {
+            node: own.map(|own| own.name.clone()).unwrap_or_default(),
             deployments: deployments.iter().map(|deployment| deployment.name.clone()).collect(),
             schedulers,
             stages,
@@ -75,6 +78,9 @@ fn stage(seen: SeenWorker) -> StageSeen {
         open_sequences: stats.open_sequences.into(),
         active_bytes: stats.active_bytes,
         peak_bytes: stats.peak_bytes,
+        prompt_tokens: stats.prompt_tokens,
+        decode_tokens: stats.decode_tokens,
+        sent_bytes: stats.sent_bytes,
     }
 }
 

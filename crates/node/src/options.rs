@@ -32,6 +32,8 @@ pub struct NodeOptions {
     pub worker_command: PathBuf,
     /// Where models come from.
     pub hub: mlxnode_hub::Options,
+    /// `http://HOST:PORT` of an OpenTelemetry collector that takes spans of requests; nothing is sent when absent.
+    pub otlp_endpoint: Option<String>,
     /// How long a stopping node waits for running requests.
     pub drain: Duration,
     /// How long an answer that lost its replica waits while nobody forms another one, see `mlxnode_api::front::Front::resuming_within`.
@@ -58,6 +60,7 @@ impl NodeOptions {
             memory_budget: None,
             worker_command,
             hub,
+            otlp_endpoint: None,
             drain: Self::DEFAULT_DRAIN,
             resume_within: Self::DEFAULT_RESUME_WITHIN,
         }

@@ -8,6 +8,7 @@ use mlxnode_cluster::Identity;
 use mlxnode_compute::{ByteCount, LayerRange};
 use mlxnode_coordinator::deployments::{AdapterWish, Attempt, Links, Shard, StartedWorker};
 use mlxnode_hub::{Hub, ModelSource};
+use mlxnode_traces::Collector;
 use mlxnode_worker::{LoadShard, ProcessError, ShardStats, SpawnWorker, WorkerProcess};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -85,6 +86,8 @@ pub(crate) struct WorkersOptions {
     pub(crate) listen: IpAddr,
     /// The host under which other nodes reach this one.
     pub(crate) advertised: String,
+    /// Where workers send spans of requests.
+    pub(crate) collector: Option<Collector>,
 }
 
 /// All workers of this node. Cheap to clone; when the last clone is dropped the processes are killed.
@@ -172,11 +175,12 @@ impl Workers {
         self.fence(attempt)?;
         self.refuse_stopped(attempt)?;
         let folder = self.resolve(source).await?;
+        let name = format!("{} {}", attempt.name, shard.layers);
         let options = SpawnWorker {
             command: self.shared.options.command.clone(),
-            arguments: vec![OsString::from("worker")],
+            arguments: self.arguments(&name),
             listen: self.shared.options.listen,
-            name: format!("{} {}", attempt.name, shard.layers),
+            name,
         };
         let process = WorkerProcess::spawn(options, &self.shared.identity).await?;
         let load = LoadShard {
@@ -304,6 +308,16 @@ impl Workers {
             active: sum.active + ByteCount(stats.active_bytes),
             peak: sum.peak + ByteCount(stats.peak_bytes),
         })
+    }
+
+    /// Of `mlxnode worker` for this part of a model.
+    fn arguments(&self, part: &str) -> Vec<OsString> {
+        let mut arguments = vec![OsString::from("worker")];
+        if let Some(collector) = &self.shared.options.collector {
+            let words = ["--otlp-endpoint", &collector.endpoint, "--node", &collector.node, "--part", part];
+            arguments.extend(words.map(OsString::from));
+        }
+        arguments
     }
 
     /// All workers that answer within this time.

@@ -1,5 +1,6 @@
 //! A cluster in a test: local clusters of real processes, a network lab, the oracle's scripts.
 //!
+//! - [`browser`]: a real browser without a screen, for the web page
 //! - [`binary`]: the `mlxnode` that the tests run
 //! - [`node`]: one node as a process, by the machine-readable contracts of the command line
 //! - [`cluster`]: several nodes on this machine, paired
@@ -9,6 +10,7 @@
 //! - [`netlab`]: hosts of a network of their own (Linux network namespaces)
 
 pub mod binary;
+pub mod browser;
 pub mod clients;
 pub mod cluster;
 pub mod eventually;

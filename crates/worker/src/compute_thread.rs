@@ -12,7 +12,8 @@ use crate::message::Message;
 use crate::progress::Progress;
 use crate::queue::StepQueue;
 use crate::shard::Shard;
-use mlxnode_compute::{ByteCount, LayerRange, Stage, StageInfo};
+use crate::spans::StageSpans;
+use mlxnode_compute::{ByteCount, LayerRange, SpanSink, Stage, StageInfo};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -84,6 +85,7 @@ pub(crate) fn spawn(
     outbox_messages: usize,
     progress: Arc<Progress>,
     lifeline: Lifeline,
+    spans: Option<Arc<dyn SpanSink>>,
 ) -> std::io::Result<ComputeThread> {
     let (inbox, mut messages) = mpsc::channel(inbox_messages);
     let (results, outbox) = mpsc::channel(outbox_messages);
@@ -109,7 +111,8 @@ pub(crate) fn spawn(
                     let shard = Shard::new(stage, max_sequences);
                     progress.holds(0, shard.memory());
                     report(Ok(shard.info().clone()));
-                    work(shard, &mut messages, &mut errands_in, &results, &progress, &lifeline)
+                    let spans = StageSpans::new(spans, shard.info().layers);
+                    work(shard, &mut messages, &mut errands_in, &results, &progress, &lifeline, spans)
                 }
                 Err(failure) => {
                     report(Err(Fault::Load(shortened(&with_causes(failure.as_ref())))));
@@ -138,6 +141,7 @@ fn work(
     results: &mpsc::Sender<Message>,
     progress: &Progress,
     lifeline: &Lifeline,
+    mut spans: StageSpans,
 ) -> Result<(), Fault> {
     let mut queue = StepQueue::new();
     while !lifeline.is_ended() {
@@ -167,8 +171,12 @@ fn work(
             Message::Batch(batch) => Some(progress.step_begins(&batch.micro, arrived.elapsed())),
             _ => None,
         };
+        let sequences = spans.see(&message);
         let result = shard.handle(message);
         let times = step.map(|step| progress.step_ended(step));
+        if let Some(times) = times {
+            spans.stepped(&sequences, times);
+        }
         progress.holds(shard.open_sequences(), shard.memory());
         for mut message in result? {
             if let Some(times) = times {

@@ -29,6 +29,7 @@ mod server;
 mod service;
 mod shard;
 mod shard_state;
+mod spans;
 pub mod wire;
 
 pub use compute_thread::{BlockRoom, LoadFailure, LoadShard, StageFactory};

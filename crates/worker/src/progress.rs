@@ -14,6 +14,7 @@ pub(crate) struct Progress {
     compute_nanos: AtomicU64,
     wait_nanos: AtomicU64,
     send_nanos: AtomicU64,
+    sent_bytes: AtomicU64,
     /// What the last message took to the next stage.
     last_send_nanos: AtomicU64,
     prompt_tokens: AtomicU64,
@@ -47,6 +48,8 @@ pub struct ShardStats {
     pub prompt_tokens: u64,
     /// Generated tokens that went through.
     pub decode_tokens: u64,
+    /// Bytes of the messages to the next stage: the activations and what goes with them.
+    pub sent_bytes: u64,
 }
 
 /// A step under way.
@@ -65,6 +68,7 @@ impl Progress {
             compute_nanos: AtomicU64::new(0),
             wait_nanos: AtomicU64::new(0),
             send_nanos: AtomicU64::new(0),
+            sent_bytes: AtomicU64::new(0),
             last_send_nanos: AtomicU64::new(0),
             prompt_tokens: AtomicU64::new(0),
             decode_tokens: AtomicU64::new(0),
@@ -99,8 +103,9 @@ impl Progress {
         }
     }
 
-    /// A message took so long to the next stage.
-    pub(crate) fn sent(&self, within: Duration) {
+    /// A message of so many bytes took so long to the next stage.
+    pub(crate) fn sent(&self, bytes: u64, within: Duration) {
+        self.sent_bytes.fetch_add(bytes, Relaxed);
         self.last_send_nanos.store(nanos(within), Relaxed);
         self.send_nanos.fetch_add(nanos(within), Relaxed);
     }
@@ -125,6 +130,7 @@ impl Progress {
             send_time: Duration::from_nanos(self.send_nanos.load(Relaxed)),
             prompt_tokens: self.prompt_tokens.load(Relaxed),
             decode_tokens: self.decode_tokens.load(Relaxed),
+            sent_bytes: self.sent_bytes.load(Relaxed),
         }
     }
 

@@ -6,6 +6,7 @@ use crate::lifeline::Lifeline;
 use crate::service::Services;
 use crate::shard_state::ShardState;
 use mlxnode_cluster::{Identity, KeyPin, ServeOptions};
+use mlxnode_compute::SpanSink;
 use mlxnode_proto::internal::v1::stage_server::StageServer;
 use mlxnode_proto::internal::v1::worker_server::WorkerServer;
 use std::net::SocketAddr;
@@ -24,11 +25,13 @@ pub struct WorkerOptions {
     pub link_deadline: Duration,
     /// How long the step under way may take to finish when the worker ends.
     pub end_within: Duration,
+    /// Where spans of requests go, when somebody collects them.
+    pub spans: Option<Arc<dyn SpanSink>>,
 }
 
 impl Default for WorkerOptions {
     fn default() -> Self {
-        Self { link_deadline: Duration::from_secs(10), end_within: Duration::from_secs(3) }
+        Self { link_deadline: Duration::from_secs(10), end_within: Duration::from_secs(3), spans: None }
     }
 }
 
@@ -110,7 +113,8 @@ async fn live(
     lifeline: Lifeline,
 ) -> Result<(), Fault> {
     let shard_state =
-        Arc::new(ShardState::new(parent, identity.clone(), load, options.link_deadline, lifeline.clone()));
+        ShardState::new(parent, identity.clone(), load, options.link_deadline, lifeline.clone());
+    let shard_state = Arc::new(shard_state.telling(options.spans));
     let services = Services { shard_state: shard_state.clone() };
     let routes = Routes::new(WorkerServer::new(services.clone()))
         .add_service(StageServer::new(services).max_decoding_message_size(LARGEST_MESSAGE));

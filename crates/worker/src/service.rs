@@ -145,6 +145,7 @@ impl Worker for Services {
             send_seconds: stats.send_time.as_secs_f64(),
             prompt_tokens: stats.prompt_tokens,
             decode_tokens: stats.decode_tokens,
+            sent_bytes: stats.sent_bytes,
         }))
     }
 }

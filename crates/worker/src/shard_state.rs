@@ -18,7 +18,7 @@ use crate::link::{
 use crate::message::Message;
 use crate::progress::Progress;
 use mlxnode_cluster::{AccessList, Identity, KeyPin, Role};
-use mlxnode_compute::StageInfo;
+use mlxnode_compute::{SpanSink, StageInfo};
 use mlxnode_proto::internal::v1 as proto;
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -42,6 +42,8 @@ pub(crate) struct ShardState {
     contents: Mutex<Contents>,
     /// Cancelled when the previous stage has linked.
     previous_linked: CancellationToken,
+    /// Where spans of requests go.
+    spans: Option<Arc<dyn SpanSink>>,
 }
 
 #[derive(Default)]
@@ -101,7 +103,13 @@ impl ShardState {
             tasks: TaskTracker::new(),
             contents: Mutex::new(Contents { factory: Some(factory), ..Contents::default() }),
             previous_linked: CancellationToken::new(),
+            spans: None,
         }
+    }
+
+    /// With a place for spans of requests.
+    pub(crate) fn telling(self, spans: Option<Arc<dyn SpanSink>>) -> Self {
+        Self { spans, ..self }
     }
 
     /// Runs `task` until it is through or the worker ends.
@@ -150,6 +158,7 @@ impl ShardState {
             OUTBOX_MESSAGES,
             self.progress.clone(),
             self.lifeline.clone(),
+            self.spans.clone(),
         )
         .map_err(|error| Status::internal(format!("cannot start the compute thread: {error}")))?;
         contents.inbox = Some(thread.inbox);

@@ -13,6 +13,7 @@ use replica::{Heard, Model, Replica, VOCABULARY, prompt, spec};
 use std::time::{Duration, Instant};
 
 async fn tokens_equal_the_oracle(stages: usize, model: Model, lengths: &[usize], max_tokens: usize) {
+    let width = model.hidden;
     let replica = Replica::start(stages, model).await;
     let (client, mut events) = replica.drive().await;
     let prompts: Vec<_> =
@@ -30,13 +31,18 @@ async fn tokens_equal_the_oracle(stages: usize, model: Model, lengths: &[usize],
         assert_eq!(heard.ends[&sequence], SequenceEnd::Length);
     }
     let mut members = replica.members;
-    for member in &mut members {
+    for (index, member) in members.iter_mut().enumerate() {
         let stats = member.stats().await;
         assert_eq!((stats.open_sequences, stats.active_bytes), (0, 1000));
         // Every token but the last of each answer went through once, and no more batches than that.
         let all: usize = lengths.iter().map(|length| length + max_tokens - 1).sum();
         assert_eq!((stats.prompt_tokens + stats.decode_tokens) as usize, all);
         assert!(stats.steps as usize >= max_tokens && stats.steps as usize <= all, "{stats:?}");
+        // Hidden vectors of at least two bytes a number go on from every stage but the last.
+        if index + 1 < stages {
+            assert!(stats.sent_bytes as usize > all * width * 2, "{stats:?}");
+            assert!(stats.send_seconds > 0.0, "{stats:?}");
+        }
     }
     members[0].worker.stop();
     members[0].worker.ended().await.unwrap();

@@ -4,14 +4,16 @@ use super::view::Household;
 use super::wire;
 use crate::deployments::DeploymentsView;
 use crate::models::Busy;
+use crate::panorama::{Panorama, wire as looks};
+use crate::picture::{Picture, picture};
 use crate::route::{CoordinatorRoute, Route, forwarded, not_answered};
 use futures::stream::BoxStream;
 use mlxnode_cluster::Role;
 use mlxnode_proto::v1::cluster_client::ClusterClient;
 use mlxnode_proto::v1::cluster_server::Cluster;
 use mlxnode_proto::v1::{
-    ClusterStatus, ForgetRequest, ForgetResponse, InviteRequest, InviteResponse, LeaveRequest, LeaveResponse,
-    StatusRequest, WatchClusterRequest,
+    ClusterFigures, ClusterStatus, FiguresRequest, ForgetRequest, ForgetResponse, InviteRequest,
+    InviteResponse, LeaveRequest, LeaveResponse, StatusRequest, WatchClusterRequest,
 };
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,6 +27,7 @@ pub struct ClusterService {
     route: Arc<dyn CoordinatorRoute>,
     deployments: watch::Receiver<DeploymentsView>,
     busy: Arc<dyn Busy>,
+    panorama: Panorama,
 }
 
 /// Ten minutes: time to walk to the other Mac.
@@ -33,6 +36,9 @@ const INVITE_LIFETIME: Duration = Duration::from_secs(600);
 const MAX_INVITE_LIFETIME: u32 = 3600;
 /// Between two messages of `Watch`.
 const WATCH_PERIOD: Duration = Duration::from_millis(250);
+/// Between two messages of `Figures`, when nothing else is asked for, and the bounds of what may be.
+const FIGURES_PERIOD: u32 = 1000;
+const FIGURES_PERIODS: std::ops::RangeInclusive<u32> = 500..=60_000;
 
 impl ClusterService {
     /// Serves the members that this household knows.
@@ -41,8 +47,20 @@ impl ClusterService {
         route: Arc<dyn CoordinatorRoute>,
         deployments: watch::Receiver<DeploymentsView>,
         busy: Arc<dyn Busy>,
+        panorama: Panorama,
     ) -> Self {
-        Self { household, route, deployments, busy }
+        Self { household, route, deployments, busy, panorama }
+    }
+
+    /// The cluster now, with what every node does.
+    pub async fn picture(&self) -> Picture {
+        picture(self.figures_now().await)
+    }
+
+    async fn figures_now(&self) -> ClusterFigures {
+        let figures = self.panorama.look().await;
+        let nodes = figures.iter().map(looks::figures_to_proto).collect();
+        ClusterFigures { status: Some(self.status_now()), nodes }
     }
 
     fn status_now(&self) -> ClusterStatus {
@@ -62,6 +80,7 @@ impl ClusterService {
 #[tonic::async_trait]
 impl Cluster for ClusterService {
     type WatchStream = BoxStream<'static, Result<ClusterStatus, Status>>;
+    type FiguresStream = BoxStream<'static, Result<ClusterFigures, Status>>;
 
     async fn status(&self, _request: Request<StatusRequest>) -> Result<Response<ClusterStatus>, Status> {
         Ok(Response::new(self.status_now()))
@@ -84,6 +103,28 @@ impl Cluster for ClusterService {
             Some((Ok(service.status_now()), (service, members, deployments)))
         });
         Ok(Response::new(Box::pin(tokio_stream::StreamExt::throttle(stream, WATCH_PERIOD))))
+    }
+
+    async fn figures(
+        &self,
+        request: Request<FiguresRequest>,
+    ) -> Result<Response<Self::FiguresStream>, Status> {
+        let period = match request.get_ref().period_milliseconds {
+            0 => FIGURES_PERIOD,
+            period if FIGURES_PERIODS.contains(&period) => period,
+            period => {
+                let (least, most) = FIGURES_PERIODS.into_inner();
+                let text = format!("period_milliseconds is {period}, but must be {least} to {most}");
+                return Err(Status::invalid_argument(text));
+            }
+        };
+        let mut ticks = tokio::time::interval(Duration::from_millis(period.into()));
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let stream = futures::stream::unfold((self.clone(), ticks), |(service, mut ticks)| async move {
+            ticks.tick().await;
+            Some((Ok(service.figures_now().await), (service, ticks)))
+        });
+        Ok(Response::new(Box::pin(stream)))
     }
 
     async fn invite(&self, request: Request<InviteRequest>) -> Result<Response<InviteResponse>, Status> {

@@ -2,6 +2,7 @@
 
 use super::FrontError;
 use super::admission::Place;
+use super::spans::RequestSpans;
 use crate::gate::Gate;
 use crate::metrics::{Finished, Metrics, Rejection, RequestRecord};
 use mlxnode_compute::TraceContext;
@@ -34,6 +35,7 @@ pub(super) struct Account {
     prompt_tokens: usize,
     generated: usize,
     trace: Option<TraceContext>,
+    spans: Option<RequestSpans>,
     arrived: Instant,
     /// When the first step began, and how many tokens of the prompt needed no work; until the first token.
     prefill: Option<(Instant, usize)>,
@@ -45,11 +47,12 @@ impl Account {
         record: RequestRecord,
         metrics: Arc<Metrics>,
         gate: Option<(Gate, String)>,
+        spans: Option<RequestSpans>,
         submitted: Submitted,
     ) -> Self {
         let Submitted { prompt_tokens, trace, arrived } = submitted;
         let (generated, prefill) = (0, None);
-        Self { place, record, metrics, gate, prompt_tokens, generated, trace, arrived, prefill }
+        Self { place, record, metrics, gate, prompt_tokens, generated, trace, spans, arrived, prefill }
     }
 
     pub(super) fn prompt_tokens(&self) -> usize {
@@ -61,6 +64,9 @@ impl Account {
         let now = Instant::now();
         self.place.started();
         self.record.started(cached_tokens, now);
+        if let Some(spans) = &mut self.spans {
+            spans.started(cached_tokens, now);
+        }
         self.prefill = Some((now, cached_tokens));
         self.spend(self.prompt_tokens, now);
     }
@@ -70,6 +76,9 @@ impl Account {
         let now = Instant::now();
         if let Some((began, cached_tokens)) = self.prefill.take() {
             self.place.measured(cached_tokens, now.saturating_duration_since(began));
+            if let Some(spans) = &mut self.spans {
+                spans.first_token(now);
+            }
         }
         self.generated += 1;
         self.record.token(now);
@@ -82,6 +91,9 @@ impl Account {
         self.place.started();
         self.record.ended(finished, now);
         self.tell("ended", now);
+        if let Some(spans) = &mut self.spans {
+            spans.ended(Some(finished.word()), Some(self.generated), now);
+        }
     }
 
     /// It did not. What the client hears.
@@ -89,6 +101,9 @@ impl Account {
         let now = Instant::now();
         self.place.started();
         self.tell("failed", now);
+        if let Some(spans) = &mut self.spans {
+            spans.ended(None, Some(self.generated), now);
+        }
         match &error {
             RunError::QueueFull { .. } => self.record.was_never_taken(),
             RunError::Cancelled | RunError::DeadlineExceeded => self.record.ended(Finished::Abort, now),

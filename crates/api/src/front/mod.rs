@@ -16,6 +16,7 @@ mod patience;
 mod prepared;
 mod replicas;
 mod resume;
+mod spans;
 
 pub use admission::Admission;
 pub use answer::{Answer, AnswerEvent, Summary};
@@ -32,10 +33,11 @@ use crate::metrics::{Finished, Metrics, Rejection};
 use account::{Account, Submitted};
 use admission::{Door, Place};
 use futures::StreamExt as _;
-use mlxnode_compute::{ByteCount, TraceContext};
+use mlxnode_compute::{ByteCount, SpanSink, TraceContext};
 use mlxnode_coordinator::requests::{Parameters, RequestError, ValidRequest};
 use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
 use mlxnode_text::{ChatRequest, Sandbox, TextError};
+use spans::RequestSpans;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -62,7 +64,7 @@ pub struct GenerationRequest {
     pub tenant: String,
     /// Names the request on all nodes; a new name when absent.
     pub trace: Option<TraceContext>,
-    /// Tell content, reasoning and tool calls apart: [`Piece::deltas`]. Only for conversations.
+    /// Tell content, reasoning and tool calls apart: [`Piece::deltas`].
     pub is_read: bool,
 }
 
@@ -171,6 +173,7 @@ pub struct Front {
     resume_within: Duration,
     /// The node ends: nobody waits for replicas any more.
     ending: CancellationToken,
+    spans: Option<Arc<dyn SpanSink>>,
 }
 
 /// By deployment, with the epoch for which they were read: a reload may bring another tokenizer.
@@ -194,6 +197,7 @@ impl Front {
             gate: None,
             resume_within: DEFAULT_RESUME_WITHIN,
             ending: CancellationToken::new(),
+            spans: None,
         }
     }
 
@@ -213,6 +217,17 @@ impl Front {
     #[must_use]
     pub fn counting(self, metrics: Arc<Metrics>, gate: Option<Gate>) -> Self {
         Self { metrics, gate, ..self }
+    }
+
+    /// With a place for spans of requests.
+    #[must_use]
+    pub fn telling(self, spans: Option<Arc<dyn SpanSink>>) -> Self {
+        Self { spans, ..self }
+    }
+
+    /// Where spans of requests go, when somebody collects them.
+    pub(crate) fn spans(&self) -> Option<Arc<dyn SpanSink>> {
+        self.spans.clone()
     }
 
     /// All deployments, by name.
@@ -291,10 +306,11 @@ impl Front {
         let prompt = text.clone().tokenize_blocking(request.input).await?;
         let mut valid = ValidRequest::embedding(prompt, adapter, &text.limits(&deployment)?)?;
         valid.spec.trace = Some(named(request.trace));
+        let parent = request.trace.map(|trace| trace.span_id());
         let prompt_tokens = valid.prompt.len();
         let (deadline, tenant) = (request.deadline, request.tenant);
         let run = RunRequest { prompt: valid.prompt, spec: valid.spec, deadline, tenant };
-        let mut account = self.account(&deployment, &run, arrived);
+        let mut account = self.account(&deployment, &run, Origin { arrived, parent });
         let mut events = self.run(&deployment, run).await.map_err(|error| account.failed(error))?;
         while let Some(event) = events.next().await {
             match event {
@@ -319,11 +335,16 @@ impl Front {
     }
 
     /// The account of a sequence that is about to be submitted.
-    fn account(&self, deployment: &DeploymentView, run: &RunRequest, arrived: Instant) -> Account {
+    fn account(&self, deployment: &DeploymentView, run: &RunRequest, origin: Origin) -> Account {
+        let arrived = origin.arrived;
         let place = self.door.join(&deployment.name, run.prompt.len());
         let record = self.metrics.request(&deployment.name, run.prompt.len(), arrived);
         let gate = self.gate.clone().map(|gate| (gate, run.tenant.clone()));
-        Account::new(place, record, self.metrics.clone(), gate, Submitted::new(run, arrived))
+        let spans = self.spans.clone().zip(run.spec.trace);
+        let spans = spans.map(|(sink, trace)| {
+            RequestSpans::new(sink, trace, origin.parent, &deployment.name, run.prompt.len(), arrived)
+        });
+        Account::new(place, record, self.metrics.clone(), gate, spans, Submitted::new(run, arrived))
     }
 
     /// The largest memory that any stage's MLX held since it was loaded; 0 when no stage says so in time.
@@ -349,9 +370,19 @@ fn check_ready(deployment: &DeploymentView) -> Result<(), FrontError> {
     Err(FrontError::NotReady { model, state, detail })
 }
 
-/// The request's name, or a new one.
+/// When a request came, and the span that it is part of.
+#[derive(Clone, Copy)]
+struct Origin {
+    arrived: Instant,
+    parent: Option<[u8; 8]>,
+}
+
+/// The request's trace, or a new one, with a span of its own.
 fn named(trace: Option<TraceContext>) -> TraceContext {
-    trace.unwrap_or_else(|| TraceContext::new(rand::random()))
+    match trace {
+        Some(trace) => trace.with_span(rand::random()),
+        None => TraceContext::new(rand::random()),
+    }
 }
 
 /// 63 random bits: a seed that survives every JSON parser's numbers would need 53, but gRPC carries all.

@@ -3,7 +3,8 @@
 use crate::deployments::DeploymentView;
 use crate::front::names::check_adapter;
 use crate::front::{
-    Answer, Front, FrontError, GenerationRequest, Input, ModelText, Output, check_ready, fresh_seed, named,
+    Answer, Front, FrontError, GenerationRequest, Input, ModelText, Origin, Output, check_ready, fresh_seed,
+    named,
 };
 use mlxnode_coordinator::requests::ValidRequest;
 use mlxnode_coordinator::scheduler::RunRequest;
@@ -24,7 +25,7 @@ pub struct Prepared {
     tools: Option<Vec<Value>>,
     deadline: Option<Instant>,
     tenant: String,
-    arrived: Instant,
+    origin: Origin,
 }
 
 impl Front {
@@ -43,8 +44,9 @@ impl Front {
         let _place = self.enter(&deployment.name, arrived)?;
         let text = self.model_text(&deployment).await?;
         let tools = match &request.input {
-            Input::Chat(chat) if request.is_read => Some(chat.tools.clone().unwrap_or_default()),
-            _ => None,
+            _ if !request.is_read => None,
+            Input::Chat(chat) => Some(chat.tools.clone().unwrap_or_default()),
+            Input::Prompt(_) | Input::Tokens(_) => Some(Vec::new()),
         };
         let prompt = text.clone().tokenize_blocking(request.input).await?;
         for token in &request.extra_eos {
@@ -54,7 +56,8 @@ impl Front {
         let mut valid = ValidRequest::new(prompt, parameters, &limits, fresh_seed())?;
         valid.spec.trace = Some(named(request.trace));
         let (deadline, tenant) = (request.deadline, request.tenant);
-        Ok(Prepared { deployment, text, valid, tools, deadline, tenant, arrived })
+        let origin = Origin { arrived, parent: request.trace.map(|trace| trace.span_id()) };
+        Ok(Prepared { deployment, text, valid, tools, deadline, tenant, origin })
     }
 
     /// Runs the sample of this number: its seed is the request's plus the number. Dropping the answer cancels it within one step.
@@ -62,14 +65,17 @@ impl Front {
     /// # Errors
     /// When the replica does not take it.
     pub async fn start(&self, prepared: &Prepared, sample: u64) -> Result<Answer, FrontError> {
-        let Prepared { deployment, text, valid, tools, deadline, tenant, arrived } = prepared.clone();
+        let Prepared { deployment, text, valid, tools, deadline, tenant, origin } = prepared.clone();
         let reader = tools.map(|tools| text.answers.parser(&tools, &valid.prompt)).transpose()?;
         let output = Output::new(&text, valid.stop, reader)?;
         let mut spec = valid.spec;
         spec.sampling.seed = spec.sampling.seed.wrapping_add(sample);
         let seed = spec.sampling.seed;
+        // Each sample is a span of its own.
+        spec.trace =
+            spec.trace.map(|trace| if sample == 0 { trace } else { trace.with_span(rand::random()) });
         let run = RunRequest { prompt: valid.prompt, spec, deadline, tenant };
-        let mut account = self.account(&deployment, &run, arrived);
+        let mut account = self.account(&deployment, &run, origin);
         let stream = self.run(&deployment, run).await.map_err(|error| account.failed(error))?;
         Ok(Answer::new(deployment, stream, output, account, seed))
     }

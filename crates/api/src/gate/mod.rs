@@ -23,6 +23,8 @@ pub enum Access {
     Open,
     /// A key that may use models.
     User,
+    /// The same, to look at the cluster: not counted against what the key may ask.
+    Read,
     /// A key that may change what is loaded, who has keys, and jobs.
     Admin,
     /// A key that may read figures; none where only this machine can ask.
@@ -95,7 +97,7 @@ pub fn decide<'a>(
     let key = find(&view.keys, presented.ok_or(Denied::NoKey)?).ok_or(Denied::WrongKey)?;
     let may = match needs {
         Access::Open => true,
-        Access::User => matches!(key.role, KeyRole::User | KeyRole::Admin),
+        Access::User | Access::Read => matches!(key.role, KeyRole::User | KeyRole::Admin),
         Access::Metrics => matches!(key.role, KeyRole::Metrics | KeyRole::Admin),
         Access::Admin => key.role == KeyRole::Admin,
     };
@@ -136,12 +138,49 @@ impl Gate {
     /// [`Denied`]
     pub fn admit(&self, needs: Access, presented: Option<&str>, now: Instant) -> Result<Pass, Denied> {
         let view = self.keys.borrow();
-        let Some(key) = decide(&view, self.options, needs, presented)? else { return Ok(Pass::default()) };
-        if needs != Access::User {
-            return Ok(Pass { key: Some(Arc::new(key.clone())), balance: Balance::default() });
+        let key = decide(&view, self.options, needs, presented)?;
+        self.count(needs, key, &view, now)
+    }
+
+    /// Lets a call in whose connection was let in already, by the key that it carries besides: the call may do what the key may, and is
+    /// counted against it. Without a key, and where nothing is needed, it may do what its connection may.
+    ///
+    /// # Errors
+    /// [`Denied`]
+    pub fn narrow(&self, needs: Access, presented: Option<&str>, now: Instant) -> Result<Pass, Denied> {
+        match presented {
+            Some(_) if needs != Access::Open => {
+                let view = self.keys.borrow();
+                let options = GateOptions { is_public: true, requires_key: true };
+                let key = decide(&view, options, needs, presented)?;
+                self.count(needs, key, &view, now)
+            }
+            _ => Ok(Pass::default()),
         }
-        let balance = self.lock().admit(key, &view.keys, now).map_err(Denied::Exhausted)?;
+    }
+
+    fn count(
+        &self,
+        needs: Access,
+        key: Option<&KeyEntry>,
+        view: &KeysView,
+        now: Instant,
+    ) -> Result<Pass, Denied> {
+        let Some(key) = key else { return Ok(Pass::default()) };
+        let balance = match needs {
+            Access::User => self.lock().admit(key, &view.keys, now).map_err(Denied::Exhausted)?,
+            _ => Balance::default(),
+        };
         Ok(Pass { key: Some(Arc::new(key.clone())), balance })
+    }
+
+    /// Is who was let in with this key (or without one) let in still? Asked by answers that go on for long.
+    pub fn admits_still(&self, needs: Access, key: Option<&KeyEntry>) -> bool {
+        let view = self.keys.borrow();
+        match key {
+            None => decide(&view, self.options, needs, None).is_ok(),
+            Some(key) => view.keys.iter().any(|known| known.hash == key.hash && known.role == key.role),
+        }
     }
 
     /// Tokens were read or generated for this tenant ([`KeyEntry::tenant`]); others than keys have no limits.
@@ -190,7 +229,7 @@ mod tests {
             ("admin", Some(admin.reveal())),
             ("metrics", Some(metrics.reveal())),
         ];
-        let needs = [Access::Open, Access::User, Access::Admin, Access::Metrics];
+        let needs = [Access::Open, Access::User, Access::Read, Access::Admin, Access::Metrics];
         for (is_public, requires_key) in [(false, false), (true, false), (false, true), (true, true)] {
             let options = GateOptions { is_public, requires_key };
             let is_ours_alone = !is_public && !requires_key;
@@ -203,7 +242,7 @@ mod tests {
                             (Access::Metrics, ..) if is_ours_alone => true,
                             (_, "unknown", _) => false,
                             (_, "no keys", _) => is_ours_alone,
-                            (Access::User, _, "user" | "admin") => true,
+                            (Access::User | Access::Read, _, "user" | "admin") => true,
                             (Access::Admin, _, "admin") => true,
                             (Access::Metrics, _, "metrics" | "admin") => true,
                             _ => false,
@@ -238,8 +277,10 @@ mod tests {
         assert_eq!((ask(), ask()), (Ok(()), Ok(())));
         assert!(matches!(ask(), Err(Denied::Exhausted(_))));
         assert!(gate.admit(Access::Metrics, None, now).is_ok(), "figures are not counted");
+        assert!(gate.admits_still(Access::Read, Some(&entry)) && !gate.admits_still(Access::Read, None));
         sender.send_replace(KeysView { keys: vec![other], is_known: true });
         assert_eq!(ask(), Err(Denied::WrongKey));
+        assert!(!gate.admits_still(Access::Read, Some(&entry)));
         sender.send_replace(view);
         assert_eq!(gate.lock().len(), 1);
     }

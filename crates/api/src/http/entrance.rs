@@ -23,8 +23,6 @@ pub(super) struct Entrance {
 
 /// Anthropic's clients send their key in this header.
 const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
-/// Without the keys, try again in this time.
-const SOON: Duration = Duration::from_secs(1);
 
 /// Lets a request through, or answers it.
 pub(super) async fn check(State(entrance): State<Entrance>, mut request: Request, next: Next) -> Response {
@@ -67,36 +65,20 @@ fn presented_key(headers: &HeaderMap) -> Option<String> {
 }
 
 fn refusal(denied: Denied) -> (ApiError, Option<Rejection>, Balance) {
-    let text = denied.to_string();
-    let none = Balance::default();
-    match denied {
-        Denied::NoKey | Denied::WrongKey => {
-            (ApiError::new(ErrorKind::Unauthorized, text), Some(Rejection::NoValidKey), none)
-        }
-        Denied::WrongRole { .. } => {
-            (ApiError::new(ErrorKind::Forbidden, text), Some(Rejection::Forbidden), none)
-        }
-        Denied::NotKnownYet => (ApiError::new(ErrorKind::Unavailable, text).retry_after(SOON), None, none),
-        Denied::Exhausted(exhausted) => (
-            ApiError::new(ErrorKind::RateLimited, text).retry_after(exhausted.wait),
-            Some(Rejection::KeyLimit),
-            exhausted.balance,
-        ),
-    }
+    let reason = Rejection::of(&denied);
+    let balance = match &denied {
+        Denied::Exhausted(exhausted) => exhausted.balance,
+        _ => Balance::default(),
+    };
+    (denied.into(), reason, balance)
 }
 
 /// A key that is held to some models does not learn the names of the others.
 fn without_names(response: Response) -> Response {
     match response.extensions().get::<ApiError>() {
-        // Which one is meant is not clear: the text names all.
-        Some(error) if error.kind == ErrorKind::Invalid && error.param.as_deref() == Some("model") => {
-            ApiError::field("model", "name a model; /v1/models lists those that this API key may use")
-                .into_response()
-        }
-        Some(error) if error.kind == ErrorKind::NoModel => {
-            let message = "there is no model of this name, or this API key may not use it; /v1/models lists those it may";
-            ApiError { param: error.param.clone(), ..ApiError::new(ErrorKind::NoModel, message) }
-                .into_response()
+        Some(error) if matches!(error.kind, ErrorKind::Invalid | ErrorKind::NoModel) => {
+            let told = error.clone().without_names();
+            if told == *error { response } else { told.into_response() }
         }
         _ => response,
     }

@@ -91,6 +91,8 @@ pub(super) async fn check(State(guard): State<Arc<Guard>>, request: Request, nex
     }
     let origin = match guard.origin(request.headers(), &host) {
         Ok(origin) => origin,
+        // A link that somebody follows to the page; it says nothing by itself.
+        Err(_) if is_visit(&request) => None,
         Err(error) => return error.respond(dialect),
     };
     let Some(origin) = origin else { return next.run(request).await };
@@ -115,6 +117,12 @@ pub(super) async fn check(State(guard): State<Arc<Guard>>, request: Request, nex
     response.headers_mut().insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
     response.headers_mut().append(header::VARY, HeaderValue::from_static("origin"));
     response
+}
+
+/// Does a person go to the web page, from wherever?
+fn is_visit(request: &Request) -> bool {
+    let navigates = request.headers().get("sec-fetch-mode").is_some_and(|mode| mode == "navigate");
+    navigates && request.method() == Method::GET && request.uri().path() == "/"
 }
 
 #[cfg(test)]

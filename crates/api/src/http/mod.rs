@@ -12,11 +12,12 @@
 //! | [`routes`] | every route as data, and the router made of it |
 //! | `requests` | every request has an id and a trace |
 //! | `entrance` | the gate at every route: keys, roles, limits |
-//! | `caller` | for whom a request is |
-//! | `error`, `body`, `fields` | what a client can get wrong, and how it hears of it |
-//! | `conversation`, `tools`, `constraint` | a request for an answer, whatever its dialect, and what the answer has to look like |
-//! | `generation`, `events` | the samples of a request, and an answer in pieces (server-sent events) |
+//! | `caller` | for whom a request is, for handlers |
+//! | `error`, `body` | how a client hears of what it got wrong |
+//! | `tools` | the functions that a request offers, in OpenAI's notation |
+//! | `events` | an answer in pieces (server-sent events) |
 //! | `openai`, `anthropic` | the endpoints |
+//! | `page` | the web page, and the endpoints under `/api/v1` that it lives on |
 //! | `openapi` | the description of all of them for programs |
 //!
 //! What the fields mean and what is refused stands in docs/http.md. Nothing that a client sends is ignored in silence.
@@ -24,30 +25,32 @@
 mod anthropic;
 mod body;
 mod caller;
-mod constraint;
-mod conversation;
 mod entrance;
 mod error;
 mod events;
-mod fields;
-mod generation;
 mod guard;
 mod health;
 mod metrics;
 mod openai;
 mod openapi;
+mod page;
 mod requests;
 pub mod routes;
 mod server;
 mod stalled;
 mod tools;
 
-pub use caller::Caller;
-pub use error::{ApiError, Dialect, ErrorKind};
+pub use crate::caller::Caller;
+pub use crate::error::{ApiError, ErrorKind};
+pub use error::Dialect;
 pub use server::{BindError, HttpOptions, HttpServer};
 
-use crate::front::Front;
+use crate::cluster::ClusterService;
+use crate::conversation::{self, Conversation, Model, find_model};
+use crate::fields;
+use crate::front::{Front, Prepared};
 use crate::gate::Gate;
+use crate::jobs::JobTable;
 use crate::metrics::{Metrics, Observer};
 use crate::models::ModelsService;
 use std::hash::{BuildHasher as _, RandomState};
@@ -68,13 +71,15 @@ pub struct HttpServices {
     metrics: Arc<Metrics>,
     observer: Option<Arc<dyn Observer>>,
     control: Option<Control>,
+    jobs: Option<Arc<dyn JobTable>>,
     /// Unix time of the start.
     started: u64,
 }
 
-/// The cluster behind a listener.
+/// The cluster behind a listener: who is here, what is loaded.
 #[derive(Clone)]
 struct Control {
+    cluster: ClusterService,
     models: ModelsService,
 }
 
@@ -88,7 +93,7 @@ impl HttpServices {
         let (gate, metrics) = (Gate::open(), Arc::new(Metrics::default()));
         let front = front.counting(metrics.clone(), Some(gate.clone()));
         let bodies = Arc::new(Semaphore::new(BODIES_KIB));
-        Self { front, bodies, stopping, gate, metrics, observer: None, control: None, started }
+        Self { front, bodies, stopping, gate, metrics, observer: None, control: None, jobs: None, started }
     }
 
     /// Lets in only whom the gate lets in.
@@ -98,10 +103,31 @@ impl HttpServices {
         Self { front, gate, ..self }
     }
 
-    /// Changes what the cluster has loaded.
+    /// The model that a request means, if this caller may use it.
+    async fn model(&self, caller: &Caller, model: &str) -> Result<Model, ApiError> {
+        find_model(&self.front, caller, model).await
+    }
+
+    /// Everything before the first step.
+    async fn prepare(
+        &self,
+        caller: &Caller,
+        model: &Model,
+        conversation: Conversation,
+    ) -> Result<Prepared, ApiError> {
+        conversation::prepare(&self.front, caller, model, conversation).await
+    }
+
+    /// Shows this cluster and changes what it has loaded.
     #[must_use]
-    pub fn controlling(self, models: ModelsService) -> Self {
-        Self { control: Some(Control { models }), ..self }
+    pub fn controlling(self, cluster: ClusterService, models: ModelsService) -> Self {
+        Self { control: Some(Control { cluster, models }), ..self }
+    }
+
+    /// Shows these jobs.
+    #[must_use]
+    pub fn running_jobs(self, jobs: Arc<dyn JobTable>) -> Self {
+        Self { jobs: Some(jobs), ..self }
     }
 
     /// Counts into `metrics`, and shows with them what the observer sees.

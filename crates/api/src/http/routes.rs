@@ -3,7 +3,8 @@
 pub use crate::gate::Access;
 use crate::http::entrance::{self, Entrance};
 use crate::http::{
-    ApiError, Dialect, ErrorKind, HttpServices, anthropic, guard, health, metrics, openai, openapi, requests,
+    ApiError, Dialect, ErrorKind, HttpServices, anthropic, guard, health, metrics, openai, openapi, page,
+    requests,
 };
 use axum::Router;
 use axum::extract::Request;
@@ -45,12 +46,22 @@ pub fn routes() -> Vec<Route> {
         post_("/v1/messages/count_tokens", post(anthropic::messages::count_tokens)),
         change("/v1/load_lora_adapter", post(openai::adapters::load)),
         change("/v1/unload_lora_adapter", post(openai::adapters::unload)),
+        get_("/", Access::Open, get(page::files::index)),
+        get_("/page/{file}", Access::Open, get(page::files::file)),
+        get_("/api/v1/session", Access::Read, get(page::cluster::session)),
+        get_("/api/v1/cluster", Access::Read, get(page::cluster::cluster)),
+        get_("/api/v1/events", Access::Read, get(page::cluster::events)),
+        get_("/api/v1/jobs", Access::Read, get(page::jobs::jobs)),
+        change("/api/v1/plan", post(page::models::plan)),
+        change("/api/v1/load", post(page::models::load)),
+        change("/api/v1/unload", post(page::models::unload)),
     ]
 }
 
 /// The router over [`routes`]: unknown paths, wrong methods and foreign pages are answered in the caller's dialect.
 pub fn router(services: HttpServices, guard: Arc<guard::Guard>) -> Router {
     let mut router = Router::new();
+    let spans = services.front.spans();
     for route in routes() {
         let Route { path, access, handler, .. } = route;
         let entrance = Entrance { services: services.clone(), access, path };
@@ -63,7 +74,7 @@ pub fn router(services: HttpServices, guard: Arc<guard::Guard>) -> Router {
         .with_state(services)
         .layer(middleware::from_fn(speak))
         .layer(middleware::from_fn_with_state(guard, guard::check))
-        .layer(middleware::from_fn(requests::name))
+        .layer(middleware::from_fn_with_state(spans, requests::name))
 }
 
 async fn no_route(request: Request) -> ApiError {

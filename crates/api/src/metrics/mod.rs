@@ -15,6 +15,7 @@ mod requests;
 pub use observations::{LinkSeen, Observations, Observer, SchedulerSeen, StageSeen};
 pub use requests::{Finished, RequestRecord};
 
+use crate::gate::Denied;
 use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
 use prometheus_client::metrics::counter::Counter;
@@ -37,6 +38,18 @@ pub enum Rejection {
     NoValidKey,
     /// The key may do less.
     Forbidden,
+}
+
+impl Rejection {
+    /// Why the gate let nobody in; none when it only does not know yet.
+    pub(crate) fn of(denied: &Denied) -> Option<Self> {
+        match denied {
+            Denied::NoKey | Denied::WrongKey => Some(Self::NoValidKey),
+            Denied::WrongRole { .. } => Some(Self::Forbidden),
+            Denied::Exhausted(_) => Some(Self::KeyLimit),
+            Denied::NotKnownYet => None,
+        }
+    }
 }
 
 impl EncodeLabelValue for Rejection {
@@ -212,7 +225,11 @@ mod tests {
         };
         let observations = Observations {
             stages: vec![stage],
-            links: vec![LinkSeen { to: "studio".into(), round_trip: Some(seconds(0.001)) }],
+            links: vec![LinkSeen {
+                to: "studio".into(),
+                to_id: "00".into(),
+                round_trip: Some(seconds(0.001)),
+            }],
             nodes: [("alive", 2), ("dead", 1)].into(),
             memory_budget_bytes: 8,
             ..Observations::default()

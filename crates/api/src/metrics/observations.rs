@@ -20,6 +20,8 @@ pub trait Observer: Send + Sync + 'static {
 /// One look at a node.
 #[derive(Clone, Debug, Default)]
 pub struct Observations {
+    /// Name of the node.
+    pub node: String,
     /// Names of all deployments of the cluster.
     pub deployments: Vec<String>,
     /// The schedulers on this node.
@@ -72,6 +74,12 @@ pub struct StageSeen {
     pub active_bytes: u64,
     /// Memory held at most.
     pub peak_bytes: u64,
+    /// Tokens of prompts that went through.
+    pub prompt_tokens: u64,
+    /// Generated tokens that went through.
+    pub decode_tokens: u64,
+    /// Bytes of the messages to the next stage.
+    pub sent_bytes: u64,
 }
 
 /// A link to another node.
@@ -79,6 +87,8 @@ pub struct StageSeen {
 pub struct LinkSeen {
     /// Name of the other node.
     pub to: String,
+    /// Its id, in hex.
+    pub to_id: String,
     /// Smoothed, of heartbeats; none while unknown.
     pub round_trip: Option<Duration>,
 }
@@ -119,7 +129,7 @@ impl Collector for Observations {
             by_scheduler(|seen| Some(seen.preemptions as f64)),
         )?;
         let by_stage = |value: fn(&StageSeen) -> Option<f64>| {
-            self.stages.iter().filter_map(move |seen| Some((stage_labels(seen), value(seen)?)))
+            self.stages.iter().filter_map(move |seen| Some((stage_labels(&self.node, seen), value(seen)?)))
         };
         counters(
             out,
@@ -144,6 +154,24 @@ impl Collector for Observations {
             "mlxnode_stage_send_seconds",
             "Time that messages of a stage on this node took to the next stage",
             by_stage(|seen| Some(seen.send?.as_secs_f64())),
+        )?;
+        counters(
+            out,
+            "mlxnode_stage_sent_bytes",
+            "Bytes of the messages of a stage on this node to the next stage",
+            by_stage(|seen| Some(seen.sent_bytes as f64)),
+        )?;
+        counters(
+            out,
+            "mlxnode_stage_prompt_tokens",
+            "Tokens of prompts that went through a stage on this node",
+            by_stage(|seen| Some(seen.prompt_tokens as f64)),
+        )?;
+        counters(
+            out,
+            "mlxnode_stage_decode_tokens",
+            "Generated tokens that went through a stage on this node",
+            by_stage(|seen| Some(seen.decode_tokens as f64)),
         )?;
         gauges(
             out,
@@ -191,8 +219,8 @@ impl Collector for Observations {
     }
 }
 
-fn stage_labels(seen: &StageSeen) -> Labels<'_> {
-    vec![("model_name", &seen.model), ("layers", &seen.layers)]
+fn stage_labels<'a>(node: &'a str, seen: &'a StageSeen) -> Labels<'a> {
+    vec![("model_name", &seen.model), ("layers", &seen.layers), ("node", node)]
 }
 
 fn gauges<'a>(

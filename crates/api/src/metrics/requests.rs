@@ -45,13 +45,19 @@ pub enum Finished {
 
 impl EncodeLabelValue for Finished {
     fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
-        let word = match self {
+        self.word().encode(encoder)
+    }
+}
+
+impl Finished {
+    /// As figures and traces write it.
+    pub fn word(self) -> &'static str {
+        match self {
             Self::Stop => "stop",
             Self::Length => "length",
             Self::Abort => "abort",
             Self::Error => "error",
-        };
-        word.encode(encoder)
+        }
     }
 }
 

@@ -1,8 +1,10 @@
 //! `Models`: wishes go to the coordinator, wherever it is; what is loaded is known on every node.
 
 use super::wire;
+use crate::caller::Caller;
 use crate::deployments::DeploymentsView;
 use crate::route::{CoordinatorRoute, Route, forwarded, not_answered};
+use crate::rpc::caller;
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
 use mlxnode_coordinator::coordinator::{LoadUpdate, LoadWish};
@@ -44,8 +46,14 @@ impl ModelsService {
     }
 }
 
-fn listing(view: &DeploymentsView, busy: &BTreeMap<String, Statistics>) -> ListModelsResponse {
-    let all = view.deployments.iter().map(|view| wire::deployment_to_proto(view, busy.get(&view.name)));
+/// What the caller may ask.
+fn listing(
+    view: &DeploymentsView,
+    busy: &BTreeMap<String, Statistics>,
+    caller: &Caller,
+) -> ListModelsResponse {
+    let mine = view.deployments.iter().filter(|view| caller.may_use(&view.name));
+    let all = mine.map(|view| wire::deployment_to_proto(view, busy.get(&view.name)));
     ListModelsResponse { deployments: all.collect() }
 }
 
@@ -56,9 +64,9 @@ impl Models for ModelsService {
 
     async fn list(
         &self,
-        _request: Request<ListModelsRequest>,
+        request: Request<ListModelsRequest>,
     ) -> Result<Response<ListModelsResponse>, Status> {
-        Ok(Response::new(listing(&self.deployments.borrow(), &self.busy.statistics())))
+        Ok(Response::new(listing(&self.deployments.borrow(), &self.busy.statistics(), &caller(&request))))
     }
 
     async fn plan(&self, request: Request<PlanRequest>) -> Result<Response<PlanResponse>, Status> {
@@ -150,15 +158,15 @@ impl Models for ModelsService {
 
     async fn watch(
         &self,
-        _request: Request<WatchModelsRequest>,
+        request: Request<WatchModelsRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let mut deployments = self.deployments.clone();
         deployments.mark_changed(); // the first message comes at once
-        let state = (deployments, self.busy.clone());
-        let stream = futures::stream::unfold(state, |(mut deployments, busy)| async move {
+        let state = (deployments, self.busy.clone(), caller(&request));
+        let stream = futures::stream::unfold(state, |(mut deployments, busy, caller)| async move {
             deployments.changed().await.ok()?;
-            let listing = listing(&deployments.borrow_and_update(), &busy.statistics());
-            Some((Ok(listing), (deployments, busy)))
+            let listing = listing(&deployments.borrow_and_update(), &busy.statistics(), &caller);
+            Some((Ok(listing), (deployments, busy, caller)))
         });
         Ok(Response::new(stream.boxed()))
     }

@@ -4,7 +4,7 @@ use crate::client::{good, refused};
 use crate::desk::Desk;
 use anyhow::{Context as _, Result, ensure};
 use mlxnode_compute::Grammar;
-use mlxnode_text::grammar::{Source, Vocabulary};
+use mlxnode_text::grammar::Vocabulary;
 use serde_json::{Value, json};
 
 const PATH: &str = "/v1/chat/completions";
@@ -12,13 +12,7 @@ const PATH: &str = "/v1/chat/completions";
 /// Whether the grammar of the last request has this answer for a sentence.
 fn allows(desk: &Desk, text: &str) -> Result<bool> {
     let grammar = desk.replicas.last().spec.grammar.context("a grammar")?;
-    let source = match &grammar {
-        Grammar::JsonObject => Source::JsonObject,
-        Grammar::JsonSchema(text) => Source::JsonSchema(text),
-        Grammar::Regex(text) => Source::Regex(text),
-        Grammar::Lark(text) => Source::Lark(text),
-    };
-    let mut matcher = Vocabulary::new(&desk.replicas.tokenizer, 514)?.compile(source)?;
+    let mut matcher = Vocabulary::new(&desk.replicas.tokenizer, 514)?.compile((&grammar).into())?;
     for token in desk.replicas.tokenizer.encode(text, false)? {
         if matcher.accept(token).is_err() {
             return Ok(false);

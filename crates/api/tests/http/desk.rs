@@ -9,6 +9,7 @@ use mlxnode_api::deployments::{AdapterView, DeploymentView, DeploymentsView, Sta
 use mlxnode_api::front::{Front, Replicas, RunEvents};
 use mlxnode_api::gate::Gate;
 use mlxnode_api::http::{HttpOptions, HttpServer, HttpServices};
+use mlxnode_api::jobs::JobTable;
 use mlxnode_compute::{ByteCount, Candidate, Output, Sampled, SequenceEnd};
 use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
 use mlxnode_text::{InProcess, TextFiles, Tokenizer};
@@ -49,16 +50,25 @@ impl Desk {
 
     /// With a gate.
     pub(crate) async fn behind(options: HttpOptions, gate: Gate) -> Result<Self> {
-        Self::made(options, gate, Duration::ZERO).await
+        Self::made(options, Duration::ZERO, |services| services.behind(gate)).await
     }
 
     /// Answers that lose their replica wait for another one.
     pub(crate) async fn patient(resume_within: Duration) -> Result<Self> {
         let options = HttpOptions { any_port_will_do: false, ..HttpOptions::local() };
-        Self::made(options, Gate::open(), resume_within).await
+        Self::made(options, resume_within, |services| services).await
     }
 
-    async fn made(options: HttpOptions, gate: Gate, resume_within: Duration) -> Result<Self> {
+    /// With jobs.
+    pub(crate) async fn with_jobs(jobs: Arc<dyn JobTable>) -> Result<Self> {
+        Self::made(HttpOptions::local(), Duration::ZERO, |services| services.running_jobs(jobs)).await
+    }
+
+    async fn made(
+        options: HttpOptions,
+        resume_within: Duration,
+        with: impl FnOnce(HttpServices) -> HttpServices,
+    ) -> Result<Self> {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../hub/demo-model/model");
         let mut files: BTreeMap<String, Vec<u8>> = BTreeMap::new();
         for name in TextFiles::names() {
@@ -103,7 +113,7 @@ impl Desk {
         let address = server.address();
         let front =
             Front::new(view, replicas.clone(), Arc::new(InProcess::default())).resuming_within(resume_within);
-        let services = HttpServices::new(front.clone(), stop.clone()).behind(gate);
+        let services = with(HttpServices::new(front.clone(), stop.clone()));
         let router = server.router(services, &["studio".to_owned()]);
         let server = tokio::spawn(server.serve(router, stop.clone()));
         Ok(Self { address, replicas, front, stop, server, deployments: sender })

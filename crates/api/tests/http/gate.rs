@@ -79,7 +79,10 @@ async fn every_route_denies_every_credential_that_is_not_meant_for_it() -> Resul
             let reply = with_key(desk.address, route.method.as_str(), &path, credential).await?;
             let may = matches!(
                 (route.access, name),
-                (Access::Open, _) | (_, "admin") | (Access::User, "user") | (Access::Metrics, "metrics")
+                (Access::Open, _)
+                    | (_, "admin")
+                    | (Access::User | Access::Read, "user")
+                    | (Access::Metrics, "metrics")
             );
             let is_known = matches!(name, "user" | "metrics");
             let expected = if is_known { 403 } else { 401 };

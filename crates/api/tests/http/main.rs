@@ -9,6 +9,7 @@ mod constraints;
 mod desk;
 mod gate;
 mod malformed;
+mod page;
 mod responses;
 mod resume;
 mod shell;

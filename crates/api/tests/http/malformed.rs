@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-/// Refusals come at once; a busy machine gets a second and a third try.
+/// Refusals come at once; a busy machine gets a few more tries.
 const SOON: Duration = Duration::from_millis(50);
 
 fn check(reply: &Reply, what: &str) -> Result<()> {
@@ -21,7 +21,7 @@ fn check(reply: &Reply, what: &str) -> Result<()> {
 
 async fn soon(address: SocketAddr, path: &str, body: &Value, what: &str) -> Result<()> {
     let mut took = Duration::MAX;
-    for _ in 0..3 {
+    for _ in 0..8 {
         let started = Instant::now();
         check(&post(address, path, body).await?, what)?;
         took = took.min(started.elapsed());
@@ -74,12 +74,18 @@ async fn every_documented_field_is_known_and_checked() -> Result<()> {
         ("/v1/responses", "ResponseRequest", json!({"input": "SAY x"})),
         ("/v1/messages", "MessageRequest", json!({"messages": messages, "max_tokens": 4})),
         ("/v1/messages/count_tokens", "CountTokensRequest", json!({"messages": messages})),
+        ("/api/v1/plan", "PlanWish", json!({})),
+        ("/api/v1/load", "LoadWish", json!({})),
+        ("/api/v1/unload", "UnloadWish", json!({})),
     ];
     let mut cases = 0;
     for (path, schema, mut good) in bodies {
         good["model"] = "demo".into();
         // The first request of a model reads its tokenizer.
-        ensure!(post(desk.address, path, &good).await?.status == 200, "{path}");
+        // There is no cluster behind this listener, which is told to those whose wish is sound.
+        let sound = if path.starts_with("/api/") { 503 } else { 200 };
+        let reply = post(desk.address, path, &good).await?;
+        ensure!(reply.status == sound, "{path}: {reply:?}");
         let schema = &document["components"]["schemas"][schema];
         let fields: &Map<String, Value> = schema["properties"].as_object().context("properties")?;
         for (field, schema) in fields {
@@ -183,8 +189,9 @@ async fn bytes_that_are_no_request_end_their_connection_only() -> Result<()> {
         assert_eq!(reply.status, status, "{what}: {}", reply.body);
         check(&reply, what)?;
     }
-    // What is not even HTTP is refused below the endpoints, with a status and no words.
-    let long = format!("GET / HTTP/1.1\r\nhost: {address}\r\nx: {}\r\n\r\n", "y".repeat(100_000));
+    // What is not even HTTP is refused below the endpoints, with a status and no words. (The limit on headers is one on the buffer,
+    // which may take a read more than that.)
+    let long = format!("GET / HTTP/1.1\r\nhost: {address}\r\nx: {}\r\n\r\n", "y".repeat(300_000));
     let headers = (0..200).map(|index| format!("x{index}: y\r\n")).collect::<String>();
     let crowd = format!("GET / HTTP/1.1\r\nhost: {address}\r\n{headers}\r\n");
     let bytes: Vec<(&str, &[u8])> = vec![

@@ -5,17 +5,19 @@ use crate::arguments::Global;
 use crate::commands::data_dir;
 use crate::commands::generate::{MaxTokens, max_tokens};
 use crate::familiar::FamiliarFlags;
-use crate::generation::{Input, MemoryOptions, Model, Request};
+use crate::generation::{Input, MemoryOptions, Model, Request, Shape};
 use crate::interrupts::Interrupts;
 use crate::lines::Lines;
 use crate::prompt::ChatFlags;
 use crate::sampling::SamplingFlags;
+use crate::shape::ShapeFlags;
 use crate::target::{self, InProcess, Place};
 use crate::view::{Style, View};
 use crate::{error, warnings};
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
 use mlxnode_text::Message;
+use serde_json::Value;
 use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
@@ -60,6 +62,8 @@ pub struct Chat {
     #[command(flatten)]
     sampling: SamplingFlags,
     #[command(flatten)]
+    shape: ShapeFlags,
+    #[command(flatten)]
     in_process: InProcess,
     #[command(flatten)]
     familiar: FamiliarFlags,
@@ -68,13 +72,25 @@ pub struct Chat {
 impl Chat {
     pub fn run(self, global: &Global) -> Result<ExitCode> {
         self.familiar.check(global)?;
+        if self.shape.reads_stdin() {
+            bail!("--json-schema - reads stdin, where messages come from; put the schema into a file");
+        }
+        let (tools, shape) = self.shape.read()?;
         let interrupts = Interrupts::listen()?;
         let model = target::open(global, &self.place, &self.in_process, MemoryOptions::Conversation)?;
         let history =
             if self.no_history { None } else { Some(data_dir(global)?.root().join("chat-history")) };
         let mut lines = Lines::open(history, global.quiet)?;
-        let mut talk =
-            Talk { messages: self.chat.opening(), turns: 0, flags: &self, global, interrupts, model };
+        let mut talk = Talk {
+            messages: self.chat.opening(),
+            turns: 0,
+            flags: &self,
+            global,
+            interrupts,
+            model,
+            tools,
+            shape,
+        };
         let mut failed = false;
         while let Some(line) = lines.next()? {
             match line.trim() {
@@ -110,6 +126,8 @@ struct Talk<'a> {
     global: &'a Global,
     interrupts: Interrupts,
     model: Box<dyn Model>,
+    tools: Option<Vec<Value>>,
+    shape: Shape,
 }
 
 impl Talk<'_> {
@@ -121,16 +139,17 @@ impl Talk<'_> {
         // Every turn draws anew; the whole conversation repeats with the same seed.
         sampling.seed = sampling.seed.wrapping_add(self.turns);
         let request = Request {
-            input: Input::Chat(Box::new(self.flags.chat.request(messages.clone(), None))),
+            input: Input::Chat(Box::new(self.flags.chat.request(messages.clone(), None, self.tools.clone()))),
             sampling,
             max_tokens: self.flags.max_tokens.0,
             stop: self.flags.stop.clone(),
             extra_eos: self.flags.extra_eos_token.clone(),
+            shape: self.shape.clone(),
         };
-        let mut view = match (self.global.json, self.model.tells_parts()) {
-            (true, _) => View::Silent,
-            (false, true) if std::io::stdout().is_terminal() => View::Styled(Style::default()),
-            (false, _) => View::Raw,
+        let mut view = match self.global.json {
+            true => View::Silent,
+            false if std::io::stdout().is_terminal() => View::Styled(Style::default()),
+            false => View::Raw,
         };
         let answer =
             Answer::of(self.model.as_mut(), &request, &self.interrupts, &mut |piece| view.show(piece));
@@ -156,14 +175,15 @@ impl Talk<'_> {
 /// An answer as the model sees it in the next turn: its template decides what becomes of the reasoning. An answer with tool calls
 /// is repeated as it was written, since nobody called anything.
 fn repeated(answer: &Answer) -> Message {
-    match &answer.parts {
-        Some(parts) if parts.tool_calls.is_empty() && parts.warnings.is_empty() => {
+    let parts = &answer.parts;
+    match parts.tool_calls.is_empty() && parts.warnings.is_empty() {
+        true => {
             let mut message = Message::new("assistant", parts.content.clone());
             message.extra.extend(
                 parts.reasoning.clone().map(|reasoning| ("reasoning_content".to_owned(), reasoning.into())),
             );
             message
         }
-        _ => Message::new("assistant", answer.text.clone()),
+        false => Message::new("assistant", answer.text.clone()),
     }
 }

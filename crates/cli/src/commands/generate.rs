@@ -7,6 +7,7 @@ use crate::generation::{Input, MemoryOptions, Request};
 use crate::interrupts::{self, Interrupts};
 use crate::prompt::{self, ChatFlags};
 use crate::sampling::SamplingFlags;
+use crate::shape::ShapeFlags;
 use crate::target::{self, InProcess, Place};
 use crate::{output, warnings};
 use anyhow::{Context as _, Result, bail};
@@ -64,6 +65,8 @@ pub struct Generate {
     verbose: bool,
     #[command(flatten)]
     sampling: SamplingFlags,
+    #[command(flatten)]
+    shape: ShapeFlags,
     #[command(flatten)]
     in_process: InProcess,
     #[command(flatten)]
@@ -135,8 +138,15 @@ impl Generate {
     }
 
     fn request(&self, global: &Global) -> Result<Request> {
+        if self.prompt == "-" && self.shape.reads_stdin() {
+            bail!("--prompt - and --json-schema - both read stdin; put one of them into a file");
+        }
+        let (tools, shape) = self.shape.read()?;
         let prompt = prompt::read(&self.prompt)?;
         let input = if self.ignore_chat_template {
+            if self.shape.has_tools() {
+                bail!("--tools needs the model's chat template; leave --ignore-chat-template out");
+            }
             if (self.chat.are_given() || self.prefill_response.is_some()) && !global.quiet {
                 warnings::text(
                     "warning: --ignore-chat-template makes --system-prompt, --prefill-response, --thinking, --no-thinking and \
@@ -147,7 +157,7 @@ impl Generate {
         } else {
             let mut messages = self.chat.opening();
             messages.push(Message::new("user", prompt));
-            Input::Chat(Box::new(self.chat.request(messages, self.prefill_response.clone())))
+            Input::Chat(Box::new(self.chat.request(messages, self.prefill_response.clone(), tools)))
         };
         Ok(Request {
             input,
@@ -155,6 +165,7 @@ impl Generate {
             max_tokens: self.max_tokens.0,
             stop: self.stop.clone(),
             extra_eos: self.extra_eos_token.clone(),
+            shape,
         })
     }
 }

@@ -64,6 +64,9 @@ pub struct Join {
     /// Name of a cluster that is made now.
     #[arg(long, value_name = "NAME", conflicts_with = "invite")]
     cluster_name: Option<String>,
+    /// Send spans of requests (times and counts, never what was asked) to an OpenTelemetry collector, by OTLP over gRPC.
+    #[arg(long, value_name = "http://HOST:PORT")]
+    otlp_endpoint: Option<String>,
     /// Memory that models may use on this Mac, such as 48GB. Default: three quarters of it.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     memory_budget: Option<ByteCount>,
@@ -113,6 +116,7 @@ impl Join {
             ..http
         });
         options.name = self.name;
+        options.otlp_endpoint = self.otlp_endpoint;
         options.cluster_name = self.cluster_name;
         options.invite = self.invite;
         options.peers = self.peers;
@@ -141,6 +145,7 @@ impl Join {
                     false => String::new(),
                 };
                 output::line(&format!("OpenAI and Anthropic clients:   {http}/v1{moved}"))?;
+                output::line(&format!("In a browser:         {http}/"))?;
             }
             let invite = match node.founded() {
                 // Whoever starts the first node wants a second one next.

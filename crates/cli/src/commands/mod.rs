@@ -17,6 +17,7 @@ pub mod perplexity;
 pub mod plan;
 pub mod sandbox;
 pub mod status;
+pub mod top;
 pub mod unload;
 pub mod worker;
 
@@ -34,6 +35,7 @@ pub fn run(arguments: Arguments) -> Result<ExitCode> {
         Command::Leave(command) => asynchronous(command.run(global))?,
         Command::Forget(command) => asynchronous(command.run(global))?,
         Command::Status(command) => asynchronous(command.run(global))?,
+        Command::Top(command) => asynchronous(command.run(global))?,
         Command::Plan(command) => asynchronous(command.run(global))?,
         Command::Load(command) => asynchronous(command.run(global))?,
         Command::Unload(command) => asynchronous(command.run(global))?,

@@ -5,16 +5,35 @@ use anyhow::Result;
 use clap::Args;
 use mlxnode_checkpoint::Checkpoint;
 use mlxnode_engine::{EngineStage, StageOptions};
+use mlxnode_traces::{Collector, Exporter};
 use mlxnode_worker::{LoadFailure, LoadShard, WorkerOptions};
 use std::process::ExitCode;
 
 /// Run one shard for the node that started this process.
 #[derive(Debug, Args)]
-pub struct Worker {}
+pub struct Worker {
+    /// Where spans of requests go.
+    #[arg(long, value_name = "http://HOST:PORT", requires = "node")]
+    otlp_endpoint: Option<String>,
+    /// Name of the node, for spans.
+    #[arg(long, value_name = "NAME")]
+    node: Option<String>,
+    /// What this worker holds, for spans.
+    #[arg(long, value_name = "WORDS", default_value = "")]
+    part: String,
+}
 
 impl Worker {
     pub fn run(self) -> Result<ExitCode> {
-        match mlxnode_worker::run(WorkerOptions::default(), Box::new(load)) {
+        let collector = self.otlp_endpoint.map(|endpoint| Collector {
+            endpoint,
+            node: self.node.unwrap_or_default(),
+            part: self.part,
+        });
+        // Lives until the worker has ended: what is left is sent then.
+        let traces = collector.map(Exporter::start).transpose()?;
+        let spans = traces.as_ref().map(Exporter::sink);
+        match mlxnode_worker::run(WorkerOptions { spans, ..WorkerOptions::default() }, Box::new(load)) {
             Ok(()) => Ok(ExitCode::SUCCESS),
             Err(error) => {
                 let code = error.exit_code();

@@ -4,10 +4,11 @@ use super::{Finish, Input, Model, Outcome, Piece, Request};
 use crate::connection::Connection;
 use crate::interrupts::AnswerGuard;
 use anyhow::{Context as _, Result};
-use mlxnode_compute::{Candidate, Penalty, Sampled, Sampling};
+use mlxnode_compute::{Candidate, Grammar, Penalty, Sampled, Sampling};
 use mlxnode_proto::v1;
-use mlxnode_text::ChatRequest;
-use serde_json::{Map, Value};
+use mlxnode_text::grammar::ToolChoice;
+use mlxnode_text::{ChatRequest, Delta, Message, ToolCall, ToolError};
+use serde_json::Value;
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
 
@@ -27,11 +28,6 @@ impl ClusterModel {
 }
 
 impl Model for ClusterModel {
-    /// The node that answers sends text as it is.
-    fn tells_parts(&self) -> bool {
-        false
-    }
-
     fn generate(
         &mut self,
         request: &Request,
@@ -71,9 +67,10 @@ impl Model for ClusterModel {
                     first.get_or_insert_with(Instant::now);
                 }
                 let finish = response.finish;
-                on_piece(piece(response.text, response.token_ids, response.logprobs))?;
+                let deltas = response.parts.into_iter().filter_map(delta).collect::<Result<_>>()?;
+                on_piece(Piece { deltas, ..piece(response.text, response.token_ids, response.logprobs) })?;
                 if let Some(finish) = finish {
-                    return Ok(outcome(finish));
+                    return Ok(outcome(&finish));
                 }
             }
         })
@@ -93,18 +90,40 @@ fn piece(text: String, tokens: Vec<u32>, logprobs: Vec<v1::TokenLogprobs>) -> Pi
     Piece { text, tokens: tokens.into_iter().map(sampled).collect(), deltas: Vec::new() }
 }
 
-fn outcome(finish: v1::Finish) -> Outcome {
+/// What a part of an answer means; none for what this version does not know.
+fn delta(part: v1::AnswerPart) -> Option<Result<Delta>> {
+    use v1::answer_part::Part;
+    Some(Ok(match part.part? {
+        Part::Content(text) => Delta::Content(text),
+        Part::Reasoning(text) => Delta::Reasoning(text),
+        Part::ToolCallStarted(v1::ToolCallStarted {}) => Delta::ToolCallStarted,
+        Part::ToolCall(call) => match tool_call(call) {
+            Ok(call) => Delta::ToolCall(call),
+            Err(error) => return Some(Err(error)),
+        },
+        Part::Warning(problem) => Delta::Warning(ToolError::Told(problem)),
+    }))
+}
+
+fn tool_call(call: v1::ToolCall) -> Result<ToolCall> {
+    let arguments = serde_json::from_str(&call.arguments_json).with_context(|| {
+        format!("the node sent a call of {} with arguments that are no object", call.name)
+    })?;
+    Ok(ToolCall { id: Some(call.id).filter(|id| !id.is_empty()), name: call.name, arguments })
+}
+
+fn outcome(finish: &v1::Finish) -> Outcome {
     let usage = finish.usage.unwrap_or_default();
     let timing = finish.timing.unwrap_or_default();
     let seconds = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or_default();
     Outcome {
         finish: match finish.reason() {
-            v1::FinishReason::Stop => Finish::Stop,
+            v1::FinishReason::Stop | v1::FinishReason::ToolCalls => Finish::Stop,
             v1::FinishReason::Length => Finish::Length,
             v1::FinishReason::Cancelled | v1::FinishReason::Unspecified => Finish::Cancelled,
         },
         prompt_tokens: usage.prompt_tokens as usize,
-        cached_tokens: 0,
+        cached_tokens: usage.cached_tokens as usize,
         generation_tokens: usage.generation_tokens as usize,
         guessed: None,
         prompt_time: seconds(timing.prompt_seconds),
@@ -116,7 +135,10 @@ fn outcome(finish: v1::Finish) -> Outcome {
 fn generate_request(model: &str, request: &Request) -> Result<v1::GenerateRequest> {
     let input = match &request.input {
         Input::Text(text) => v1::generate_request::Input::Prompt(text.clone()),
-        Input::Chat(chat) => v1::generate_request::Input::Chat(chat_message(chat)?),
+        Input::Chat(chat) => v1::generate_request::Input::Chat(v1::Chat {
+            tool_choice: tool_choice(&request.shape.choice),
+            ..chat_message(chat)?
+        }),
     };
     Ok(v1::GenerateRequest {
         model: model.to_owned(),
@@ -126,30 +148,59 @@ fn generate_request(model: &str, request: &Request) -> Result<v1::GenerateReques
         sampling: Some(sampling(&request.sampling)),
         stop: request.stop.clone(),
         extra_eos: request.extra_eos.clone(),
-        ignore_eos: false,
+        adapter: request.shape.adapter.clone().unwrap_or_default(),
+        format: request.shape.format.as_ref().map(format),
+        ..v1::GenerateRequest::default()
     })
 }
 
+fn format(grammar: &Grammar) -> v1::ResponseFormat {
+    use v1::response_format::Kind;
+    let kind = match grammar.clone() {
+        Grammar::JsonObject => Kind::JsonObject(v1::JsonObject {}),
+        Grammar::JsonSchema(schema) => Kind::JsonSchema(schema),
+        Grammar::Regex(pattern) => Kind::Regex(pattern),
+        Grammar::Lark(grammar) => Kind::Lark(grammar),
+    };
+    v1::ResponseFormat { kind: Some(kind) }
+}
+
+/// None leaves it to the node: it may where there are functions.
+fn tool_choice(choice: &ToolChoice) -> Option<v1::ToolChoice> {
+    use v1::tool_choice::Choice;
+    let choice = match choice {
+        ToolChoice::Auto => return None,
+        ToolChoice::None => Choice::Mode(v1::ToolMode::None.into()),
+        ToolChoice::Required => Choice::Mode(v1::ToolMode::Required.into()),
+        ToolChoice::Named(name) => Choice::Function(name.clone()),
+    };
+    Some(v1::ToolChoice { choice: Some(choice) })
+}
+
 fn chat_message(chat: &ChatRequest) -> Result<v1::Chat> {
-    // The switch travels as the variables that templates know it by.
-    let switch = ["enable_thinking", "thinking"].into_iter().zip(chat.thinking.iter().cycle());
-    let mut arguments: Map<String, Value> =
-        switch.map(|(name, thinking)| (name.to_owned(), Value::Bool(*thinking))).collect();
-    arguments.extend(chat.arguments.clone());
-    let messages = chat.messages.iter().map(|message| v1::ChatMessage {
-        role: message.role.clone(),
-        content: message.content.as_ref().and_then(Value::as_str).unwrap_or_default().to_owned(),
-    });
+    let template_arguments_json = match chat.arguments.is_empty() {
+        true => String::new(),
+        false => serde_json::to_string(&chat.arguments).context("cannot write the template's arguments")?,
+    };
     Ok(v1::Chat {
-        messages: messages.collect(),
-        tools_json: Vec::new(),
+        messages: chat.messages.iter().map(message).collect(),
+        tools_json: chat.tools.iter().flatten().map(Value::to_string).collect(),
         prefill_response: chat.continue_final.clone().unwrap_or_default(),
-        template_arguments_json: match arguments.is_empty() {
-            true => String::new(),
-            false => serde_json::to_string(&arguments).context("cannot write the template's arguments")?,
-        },
+        template_arguments_json,
         no_generation_prompt: !chat.add_generation_prompt,
+        thinking: chat.thinking,
+        ..v1::Chat::default()
     })
+}
+
+fn message(message: &Message) -> v1::ChatMessage {
+    let text = |value: Option<&Value>| value.and_then(Value::as_str).unwrap_or_default().to_owned();
+    v1::ChatMessage {
+        role: message.role.clone(),
+        content: text(message.content.as_ref()),
+        reasoning: text(message.extra.get("reasoning_content")),
+        ..v1::ChatMessage::default()
+    }
 }
 
 fn sampling(sampling: &Sampling) -> v1::SamplingParameters {
@@ -184,11 +235,19 @@ fn sampling(sampling: &Sampling) -> v1::SamplingParameters {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::generation::Shape;
     use mlxnode_compute::{LogprobRequest, Xtc};
     use mlxnode_text::Message;
 
     fn request(input: Input, sampling: Sampling, max_tokens: Option<usize>) -> Request {
-        Request { input, sampling, max_tokens, stop: vec!["x".into()], extra_eos: vec!["</s>".into()] }
+        Request {
+            input,
+            sampling,
+            max_tokens,
+            stop: vec!["x".into()],
+            extra_eos: vec!["</s>".into()],
+            shape: Shape::default(),
+        }
     }
 
     #[test]
@@ -231,18 +290,24 @@ mod tests {
     fn an_outcome_is_read_from_the_last_message() {
         let finish = v1::Finish {
             reason: v1::FinishReason::Length.into(),
-            usage: Some(v1::Usage { prompt_tokens: 10, generation_tokens: 4 }),
+            usage: Some(v1::Usage {
+                prompt_tokens: 10,
+                generation_tokens: 4,
+                cached_tokens: 2,
+                reasoning_tokens: 1,
+            }),
             timing: Some(v1::Timing {
                 prompt_seconds: 0.5,
                 generation_seconds: -1.0,
                 ..v1::Timing::default()
             }),
             seed: 1,
+            ..v1::Finish::default()
         };
-        let outcome = outcome(finish);
+        let outcome = outcome(&finish);
         assert_eq!(
             (outcome.finish, outcome.prompt_tps(), outcome.generation_tps()),
-            (Finish::Length, 20.0, 0.0)
+            (Finish::Length, 16.0, 0.0)
         );
     }
 }

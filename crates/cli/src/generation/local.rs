@@ -1,15 +1,17 @@
 //! A model in this process, on the calling thread.
 
 use super::conversation::{Conversation, common, to_repeat};
-use super::{Finish, Input, Model, Outcome, Piece, Request};
+use super::{Finish, Input, Model, Outcome, Piece, Request, Shape};
 use crate::adapter::AdapterFlag;
+use crate::grammars::ModelGrammars;
 use crate::guessing::Guesses;
 use crate::hub;
 use crate::interrupts::AnswerGuard;
 use crate::loading::{self, Loaded};
 use anyhow::{Context as _, Result, bail};
-use mlxnode_compute::{CacheOptions, SequenceEnd, SequenceSpec};
+use mlxnode_compute::{CacheOptions, Grammar, SequenceEnd, SequenceSpec};
 use mlxnode_engine::{Generator, GeneratorOptions, PromptCache, Speculation};
+use mlxnode_text::grammar::{AnswerGrammarError, AnswerWish, answer_grammar};
 use mlxnode_text::{AnswerFormat, ChatRequest, ChatTemplate, Message, StopStrings, TextError, Tokenizer};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -71,6 +73,7 @@ impl LocalModel {
         let format =
             AnswerFormat::from_files(&files, &tokenizer, template.as_ref()).with_context(unusable)?;
         let LocalOptions { prefill_step, cache, guesses, memory, .. } = options;
+        let vocabulary = model.spec().vocabulary;
         let has_windows = model.spec().layers.iter().any(|layer| {
             let attention = layer.mixer.attention();
             attention.is_some_and(|attention| attention.window.is_some() || attention.chunk.is_some())
@@ -87,6 +90,7 @@ impl LocalModel {
             MemoryOptions::Nothing => Memory::Nothing,
             MemoryOptions::File(path) => Memory::File(prompt_cache(&generator, cache, &path)?),
         };
+        let generator = generator.with_grammars(Box::new(ModelGrammars::new(folder.to_owned(), vocabulary)));
         let generator = match speculation(guesses, &tokenizer, quiet)? {
             Some(speculation) => generator.with_speculation(speculation)?,
             None => generator,
@@ -106,6 +110,28 @@ impl LocalModel {
                 Ok(self.tokenizer.encode(text, false)?)
             }
         }
+    }
+
+    /// What the answer to `prompt` has to look like.
+    fn grammar(
+        &self,
+        tokenizer: &Tokenizer,
+        input: &Input,
+        shape: &Shape,
+        prompt: &[u32],
+    ) -> Result<Option<Grammar>> {
+        if shape.adapter.is_some() {
+            bail!(
+                "--adapter names an adapter of a loaded model, and no node runs here; use --adapter-path FOLDER"
+            );
+        }
+        let Input::Chat(chat) = input else { return Ok(shape.format.clone()) };
+        let tools = chat.tools.as_deref().unwrap_or_default();
+        if !tools.is_empty() && self.format.tools().is_none() {
+            return Err(AnswerGrammarError::NoToolCalls.into());
+        }
+        let wish = AnswerWish { format: shape.format.as_ref(), tools, choice: &shape.choice, parallel: true };
+        Ok(answer_grammar(tokenizer, &self.format, &wish, prompt)?)
     }
 
     fn template(&self) -> Result<&ChatTemplate, TextError> {
@@ -220,10 +246,6 @@ fn speculation(guesses: Guesses, tokenizer: &Tokenizer, quiet: bool) -> Result<O
 }
 
 impl Model for LocalModel {
-    fn tells_parts(&self) -> bool {
-        true
-    }
-
     fn generate(
         &mut self,
         request: &Request,
@@ -241,6 +263,7 @@ impl Model for LocalModel {
             Input::Text(_) => &[],
         };
         let mut parser = self.format.parser(tools, &prompt)?;
+        let grammar = self.grammar(&tokenizer, &request.input, &request.shape, &prompt)?;
         let mut detokenizer = tokenizer.detokenizer();
         let mut stops = StopStrings::new(request.stop.clone())?;
 
@@ -257,6 +280,7 @@ impl Model for LocalModel {
 
         let spec = SequenceSpec {
             stop_tokens: tokenizer.eos_tokens().iter().copied().collect(),
+            grammar,
             ..SequenceSpec::new(rest.len(), request.max_tokens.unwrap_or(usize::MAX), sampling)
         };
         let mut generated = Vec::new();
@@ -413,6 +437,7 @@ mod tests {
                 max_tokens: Some(12),
                 stop: Vec::new(),
                 extra_eos: Vec::new(),
+                shape: Shape::default(),
             };
             let (mut text, mut tokens) = (String::new(), Vec::new());
             let outcome = model

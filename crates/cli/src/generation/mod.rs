@@ -9,7 +9,8 @@ pub use local::{LocalModel, LocalOptions, MemoryOptions};
 
 use crate::interrupts::AnswerGuard;
 use anyhow::Result;
-use mlxnode_compute::{Sampled, Sampling};
+use mlxnode_compute::{Grammar, Sampled, Sampling};
+use mlxnode_text::grammar::ToolChoice;
 use mlxnode_text::{ChatRequest, Delta};
 use std::time::Duration;
 
@@ -26,6 +27,19 @@ pub struct Request {
     pub stop: Vec<String>,
     /// Tokens that end the answer besides the model's own, by number or text.
     pub extra_eos: Vec<String>,
+    /// What the answer has to look like.
+    pub shape: Shape,
+}
+
+/// What an answer has to look like, and who gives it. The functions that it may call are the conversation's.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Shape {
+    /// The language of its content.
+    pub format: Option<Grammar>,
+    /// Whether it has to call a function.
+    pub choice: ToolChoice,
+    /// Name of an adapter of the deployment.
+    pub adapter: Option<String>,
 }
 
 /// What a generation continues.
@@ -44,7 +58,7 @@ pub struct Piece {
     pub text: String,
     /// New tokens, one that ends the sequence included.
     pub tokens: Vec<Sampled>,
-    /// What the text means, as far as that is certain: it may come later than the text. Nothing from a model that does not tell.
+    /// What the text means, as far as that is certain: it may come later than the text.
     pub deltas: Vec<Delta>,
 }
 
@@ -105,9 +119,6 @@ fn rate(tokens: usize, time: Duration) -> f64 {
 
 /// A model that answers.
 pub trait Model {
-    /// Does it tell reasoning and tool calls from the rest of an answer?
-    fn tells_parts(&self) -> bool;
-
     /// Generates; gives each piece as it comes. Ends early, without an error, when `guard` tells of Ctrl-C.
     fn generate(
         &mut self,

@@ -6,6 +6,7 @@
 use super::machine::{Effect, Limits, RequestId, Scheduler};
 use super::stream::{Cancelled, RunRequest, RunStream};
 use super::{DriveCommand, DriveEvent, RunError, RunEvent, Statistics};
+use mlxnode_compute::SequenceSpec;
 use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -204,6 +205,13 @@ impl Task {
                 Input::Submission(Some(submission)) if submission.events.is_closed() => continue,
                 Input::Submission(Some(Submission { request, run, events })) => {
                     self.fronts.insert(request, events);
+                    // From here on the log calls it by this number; the trace is what other nodes know it by.
+                    debug!(
+                        trace = named(&run.spec),
+                        request = request.0,
+                        tokens = run.prompt.len(),
+                        "request queued"
+                    );
                     self.machine.submit(request, &run.tenant, run.prompt, run.spec, run.deadline, now())
                 }
                 Input::Submission(None) => {
@@ -290,6 +298,7 @@ impl Task {
         for effect in effects {
             match effect {
                 Effect::Open { sequence, prompt, spec, blocks } => {
+                    debug!(trace = named(&spec), sequence = sequence.0, "sequence opened");
                     self.commands.push_back(DriveCommand::Open { sequence, prompt, spec, blocks });
                 }
                 Effect::Keep { sequence, keep } => {
@@ -315,6 +324,11 @@ impl Task {
         let statistics = self.machine.statistics();
         self.statistics.send_if_modified(|old| std::mem::replace(old, statistics) != statistics);
     }
+}
+
+/// The trace that a sequence belongs to, for the log.
+fn named(spec: &SequenceSpec) -> Option<String> {
+    spec.trace.map(|trace| trace.id())
 }
 
 /// The file of prompts, if there is one of a size that makes sense.

@@ -108,12 +108,7 @@ impl Constraint {
     /// Which tokens may come next, `[1, vocabulary]`.
     pub(super) fn allowed(&mut self, vocabulary: usize) -> Result<Result<Array, Error>, GrammarError> {
         let mask = self.tokens.mask()?;
-        let bit = |token: usize| {
-            let word = mask.get(token / 32).copied().unwrap_or(0);
-            u8::from(word >> (token % 32) & 1 == 1)
-        };
-        let allowed: Vec<u8> = (0..vocabulary).map(bit).collect();
-        Ok(Array::from_bytes(&allowed, &[1, vocabulary as i32], mlxnode_mlx::Dtype::Bool))
+        Ok(crate::constrained::allowed(mask, vocabulary))
     }
 }
 

@@ -5,6 +5,7 @@ use crate::schedulers::{Schedulers, SchedulersError};
 use crate::wire;
 use crate::workers::{Workers, WorkersError};
 use futures::future::BoxFuture;
+use mlxnode_api::panorama::{NodeSeen, node_seen};
 use mlxnode_checkpoint::{Checkpoint, ModelProfile};
 use mlxnode_cluster::{MeshHandle, NodeId, PeerState, RosterStore};
 use mlxnode_compute::ByteCount;
@@ -30,6 +31,12 @@ pub(crate) struct ClusterNodes {
     pub(crate) schedulers: Schedulers,
     /// Is this node's listener bound to all addresses?
     pub(crate) listens_everywhere: bool,
+}
+
+/// What another node does now.
+pub(crate) async fn observe(channel: Channel) -> Result<NodeSeen, Status> {
+    let figures = NodeControlClient::new(channel).observe(proto::ObserveRequest {}).await?;
+    node_seen(figures.into_inner())
 }
 
 impl ClusterNodes {

@@ -1,20 +1,26 @@
 //! `NodeControl`: carries out the coordinator's orders on this node.
 
+use crate::observer::NodeObserver;
+use crate::panorama::seen_by;
 use crate::schedulers::{Schedulers, SchedulersError};
 use crate::wire;
 use crate::workers::{WorkerEnded, Workers, WorkersError};
 use futures::stream::BoxStream;
+use mlxnode_api::panorama::node_seen_to_proto;
+use mlxnode_cluster::NodeId;
 use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::deployments::AdapterWish;
 use mlxnode_coordinator::scheduler::Limits;
 use mlxnode_proto::internal::v1::node_control_server::NodeControl;
 use mlxnode_proto::internal::v1::{
-    LinkWorkerRequest, LinkWorkerResponse, LoadNodeAdapterRequest, LoadNodeAdapterResponse,
+    LinkWorkerRequest, LinkWorkerResponse, LoadNodeAdapterRequest, LoadNodeAdapterResponse, ObserveRequest,
     PrepareModelRequest, PrepareProgress, StartProgress, StartSchedulerRequest, StartSchedulerResponse,
     StartWorkerRequest, StopWorkersRequest, StopWorkersResponse, UnloadNodeAdapterRequest,
     UnloadNodeAdapterResponse, WatchWorkersRequest, WorkerEvent,
 };
+use mlxnode_proto::v1::NodeFigures;
 use mlxnode_worker::ProcessError;
+use std::sync::Arc;
 use tokio::sync::{broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -23,6 +29,8 @@ use tonic::{Request, Response, Status};
 pub(crate) struct NodeControlService {
     pub(crate) workers: Workers,
     pub(crate) schedulers: Schedulers,
+    pub(crate) own: NodeId,
+    pub(crate) observer: Arc<NodeObserver>,
 }
 
 type Reports<T> = BoxStream<'static, Result<T, Status>>;
@@ -144,6 +152,10 @@ impl NodeControl for NodeControlService {
     ) -> Result<Response<Self::WatchWorkersStream>, Status> {
         let ends = self.workers.watch();
         Ok(Response::new(Box::pin(futures::stream::unfold(ends, next_end))))
+    }
+
+    async fn observe(&self, _request: Request<ObserveRequest>) -> Result<Response<NodeFigures>, Status> {
+        Ok(Response::new(node_seen_to_proto(&seen_by(self.own, &self.observer).await)))
     }
 }
 

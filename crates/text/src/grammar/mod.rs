@@ -6,11 +6,14 @@
 //! ```text
 //! Tokenizer ──▶ Vocabulary ──[compile(source)]──▶ Matcher ──▶ mask, accept, mask, accept, …
 //! ```
+//! [`answer_grammar`] writes the grammar of a whole answer, reasoning and tool calls included.
 
+mod answer;
 mod matcher;
 mod source;
 mod vocabulary;
 
+pub use answer::{AnswerGrammarError, AnswerWish, ToolChoice, answer_grammar, functions};
 pub use matcher::Matcher;
 pub use source::{GrammarError, Source};
 pub use vocabulary::Vocabulary;

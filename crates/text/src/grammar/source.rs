@@ -1,6 +1,7 @@
 //! What a client writes, and what can be wrong with it.
 
 use llguidance::api::TopLevelGrammar;
+use mlxnode_compute::Grammar;
 use serde_json::{Value, json};
 
 /// A language as its author wrote it down.
@@ -49,6 +50,17 @@ pub enum GrammarError {
 
 /// Longest reason that a client is shown: the library quotes whole grammars.
 const MAX_REASON: usize = 500;
+
+impl<'a> From<&'a Grammar> for Source<'a> {
+    fn from(grammar: &'a Grammar) -> Self {
+        match grammar {
+            Grammar::JsonObject => Self::JsonObject,
+            Grammar::JsonSchema(text) => Self::JsonSchema(text),
+            Grammar::Regex(text) => Self::Regex(text),
+            Grammar::Lark(text) => Self::Lark(text),
+        }
+    }
+}
 
 impl Source<'_> {
     pub(super) fn kind(&self) -> &'static str {

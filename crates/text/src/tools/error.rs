@@ -44,6 +44,9 @@ pub enum ToolError {
         /// The most bytes that are collected.
         limit: usize,
     },
+    /// What whoever read the call said about it.
+    #[error("{0}")]
+    Told(String),
 }
 
 impl From<serde_json::Error> for ToolError {

@@ -7,6 +7,7 @@ use crate::progress::Progress;
 use mlxnode_cluster::{ConnectError, ConnectOptions, ExpectedKey, Identity, KeyPin, connect};
 use mlxnode_proto::internal::v1::Frame;
 use mlxnode_proto::internal::v1::stage_client::StageClient;
+use prost::Message as _;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc};
@@ -56,6 +57,7 @@ pub(crate) async fn send(
         broken: broken.clone(),
         progress,
         began: None,
+        bytes: 0,
     };
     let mut client = StageClient::new(channel);
     let mut grants = match tokio::time::timeout(ATTEMPT, client.link(outgoing.into_stream())).await {
@@ -119,6 +121,8 @@ struct Outgoing {
     progress: Arc<Progress>,
     /// When the message under way was taken.
     began: Option<Instant>,
+    /// Its bytes so far.
+    bytes: u64,
 }
 
 impl Outgoing {
@@ -133,11 +137,12 @@ impl Outgoing {
         loop {
             if let Some(frame) = self.frames.as_mut().and_then(Iterator::next) {
                 self.credits.acquire().await.ok()?.forget();
+                self.bytes += frame.encoded_len() as u64;
                 return Some(frame);
             }
             // Asked for more: the transport has taken the message before.
             if let Some(began) = self.began.take() {
-                self.progress.sent(began.elapsed());
+                self.progress.sent(std::mem::take(&mut self.bytes), began.elapsed());
             }
             let message = self.outbox.recv().await?;
             self.began = Some(Instant::now());

@@ -266,6 +266,7 @@ impl WorkerProcess {
             send_time: duration(stats.send_seconds),
             prompt_tokens: stats.prompt_tokens,
             decode_tokens: stats.decode_tokens,
+            sent_bytes: stats.sent_bytes,
         })
     }
 

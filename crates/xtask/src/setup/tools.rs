@@ -41,8 +41,8 @@ const FMT: Missing = Missing {
     mac: "brew install fmt",
 };
 
-/// What the tests of a Linux machine use beyond set-up: network namespaces, packet captures, a fast BLAS.
-const TEST_PACKAGES: [&str; 4] = ["libopenblas0-pthread", "iproute2", "nftables", "tcpdump"];
+/// What the tests of a Linux machine use beyond set-up: network namespaces, packet captures, a fast BLAS, a browser.
+const TEST_PACKAGES: [&str; 5] = ["libopenblas0-pthread", "iproute2", "nftables", "tcpdump", "chromium"];
 
 impl Tools {
     /// Finds everything; installs it first where a machine is ours to change (root on Debian with `CI` set).

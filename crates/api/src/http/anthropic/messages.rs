@@ -2,10 +2,10 @@
 
 use super::request::{self, Wish};
 use super::stream::Blocks;
+use crate::conversation::Answers;
+use crate::conversation::{Finish, Reason, collect};
 use crate::front::Prepared;
 use crate::http::body::JsonBody;
-use crate::http::conversation::{Finish, Reason, collect};
-use crate::http::generation::Answers;
 use crate::http::{ApiError, Caller, HttpServices, events, id};
 use axum::Json;
 use axum::extract::State;
@@ -51,7 +51,7 @@ async fn prepare(
 }
 
 async fn whole(services: &HttpServices, prepared: &Prepared, wish: &Wish) -> Result<Value, ApiError> {
-    let mut wholes = collect(services, prepared, 1, wish.parallel).await?;
+    let mut wholes = collect(&services.front, prepared, 1, wish.parallel).await?;
     let answer = wholes.pop().unwrap_or_default();
     let mut content = Vec::new();
     if !answer.reasoning.is_empty() && wish.shows_thinking {

@@ -1,15 +1,16 @@
 //! The body of `/v1/messages`, turned into the conversation that chat templates know.
 
+use crate::conversation::Conversation;
+use crate::conversation::Format;
+use crate::conversation::{Tools, named_function};
 use crate::front::SamplingDefaults;
 use crate::http::ApiError;
-use crate::http::constraint::Format;
-use crate::http::conversation::Conversation;
 use crate::http::fields::{Fields, shortened, wrong};
 use crate::http::openai::messages::{arguments, text_of, tool_call};
 use crate::http::openai::sampling::stop_texts;
-use crate::http::tools::{Choice, Tools, named_function};
 use mlxnode_coordinator::requests::{MAX_STOP_STRINGS, Parameters};
 use mlxnode_text::Message;
+use mlxnode_text::grammar::ToolChoice as Choice;
 use serde_json::{Map, Value};
 
 /// Most messages, blocks of a message, and tools.
@@ -74,6 +75,7 @@ pub(super) fn read(
         parameters,
         thinking,
         arguments: Map::new(),
+        ..Conversation::default()
     };
     Ok((conversation, wish))
 }

@@ -2,11 +2,11 @@
 
 use super::messages::{head, stop_reason, tool_use, usage};
 use super::request::Wish;
+use crate::conversation::Answers;
+use crate::conversation::{Finish, Part, Reader};
 use crate::front::Prepared;
 use crate::http::Dialect;
-use crate::http::conversation::{Finish, Part, Reader};
 use crate::http::events::{Events, Gone};
-use crate::http::generation::Answers;
 use serde_json::{Value, json};
 
 /// Which kind of block is open.

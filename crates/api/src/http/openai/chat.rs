@@ -3,13 +3,13 @@
 use super::logprobs::{ChatLogprobs, TokenLogprob, of_token};
 use super::usage::Usage;
 use super::{format, messages, sampling};
+use crate::conversation::Answers;
+use crate::conversation::{Conversation, Finish, Part, Reader, Reason, Step, collect};
 use crate::front::Prepared;
 use crate::http::body::JsonBody;
-use crate::http::conversation::{Conversation, Finish, Part, Reader, Reason, Step, collect};
 use crate::http::events::{self, Events, Gone};
 use crate::http::fields::Fields;
-use crate::http::generation::Answers;
-use crate::http::tools::Tools;
+use crate::http::tools;
 use crate::http::{ApiError, Caller, Dialect, HttpServices, id, unix_time};
 use axum::Json;
 use axum::extract::State;
@@ -74,7 +74,7 @@ fn read(
     defaults: &crate::front::SamplingDefaults,
 ) -> Result<(Conversation, Wish), ApiError> {
     let messages = messages::messages(&mut fields)?;
-    let tools = Tools::read(&mut fields)?;
+    let tools = tools::read(&mut fields)?;
     let (format, format_field) = format::format(&mut fields)?;
     let mut parameters = sampling::parameters(&mut fields, defaults)?;
     let longest = [
@@ -119,8 +119,16 @@ fn read(
     fields.refuse("web_search_options", "there is no web search")?;
     fields.refuse("verbosity", "say it in the system message")?;
     fields.finish()?;
-    let conversation =
-        Conversation { messages, tools, format, format_field, parameters, thinking, arguments };
+    let conversation = Conversation {
+        messages,
+        tools,
+        format,
+        format_field,
+        parameters,
+        thinking,
+        arguments,
+        ..Conversation::default()
+    };
     Ok((conversation, wish))
 }
 
@@ -154,7 +162,7 @@ async fn whole(
     head: Head,
     wish: &Wish,
 ) -> Result<Value, ApiError> {
-    let wholes = collect(services, prepared, wish.samples, wish.parallel).await?;
+    let wholes = collect(&services.front, prepared, wish.samples, wish.parallel).await?;
     let mut usage = Usage::default();
     usage.add_prompt(prepared.valid.prompt.len());
     let mut choices = Vec::with_capacity(wholes.len());

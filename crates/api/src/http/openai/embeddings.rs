@@ -3,18 +3,13 @@
 use super::completions::prompts;
 use super::sampling::without_effect;
 use super::usage::EmbeddingUsage;
-use crate::front::EmbeddingRequest;
+use crate::conversation::embed;
 use crate::http::body::JsonBody;
 use crate::http::{ApiError, Caller, HttpServices};
 use axum::Json;
 use axum::extract::State;
 use data_encoding::BASE64;
-use futures::StreamExt as _;
-use futures::stream;
 use serde::Serialize;
-
-/// Texts of one request that run at the same time; the scheduler would queue more of them anyway.
-const AT_ONCE: usize = 8;
 
 /// The answer.
 #[derive(Serialize)]
@@ -52,24 +47,12 @@ pub(in crate::http) async fn embeddings(
     let inputs = prompts(&mut fields, "input")?;
     let is_base64 = fields.one_of("encoding_format", &["float", "base64"])? == Some("base64");
     fields.refuse("dimensions", "vectors are as wide as the model")?;
-    let adapter = fields.string("adapters")?.or(model.adapter);
+    let adapter = fields.string("adapters")?;
     without_effect(&mut fields)?;
     fields.finish()?;
-    let embed = |input| {
-        let request = EmbeddingRequest {
-            model: model.deployment.name.clone(),
-            input,
-            adapter: adapter.clone(),
-            deadline: None,
-            tenant: caller.tenant.clone(),
-            trace: caller.trace,
-        };
-        services.front.embed(request)
-    };
-    let mut running = stream::iter(inputs).map(embed).buffered(AT_ONCE);
+    let embedded = embed(&services.front, &caller, &model, inputs, adapter, None).await?;
     let (mut data, mut tokens) = (Vec::new(), 0);
-    while let Some(embedded) = running.next().await {
-        let (values, prompt_tokens) = embedded?;
+    for (values, prompt_tokens) in embedded {
         tokens += prompt_tokens;
         let embedding = match is_base64 {
             false => Vector::Numbers(values),

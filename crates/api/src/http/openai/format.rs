@@ -1,7 +1,7 @@
 //! The format that an answer is to have: `response_format`, and vLLM's `guided_…` fields.
 
+use crate::conversation::Format;
 use crate::http::ApiError;
-use crate::http::constraint::Format;
 use crate::http::fields::Fields;
 use mlxnode_compute::Grammar;
 use serde_json::Value;

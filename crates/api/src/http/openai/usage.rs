@@ -41,27 +41,6 @@ impl Usage {
     }
 }
 
-/// Tells how many tokens of an answer are reasoning, from what became of each token's text. Tokens whose text is held back belong to what
-/// comes out next.
-#[derive(Clone, Copy, Debug, Default)]
-pub(in crate::http) struct ReasoningCount {
-    pub(in crate::http) tokens: usize,
-    pending: usize,
-}
-
-impl ReasoningCount {
-    /// Takes one token: did reasoning come out of it, did anything else?
-    pub(in crate::http) fn take(&mut self, reasoning: bool, other: bool) {
-        self.pending += 1;
-        if reasoning {
-            self.tokens += self.pending;
-        }
-        if reasoning || other {
-            self.pending = 0;
-        }
-    }
-}
-
 /// Tokens of texts that were embedded.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(in crate::http) struct EmbeddingUsage {

@@ -1,6 +1,6 @@
 //! The output of a response, put together part by part: items begin, grow and end one after the other, and each of that is an event.
 
-use crate::http::conversation::Part;
+use crate::conversation::Part;
 use crate::http::id;
 use serde_json::{Value, json};
 

@@ -5,11 +5,11 @@ mod request;
 
 use self::assembly::Assembly;
 use self::request::Wish;
+use crate::conversation::Answers;
+use crate::conversation::{Finish, Reader, Reason};
 use crate::front::Prepared;
 use crate::http::body::JsonBody;
-use crate::http::conversation::{Finish, Reader, Reason};
 use crate::http::events::{self, Events, Gone};
-use crate::http::generation::Answers;
 use crate::http::{ApiError, Caller, HttpServices, id, unix_time};
 use axum::Json;
 use axum::extract::State;

@@ -1,17 +1,19 @@
 //! The body of `/v1/responses`, turned into the conversation that chat templates know.
 
+use crate::conversation::Conversation;
+use crate::conversation::Format;
+use crate::conversation::{Tools, named_function};
 use crate::front::SamplingDefaults;
 use crate::http::ApiError;
-use crate::http::constraint::Format;
-use crate::http::conversation::Conversation;
 use crate::http::fields::{Fields, shortened, wrong};
 use crate::http::openai::format::json_schema;
 use crate::http::openai::messages::{arguments, text_of, tool_call};
 use crate::http::openai::sampling::without_effect;
-use crate::http::tools::{Choice, Tools, named_function};
+use crate::http::tools::choice_word;
 use mlxnode_compute::Grammar;
 use mlxnode_coordinator::requests::{MAX_TEMPERATURE, Parameters};
 use mlxnode_text::Message;
+use mlxnode_text::grammar::ToolChoice as Choice;
 use serde_json::{Map, Value, json};
 
 /// Most items of a conversation, and most tools.
@@ -103,6 +105,7 @@ pub(super) fn read(
         parameters,
         thinking,
         arguments,
+        ..Conversation::default()
     };
     Ok((conversation, wish))
 }
@@ -138,7 +141,7 @@ fn tools(fields: &mut Fields, list: &Value) -> Result<(Tools, Value), ApiError> 
     let written = fields.value("tool_choice");
     let choice = match written.clone() {
         None => None,
-        Some(Value::String(word)) => Some(Tools::choice_word(&word)?),
+        Some(Value::String(word)) => Some(choice_word(&word)?),
         Some(Value::Object(map)) => {
             let mut choice = Fields::new("tool_choice", map);
             choice.one_of("type", &["function"])?.ok_or_else(|| choice.missing("type"))?;

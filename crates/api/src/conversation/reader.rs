@@ -1,75 +1,14 @@
-//! A conversation that wants an answer, whatever dialect it came in, and the answer's parts as they come.
+//! What the events of an answer mean: content, reasoning, calls, and how it ended.
 
-use crate::front::{AnswerEvent, End, GenerationRequest, Input, Piece, Prepared, Summary};
-use crate::http::constraint::{self, Format};
-use crate::http::generation::{Answers, Model, check_grammar};
-use crate::http::openai::usage::ReasoningCount;
-use crate::http::tools::Tools;
-use crate::http::{ApiError, Caller, HttpServices};
+use super::samples::Answers;
+use crate::error::ApiError;
+use crate::front::{AnswerEvent, End, Front, Piece, Prepared, Summary};
 use mlxnode_compute::Sampled;
-use mlxnode_coordinator::requests::Parameters;
-use mlxnode_text::{ChatRequest, Delta, Message, ToolCall};
-use serde_json::{Map, Value};
-
-/// What a client wants answered.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Conversation {
-    pub(super) messages: Vec<Message>,
-    pub(super) tools: Tools,
-    pub(super) format: Format,
-    /// The field that asked for the format.
-    pub(super) format_field: &'static str,
-    pub(super) parameters: Parameters,
-    /// Is the model to think first? None: as its template has it.
-    pub(super) thinking: Option<bool>,
-    /// Further variables of the template.
-    pub(super) arguments: Map<String, Value>,
-}
-
-impl HttpServices {
-    /// Everything before the first step.
-    pub(super) async fn prepare(
-        &self,
-        caller: &Caller,
-        model: &Model,
-        conversation: Conversation,
-    ) -> Result<Prepared, ApiError> {
-        let Conversation { messages, tools, format, format_field, mut parameters, thinking, arguments } =
-            conversation;
-        if parameters.adapter.is_none() {
-            parameters.adapter.clone_from(&model.adapter);
-        }
-        let chat = ChatRequest {
-            messages,
-            tools: tools.for_template(&model.text)?,
-            add_generation_prompt: true,
-            thinking,
-            arguments,
-            ..ChatRequest::default()
-        };
-        let request = GenerationRequest {
-            model: model.deployment.name.clone(),
-            input: Input::Chat(chat),
-            parameters,
-            extra_eos: Vec::new(),
-            deadline: None,
-            tenant: caller.tenant.clone(),
-            trace: caller.trace,
-            is_read: true,
-        };
-        let mut prepared = self.front.prepare(request).await?;
-        let grammar =
-            constraint::grammar(&model.text, &format, format_field, &tools, &prepared.valid.prompt)?;
-        let field = if format == Format::Text { "tools" } else { format_field };
-        check_grammar(model, grammar.as_ref(), field).await?;
-        prepared.valid.spec.grammar = grammar;
-        Ok(prepared)
-    }
-}
+use mlxnode_text::{Delta, ToolCall};
 
 /// A part of an answer.
 #[derive(Clone, Debug)]
-pub(super) enum Part {
+pub(crate) enum Part {
     /// More of the content.
     Content(String),
     /// More of the reasoning.
@@ -79,32 +18,32 @@ pub(super) enum Part {
 }
 
 /// What a token brought: parts, and the token itself unless it ends the answer.
-pub(super) struct Step {
-    pub(super) parts: Vec<Part>,
-    pub(super) tokens: Vec<Sampled>,
+pub(crate) struct Step {
+    pub(crate) parts: Vec<Part>,
+    pub(crate) tokens: Vec<Sampled>,
     /// Set in the last one.
-    pub(super) finish: Option<Finish>,
+    pub(crate) finish: Option<Finish>,
 }
 
 /// How an answer ended.
-pub(super) struct Finish {
-    pub(super) reason: Reason,
-    pub(super) summary: Summary,
-    pub(super) reasoning_tokens: usize,
+pub(crate) struct Finish {
+    pub(crate) reason: Reason,
+    pub(crate) summary: Summary,
+    pub(crate) reasoning_tokens: usize,
     /// The stop string that did it, if one did.
-    pub(super) stopped_by: Option<String>,
+    pub(crate) stopped_by: Option<String>,
 }
 
 /// Why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Reason {
+pub(crate) enum Reason {
     Stop,
     Length,
     ToolCalls,
 }
 
 /// Reads one answer's events.
-pub(super) struct Reader {
+pub(crate) struct Reader {
     stop_tokens: Vec<u32>,
     reasoning: ReasoningCount,
     has_call: bool,
@@ -115,7 +54,7 @@ pub(super) struct Reader {
 }
 
 impl Reader {
-    pub(super) fn new(prepared: &Prepared) -> Self {
+    pub(crate) fn new(prepared: &Prepared) -> Self {
         Self {
             stop_tokens: prepared.valid.spec.stop_tokens.clone(),
             reasoning: ReasoningCount::default(),
@@ -127,7 +66,7 @@ impl Reader {
     }
 
     /// What an event means; none for those that a conversation does not ask for.
-    pub(super) fn read(&mut self, event: AnswerEvent) -> Option<Step> {
+    pub(crate) fn read(&mut self, event: AnswerEvent) -> Option<Step> {
         match event {
             AnswerEvent::Prompt(_) => None,
             AnswerEvent::Piece(piece) => Some(self.step(piece, None)),
@@ -196,24 +135,45 @@ impl Reader {
     }
 }
 
+/// Tells how many tokens of an answer are reasoning, from what became of each token's text. Tokens whose text is held back belong to what
+/// comes out next.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ReasoningCount {
+    pub(crate) tokens: usize,
+    pending: usize,
+}
+
+impl ReasoningCount {
+    /// Takes one token: did reasoning come out of it, did anything else?
+    pub(crate) fn take(&mut self, reasoning: bool, other: bool) {
+        self.pending += 1;
+        if reasoning {
+            self.tokens += self.pending;
+        }
+        if reasoning || other {
+            self.pending = 0;
+        }
+    }
+}
+
 /// A whole answer.
 #[derive(Default)]
-pub(super) struct Whole {
-    pub(super) content: String,
-    pub(super) reasoning: String,
-    pub(super) calls: Vec<ToolCall>,
-    pub(super) tokens: Vec<Sampled>,
-    pub(super) finish: Option<Finish>,
+pub(crate) struct Whole {
+    pub(crate) content: String,
+    pub(crate) reasoning: String,
+    pub(crate) calls: Vec<ToolCall>,
+    pub(crate) tokens: Vec<Sampled>,
+    pub(crate) finish: Option<Finish>,
 }
 
 /// Collects all answers of a prepared conversation. `parallel`: an answer may have several calls.
-pub(super) async fn collect(
-    services: &HttpServices,
+pub(crate) async fn collect(
+    front: &Front,
     prepared: &Prepared,
     samples: usize,
     parallel: bool,
 ) -> Result<Vec<Whole>, ApiError> {
-    let mut answers = Answers::start(&services.front, std::slice::from_ref(prepared), samples).await?;
+    let mut answers = Answers::start(front, std::slice::from_ref(prepared), samples).await?;
     let mut readers: Vec<Reader> = (0..samples).map(|_| Reader::new(prepared)).collect();
     let mut wholes: Vec<Whole> = (0..samples).map(|_| Whole::default()).collect();
     while let Some((index, event)) = answers.next().await {

@@ -2,25 +2,25 @@
 //!
 //! `null` is the same as leaving a field out, as OpenAI's clients have it. Every error names the field by its path.
 
-use crate::http::{ApiError, ErrorKind};
+use crate::error::{ApiError, ErrorKind};
 use serde_json::{Map, Value};
 use std::ops::RangeInclusive;
 
 /// An object that is being read.
 #[derive(Debug)]
-pub(super) struct Fields {
+pub(crate) struct Fields {
     /// Of the object itself; empty at the top.
     path: String,
     map: Map<String, Value>,
 }
 
 impl Fields {
-    pub(super) fn new(path: impl Into<String>, map: Map<String, Value>) -> Self {
+    pub(crate) fn new(path: impl Into<String>, map: Map<String, Value>) -> Self {
         Self { path: path.into(), map }
     }
 
     /// A value that has to be an object.
-    pub(super) fn of(path: impl Into<String>, value: Value) -> Result<Self, ApiError> {
+    pub(crate) fn of(path: impl Into<String>, value: Value) -> Result<Self, ApiError> {
         let path = path.into();
         match value {
             Value::Object(map) => Ok(Self { path, map }),
@@ -29,16 +29,16 @@ impl Fields {
     }
 
     /// The path of a field.
-    pub(super) fn path(&self, name: &str) -> String {
+    pub(crate) fn path(&self, name: &str) -> String {
         if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
     }
 
     /// Any value.
-    pub(super) fn value(&mut self, name: &str) -> Option<Value> {
+    pub(crate) fn value(&mut self, name: &str) -> Option<Value> {
         self.map.remove(name).filter(|value| !value.is_null())
     }
 
-    pub(super) fn string(&mut self, name: &str) -> Result<Option<String>, ApiError> {
+    pub(crate) fn string(&mut self, name: &str) -> Result<Option<String>, ApiError> {
         match self.value(name) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text)),
@@ -47,11 +47,11 @@ impl Fields {
     }
 
     /// A text that must be there.
-    pub(super) fn needed_string(&mut self, name: &str) -> Result<String, ApiError> {
+    pub(crate) fn needed_string(&mut self, name: &str) -> Result<String, ApiError> {
         self.string(name)?.ok_or_else(|| self.missing(name))
     }
 
-    pub(super) fn boolean(&mut self, name: &str) -> Result<Option<bool>, ApiError> {
+    pub(crate) fn boolean(&mut self, name: &str) -> Result<Option<bool>, ApiError> {
         match self.value(name) {
             None => Ok(None),
             Some(Value::Bool(value)) => Ok(Some(value)),
@@ -60,7 +60,7 @@ impl Fields {
     }
 
     /// A whole number; `7.0` is one too.
-    pub(super) fn integer(
+    pub(crate) fn integer(
         &mut self,
         name: &str,
         range: RangeInclusive<i64>,
@@ -83,12 +83,12 @@ impl Fields {
     }
 
     /// A whole number of 32 bits from 0.
-    pub(super) fn count(&mut self, name: &str) -> Result<Option<u32>, ApiError> {
+    pub(crate) fn count(&mut self, name: &str) -> Result<Option<u32>, ApiError> {
         let number = self.integer(name, 0..=i64::from(u32::MAX))?;
         Ok(number.and_then(|number| u32::try_from(number).ok()))
     }
 
-    pub(super) fn number(&mut self, name: &str, range: RangeInclusive<f32>) -> Result<Option<f32>, ApiError> {
+    pub(crate) fn number(&mut self, name: &str, range: RangeInclusive<f32>) -> Result<Option<f32>, ApiError> {
         let Some(value) = self.value(name) else { return Ok(None) };
         let Some(number) = value.as_f64() else { return Err(wrong(&self.path(name), &value, "a number")) };
         let narrow = number as f32;
@@ -98,7 +98,7 @@ impl Fields {
         }
     }
 
-    pub(super) fn list(&mut self, name: &str, most: usize) -> Result<Option<Vec<Value>>, ApiError> {
+    pub(crate) fn list(&mut self, name: &str, most: usize) -> Result<Option<Vec<Value>>, ApiError> {
         match self.value(name) {
             None => Ok(None),
             Some(Value::Array(list)) if list.len() > most => {
@@ -111,18 +111,18 @@ impl Fields {
         }
     }
 
-    pub(super) fn object(&mut self, name: &str) -> Result<Option<Self>, ApiError> {
+    pub(crate) fn object(&mut self, name: &str) -> Result<Option<Self>, ApiError> {
         let path = self.path(name);
         self.value(name).map(|value| Self::of(path, value)).transpose()
     }
 
     /// An object whose fields have names that the client chose.
-    pub(super) fn map(&mut self, name: &str) -> Result<Option<Map<String, Value>>, ApiError> {
+    pub(crate) fn map(&mut self, name: &str) -> Result<Option<Map<String, Value>>, ApiError> {
         Ok(self.object(name)?.map(|fields| fields.map))
     }
 
     /// A text or a list of texts.
-    pub(super) fn strings(&mut self, name: &str, most: usize) -> Result<Vec<String>, ApiError> {
+    pub(crate) fn strings(&mut self, name: &str, most: usize) -> Result<Vec<String>, ApiError> {
         if let Some(Value::String(text)) = self.map.get(name) {
             let text = text.clone();
             self.map.remove(name);
@@ -138,7 +138,7 @@ impl Fields {
     }
 
     /// A list of texts.
-    pub(super) fn texts(&mut self, name: &str, most: usize) -> Result<Vec<String>, ApiError> {
+    pub(crate) fn texts(&mut self, name: &str, most: usize) -> Result<Vec<String>, ApiError> {
         let path = self.path(name);
         let list = self.list(name, most)?.unwrap_or_default();
         let texts = list.into_iter().enumerate().map(|(index, value)| match value {
@@ -149,7 +149,7 @@ impl Fields {
     }
 
     /// One of some words.
-    pub(super) fn one_of(
+    pub(crate) fn one_of(
         &mut self,
         name: &str,
         words: &[&'static str],
@@ -167,12 +167,12 @@ impl Fields {
     }
 
     /// A field that is understood but changes nothing here; docs/http.md lists these.
-    pub(super) fn without_effect(&mut self, name: &str) {
+    pub(crate) fn without_effect(&mut self, name: &str) {
         self.map.remove(name);
     }
 
     /// A field that is served with this value only.
-    pub(super) fn only(&mut self, name: &str, served: &[Value], why: &str) -> Result<(), ApiError> {
+    pub(crate) fn only(&mut self, name: &str, served: &[Value], why: &str) -> Result<(), ApiError> {
         match self.value(name) {
             Some(value) if !served.contains(&value) => {
                 let path = self.path(name);
@@ -183,18 +183,18 @@ impl Fields {
     }
 
     /// A field that other servers have and this one has not.
-    pub(super) fn refuse(&mut self, name: &str, why: &str) -> Result<(), ApiError> {
+    pub(crate) fn refuse(&mut self, name: &str, why: &str) -> Result<(), ApiError> {
         self.only(name, &[], why)
     }
 
     /// What to say when a field is not there.
-    pub(super) fn missing(&self, name: &str) -> ApiError {
+    pub(crate) fn missing(&self, name: &str) -> ApiError {
         let path = self.path(name);
         ApiError::field(path.clone(), format!("{path} is missing"))
     }
 
     /// Nothing may be left.
-    pub(super) fn finish(self) -> Result<(), ApiError> {
+    pub(crate) fn finish(self) -> Result<(), ApiError> {
         match self.map.iter().find(|(_, value)| !value.is_null()).map(|(name, _)| name) {
             None => Ok(()),
             Some(name) => {
@@ -208,7 +208,7 @@ impl Fields {
 }
 
 /// What a value is, in words.
-pub(super) fn kind(value: &Value) -> &'static str {
+pub(crate) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "true or false",
@@ -220,7 +220,7 @@ pub(super) fn kind(value: &Value) -> &'static str {
 }
 
 /// A value of the wrong kind.
-pub(super) fn wrong(path: &str, value: &Value, wanted: &str) -> ApiError {
+pub(crate) fn wrong(path: &str, value: &Value, wanted: &str) -> ApiError {
     ApiError::field(path, format!("{path} is {}, but must be {wanted}", kind(value)))
 }
 
@@ -234,7 +234,7 @@ fn out_of_range(
 }
 
 /// A client's text in a message: its beginning.
-pub(super) fn shortened(text: &str) -> String {
+pub(crate) fn shortened(text: &str) -> String {
     text.chars().take(100).collect()
 }
 

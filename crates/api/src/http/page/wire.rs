@@ -1,0 +1,60 @@
+//! Wishes from JSON to the messages of `Models`, and its refusals to HTTP's.
+
+use crate::http::fields::Fields;
+use crate::http::{ApiError, ErrorKind};
+use mlxnode_proto::v1;
+use std::time::Duration;
+use tonic::{Code, Status};
+
+/// As `mlxnode plan` bounds it.
+const MOST_STAGES: i64 = 64;
+/// More nodes than a desk holds.
+const MOST_NODES: usize = 256;
+/// What waits for a node or the coordinator to come back.
+const SOON: Duration = Duration::from_secs(2);
+
+pub(super) fn plan_request(fields: &mut Fields) -> Result<v1::PlanRequest, ApiError> {
+    let model = fields.needed_string("model")?;
+    if model.trim().is_empty() {
+        return Err(ApiError::field("model", "model is empty; name a folder, OWNER/NAME or demo"));
+    }
+    let stages = fields.integer("stages", 1..=MOST_STAGES)?;
+    Ok(v1::PlanRequest {
+        model,
+        stages: stages.and_then(|stages| u32::try_from(stages).ok()).unwrap_or_default(),
+        nodes: fields.texts("nodes", MOST_NODES)?,
+        context_tokens: fields.count("context_tokens")?.unwrap_or_default(),
+        concurrent_sequences: fields.count("concurrent_sequences")?.unwrap_or_default(),
+    })
+}
+
+pub(super) fn load_request(fields: &mut Fields) -> Result<v1::LoadRequest, ApiError> {
+    Ok(v1::LoadRequest {
+        name: fields.string("name")?.unwrap_or_default(),
+        plan: Some(plan_request(fields)?),
+    })
+}
+
+pub(super) fn unload_request(fields: &mut Fields) -> Result<v1::UnloadRequest, ApiError> {
+    Ok(v1::UnloadRequest { name: fields.needed_string("model")? })
+}
+
+/// Why an order was not carried out.
+pub(super) fn refusal(status: &Status) -> ApiError {
+    let kind = match status.code() {
+        Code::InvalidArgument | Code::OutOfRange => ErrorKind::Invalid,
+        Code::NotFound => ErrorKind::NoModel,
+        Code::AlreadyExists | Code::FailedPrecondition | Code::Aborted | Code::Cancelled => {
+            ErrorKind::Conflict
+        }
+        Code::PermissionDenied | Code::Unauthenticated => ErrorKind::Forbidden,
+        Code::ResourceExhausted => ErrorKind::RateLimited,
+        Code::Unavailable | Code::DeadlineExceeded => ErrorKind::Unavailable,
+        _ => ErrorKind::Internal,
+    };
+    let error = ApiError::new(kind, status.message());
+    match kind {
+        ErrorKind::RateLimited | ErrorKind::Unavailable => error.retry_after(SOON),
+        _ => error,
+    }
+}

@@ -103,7 +103,9 @@ impl From<FrontError> for ApiError {
             FrontError::Busy { retry_after, .. } => {
                 Self::new(ErrorKind::RateLimited, text).retry_after(retry_after)
             }
-            FrontError::BrokenAdapter { .. } => Self::new(ErrorKind::Unavailable, text).retry_after(SOON),
+            FrontError::BrokenAdapter { .. } | FrontError::NotLoaded { .. } => {
+                Self::new(ErrorKind::Unavailable, text).retry_after(SOON)
+            }
             FrontError::NotReady { .. } => Self::new(ErrorKind::Unavailable, text).retry_after(SOON),
             FrontError::Request(error) => {
                 Self { param: request_param(&error), ..Self::new(ErrorKind::Invalid, text) }

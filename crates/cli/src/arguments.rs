@@ -8,6 +8,7 @@ use clap::builder::RangedI64ValueParser;
 use clap::{Args, Parser, Subcommand};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Several Macs on a desk become one machine for large language models.
 ///
@@ -88,7 +89,42 @@ pub enum Command {
     Worker(worker::Worker),
 }
 
+/// "90s", "10m", "1.5h", "2d": at least a second.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.find(|it: char| !it.is_ascii_digit() && it != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let factor = match unit.trim() {
+        "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        "d" => 86_400.0,
+        "" => return Err("a time needs a unit: s, m, h or d, as in 10m".to_owned()),
+        _ => return Err(format!("{unit:?} is no unit of time; use s, m, h or d")),
+    };
+    match number.parse::<f64>() {
+        Ok(number) if (1.0..=3e9).contains(&(number * factor)) => {
+            Ok(Duration::from_secs_f64(number * factor))
+        }
+        _ => Err("a time is a number and a unit, such as 10m, and at least a second".to_owned()),
+    }
+}
+
 /// A whole number within these bounds.
 pub fn within(range: RangeInclusive<i64>) -> RangedI64ValueParser<u32> {
     RangedI64ValueParser::new().range(range)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_read_as_people_write_them() {
+        for (text, seconds) in [("90s", 90), ("10m", 600), ("1.5h", 5400), ("2d", 172_800)] {
+            assert_eq!(duration(text), Ok(Duration::from_secs(seconds)), "{text}");
+        }
+        for text in ["", "10", "m", "0s", "-1m", "10 parsecs", "1e99h", "99999999d"] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+    }
 }

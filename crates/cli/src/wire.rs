@@ -66,6 +66,12 @@ pub struct Deployment {
     pub active_requests: u32,
     pub queued_requests: u32,
     pub adapters: Vec<Adapter>,
+    /// Which of the model's replicas: 1, 2, … Each is an entry.
+    pub replica: u32,
+    pub replicas: u32,
+    pub pinned: bool,
+    /// `null` when it is not unloaded for want of use.
+    pub ttl_seconds: Option<u64>,
 }
 
 /// An adapter of a deployment; requests call it MODEL:NAME.
@@ -216,6 +222,10 @@ pub fn deployment(deployment: v1::Deployment) -> Deployment {
         active_requests: deployment.active_requests,
         queued_requests: deployment.queued_requests,
         adapters: deployment.adapters.into_iter().map(adapter).collect(),
+        replica: deployment.replica,
+        replicas: deployment.replicas,
+        pinned: deployment.pinned,
+        ttl_seconds: Some(deployment.ttl_seconds).filter(|ttl| *ttl > 0),
     }
 }
 

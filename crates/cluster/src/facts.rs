@@ -15,6 +15,8 @@ pub struct NodeFacts {
     pub memory_budget_bytes: u64,
     /// How much of it models take now, in bytes.
     pub memory_used_bytes: u64,
+    /// Most that blocks of prompts may take of the budget in each worker, in bytes.
+    pub prompt_cache_bytes: u64,
     /// Such as "Apple M4 Pro".
     pub chip: String,
     /// Version of mlxnode.

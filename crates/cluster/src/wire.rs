@@ -56,6 +56,7 @@ pub(crate) fn facts_to_wire(facts: &NodeFacts) -> proto::NodeFacts {
         memory_total_bytes: facts.memory_total_bytes,
         memory_budget_bytes: facts.memory_budget_bytes,
         memory_used_bytes: facts.memory_used_bytes,
+        prompt_cache_bytes: facts.prompt_cache_bytes,
         chip: facts.chip.clone(),
         version: facts.version.clone(),
     }
@@ -68,6 +69,7 @@ pub(crate) fn facts_from_wire(facts: proto::NodeFacts) -> NodeFacts {
         memory_total_bytes: facts.memory_total_bytes,
         memory_budget_bytes: facts.memory_budget_bytes,
         memory_used_bytes: facts.memory_used_bytes,
+        prompt_cache_bytes: facts.prompt_cache_bytes,
         chip: facts.chip,
         version: facts.version,
     };

@@ -74,7 +74,8 @@ pub enum BlockOrder {
         /// Which.
         block: BlockId,
     },
-    /// Put a copy on the disk. It stays in memory until it is dropped. One that cannot be written is a miss later on.
+    /// Put a copy on the disk, when there is time for it. It stays in memory until it is dropped. One that cannot be written, or is dropped
+    /// before it was, is a miss later on.
     Spill {
         /// Which.
         block: BlockId,
@@ -135,6 +136,12 @@ pub trait BlockStore {
 
     /// Does as told, without waiting for a disk.
     fn order(&mut self, order: BlockOrder) -> Result<(), StageError>;
+
+    /// Nothing waits for the stage: does one of the things that it put off. True when there are more, so that it is to be called again
+    /// unless something else came; it may then wait a moment for a disk.
+    fn rest(&mut self) -> Result<bool, StageError> {
+        Ok(false)
+    }
 
     /// What the blocks take now.
     fn usage(&self) -> BlockUsage;

@@ -71,7 +71,7 @@ pub struct Parameters {
     pub prompt_logprobs: Option<u32>,
     /// What the answer has to look like.
     pub grammar: Option<Grammar>,
-    /// Name of an adapter of the deployment.
+    /// An adapter of the deployment: its name, until the front puts what the workers call it in its place.
     pub adapter: Option<String>,
 }
 

@@ -16,7 +16,7 @@ use mlxnode_coordinator::deployments::{
 };
 
 fn adapter(name: &str) -> AdapterWish {
-    AdapterWish { name: name.into(), source: format!("/adapters/{name}") }
+    AdapterWish::new(name, format!("/adapters/{name}"))
 }
 
 fn failed() -> Error {
@@ -46,6 +46,33 @@ fn an_adapter_is_recorded_once_every_node_has_it() {
     assert_eq!(machine.view("a").adapters[0].name, "poet");
     assert_eq!(machine.settled(), [Ok(())]);
     assert_eq!(machine.deployments.load_adapter("a", adapter("poet")).unwrap().0, Loaded::Already);
+}
+
+#[test]
+fn another_adapter_of_the_same_name_is_another_one_for_caches() {
+    let mut machine = Machine::new(1);
+    machine.load("a", None);
+    machine.load_adapter("a", adapter("poet"));
+    let first = machine.view("a").adapters[0].key.clone();
+    machine.kill("a");
+    assert_eq!(machine.view("a").adapters[0].key, first, "the same one again, read by a new attempt");
+    let effects = machine.deployments.unload_adapter("a", "poet").unwrap();
+    machine.run(effects);
+    machine.load_adapter("a", AdapterWish::new("poet", "/adapters/another"));
+    assert_ne!(machine.view("a").adapters[0].key, first);
+    assert_eq!(machine.adapters.len(), 1, "{:?}", machine.adapters);
+    let used = |record: &Record| match record {
+        Record::AdapterAdded { adapter, .. } => adapter.load,
+        Record::Wanted { epoch, .. } => *epoch,
+        _ => 0,
+    };
+    let newest = machine.log.iter().map(used).max().unwrap();
+    let mut restored = Deployments::restore(machine.log.clone());
+    let next = restored.start().into_iter().find_map(|effect| match effect {
+        Effect::Record { record: Record::Wanted { epoch, .. }, .. } => Some(epoch),
+        _ => None,
+    });
+    assert!(next.unwrap() > newest, "a restart uses no number twice");
 }
 
 #[test]
@@ -120,7 +147,7 @@ fn mistakes_are_told() {
     let mut refused = |name: &str, adapter| machine.deployments.load_adapter(name, adapter).unwrap_err();
     assert!(matches!(refused("b", adapter("poet")), Error::NotFound(text) if text.contains("loaded are: a")));
     assert!(matches!(refused("a", adapter("a:b")), Error::Invalid(_)));
-    let nowhere = AdapterWish { source: String::new(), ..adapter("poet") };
+    let nowhere = AdapterWish::new("poet", "");
     assert!(matches!(refused("a", nowhere), Error::Invalid(_)));
     for number in 0..MAX_ADAPTERS {
         machine.load_adapter("a", adapter(&format!("n{number}")));

@@ -15,11 +15,11 @@ use mlxnode_coordinator::coordinator::{
     Coordinator, CoordinatorHandle, Limits, LinkWorker, LoadUpdate, LoadWish, Nodes, ProgressSink,
     StartScheduler, StartWorker, start,
 };
-use mlxnode_coordinator::deployments::{AdapterWish, Attempt, DeploymentView, StartedWorker, State};
+use mlxnode_coordinator::deployments::{AdapterWish, Attempt, DeploymentView, StartedWorker, State, Usage};
 use mlxnode_coordinator::keys::{KeyRole, KeyWish, find};
 use mlxnode_coordinator::placement::{LayerCost, ModelCost, Offer, Wish};
 use mlxnode_coordinator::{Error, NodeId};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tempfile::TempDir;
@@ -47,6 +47,8 @@ struct Fakes {
     links: Vec<LinkWorker>,
     /// (node, epoch, name)
     adapters: BTreeSet<(u8, u64, String)>,
+    usage: BTreeMap<String, Usage>,
+    drained: Vec<String>,
 }
 
 #[derive(Clone)]
@@ -78,6 +80,7 @@ impl Nodes for FakeNodes {
             name: format!("mac-{number}"),
             budget: ByteCount(400 * MIB),
             used: ByteCount(0),
+            prompts: ByteCount(0),
             bytes_per_second: None,
             coordinator: *number == 0,
             round_trips: [].into(),
@@ -181,7 +184,7 @@ impl Nodes for FakeNodes {
             if adapter.source == "/adapters/other" {
                 return Err(Error::Refused("the adapter is for another model".into()));
             }
-            let key = (node.as_bytes()[0], attempt.epoch, adapter.name);
+            let key = (node.as_bytes()[0], attempt.epoch, adapter.key());
             nodes.with(|fakes| fakes.adapters.insert(key));
             Ok(())
         }
@@ -198,6 +201,25 @@ impl Nodes for FakeNodes {
         async move {
             nodes.check(node)?;
             nodes.with(|fakes| fakes.adapters.remove(&(node.as_bytes()[0], attempt.epoch, adapter)));
+            Ok(())
+        }
+        .boxed()
+    }
+
+    fn usage(&self, node: NodeId, attempt: Attempt) -> BoxFuture<'static, Result<Usage, Error>> {
+        let nodes = self.clone();
+        async move {
+            nodes.check(node)?;
+            Ok(nodes.with(|fakes| fakes.usage.get(&attempt.name).copied().unwrap_or_default()))
+        }
+        .boxed()
+    }
+
+    fn drain(&self, node: NodeId, attempt: Attempt) -> BoxFuture<'static, Result<(), Error>> {
+        let nodes = self.clone();
+        async move {
+            nodes.check(node)?;
+            nodes.with(|fakes| fakes.drained.push(attempt.name));
             Ok(())
         }
         .boxed()
@@ -278,7 +300,7 @@ impl Story {
 
 fn wish(name: &str, stages: Option<usize>) -> LoadWish {
     let wish = Wish { stages, ..Wish::default() };
-    LoadWish { source: format!("/models/{name}"), name: None, wish }
+    LoadWish { source: format!("/models/{name}"), wish, ..LoadWish::default() }
 }
 
 async fn within<T>(work: impl Future<Output = T>) -> T {

@@ -179,6 +179,7 @@ impl World {
             name: format!("mac-{number}"),
             budget: ByteCount(self.free_mib * MIB),
             used: ByteCount(0),
+            prompts: ByteCount(0),
             bytes_per_second: None,
             coordinator: *number == 0,
             round_trips: [].into(),

@@ -28,6 +28,7 @@ fn offer(number: u8, free_mib: u64) -> Offer {
         name: format!("mac-{number}"),
         budget: ByteCount((free_mib + 100) * MIB),
         used: ByteCount(100 * MIB),
+        prompts: ByteCount(0),
         bytes_per_second: None,
         coordinator: number == 0,
         round_trips: [].into(),

@@ -7,8 +7,8 @@ mod support;
 
 use mlxnode_checkpoint::{Adapter, AdapterError, Checkpoint, SafetensorsWriter, TensorDtype};
 use mlxnode_compute::{
-    LayerRange, LogprobRequest, MicroBatch, Output, Row, RowOutput, Sampling, SequenceId, SequenceSpec,
-    Stage, StageError, StepInput,
+    BLOCK_TOKENS, BlockId, Keep, LayerRange, LogprobRequest, MicroBatch, Output, Row, RowOutput, Sampling,
+    SequenceId, SequenceSpec, Stage, StageError, StepInput,
 };
 use mlxnode_engine::{
     BatchEvent, BatchGenerator, BatchOptions, EngineStage, GenerateError, Generator, GeneratorOptions, Model,
@@ -399,6 +399,62 @@ fn an_adapter_stays_for_those_that_have_it() {
     }
     let taken = stages.0[0].load_adapter("a", &folders[0]).unwrap_err();
     assert!(matches!(&taken, StageError::Adapter(text) if text.contains("already")), "{taken}");
+}
+
+#[test]
+fn blocks_of_an_adapter_serve_nobody_else_not_even_another_one_of_its_name() {
+    let root = folder();
+    let model = root.path().join("model");
+    random_model::write(&model, &random_model::config("qwen3", json!({})), 3);
+    let case = |number: u32| {
+        json!({"model": model, "adapter": root.path().join(number.to_string()), "kind": "lora",
+            "parameters": {"rank": 4, "scale": 4.0, "dropout": 0.0}, "layers": -1, "seed": number,
+            "prompts": [], "tokens": 1})
+    };
+    let _: Answers = ask("adapters.py", root.path(), &json!({"cases": [case(1), case(2)]}));
+    let folders = [root.path().join("1"), root.path().join("2")];
+    let input = prompt(BLOCK_TOKENS + 9, VOCABULARY as u64, 7);
+    let mut stages = Stages::load(&model, 2).with(&[("a", &folders[0])]);
+    let run = |stages: &mut Stages, id: u64, adapter: Option<&str>, reuse: &[BlockId]| {
+        stages.open(id, &spec(&input, adapter)).unwrap();
+        let id = SequenceId(id);
+        for stage in &mut stages.0 {
+            let store = stage.blocks().unwrap();
+            if let Err(error) = store.begin_with(id, reuse) {
+                stages.close(id.0);
+                return Err(error);
+            }
+            if reuse.is_empty() {
+                store.keep(id, Keep { number: 0, block: BlockId(id.0), checkpoint: true }).unwrap();
+            }
+        }
+        let position = reuse.len() * BLOCK_TOKENS;
+        let row = Row { sequence: id, position, tokens: input[position..].to_vec(), sample: true };
+        let sampled = stages.run(&[row]).remove(0).sampled.unwrap();
+        stages.close(id.0);
+        Ok((sampled.token, sampled.logprob.unwrap()))
+    };
+    let is_missing = |result: Result<_, StageError>, block: u64| {
+        assert!(
+            matches!(&result, Err(StageError::MissingBlock(missing)) if missing.0 == block),
+            "{result:?}"
+        );
+    };
+    let close = |(token, logprob): (u32, f32), (other, other_logprob): (u32, f32)| {
+        assert!(token == other && (logprob - other_logprob).abs() < 1e-4, "{logprob} and {other_logprob}");
+    };
+    let changed = run(&mut stages, 1, Some("a"), &[]).unwrap();
+    let plain = run(&mut stages, 2, None, &[]).unwrap();
+    close(run(&mut stages, 3, Some("a"), &[BlockId(1)]).unwrap(), changed);
+    close(run(&mut stages, 4, None, &[BlockId(2)]).unwrap(), plain);
+    is_missing(run(&mut stages, 5, None, &[BlockId(1)]), 1);
+    is_missing(run(&mut stages, 6, Some("a"), &[BlockId(2)]), 2);
+    stages.remove("a");
+    stages.add("a", &folders[1]);
+    is_missing(run(&mut stages, 7, Some("a"), &[BlockId(1)]), 1);
+    stages.remove("a");
+    stages.add("a", &folders[0]);
+    close(run(&mut stages, 8, Some("a"), &[BlockId(1)]).unwrap(), changed);
 }
 
 fn collect(batch: &mut BatchGenerator, heard: &mut HashMap<mlxnode_engine::RowId, Vec<u32>>) {

@@ -7,6 +7,7 @@
 //!   cluster.key     only where the coordinator is: signs the roster
 //!   roster.pb       the signed roster
 //!   control.db      the coordinator's control log
+//!   blocks/         what workers computed of prompts, and which those were; may be removed while no node runs
 //!   client/         for local clients (command line, scripts): their own node.key and node.crt, and server.crt to expect
 //!   run/node.json   where the running node listens; removed when it stops
 //! ```
@@ -81,6 +82,11 @@ impl DataDir {
     /// The identity of local clients.
     pub fn client(&self) -> PathBuf {
         self.root.join("client")
+    }
+
+    /// What workers remember of prompts.
+    pub(crate) fn blocks(&self) -> PathBuf {
+        self.root.join("blocks")
     }
 
     /// The node's certificate in PEM, for clients of other languages that want a root certificate.

@@ -12,6 +12,8 @@ pub(crate) struct MachineFacts {
     pub(crate) memory_total: ByteCount,
     /// What models may use of it.
     pub(crate) memory_budget: ByteCount,
+    /// Most that blocks of prompts may take of the budget in each worker.
+    pub(crate) prompt_cache: ByteCount,
     /// "Apple M4 Max", or the processor's name on other systems.
     pub(crate) chip: String,
 }
@@ -32,14 +34,20 @@ impl MachineFacts {
                 (ByteCount(0), String::new())
             }
         };
-        let share = (memory_total.0 as f64 * NodeOptions::DEFAULT_BUDGET_SHARE) as u64;
+        let share = |bytes: ByteCount, share: f64| ByteCount((bytes.0 as f64 * share) as u64);
+        let memory_budget =
+            options.memory_budget.unwrap_or_else(|| share(memory_total, NodeOptions::DEFAULT_BUDGET_SHARE));
+        let prompt_cache = options
+            .prompt_cache_memory
+            .unwrap_or_else(|| share(memory_budget, NodeOptions::DEFAULT_PROMPT_CACHE_SHARE));
         let name = options.name.clone().or_else(|| sysinfo::System::host_name().ok());
         let name = name.unwrap_or_else(|| "node".to_owned());
         Self {
             // macOS appends ".local" to the host's name; people do not say it.
             name: name.trim_end_matches(".local").to_owned(),
             memory_total,
-            memory_budget: options.memory_budget.unwrap_or(ByteCount(share)),
+            memory_budget,
+            prompt_cache,
             chip: if chip.is_empty() { "unknown processor".to_owned() } else { chip },
         }
     }

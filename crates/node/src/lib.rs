@@ -16,6 +16,7 @@ mod addresses;
 mod client;
 mod coordination;
 mod data_dir;
+mod demand;
 mod error;
 mod facts;
 mod household;

@@ -9,6 +9,7 @@
 use crate::addresses;
 use crate::coordination::{self, RosterRoute};
 use crate::data_dir::{DataDir, DataDirError, DataDirLock, RunningNode};
+use crate::demand::NodeDemand;
 use crate::facts::MachineFacts;
 use crate::household::{LEAVE_TIME, Members, NodeHousehold};
 use crate::joining::become_member;
@@ -224,6 +225,7 @@ impl Node {
             memory_total_bytes: machine.memory_total.0,
             memory_budget_bytes: machine.memory_budget.0,
             memory_used_bytes: 0,
+            prompt_cache_bytes: machine.prompt_cache.0,
             chip: machine.chip.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         };
@@ -263,12 +265,19 @@ impl Node {
             command: options.worker_command.clone(),
             listen: bound.ip(),
             advertised,
+            blocks: data_dir.blocks(),
+            block_disk: options.prompt_cache_disk,
             collector: collector.clone(),
         };
-        let workers =
-            Workers::new(workers_options, identity.clone(), Arc::new(Hub::new(options.hub.clone())));
+        let hub = Arc::new(Hub::new(options.hub.clone()));
+        let workers = Workers::new(workers_options, identity.clone(), hub.clone());
         let sandbox = Arc::new(SandboxProcess::new(SandboxOptions::new(options.worker_command.clone())));
-        let schedulers = Schedulers::new(identity.clone(), workers.clone(), sandbox.clone());
+        let schedulers = Schedulers::new(
+            identity.clone(),
+            workers.clone(),
+            sandbox.clone(),
+            (options.prompt_cache_disk.0 > 0).then(|| data_dir.blocks()),
+        );
 
         let nodes = ClusterNodes {
             own,
@@ -336,6 +345,13 @@ impl Node {
             .counting(metrics.clone(), Some(gate.clone()))
             .telling(traces.as_ref().map(Exporter::sink))
             .resuming_within(options.resume_within);
+        let front = match options.load_on_demand {
+            None => front,
+            Some(ttl) => {
+                let (route, under_way) = (route.clone(), Default::default());
+                front.demanding(Arc::new(NodeDemand { route, hub, ttl, under_way }))
+            }
+        };
         let own_front = front.clone();
         let observer = Arc::new(NodeObserver {
             deployments: view.clone(),

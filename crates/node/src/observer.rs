@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use mlxnode_api::cluster::{Household as _, NodeState};
 use mlxnode_api::deployments::DeploymentsView;
 use mlxnode_api::metrics::{LinkSeen, Observations, Observer, SchedulerSeen, StageSeen};
+use mlxnode_coordinator::deployments::replica_of;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,7 +30,7 @@ impl Observer for NodeObserver {
         let stages = self.workers.look(PATIENCE).await.into_iter().map(stage).collect();
         let deployments = self.deployments.borrow().deployments.clone();
         let schedulers = self.schedulers.statistics().into_iter().map(|(model, statistics)| {
-            let deployment = deployments.iter().find(|deployment| deployment.name == model);
+            let deployment = deployments.iter().find(|deployment| deployment.instance() == model);
             let reserved = deployment
                 .map(|deployment| deployment.max_sequences.saturating_mul(deployment.context_tokens))
                 .filter(|tokens| *tokens > 0);
@@ -38,7 +39,9 @@ impl Observer for NodeObserver {
                 waiting: statistics.queued,
                 preemptions: statistics.preemptions,
                 kv_usage: reserved.map(|tokens| statistics.reserved_tokens as f64 / tokens as f64),
-                model,
+                prompt_memory_bytes: statistics.prompts.memory.0,
+                prompt_disk_bytes: statistics.prompts.disk.0,
+                model: replica_of(&model).0.to_owned(),
             }
         });
         let schedulers = schedulers.collect();
@@ -69,7 +72,7 @@ impl Observer for NodeObserver {
 fn stage(seen: SeenWorker) -> StageSeen {
     let SeenWorker { deployment, layers, stats } = seen;
     StageSeen {
-        model: deployment,
+        model: replica_of(&deployment).0.to_owned(),
         layers: format!("{}-{}", layers.start, layers.end),
         steps: stats.steps,
         compute: stats.compute_time,

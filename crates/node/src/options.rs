@@ -27,11 +27,18 @@ pub struct NodeOptions {
     pub discovery: bool,
     /// How much memory models may use here; [`NodeOptions::DEFAULT_BUDGET_SHARE`] of the machine's when absent.
     pub memory_budget: Option<ByteCount>,
+    /// How much of the budget each model may use here to remember prompts, of what its weights and caches leave free;
+    /// [`NodeOptions::DEFAULT_PROMPT_CACHE_SHARE`] of the budget when absent, 0 for nothing.
+    pub prompt_cache_memory: Option<ByteCount>,
+    /// How much disk all models together may use here to remember prompts, over restarts as well; 0 for none.
+    pub prompt_cache_disk: ByteCount,
     /// The executable that is started as `<command> worker` for each shard, and as `<command> sandbox` for what models' files make
     /// us run.
     pub worker_command: PathBuf,
     /// Where models come from.
     pub hub: mlxnode_hub::Options,
+    /// Load models of this machine's cache when somebody asks for them, and unload them when nobody did for so long.
+    pub load_on_demand: Option<Duration>,
     /// `http://HOST:PORT` of an OpenTelemetry collector that takes spans of requests; nothing is sent when absent.
     pub otlp_endpoint: Option<String>,
     /// How long a stopping node waits for running requests.
@@ -58,8 +65,11 @@ impl NodeOptions {
             peers: Vec::new(),
             discovery: true,
             memory_budget: None,
+            prompt_cache_memory: None,
+            prompt_cache_disk: ByteCount(0),
             worker_command,
             hub,
+            load_on_demand: None,
             otlp_endpoint: None,
             drain: Self::DEFAULT_DRAIN,
             resume_within: Self::DEFAULT_RESUME_WITHIN,
@@ -68,6 +78,8 @@ impl NodeOptions {
 
     /// Three quarters: what macOS lets the GPU wire by default on most machines, with room left for the system.
     pub const DEFAULT_BUDGET_SHARE: f64 = 0.75;
+    /// A tenth: on a Mac with 64 GB the beginnings of prompts with some thirty thousand tokens of an 8B model.
+    pub const DEFAULT_PROMPT_CACHE_SHARE: f64 = 0.1;
     /// Long enough for a short answer to finish, short enough for a person who waits at a terminal.
     pub const DEFAULT_DRAIN: Duration = Duration::from_secs(5);
     /// A node that crashed and is started again is back by then.

@@ -3,7 +3,7 @@
 use crate::workers::{Workers, WorkersError};
 use mlxnode_api::front::ModelText;
 use mlxnode_cluster::Identity;
-use mlxnode_coordinator::deployments::Attempt;
+use mlxnode_coordinator::deployments::{Attempt, Usage};
 use mlxnode_coordinator::scheduler::{
     self, Drive, DriveCommand, DriveEvent, Ended, Limits, RunError, RunRequest, RunStream, SchedulerHandle,
     Statistics,
@@ -11,9 +11,11 @@ use mlxnode_coordinator::scheduler::{
 use mlxnode_text::{Sandbox, TextFiles};
 use mlxnode_worker::{DriveClient, DriveError, DriveEvents};
 use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
-use tokio::sync::mpsc;
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{info, warn};
@@ -42,6 +44,8 @@ struct Shared {
     identity: Arc<Identity>,
     workers: Workers,
     sandbox: Arc<dyn Sandbox>,
+    /// Where it is written which prompts are on the disk; None when none are.
+    prompts: Option<PathBuf>,
     running: Mutex<BTreeMap<String, Running>>,
 }
 
@@ -52,7 +56,11 @@ struct Running {
     /// Ends the scheduler in good order.
     stop: CancellationToken,
     owner: AbortOnDropHandle<()>,
-    _ways: [AbortOnDropHandle<()>; 2],
+    /// When a request last came or ended.
+    last_used: Arc<Mutex<Instant>>,
+    /// Takes no further requests.
+    is_draining: Arc<AtomicBool>,
+    _ways: [AbortOnDropHandle<()>; 3],
 }
 
 /// Passing a last word on to everybody who waits takes no time; a stuck scheduler must not hold up an unload.
@@ -71,8 +79,14 @@ const IN_FLIGHT: usize = 64;
 
 impl Schedulers {
     /// None yet.
-    pub(crate) fn new(identity: Arc<Identity>, workers: Workers, sandbox: Arc<dyn Sandbox>) -> Self {
-        Self { shared: Arc::new(Shared { identity, workers, sandbox, running: Mutex::default() }) }
+    pub(crate) fn new(
+        identity: Arc<Identity>,
+        workers: Workers,
+        sandbox: Arc<dyn Sandbox>,
+        prompts: Option<PathBuf>,
+    ) -> Self {
+        let running = Mutex::default();
+        Self { shared: Arc::new(Shared { identity, workers, sandbox, prompts, running }) }
     }
 
     /// Starts the scheduler of a replica, in place of an older one.
@@ -95,7 +109,9 @@ impl Schedulers {
         let (events_in, events_out) = mpsc::channel(IN_FLIGHT);
         let sending = AbortOnDropHandle::new(tokio::spawn(send_commands(commands_out, client)));
         let receiving = AbortOnDropHandle::new(tokio::spawn(receive_events(events, events_in)));
-        let (handle, mut task) = scheduler::start(limits, Drive { commands, events: events_out }, None);
+        let drive = Drive { commands, events: events_out };
+        let prompts = self.shared.prompts.as_ref().map(|folder| folder.join(index_file(&attempt.name)));
+        let (handle, mut task) = scheduler::start(limits, drive, prompts);
         let name = attempt.name.clone();
         let stop = CancellationToken::new();
         let stopped = stop.clone();
@@ -111,8 +127,19 @@ impl Schedulers {
             }
         }));
         info!(model = attempt.name, epoch = attempt.epoch, "scheduler started");
-        let running =
-            Running { source, handle, stop, owner, _ways: [sending, receiving], attempt: attempt.clone() };
+        let last_used = Arc::new(Mutex::new(Instant::now()));
+        let noting = note_use(handle.watch_statistics(), last_used.clone());
+        let noting = AbortOnDropHandle::new(tokio::spawn(noting));
+        let running = Running {
+            source,
+            handle,
+            stop,
+            owner,
+            last_used,
+            is_draining: Arc::default(),
+            _ways: [sending, receiving, noting],
+            attempt: attempt.clone(),
+        };
         self.running().insert(attempt.name, running);
         Ok(())
     }
@@ -157,9 +184,13 @@ impl Schedulers {
     /// # Errors
     /// When no scheduler of this deployment runs here.
     pub(crate) fn run(&self, deployment: &str, request: RunRequest) -> Result<RunStream, RunError> {
-        let handle = self.running().get(deployment).map(|running| running.handle.clone());
-        let handle = handle.ok_or_else(|| not_here(deployment))?;
-        Ok(handle.run(request))
+        let running = self.running();
+        let found = running.get(deployment).ok_or_else(|| not_here(deployment))?;
+        if found.is_draining.load(Ordering::SeqCst) {
+            return Err(RunError::Unavailable(format!("{deployment} is being unloaded")));
+        }
+        *found.last_used.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        Ok(found.handle.run(request))
     }
 
     /// The model's small files.
@@ -182,6 +213,38 @@ impl Schedulers {
         }
     }
 
+    /// How busy the scheduler of an attempt is.
+    ///
+    /// # Errors
+    /// When it does not run here.
+    pub(crate) fn usage(&self, attempt: &Attempt) -> Result<Usage, RunError> {
+        let running = self.running();
+        let found = running.get(&attempt.name).filter(|running| running.attempt == *attempt);
+        let found = found.ok_or_else(|| not_here(&attempt.name))?;
+        let statistics = found.handle.statistics();
+        let idle = found.last_used.lock().unwrap_or_else(PoisonError::into_inner).elapsed();
+        Ok(Usage { busy: statistics.active + statistics.queued, idle })
+    }
+
+    /// Takes no further requests for an attempt and waits until those that it has have ended.
+    ///
+    /// # Errors
+    /// When its scheduler does not run here.
+    pub(crate) async fn drain(&self, attempt: &Attempt) -> Result<(), RunError> {
+        let mut statistics = {
+            let running = self.running();
+            let found = running.get(&attempt.name).filter(|running| running.attempt == *attempt);
+            let found = found.ok_or_else(|| not_here(&attempt.name))?;
+            found.is_draining.store(true, Ordering::SeqCst);
+            found.handle.watch_statistics()
+        };
+        // A request that was taken a moment ago may not be counted yet; one that is lost by this was never begun.
+        tokio::time::sleep(TAKEN_LATE).await;
+        // An error means that the scheduler has ended, and its requests with it.
+        let _ = statistics.wait_for(|now| now.active + now.queued == 0).await;
+        Ok(())
+    }
+
     /// How busy each deployment's scheduler on this node is.
     pub(crate) fn statistics(&self) -> BTreeMap<String, Statistics> {
         self.running().iter().map(|(name, running)| (name.clone(), running.handle.statistics())).collect()
@@ -195,6 +258,36 @@ impl Schedulers {
     fn running(&self) -> MutexGuard<'_, BTreeMap<String, Running>> {
         self.shared.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// From when a request is taken until its scheduler counts it.
+const TAKEN_LATE: Duration = Duration::from_millis(50);
+
+/// Notes when requests come and end, until the scheduler ends.
+async fn note_use(mut statistics: watch::Receiver<Statistics>, last_used: Arc<Mutex<Instant>>) {
+    let mut before = 0;
+    while statistics.changed().await.is_ok() {
+        let busy = {
+            let now = statistics.borrow_and_update();
+            now.active + now.queued
+        };
+        if busy == std::mem::replace(&mut before, busy) {
+            continue; // something else changed, such as what is on the disk
+        }
+        *last_used.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+}
+
+/// Names of deployments may hold what names of files may not.
+fn index_file(deployment: &str) -> String {
+    let mut name = String::with_capacity(deployment.len() + 8);
+    for byte in deployment.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' => name.push(char::from(byte)),
+            other => name.push_str(&format!("%{other:02x}")),
+        }
+    }
+    name + ".prompts"
 }
 
 fn not_here(deployment: &str) -> RunError {

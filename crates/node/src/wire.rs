@@ -32,6 +32,7 @@ pub(crate) fn shard_to_proto(shard: &Shard) -> proto::ShardSpec {
         context_tokens: shard.context_tokens as u32,
         max_sequences: shard.max_sequences as u32,
         prefill_chunk: shard.prefill_chunk as u32,
+        prompt_bytes: shard.prompts.0,
     }
 }
 
@@ -43,6 +44,7 @@ pub(crate) fn shard(shard: Option<proto::ShardSpec>) -> Result<Shard, Status> {
         context_tokens: shard.context_tokens as usize,
         max_sequences: shard.max_sequences as usize,
         prefill_chunk: shard.prefill_chunk as usize,
+        prompts: ByteCount(shard.prompt_bytes),
     })
 }
 

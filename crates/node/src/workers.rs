@@ -9,7 +9,7 @@ use mlxnode_compute::{ByteCount, LayerRange};
 use mlxnode_coordinator::deployments::{AdapterWish, Attempt, Links, Shard, StartedWorker};
 use mlxnode_hub::{Hub, ModelSource};
 use mlxnode_traces::Collector;
-use mlxnode_worker::{LoadShard, ProcessError, ShardStats, SpawnWorker, WorkerProcess};
+use mlxnode_worker::{BlockRoom, LoadShard, ProcessError, ShardStats, SpawnWorker, WorkerProcess};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::IpAddr;
@@ -86,6 +86,10 @@ pub(crate) struct WorkersOptions {
     pub(crate) listen: IpAddr,
     /// The host under which other nodes reach this one.
     pub(crate) advertised: String,
+    /// The folder for blocks of prompts.
+    pub(crate) blocks: PathBuf,
+    /// Most bytes of it; 0: none are written.
+    pub(crate) block_disk: ByteCount,
     /// Where workers send spans of requests.
     pub(crate) collector: Option<Collector>,
 }
@@ -190,8 +194,11 @@ impl Workers {
             context_tokens: shard.context_tokens,
             max_sequences: shard.max_sequences,
             prefill_chunk: shard.prefill_chunk,
-            // No setting says yet how much of the budget prompts may take.
-            blocks: None,
+            blocks: (shard.prompts.0 > 0).then(|| BlockRoom {
+                memory: shard.prompts,
+                disk: self.shared.options.block_disk,
+                folder: self.shared.options.blocks.clone(),
+            }),
         };
         // Until it is held below, dropping `process` (this call was given up) kills it.
         let mut loading = process.load(&load, attempt.epoch).await?;
@@ -234,15 +241,16 @@ impl Workers {
         self.fence(attempt)?;
         let folder = self.fetch_adapter(&adapter.source).await?;
         let processes = self.processes_of(attempt)?;
+        let key = &adapter.key();
         let loads = processes.iter().map(|process| async {
-            process.unload_adapter(&adapter.name).await?;
-            process.load_adapter(&adapter.name, &folder).await
+            process.unload_adapter(key).await?;
+            process.load_adapter(key, &folder).await
         });
         let loaded: Result<Vec<()>, ProcessError> =
             futures::future::join_all(loads).await.into_iter().collect();
         if loaded.is_err() {
             // The coordinator hears why it was not loaded; that it was taken out again goes without saying.
-            let _ = self.unload_adapter(attempt, &adapter.name).await;
+            let _ = self.unload_adapter(attempt, key).await;
         }
         Ok(loaded.map(drop)?)
     }

@@ -39,12 +39,12 @@ pub struct LoadShard {
     pub blocks: Option<BlockRoom>,
 }
 
-/// What blocks of prompts may take in one worker.
+/// What blocks of prompts may take.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockRoom {
-    /// In memory.
+    /// In the worker's memory.
     pub memory: ByteCount,
-    /// On the disk; 0: they are not there.
+    /// On the disk, those of other workers included; 0: they are not there.
     pub disk: ByteCount,
     /// Where their files lie, with those of other workers.
     pub folder: PathBuf,
@@ -154,6 +154,9 @@ fn work(
             continue;
         }
         let Some((message, (credit, arrived))) = queue.pop() else {
+            if shard.rest()? {
+                continue; // after a look at the inboxes
+            }
             match futures::executor::block_on(next(messages, errands)) {
                 Some(Next::Message(received)) => {
                     queue.push(received.message, (received.credit, received.arrived))

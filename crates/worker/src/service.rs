@@ -197,7 +197,7 @@ fn shard_from_proto(request: &proto::LoadShardRequest) -> Result<LoadShard, Stat
         max_sequences: spec.max_sequences as usize,
         prefill_chunk: spec.prefill_chunk as usize,
         blocks: request.blocks.as_ref().map(|room| BlockRoom {
-            memory: ByteCount(room.memory_bytes),
+            memory: ByteCount(spec.prompt_bytes),
             disk: ByteCount(room.disk_bytes),
             folder: room.folder.clone().into(),
         }),

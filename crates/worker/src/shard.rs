@@ -95,6 +95,12 @@ impl Shard {
         debug!(trace = trace.id(), sequence = sequence.0, %layers, prompt_tokens = spec.prompt_tokens, "sequence {what}");
     }
 
+    /// Nothing waits for this stage: lets it do what it put off. True when there is more of that.
+    pub(crate) fn rest(&mut self) -> Result<bool, Fault> {
+        let rested = self.stage.blocks().map_or(Ok(false), |store| store.rest());
+        rested.map_err(|error| Fault::Device(error.to_string()))
+    }
+
     fn open(
         &mut self,
         sequence: SequenceId,

@@ -70,7 +70,7 @@ impl ClusterService {
             .deployments
             .iter()
             .map(|deployment| {
-                crate::models::wire::deployment_to_proto(deployment, busy.get(&deployment.name))
+                crate::models::wire::deployment_to_proto(deployment, busy.get(&deployment.instance()))
             })
             .collect();
         wire::status(self.household.view(), deployments, view.is_current)

@@ -24,7 +24,7 @@ const ANY_MODEL: &str = "default_model";
 /// When there is none, several, or the caller may not use it.
 pub(crate) async fn find_model(front: &Front, caller: &Caller, model: &str) -> Result<Model, ApiError> {
     let name = if model == ANY_MODEL { "" } else { model };
-    let (deployment, adapter) = front.find(name)?;
+    let (deployment, adapter) = front.summon(name, |model| caller.may_use(model)).await?;
     if !caller.may_use(&deployment.name) {
         // Whoever may not use a model need not learn that it is there.
         let error = ApiError::new(ErrorKind::NoModel, format!("no model named {model:?} is loaded"));

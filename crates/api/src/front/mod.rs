@@ -9,6 +9,7 @@ mod admission;
 mod answer;
 mod continuation;
 mod defaults;
+mod demand;
 mod model_text;
 mod names;
 mod output;
@@ -16,16 +17,19 @@ mod patience;
 mod prepared;
 mod replicas;
 mod resume;
+mod routing;
 mod spans;
 
 pub use admission::Admission;
 pub use answer::{Answer, AnswerEvent, Summary};
 pub use defaults::SamplingDefaults;
+pub use demand::Demand;
 pub use model_text::ModelText;
 pub use output::{End, Output, Piece};
 pub use patience::DEFAULT_RESUME_WITHIN;
 pub use prepared::Prepared;
 pub use replicas::{Replicas, RunEvents};
+pub use routing::{Candidate, ReplicaId, Router};
 
 use crate::deployments::{DeploymentView, DeploymentsView, State, state_name};
 use crate::gate::{Gate, retry_seconds};
@@ -37,11 +41,12 @@ use mlxnode_compute::{ByteCount, SpanSink, TraceContext};
 use mlxnode_coordinator::requests::{Parameters, RequestError, ValidRequest};
 use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
 use mlxnode_text::{ChatRequest, Sandbox, TextError};
+use routing::{Routing, Ticket};
 use spans::RequestSpans;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 /// A figure in an answer's last message is worth less than the message itself.
@@ -127,6 +132,14 @@ pub enum FrontError {
         /// Why not.
         problem: String,
     },
+    /// It was asked for, and cannot be loaded.
+    #[error("{model:?} is not loaded, and cannot be: {reason}")]
+    NotLoaded {
+        /// What was asked for.
+        model: String,
+        /// Why not.
+        reason: String,
+    },
     /// Several are loaded and the request names none.
     #[error("several models are loaded ({0}); name one of them")]
     AmbiguousModel(String),
@@ -174,9 +187,13 @@ pub struct Front {
     /// The node ends: nobody waits for replicas any more.
     ending: CancellationToken,
     spans: Option<Arc<dyn SpanSink>>,
+    routing: Routing,
+    demand: Option<Arc<dyn Demand>>,
+    /// Requests that wait for their model.
+    waiting: Arc<Semaphore>,
 }
 
-/// By deployment, with the epoch for which they were read: a reload may bring another tokenizer.
+/// By replica, with the epoch for which they were read: a reload may bring another tokenizer.
 type Texts = HashMap<String, (u64, Arc<ModelText>)>;
 
 impl Front {
@@ -198,6 +215,9 @@ impl Front {
             resume_within: DEFAULT_RESUME_WITHIN,
             ending: CancellationToken::new(),
             spans: None,
+            routing: Routing::default(),
+            demand: None,
+            waiting: Arc::new(Semaphore::new(demand::MAX_WAITING)),
         }
     }
 
@@ -242,11 +262,11 @@ impl Front {
     pub fn deployment(&self, model: &str) -> Result<DeploymentView, FrontError> {
         let view = self.deployments.borrow();
         let found = match model {
-            "" if view.deployments.len() > 1 => {
+            "" if view.deployments.iter().any(|deployment| deployment.name != view.deployments[0].name) => {
                 return Err(FrontError::AmbiguousModel(names(&view.deployments)));
             }
-            "" => view.deployments.first(),
-            name => view.deployments.iter().find(|deployment| deployment.name == name),
+            "" => best(&view.deployments, |_| true),
+            name => best(&view.deployments, |deployment| deployment.name == name),
         };
         let loaded = match view.deployments.is_empty() {
             true => "nothing is; load a model with `mlxnode load MODEL`".to_owned(),
@@ -260,7 +280,8 @@ impl Front {
     /// # Errors
     /// When the node of the first stage cannot be reached, or its files are no tokenizer.
     pub async fn model_text(&self, deployment: &DeploymentView) -> Result<Arc<ModelText>, FrontError> {
-        let held = self.lock_texts().get(&deployment.name).cloned();
+        let instance = deployment.instance();
+        let held = self.lock_texts().get(&instance).cloned();
         if let Some((epoch, text)) = held
             && epoch == deployment.epoch
         {
@@ -276,9 +297,11 @@ impl Front {
         let mut texts = self.lock_texts();
         let loaded = self.deployments.borrow();
         let is_loaded = |name: &str| loaded.deployments.iter().any(|deployment| deployment.name == name);
-        texts.retain(|name, _| is_loaded(name));
+        let is_there = |instance: &str| loaded.deployments.iter().any(|it| it.instance() == instance);
+        texts.retain(|instance, _| is_there(instance));
         self.door.with(|admission| admission.retain(is_loaded));
-        texts.insert(deployment.name.clone(), (deployment.epoch, Arc::clone(&text)));
+        self.routing.with(|router| router.retain(is_there));
+        texts.insert(instance, (deployment.epoch, Arc::clone(&text)));
         Ok(text)
     }
 
@@ -297,10 +320,9 @@ impl Front {
     /// As [`Front::generate`], and when the replica is lost on the way.
     pub async fn embed(&self, request: EmbeddingRequest) -> Result<(Vec<f32>, usize), FrontError> {
         let arrived = Instant::now();
-        let (deployment, named_adapter) = self.find(&request.model)?;
+        let (deployment, named_adapter) = self.summon(&request.model, |_| true).await?;
         check_ready(&deployment)?;
-        let adapter = request.adapter.or(named_adapter);
-        names::check_adapter(&deployment, adapter.as_deref())?;
+        let adapter = names::adapter_key(&deployment, request.adapter.or(named_adapter).as_deref())?;
         let _place = self.enter(&deployment.name, arrived)?;
         let text = self.model_text(&deployment).await?;
         let prompt = text.clone().tokenize_blocking(request.input).await?;
@@ -345,6 +367,29 @@ impl Front {
             RequestSpans::new(sink, trace, origin.parent, &deployment.name, run.prompt.len(), arrived)
         });
         Account::new(place, record, self.metrics.clone(), gate, spans, Submitted::new(run, arrived))
+    }
+
+    /// The replica of this deployment that shall have the sequence.
+    fn route(&self, deployment: DeploymentView, run: &RunRequest) -> (DeploymentView, Option<Ticket>) {
+        let replicas: Vec<DeploymentView> = {
+            let view = self.deployments.borrow();
+            let ready =
+                view.deployments.iter().filter(|it| it.name == deployment.name && it.state == State::Ready);
+            ready.cloned().collect()
+        };
+        if deployment.replicas <= 1 || replicas.is_empty() {
+            return (deployment, None);
+        }
+        let candidate = |replica: &DeploymentView| Candidate {
+            instance: replica.instance(),
+            epoch: replica.epoch,
+            places: replica.max_sequences,
+        };
+        let candidates: Vec<Candidate> = replicas.iter().map(candidate).collect();
+        let kind = (deployment.name.as_str(), run.spec.adapter.as_deref(), run.tenant.as_str());
+        let (place, ticket) = self.routing.choose(&candidates, &kind, &run.prompt);
+        let chosen = replicas.into_iter().nth(place);
+        (chosen.unwrap_or(deployment), Some(ticket))
     }
 
     /// The largest memory that any stage's MLX held since it was loaded; 0 when no stage says so in time.
@@ -392,5 +437,15 @@ fn fresh_seed() -> u64 {
 }
 
 fn names(deployments: &[DeploymentView]) -> String {
-    deployments.iter().map(|deployment| deployment.name.as_str()).collect::<Vec<_>>().join(", ")
+    let mut names: Vec<&str> = deployments.iter().map(|deployment| deployment.name.as_str()).collect();
+    names.dedup(); // replicas stand beside each other
+    names.join(", ")
+}
+
+/// Of those that are meant a replica that is ready, if there is one.
+fn best(
+    deployments: &[DeploymentView],
+    is_meant: impl Fn(&DeploymentView) -> bool,
+) -> Option<&DeploymentView> {
+    deployments.iter().filter(|it| is_meant(it)).min_by_key(|it| it.state != State::Ready)
 }

@@ -1,6 +1,6 @@
 //! What a client means by `model`: a deployment's name, where its weights come from, or `NAME:ADAPTER`.
 
-use super::{Front, FrontError};
+use super::{Front, FrontError, best};
 use crate::deployments::DeploymentView;
 
 impl Front {
@@ -14,15 +14,14 @@ impl Front {
             Err(error) => error,
         };
         let deployments = self.deployments();
-        if let Some(found) = deployments.iter().find(|deployment| deployment.source == model) {
+        if let Some(found) = best(&deployments, |deployment| deployment.source == model) {
             return Ok((found.clone(), None));
         }
         if let Some((base, adapter)) = model.rsplit_once(':')
-            && let Some(found) = deployments
-                .into_iter()
-                .find(|deployment| deployment.name == base || deployment.source == base)
+            && let Some(found) =
+                best(&deployments, |deployment| deployment.name == base || deployment.source == base)
         {
-            return Ok((found, Some(adapter.to_owned())));
+            return Ok((found.clone(), Some(adapter.to_owned())));
         }
         Err(error)
     }
@@ -36,16 +35,19 @@ impl Front {
         deployment: &DeploymentView,
         adapter: Option<&str>,
     ) -> Result<(), FrontError> {
-        check_adapter(deployment, adapter)
+        adapter_key(deployment, adapter).map(drop)
     }
 }
 
-/// Has the deployment the adapter that a request asks for?
+/// What the workers call the adapter that a request asks for.
 ///
 /// # Errors
 /// [`FrontError::UnknownAdapter`], with those that there are, and [`FrontError::BrokenAdapter`].
-pub(super) fn check_adapter(deployment: &DeploymentView, adapter: Option<&str>) -> Result<(), FrontError> {
-    let Some(name) = adapter else { return Ok(()) };
+pub(super) fn adapter_key(
+    deployment: &DeploymentView,
+    adapter: Option<&str>,
+) -> Result<Option<String>, FrontError> {
+    let Some(name) = adapter else { return Ok(None) };
     let model = deployment.name.clone();
     let Some(found) = deployment.adapters.iter().find(|adapter| adapter.name == name) else {
         let names: Vec<&str> = deployment.adapters.iter().map(|adapter| adapter.name.as_str()).collect();
@@ -56,7 +58,7 @@ pub(super) fn check_adapter(deployment: &DeploymentView, adapter: Option<&str>) 
         return Err(FrontError::UnknownAdapter { model, adapter: name.to_owned(), loaded });
     };
     match &found.problem {
-        None => Ok(()),
+        None => Ok(Some(found.key.clone())),
         Some(problem) => {
             Err(FrontError::BrokenAdapter { model, adapter: name.to_owned(), problem: problem.clone() })
         }

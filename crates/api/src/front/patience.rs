@@ -122,6 +122,10 @@ mod tests {
 
     fn view(state: State, epoch: u64) -> DeploymentView {
         DeploymentView {
+            replica: 1,
+            replicas: 1,
+            is_pinned: false,
+            ttl: None,
             name: "m".into(),
             source: "s".into(),
             epoch,

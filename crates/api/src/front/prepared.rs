@@ -1,7 +1,7 @@
 //! A request that is checked and tokenized, ready to run once or several times.
 
 use crate::deployments::DeploymentView;
-use crate::front::names::check_adapter;
+use crate::front::names::adapter_key;
 use crate::front::{
     Answer, Front, FrontError, GenerationRequest, Input, ModelText, Origin, Output, check_ready, fresh_seed,
     named,
@@ -35,11 +35,10 @@ impl Front {
     /// An unknown model, a prompt that cannot be made, a parameter out of its range.
     pub async fn prepare(&self, request: GenerationRequest) -> Result<Prepared, FrontError> {
         let arrived = Instant::now();
-        let (deployment, adapter) = self.find(&request.model)?;
+        let (deployment, adapter) = self.summon(&request.model, |_| true).await?;
         check_ready(&deployment)?;
         let mut parameters = request.parameters;
-        parameters.adapter = parameters.adapter.or(adapter);
-        check_adapter(&deployment, parameters.adapter.as_deref())?;
+        parameters.adapter = adapter_key(&deployment, parameters.adapter.or(adapter).as_deref())?;
         // Tokenizing is the first that costs something: who has no chance is refused before it.
         let _place = self.enter(&deployment.name, arrived)?;
         let text = self.model_text(&deployment).await?;

@@ -11,8 +11,9 @@
 
 use super::continuation::Continuation;
 use super::patience::{MAX_FRUITLESS, Patience, Seen, Verdict};
+use super::routing::Ticket;
 use super::{Front, RunEvents};
-use crate::deployments::DeploymentView;
+use crate::deployments::{DeploymentView, State};
 use futures::StreamExt as _;
 use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
 use std::time::{Duration, Instant};
@@ -23,6 +24,8 @@ struct Running {
     front: Front,
     /// Whose replica runs it, or ran it last.
     deployment: DeploymentView,
+    /// Its place among the replicas, where there are several.
+    ticket: Option<Ticket>,
     sequence: Continuation,
     /// None while there is no replica.
     events: Option<RunEvents>,
@@ -54,10 +57,12 @@ impl Front {
         deployment: &DeploymentView,
         request: RunRequest,
     ) -> Result<RunEvents, RunError> {
+        let (deployment, ticket) = self.route(deployment.clone(), &request);
         let sequence = Continuation::new(request);
         let mut running = Running {
             front: self.clone(),
             deployment: deployment.clone(),
+            ticket,
             sequence,
             events: None,
             waiting: None,
@@ -65,7 +70,7 @@ impl Front {
             emitted_at_loss: 0,
             is_over: false,
         };
-        match self.replicas.run(deployment, running.sequence.request()).await {
+        match self.replicas.run(&deployment, running.sequence.request()).await {
             Ok(events) => running.events = Some(events),
             Err(error) => running.lost(error)?,
         }
@@ -122,6 +127,9 @@ impl Running {
             error => return Err(error),
         };
         self.events = None;
+        if let Some(ticket) = self.ticket.take() {
+            ticket.lost();
+        }
         if self.waiting.is_some() {
             return Ok(());
         }
@@ -147,7 +155,10 @@ impl Running {
             return (Verdict::GiveUp, None);
         }
         let view = self.front.deployments.borrow();
-        let found = view.deployments.iter().find(|deployment| deployment.name == self.deployment.name);
+        // Another replica that is ready, or else this one when it is back.
+        let own = (self.deployment.replica, self.deployment.epoch);
+        let same = view.deployments.iter().filter(|deployment| deployment.name == self.deployment.name);
+        let found = same.min_by_key(|it| (it.state != State::Ready, (it.replica, it.epoch) == own));
         let seen = match found {
             // Another model under this name would go on with something else.
             Some(found) if found.source != self.deployment.source => Seen::Gone,
@@ -186,7 +197,10 @@ impl Running {
                 () = self.front.ending.cancelled() => return Err(self.given_up()),
             }
         }
-        let asked = self.front.replicas.run(&self.deployment, self.sequence.request());
+        let request = self.sequence.request();
+        let (chosen, ticket) = self.front.route(self.deployment.clone(), &request);
+        (self.deployment, self.ticket) = (chosen, ticket);
+        let asked = self.front.replicas.run(&self.deployment, request);
         match tokio::time::timeout(ANSWER_TIME, asked).await {
             Ok(Ok(events)) => {
                 self.events = Some(events);

@@ -177,6 +177,8 @@ mod tests {
             waiting: 3,
             kv_usage: Some(0.25),
             preemptions: 5,
+            prompt_disk_bytes: 9,
+            ..SchedulerSeen::default()
         };
         let text =
             metrics.text(Observations { schedulers: vec![scheduler], ..Observations::default() }).unwrap();

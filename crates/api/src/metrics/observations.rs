@@ -49,6 +49,10 @@ pub struct SchedulerSeen {
     pub waiting: usize,
     /// How much of the reserved KV memory is promised to sequences, 0 to 1; none when that is not known here.
     pub kv_usage: Option<f64>,
+    /// Bytes of remembered prompts in the memory of all its stages.
+    pub prompt_memory_bytes: u64,
+    /// And on their disks.
+    pub prompt_disk_bytes: u64,
     /// How often a sequence gave its memory back for older ones.
     pub preemptions: u64,
 }
@@ -121,6 +125,17 @@ impl Collector for Observations {
             "vllm:kv_cache_usage_perc",
             "Part of the reserved KV memory that is promised to sequences, 0 to 1",
             by_scheduler(|seen| seen.kv_usage),
+        )?;
+        let tiers =
+            |seen: &SchedulerSeen| [("memory", seen.prompt_memory_bytes), ("disk", seen.prompt_disk_bytes)];
+        gauges(
+            out,
+            "mlxnode_prompt_cache_bytes",
+            "Remembered prompts in the memory and on the disks of all stages, of schedulers on this node",
+            self.schedulers.iter().flat_map(|seen| {
+                let model = ("model_name", seen.model.as_str());
+                tiers(seen).map(|(tier, bytes)| (vec![model, ("tier", tier)], bytes as f64))
+            }),
         )?;
         counters(
             out,

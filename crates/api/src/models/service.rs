@@ -18,6 +18,7 @@ use mlxnode_proto::v1::{
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 
@@ -53,7 +54,7 @@ fn listing(
     caller: &Caller,
 ) -> ListModelsResponse {
     let mine = view.deployments.iter().filter(|view| caller.may_use(&view.name));
-    let all = mine.map(|view| wire::deployment_to_proto(view, busy.get(&view.name)));
+    let all = mine.map(|view| wire::deployment_to_proto(view, busy.get(&view.instance())));
     ListModelsResponse { deployments: all.collect() }
 }
 
@@ -94,8 +95,15 @@ impl Models for ModelsService {
                 let request = request.into_inner();
                 let plan = request.plan.ok_or_else(|| Status::invalid_argument("plan is missing"))?;
                 let name = Some(request.name).filter(|name| !name.is_empty());
-                let updates =
-                    coordinator.load(LoadWish { wish: wire::wish(&plan), source: plan.model, name });
+                let updates = coordinator.load(LoadWish {
+                    wish: wire::wish(&plan),
+                    source: plan.model,
+                    name,
+                    replicas: request.replicas as usize,
+                    is_pinned: request.pin,
+                    ttl: Some(request.ttl_seconds).filter(|ttl| *ttl > 0).map(Duration::from_secs),
+                    makes_room: request.make_room,
+                });
                 let updates = updates.map(|update| match update {
                     Ok(LoadUpdate::Progress(progress)) => Ok(wire::progress_to_proto(progress)),
                     Ok(LoadUpdate::Ready(view)) => Ok(LoadProgress {

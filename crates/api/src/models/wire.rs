@@ -8,6 +8,7 @@ use mlxnode_coordinator::deployments::{AdapterView, DeploymentView, StageView, S
 use mlxnode_coordinator::placement::{NodeBudget, PlannedStage, Wish};
 use mlxnode_coordinator::scheduler::Statistics;
 use mlxnode_proto::v1;
+use std::time::Duration;
 use tonic::Status;
 
 /// A deployment for clients, with how busy it is when that is known here.
@@ -32,6 +33,10 @@ pub(crate) fn deployment_to_proto(view: &DeploymentView, statistics: Option<&Sta
         queued_requests: statistics.map_or(0, |statistics| statistics.queued as u32),
         max_sequences: view.max_sequences as u32,
         adapters: view.adapters.iter().map(adapter_to_proto).collect(),
+        replica: view.replica as u32,
+        replicas: view.replicas as u32,
+        pinned: view.is_pinned,
+        ttl_seconds: view.ttl.map_or(0, |ttl| ttl.as_secs().max(1)),
     }
 }
 
@@ -39,13 +44,14 @@ fn adapter_to_proto(adapter: &AdapterView) -> v1::Adapter {
     v1::Adapter {
         name: adapter.name.clone(),
         source: adapter.source.clone(),
+        key: adapter.key.clone(),
         problem: adapter.problem.clone().unwrap_or_default(),
     }
 }
 
 fn adapter(adapter: v1::Adapter) -> AdapterView {
     let problem = Some(adapter.problem).filter(|problem| !problem.is_empty());
-    AdapterView { name: adapter.name, source: adapter.source, problem }
+    AdapterView { name: adapter.name, source: adapter.source, key: adapter.key, problem }
 }
 
 fn stage_to_proto(stage: &StageView) -> v1::Stage {
@@ -86,6 +92,10 @@ pub fn deployment(wire: v1::Deployment) -> Result<DeploymentView, Status> {
         context_tokens: wire.context_tokens as usize,
         max_sequences: wire.max_sequences as usize,
         adapters: wire.adapters.into_iter().map(adapter).collect(),
+        replica: wire.replica as usize,
+        replicas: wire.replicas as usize,
+        is_pinned: wire.pinned,
+        ttl: Some(wire.ttl_seconds).filter(|ttl| *ttl > 0).map(Duration::from_secs),
     })
 }
 
@@ -182,6 +192,10 @@ mod tests {
         let node = NodeId::from_bytes([3; 32]);
         let view = DeploymentView {
             name: "demo".into(),
+            replica: 2,
+            replicas: 3,
+            is_pinned: true,
+            ttl: Some(Duration::from_secs(600)),
             source: "demo".into(),
             epoch: 4,
             state: State::Ready,
@@ -202,6 +216,7 @@ mod tests {
             adapters: vec![AdapterView {
                 name: "poet".into(),
                 source: "ann/poet".into(),
+                key: "poet#7".into(),
                 problem: Some("gone".into()),
             }],
         };

@@ -45,6 +45,8 @@ fn scheduler_to_proto(seen: &SchedulerSeen) -> v1::SchedulerFigures {
         waiting: count(seen.waiting),
         kv_usage: seen.kv_usage,
         preemptions: seen.preemptions,
+        prompt_memory_bytes: seen.prompt_memory_bytes,
+        prompt_disk_bytes: seen.prompt_disk_bytes,
     }
 }
 
@@ -55,6 +57,8 @@ fn scheduler(wire: v1::SchedulerFigures) -> SchedulerSeen {
         waiting: wire.waiting as usize,
         kv_usage: wire.kv_usage,
         preemptions: wire.preemptions,
+        prompt_memory_bytes: wire.prompt_memory_bytes,
+        prompt_disk_bytes: wire.prompt_disk_bytes,
     }
 }
 
@@ -130,6 +134,8 @@ mod tests {
                 waiting: 2,
                 kv_usage: Some(0.5),
                 preemptions: 3,
+                prompt_memory_bytes: 5,
+                prompt_disk_bytes: 6,
             }],
             stages: vec![StageSeen {
                 model: "demo".into(),

@@ -355,6 +355,8 @@ mod tests {
                 running: 2,
                 waiting: 1,
                 kv_usage: Some(0.5),
+                preemptions: 3,
+                ..Default::default()
             }],
             stages: vec![v1::StageFigures {
                 model: "demo".into(),

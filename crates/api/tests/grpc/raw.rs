@@ -15,6 +15,7 @@ use mlxnode_api::http::HttpOptions;
 use mlxnode_api::keys::{KeysService, KeysView};
 use mlxnode_api::metrics::Metrics;
 use mlxnode_api::models::{Busy, ModelsService};
+use mlxnode_api::panorama::{NodeSeen, Panorama, Sight};
 use mlxnode_api::{CoordinatorRoute, InferenceService, PublicServices, Route, public_routes};
 use mlxnode_cluster::{Invite, KeyPin, PeerKey, Role};
 use mlxnode_coordinator::scheduler::Statistics;

@@ -253,7 +253,7 @@ async fn models_go_by_several_names() -> Result<()> {
     for model in [json!("demo"), json!("hub/demo"), json!("demo:style")] {
         good(desk.address, PATH, with(say("Hi."), json!({"model": model}))).await?;
     }
-    assert_eq!(desk.replicas.last().spec.adapter.as_deref(), Some("style"));
+    assert_eq!(desk.replicas.last().spec.adapter.as_deref(), Some("style#3"));
     for (model, status) in [
         (json!("demo:prose"), 404),
         (json!("gpt-9"), 404),

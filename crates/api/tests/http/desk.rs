@@ -90,6 +90,10 @@ impl Desk {
         });
         let deployment = |name: &str, source: &str, state| DeploymentView {
             name: name.into(),
+            replica: 1,
+            replicas: 1,
+            is_pinned: false,
+            ttl: None,
             source: source.into(),
             epoch: 1,
             state,
@@ -101,7 +105,12 @@ impl Desk {
             max_sequences: 4,
             adapters: Vec::new(),
         };
-        let style = AdapterView { name: "style".into(), source: "/adapters/style".into(), problem: None };
+        let style = AdapterView {
+            name: "style".into(),
+            source: "/adapters/style".into(),
+            key: "style#3".into(),
+            problem: None,
+        };
         let deployments = vec![
             DeploymentView { adapters: vec![style], ..deployment("demo", "hub/demo", State::Ready) },
             deployment("later", "hub/later", State::Loading),

@@ -6,6 +6,7 @@ mod client;
 mod clients;
 mod completions;
 mod constraints;
+mod demand;
 mod desk;
 mod gate;
 mod malformed;

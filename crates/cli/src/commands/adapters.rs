@@ -91,7 +91,8 @@ async fn list(connection: &Connection, global: &Global, model: Option<&str>) -> 
     let listing = connection.models().list(ListModelsRequest {}).await?.into_inner();
     let all: Vec<wire::Deployment> = listing.deployments.into_iter().map(wire::deployment).collect();
     let is_asked = |deployment: &&wire::Deployment| model.is_none_or(|model| deployment.model == model);
-    let asked: Vec<&wire::Deployment> = all.iter().filter(is_asked).collect();
+    // Replicas have the same adapters.
+    let asked: Vec<&wire::Deployment> = all.iter().filter(is_asked).filter(|it| it.replica <= 1).collect();
     if let (Some(model), true) = (model, asked.is_empty()) {
         let names: Vec<&str> = all.iter().map(|deployment| deployment.model.as_str()).collect();
         let loaded = if names.is_empty() { "nothing".to_owned() } else { names.join(", ") };

@@ -1,6 +1,6 @@
 //! `mlxnode join`: starts a node on this Mac; the first one makes a cluster, the others come by invite.
 
-use crate::arguments::Global;
+use crate::arguments::{Global, duration};
 use crate::commands::data_dir;
 use crate::output;
 use anyhow::{Context as _, Result, bail};
@@ -64,12 +64,29 @@ pub struct Join {
     /// Name of a cluster that is made now.
     #[arg(long, value_name = "NAME", conflicts_with = "invite")]
     cluster_name: Option<String>,
+    /// Load models that this Mac has when somebody asks for them, and unload them when nobody did for so long (10m when no time is
+    /// given).
+    ///
+    /// What was not used for longest is unloaded when the room is needed; what was loaded with --pin stays. Without this, models are loaded
+    /// by `mlxnode load` only.
+    #[arg(long, value_name = "TIME", num_args = 0..=1, default_missing_value = "10m", value_parser = duration)]
+    load_on_demand: Option<Duration>,
     /// Send spans of requests (times and counts, never what was asked) to an OpenTelemetry collector, by OTLP over gRPC.
     #[arg(long, value_name = "http://HOST:PORT")]
     otlp_endpoint: Option<String>,
     /// Memory that models may use on this Mac, such as 48GB. Default: three quarters of it.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     memory_budget: Option<ByteCount>,
+    /// Memory in which each model may remember prompts here, so that what begins as one before is answered sooner; 0 for none.
+    ///
+    /// Taken from what the model's weights and caches leave free of the budget. Default: a tenth of the budget.
+    #[arg(long, value_name = "SIZE", value_parser = size_or_none)]
+    prompt_cache_memory: Option<ByteCount>,
+    /// Disk on which all models together may remember prompts here, over restarts as well, such as 50GB.
+    ///
+    /// Prompts can be read out of these files. They are in the data directory, for its owner only.
+    #[arg(long, value_name = "SIZE", value_parser = size_or_none, default_value = "0")]
+    prompt_cache_disk: ByteCount,
     /// Seconds that an answer waits for a lost node to come back; it goes on where it was. 0: it ends with an error at once.
     ///
     /// While the model is being loaded on the nodes that are there, answers wait as long as that takes.
@@ -122,6 +139,9 @@ impl Join {
         options.peers = self.peers;
         options.discovery = !self.no_discovery;
         options.memory_budget = self.memory_budget;
+        options.load_on_demand = self.load_on_demand;
+        options.prompt_cache_memory = self.prompt_cache_memory;
+        options.prompt_cache_disk = self.prompt_cache_disk;
         options.resume_within = Duration::from_secs(self.resume_within);
         // Installed first, so that a signal during the start is not lost.
         let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
@@ -183,6 +203,11 @@ fn address(flag: &str, text: &str, any: IpAddr) -> Result<SocketAddr> {
     }
 }
 
+/// A size, or 0.
+fn size_or_none(text: &str) -> Result<ByteCount, String> {
+    if text.trim() == "0" { Ok(ByteCount(0)) } else { size(text) }
+}
+
 /// "48GB", "512 MiB", "1500000000".
 fn size(text: &str) -> Result<ByteCount, String> {
     let digits =
@@ -217,7 +242,9 @@ mod tests {
         let cases = [("48GB", 48_000_000_000), ("1.5 GiB", 1_610_612_736), ("512", 512), ("3MB", 3_000_000)];
         for (text, bytes) in cases {
             assert_eq!(size(text), Ok(ByteCount(bytes)), "{text}");
+            assert_eq!(size_or_none(text), Ok(ByteCount(bytes)), "{text}");
         }
+        assert_eq!(size_or_none("0"), Ok(ByteCount(0)));
         for text in ["", "GB", "-1GB", "12 parsecs", "1e99GB", "0"] {
             assert!(size(text).is_err(), "{text}");
         }

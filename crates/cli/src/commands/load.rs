@@ -1,6 +1,6 @@
 //! `mlxnode load MODEL`: puts a model's layers on the nodes.
 
-use crate::arguments::Global;
+use crate::arguments::{Global, duration};
 use crate::commands::plan::Wish;
 use crate::commands::status;
 use crate::connection::Connection;
@@ -20,19 +20,40 @@ use std::time::Duration;
 #[command(after_help = "\
 Examples:
   mlxnode load mlx-community/Qwen3-8B-4bit
-  mlxnode load demo --stages 2")]
+  mlxnode load demo --stages 2
+  mlxnode load demo --replicas 2 --ttl 10m
+  mlxnode load demo --pin --make-room")]
 pub struct Load {
     #[command(flatten)]
     wish: Wish,
     /// What requests shall call it. Default: the model's name.
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
+    /// Load this many complete copies, on different nodes; requests go where their beginnings are cached.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16))]
+    replicas: Option<u32>,
+    /// Keep it until somebody unloads it, also when another model needs the room.
+    #[arg(long, conflicts_with = "ttl")]
+    pin: bool,
+    /// Unload it when nobody asked for so long, such as 30s, 10m or 2h.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    ttl: Option<Duration>,
+    /// When it does not fit, unload models that are not pinned, those that were not used for longest first, once their requests have finished.
+    #[arg(long)]
+    make_room: bool,
 }
 
 impl Load {
     pub async fn run(self, global: &Global) -> Result<()> {
         let connection = Connection::open(global).await?;
-        let request = LoadRequest { plan: Some(self.wish.request()), name: self.name.unwrap_or_default() };
+        let request = LoadRequest {
+            plan: Some(self.wish.request()),
+            name: self.name.unwrap_or_default(),
+            replicas: self.replicas.unwrap_or_default(),
+            pin: self.pin,
+            ttl_seconds: self.ttl.map_or(0, |ttl| ttl.as_secs().max(1)),
+            make_room: self.make_room,
+        };
         let mut progress = connection.models().load(request).await?.into_inner();
         let bars = Bars::new(global.quiet);
         let mut deployment = None;

@@ -87,8 +87,17 @@ pub fn deployments(deployments: &[wire::Deployment]) -> Result<()> {
                 "" => deployment.state.to_owned(),
                 detail => format!("{}: {detail}", deployment.state),
             };
+            let state = match (deployment.pinned, deployment.ttl_seconds) {
+                (true, _) => format!("{state}, pinned"),
+                (false, Some(ttl)) => format!("{state}, stays {ttl} s without use"),
+                (false, None) => state,
+            };
+            let model = match deployment.replicas {
+                0 | 1 => deployment.model.clone(),
+                all => format!("{} ({} of {all})", deployment.model, deployment.replica),
+            };
             vec![
-                deployment.model.clone(),
+                model,
                 stages.join(" → "),
                 deployment.context_tokens.to_string(),
                 format!("{} + {}", deployment.active_requests, deployment.queued_requests),

@@ -8,7 +8,8 @@ use super::handle::PlanReport;
 use super::journal::{Decisions, Entry, Journal};
 use super::orders::{Orders, within};
 use crate::deployments::{
-    AdapterWish, Attempt, DeploymentView, DeploymentWish, Deployments, Effect, Event, Loaded,
+    AdapterWish, Attempt, DeploymentView, DeploymentWish, Deployments, Effect, Event, Loaded, State,
+    replica_of,
 };
 use crate::keys::{KeyEntry, KeyText, KeyWish, Keys};
 use crate::placement::{ModelCost, Offer, Wish};
@@ -320,21 +321,22 @@ impl Running {
                 }
                 Effect::AdapterSettled { name, adapter, result } => {
                     info!(deployment = name, adapter, ok = result.is_ok(), "adapter settled");
-                    let answer = result.and_then(|()| self.deployments.find(&name));
-                    for reply in self.adapters.remove(&(name, adapter)).unwrap_or_default() {
-                        let _ = reply.send(answer.clone());
-                    }
+                    self.adapter_settled(&name, adapter, result);
                 }
                 Effect::Abandon { attempt } => {
                     for order in self.of_attempt.remove(&attempt).unwrap_or_default() {
                         order.abort();
                     }
                 }
-                Effect::Settled { name, result } => self.settled(&name, &result),
+                Effect::Settled { name, result } => effects.extend(self.settled(&name, &result)),
                 Effect::Gone { name, result } => {
                     info!(deployment = name, ok = result.is_ok(), "deployment unloaded");
-                    for reply in self.unloads.remove(&name).unwrap_or_default() {
-                        let _ = reply.send(result.clone());
+                    // Of several replicas the last one counts, or the first that is not known to be gone.
+                    let name = replica_of(&name).0;
+                    if result.is_err() || self.deployments.instances(name).is_empty() {
+                        for reply in self.unloads.remove(name).unwrap_or_default() {
+                            let _ = reply.send(result.clone());
+                        }
                     }
                 }
                 effect => self.order(myself, effect),
@@ -407,7 +409,8 @@ impl Running {
         }
     }
 
-    fn settled(&mut self, name: &str, result: &Result<(), Error>) {
+    /// A replica is ready, or will not be. Who waits hears of it when all are ready, or one is not.
+    fn settled(&mut self, name: &str, result: &Result<(), Error>) -> Vec<Effect> {
         match result {
             Ok(()) => info!(deployment = name, "deployment ready"),
             Err(error) => warn!(deployment = name, %error, "deployment not ready"),
@@ -416,8 +419,38 @@ impl Running {
             handles.retain(|handle| !handle.is_finished());
             attempt.name != name || !handles.is_empty()
         });
-        let answer = result.clone().and_then(|()| self.deployments.find(name));
-        for (_, reply) in self.loads.remove(name).unwrap_or_default() {
+        let name = replica_of(name).0;
+        if result.is_ok() && !self.deployments.is_whole(name) {
+            return Vec::new();
+        }
+        let waiting = self.loads.remove(name).unwrap_or_default();
+        let (mut effects, mut answer) =
+            (Vec::new(), result.clone().and_then(|()| self.deployments.find(name)));
+        if let Err(error) = &mut answer
+            && !waiting.is_empty()
+        {
+            effects = self.deployments.cancel_load(name, now());
+            let replicas = self.deployments.replicas(name);
+            let ready = replicas.iter().filter(|replica| replica.state == State::Ready).count();
+            if ready > 0 {
+                *error =
+                    Error::Refused(format!("{ready} of {} replicas of {name} run; {error}", replicas.len()));
+            }
+        }
+        for (_, reply) in waiting {
+            let _ = reply.send(answer.clone());
+        }
+        effects
+    }
+
+    /// A replica has an adapter or has none any more, or that failed. Who waits hears of it when that goes for all, or one failed.
+    fn adapter_settled(&mut self, name: &str, adapter: String, result: Result<(), Error>) {
+        let name = replica_of(name).0;
+        if result.is_ok() && self.deployments.is_adapting(name, &adapter) {
+            return;
+        }
+        let answer = result.and_then(|()| self.deployments.find(name));
+        for reply in self.adapters.remove(&(name.to_owned(), adapter)).unwrap_or_default() {
             let _ = reply.send(answer.clone());
         }
     }

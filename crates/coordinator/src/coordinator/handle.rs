@@ -22,7 +22,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 /// Calls that may wait for the coordinator at a time. Its mailbox has no bound of its own.
@@ -37,6 +37,14 @@ pub struct LoadWish {
     pub name: Option<String>,
     /// Where and how large.
     pub wish: Wish,
+    /// Complete copies on different nodes; 0 means 1.
+    pub replicas: usize,
+    /// Stays until somebody unloads it.
+    pub is_pinned: bool,
+    /// Is unloaded when nobody asked for so long.
+    pub ttl: Option<Duration>,
+    /// When it does not fit, others may be unloaded that were not used for longest.
+    pub makes_room: bool,
 }
 
 /// What a plan would be.
@@ -176,7 +184,11 @@ impl CoordinatorHandle {
             name: name.clone(),
             source: load.source,
             wish: load.wish,
-            ..DeploymentWish::default()
+            adapters: Vec::new(),
+            replicas: load.replicas,
+            is_pinned: load.is_pinned,
+            ttl: load.ttl,
+            makes_room: load.makes_room,
         };
         let call = self.next_call.fetch_add(1, Ordering::Relaxed);
         let (reply, answer) = oneshot::channel();
@@ -227,7 +239,7 @@ impl CoordinatorHandle {
     ) -> Result<(DeploymentView, String), Error> {
         let _permit = self.permit()?;
         let name = name.filter(|name| !name.is_empty()).unwrap_or_else(|| default_adapter_name(&source));
-        let adapter = AdapterWish { name: name.clone(), source };
+        let adapter = AdapterWish::new(name.clone(), source);
         let (reply, answer) = oneshot::channel();
         self.send(Message::LoadAdapter { name: deployment, adapter, reply })?;
         let view = answer.await.unwrap_or_else(|_| Err(stopped()))?;

@@ -36,6 +36,10 @@ pub struct Limits {
     pub link: Duration,
     /// For an adapter to be downloaded and read.
     pub adapter: Duration,
+    /// For a scheduler to say how busy it is.
+    pub usage: Duration,
+    /// For the last requests of a model that goes; those that take longer end with an error.
+    pub drain: Duration,
     /// For workers to be gone: they have ten seconds to end by themselves.
     pub stop: Duration,
 }
@@ -48,6 +52,8 @@ impl Default for Limits {
             standstill: Duration::from_secs(120),
             link: Duration::from_secs(20),
             adapter: Duration::from_secs(600),
+            usage: Duration::from_secs(5),
+            drain: Duration::from_secs(300),
             stop: Duration::from_secs(30),
         }
     }

@@ -1,7 +1,7 @@
 //! What the coordinator asks of the nodes. The node crate carries it out: over gRPC on other nodes, directly on its own.
 
 use super::progress::ProgressSink;
-use crate::deployments::{AdapterWish, Attempt, Links, Shard, StartedWorker};
+use crate::deployments::{AdapterWish, Attempt, Links, Shard, StartedWorker, Usage};
 use crate::placement::{ModelCost, Offer};
 use crate::{Error, NodeId};
 use futures::future::BoxFuture;
@@ -56,6 +56,12 @@ pub trait Nodes: Send + Sync + 'static {
         attempt: Attempt,
         adapter: String,
     ) -> BoxFuture<'static, Result<(), Error>>;
+
+    /// How busy the attempt's scheduler on a node is.
+    fn usage(&self, node: NodeId, attempt: Attempt) -> BoxFuture<'static, Result<Usage, Error>>;
+
+    /// Has the attempt's scheduler take no further requests; done when those that it has have ended.
+    fn drain(&self, node: NodeId, attempt: Attempt) -> BoxFuture<'static, Result<(), Error>>;
 
     /// Ends the deployment's workers and its scheduler on a node, those of epochs up to the attempt's, and waits until they are
     /// gone. A start of such an epoch that is under way or comes later must fail.

@@ -81,6 +81,18 @@ impl Orders {
                 Event::AdapterUnloaded { attempt, node, adapter, result }
             }
             .boxed(),
+            Effect::AskUsage { attempt, node } => async move {
+                let what = format!("asking {} how busy {} is", orders.name(node), attempt.name);
+                let result = within(limits.usage, &what, orders.nodes.usage(node, attempt.clone())).await;
+                Event::Used { attempt, result }
+            }
+            .boxed(),
+            Effect::Drain { attempt, node } => async move {
+                let what = format!("finishing the requests of {} on {}", attempt.name, orders.name(node));
+                let result = within(limits.drain, &what, orders.nodes.drain(node, attempt.clone())).await;
+                Event::Drained { attempt, result }
+            }
+            .boxed(),
             Effect::StartScheduler { attempt, node, source, max_sequences, context_tokens, fixed_tokens } => {
                 async move {
                     let order = StartScheduler {

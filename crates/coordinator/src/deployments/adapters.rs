@@ -26,6 +26,22 @@ pub struct AdapterWish {
     pub name: String,
     /// A folder, or a Hugging Face id.
     pub source: String,
+    /// Tells loads apart: what caches hold of an adapter that is gone must not be taken for another one's of its name. Given by
+    /// [`Deployments::load_adapter`], from the epochs, which are never used twice.
+    #[serde(default)]
+    pub load: u64,
+}
+
+impl AdapterWish {
+    /// A wish that has not been granted.
+    pub fn new(name: impl Into<String>, source: impl Into<String>) -> Self {
+        Self { name: name.into(), source: source.into(), load: 0 }
+    }
+
+    /// What the workers call it, and with them whatever keeps something that was computed with it.
+    pub fn key(&self) -> String {
+        format!("{}#{}", self.name, self.load)
+    }
 }
 
 /// An adapter of a deployment, for those who look.
@@ -35,6 +51,8 @@ pub struct AdapterView {
     pub name: String,
     /// Where it comes from.
     pub source: String,
+    /// What the workers call it: [`AdapterWish::key`].
+    pub key: String,
     /// Why it cannot be used now.
     pub problem: Option<String>,
 }
@@ -78,11 +96,43 @@ impl Deployments {
     /// # Errors
     /// [`Error::Invalid`] for a bad name or source, [`Error::NotFound`] for an unknown deployment, [`Error::NameTaken`],
     /// [`Error::TooMany`], and [`Error::Unavailable`] while the deployment is not ready.
-    pub fn load_adapter(&mut self, name: &str, adapter: AdapterWish) -> Result<(Loaded, Vec<Effect>), Error> {
+    pub fn load_adapter(
+        &mut self,
+        name: &str,
+        mut adapter: AdapterWish,
+    ) -> Result<(Loaded, Vec<Effect>), Error> {
         check_adapter_name(&adapter.name)?;
         check_source(&adapter.source)?;
+        let instances = self.instances(name);
+        if instances.is_empty() {
+            return Err(self.not_found(name));
+        }
+        self.last_epoch += 1;
+        adapter.load = self.last_epoch;
+        let mut all = Loaded::Already;
+        for instance in instances {
+            match self.load_adapter_on(&instance, adapter.clone()) {
+                Ok(Loaded::Already) => {}
+                Ok(Loaded::UnderWay) => all = Loaded::UnderWay,
+                Err(error) => {
+                    let (name, adapter) = (instance, adapter.name.clone());
+                    match all {
+                        Loaded::Already => return Err(error),
+                        // Others read it already: who waits for them hears of this.
+                        Loaded::UnderWay => {
+                            self.effects.push(Effect::AdapterSettled { name, adapter, result: Err(error) });
+                        }
+                    }
+                }
+            }
+        }
+        Ok((all, self.take_effects()))
+    }
+
+    fn load_adapter_on(&mut self, name: &str, adapter: AdapterWish) -> Result<Loaded, Error> {
         let not_found = self.not_found(name);
         let entry = self.entries.get_mut(name).ok_or(not_found)?;
+        let mut broken = None;
         let taken = |source: &str| Error::NameTaken {
             name: adapter.name.clone(),
             source_of_other: source.to_owned(),
@@ -93,8 +143,8 @@ impl Deployments {
                     "{} is being unloaded; load it again once it is gone",
                     adapter.name
                 ))),
-                _ if order.adapter != adapter => Err(taken(&order.adapter.source)),
-                _ => Ok((Loaded::UnderWay, Vec::new())),
+                _ if order.adapter.source != adapter.source => Err(taken(&order.adapter.source)),
+                _ => Ok(Loaded::UnderWay),
             };
         }
         if let Some(other) = entry.wish.adapters.iter().find(|other| other.name == adapter.name) {
@@ -102,8 +152,10 @@ impl Deployments {
                 return Err(taken(&other.source));
             }
             if !entry.adapter_problems.contains_key(&adapter.name) {
-                return Ok((Loaded::Already, Vec::new()));
+                return Ok(Loaded::Already);
             }
+            // Some nodes may have read it.
+            broken = Some(other.key());
         } else if entry.wish.adapters.len() + entry.adapter_orders.len() >= MAX_ADAPTERS {
             return Err(Error::TooMany(format!(
                 "{name} has {MAX_ADAPTERS} adapters already; unload one first"
@@ -113,13 +165,19 @@ impl Deployments {
             return Err(Error::Unavailable(format!("{name} is not ready; load the adapter once it is")));
         };
         let (attempt, waiting) = (entry.attempt(), replica.nodes());
+        if let Some(broken) = broken {
+            for node in &waiting {
+                let (attempt, adapter) = (attempt.clone(), broken.clone());
+                self.effects.push(Effect::UnloadAdapter { attempt, node: *node, adapter });
+            }
+        }
         for node in &waiting {
             let (attempt, adapter) = (attempt.clone(), adapter.clone());
             self.effects.push(Effect::LoadAdapter { attempt, node: *node, adapter });
         }
         let step = Step::Loading { waiting, problem: None };
         entry.adapter_orders.insert(adapter.name.clone(), Order { adapter, step });
-        Ok((Loaded::UnderWay, self.take_effects()))
+        Ok(Loaded::UnderWay)
     }
 
     /// Nobody wants an adapter any more. [`Effect::AdapterSettled`] tells when it is gone; requests that have it keep it to their end.
@@ -127,11 +185,22 @@ impl Deployments {
     /// # Errors
     /// [`Error::NotFound`], with the names that there are, and [`Error::Unavailable`] while it is being loaded.
     pub fn unload_adapter(&mut self, name: &str, adapter: &str) -> Result<Vec<Effect>, Error> {
+        let instances = self.instances(name);
+        if instances.is_empty() {
+            return Err(self.not_found(name));
+        }
+        for instance in instances {
+            self.unload_adapter_on(&instance, adapter)?;
+        }
+        Ok(self.take_effects())
+    }
+
+    fn unload_adapter_on(&mut self, name: &str, adapter: &str) -> Result<(), Error> {
         let not_found = self.not_found(name);
         let entry = self.entries.get_mut(name).ok_or(not_found)?;
         match entry.adapter_orders.get(adapter).map(|order| &order.step) {
             None => {}
-            Some(Step::RecordingRemoved | Step::Unloading { .. }) => return Ok(Vec::new()),
+            Some(Step::RecordingRemoved | Step::Unloading { .. }) => return Ok(()),
             Some(_) => {
                 return Err(Error::Unavailable(format!(
                     "{adapter} is being loaded; unload it once it is there"
@@ -150,7 +219,7 @@ impl Deployments {
             adapter: adapter.to_owned(),
             record,
         });
-        Ok(self.take_effects())
+        Ok(())
     }
 
     /// The workers are linked: they read the adapters that are wanted.
@@ -235,7 +304,8 @@ impl Deployments {
                     return self.settle_adapter(name, adapter, Ok(()));
                 }
                 order.step = Step::Unloading { waiting: waiting.clone(), problem: None };
-                self.take_adapter_out(&attempt, adapter, waiting);
+                let key = order.adapter.key();
+                self.take_adapter_out(&attempt, &key, waiting);
             }
             (Step::RecordingRemoved, Err(error)) => self.settle_adapter(name, adapter, Err(error)),
             _ => {}
@@ -246,11 +316,13 @@ impl Deployments {
         &mut self,
         attempt: &Attempt,
         node: NodeId,
-        adapter: &str,
+        key: &str,
         result: Result<(), Error>,
     ) {
         let Some(entry) = self.current(attempt) else { return };
-        let Some(order) = entry.adapter_orders.get_mut(adapter) else { return };
+        let mut orders = entry.adapter_orders.iter_mut();
+        let Some((adapter, order)) = orders.find(|(_, order)| order.adapter.key() == key) else { return };
+        let adapter = adapter.clone();
         let Step::Unloading { waiting, problem } = &mut order.step else { return };
         waiting.remove(&node);
         if let Err(error) = result {
@@ -260,7 +332,7 @@ impl Deployments {
         }
         if waiting.is_empty() {
             let result = problem.take().map_or(Ok(()), Err);
-            self.settle_adapter(&attempt.name, adapter, result);
+            self.settle_adapter(&attempt.name, &adapter, result);
         }
     }
 
@@ -291,7 +363,8 @@ impl Deployments {
         let Some(entry) = self.entries.get_mut(name) else { return };
         if let (Phase::Ready, Some(replica)) = (&entry.phase, &entry.replica) {
             let (attempt, nodes) = (entry.attempt(), replica.nodes());
-            self.take_adapter_out(&attempt, adapter, nodes);
+            let key = entry.adapter_orders.get(adapter).map(|order| order.adapter.key());
+            self.take_adapter_out(&attempt, &key.unwrap_or_default(), nodes);
         }
         self.settle_adapter(name, adapter, Err(error));
     }

@@ -129,7 +129,8 @@ impl Deployments {
 
     pub(super) fn leave(&mut self, name: &str, now: Instant) {
         let Some(entry) = self.entries.get_mut(name) else { return };
-        if std::mem::replace(&mut entry.is_leaving, true) {
+        let is_draining = matches!(entry.phase, Phase::Draining);
+        if std::mem::replace(&mut entry.is_leaving, true) && !is_draining {
             return;
         }
         match &mut entry.phase {
@@ -174,6 +175,7 @@ impl Deployments {
                 entry.detail = error.to_string();
                 self.effects.push(Effect::Settled { name: name.to_owned(), result: Err(error.clone()) });
                 self.effects.push(Effect::Gone { name: name.to_owned(), result: Err(error) });
+                self.room_is_made(name, now);
                 return;
             }
         };
@@ -196,5 +198,6 @@ impl Deployments {
             ))),
         };
         self.effects.push(Effect::Gone { name: name.to_owned(), result });
+        self.room_is_made(name, now);
     }
 }

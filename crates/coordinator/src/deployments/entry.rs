@@ -1,6 +1,8 @@
 //! One deployment as the machine keeps it: what is wanted, how far the present attempt is, and how that looks from outside.
 
 use super::adapters::{AdapterView, Order};
+use super::keeping::Room;
+use super::name::replica_of;
 use super::retry::Failures;
 use super::{AdapterWish, Attempt, DeploymentView, DeploymentWish, StageView, StartedWorker, State};
 use crate::placement::Plan;
@@ -31,6 +33,10 @@ pub(super) struct Deployment {
     pub(super) adapter_orders: BTreeMap<String, Order>,
     /// Why adapters that are wanted cannot be used in this attempt, by their names.
     pub(super) adapter_problems: BTreeMap<String, String>,
+    /// When it was last asked something, as far as known.
+    pub(super) last_used: Option<Instant>,
+    /// [`super::Effect::AskUsage`] is under way.
+    pub(super) is_asked: bool,
 }
 
 #[derive(Debug)]
@@ -55,6 +61,8 @@ pub(super) enum Phase {
     Recording,
     Sweeping,
     Planning,
+    /// Others go, so that it fits.
+    MakingRoom(Room),
     /// Ending orphans on nodes of the plan.
     Clearing(BTreeSet<NodeId>),
     Preparing(BTreeSet<NodeId>),
@@ -64,6 +72,8 @@ pub(super) enum Phase {
     Adapting(BTreeSet<(NodeId, String)>),
     StartingScheduler,
     Ready,
+    /// Its last requests finish.
+    Draining,
     Stopping {
         waiting: BTreeSet<NodeId>,
         then: Then,
@@ -101,6 +111,8 @@ impl Deployment {
             not_stopped: Vec::new(),
             adapter_orders: BTreeMap::new(),
             adapter_problems: BTreeMap::new(),
+            last_used: None,
+            is_asked: false,
         }
     }
 
@@ -133,8 +145,13 @@ impl Deployment {
     pub(super) fn view(&self) -> DeploymentView {
         let plan = self.replica.as_ref().map(|replica| &replica.plan);
         let stages = self.replica.iter().flat_map(|replica| replica.plan.stages.iter().zip(&replica.workers));
+        let (name, replica) = replica_of(&self.wish.name);
         DeploymentView {
-            name: self.wish.name.clone(),
+            name: name.to_owned(),
+            replica,
+            replicas: self.wish.replicas.max(1),
+            is_pinned: self.wish.is_pinned,
+            ttl: self.wish.ttl,
             source: self.wish.source.clone(),
             epoch: self.epoch,
             state: self.state(),
@@ -164,6 +181,7 @@ impl Deployment {
         let view = |wish: &AdapterWish| AdapterView {
             name: wish.name.clone(),
             source: wish.source.clone(),
+            key: wish.key(),
             problem: self.adapter_problems.get(&wish.name).cloned(),
         };
         self.wish.adapters.iter().map(view).collect()
@@ -187,13 +205,19 @@ impl Phase {
     pub(super) fn has_workers(&self) -> bool {
         matches!(
             self,
-            Self::Starting(_) | Self::Linking(_) | Self::Adapting(_) | Self::StartingScheduler | Self::Ready
+            Self::Starting(_)
+                | Self::Linking(_)
+                | Self::Adapting(_)
+                | Self::StartingScheduler
+                | Self::Ready
+                | Self::Draining
         )
     }
 
     pub(super) fn text(&self) -> &'static str {
         match self {
             Self::Recording | Self::Planning => "planning",
+            Self::MakingRoom(_) => "making room",
             Self::Sweeping => "looking for workers from before the restart",
             Self::Clearing(_) => "ending workers from before the loss of a node",
             Self::Preparing(_) => "downloading",
@@ -201,6 +225,7 @@ impl Phase {
             Self::Linking(_) | Self::StartingScheduler => "linking",
             Self::Adapting(_) => "loading adapters",
             Self::Ready => "",
+            Self::Draining => "finishing its requests",
             Self::Stopping { .. } | Self::Forgetting => "stopping",
             Self::Waiting { .. } => "waiting before the next try",
             Self::Failed { .. } => "failed",

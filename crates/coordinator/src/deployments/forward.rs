@@ -1,13 +1,25 @@
 //! The steps forward: from a wish to a ready replica, each taken when the one before is answered.
 
 use super::entry::{Phase, Replica};
+use super::keeping::Room;
 use super::machine::Deployments;
 use super::{Attempt, Effect, Links, PREFILL_CHUNK, Record, Shard, StartedWorker};
-use crate::placement::{ModelCost, Offer};
+use crate::placement::{ModelCost, Offer, Refusal};
 use crate::scheduler::Limits;
 use crate::{Error, NodeId};
 use std::collections::BTreeSet;
 use std::time::Instant;
+
+/// What somebody hears whose model cannot be placed; `taken` nodes run other replicas of it.
+fn refused(refusal: Refusal, taken: usize) -> Error {
+    match (Error::from(refusal), taken) {
+        (error, 0) => error,
+        (Error::DoesNotFit(text), _) => Error::DoesNotFit(format!("no room for a further replica: {text}")),
+        (error, _) => Error::Refused(format!(
+            "no node is left for a further replica ({error}): replicas run on different nodes"
+        )),
+    }
+}
 
 impl Deployments {
     pub(super) fn begin_attempt(&mut self, name: &str) {
@@ -17,6 +29,7 @@ impl Deployments {
         entry.epoch = epoch;
         entry.phase = Phase::Recording;
         entry.replica = None;
+        entry.is_asked = false;
         entry.touched.clear();
         let record = Record::Wanted { deployment: entry.wish.clone(), epoch };
         let effect = Effect::Record { attempt: entry.attempt(), record };
@@ -77,13 +90,18 @@ impl Deployments {
             return;
         }
         let wish = entry.wish.wish.clone();
-        let planned = match result {
-            Ok((cost, offers)) => self.plan(&cost, offers, &wish).map_err(Error::from),
+        let (cost, mut offers) = match result {
+            Ok(weighed) => weighed,
             Err(error) => return self.fail(&attempt.name, error, false, now),
         };
-        match planned {
+        let taken = self.nodes_of_siblings(&attempt.name);
+        offers.retain(|offer| !taken.contains(&offer.node));
+        match self.plan(&cost, offers.clone(), &wish) {
+            Err(Refusal::DoesNotFit(_)) if self.may_make_room(&attempt.name) => {
+                self.make_room(attempt, Room::new(cost, offers), now);
+            }
             // Only other nodes can change this.
-            Err(error) => self.fail(&attempt.name, error, true, now),
+            Err(refusal) => self.fail(&attempt.name, refused(refusal, taken.len()), true, now),
             Ok(plan) => {
                 let nodes: BTreeSet<NodeId> = plan.stages.iter().map(|stage| stage.node).collect();
                 let Some(entry) = self.entries.get_mut(&attempt.name) else { return };
@@ -167,6 +185,7 @@ impl Deployments {
                     context_tokens: plan.context_tokens,
                     max_sequences: Limits::sequences_for(plan.concurrent_sequences),
                     prefill_chunk: PREFILL_CHUNK.min(plan.context_tokens),
+                    prompts: stage.prompts,
                 },
             });
         }
@@ -265,6 +284,7 @@ impl Deployments {
         }
         entry.phase = Phase::Ready;
         entry.was_ready = true;
+        entry.last_used = Some(now);
         entry.detail.clear();
         self.effects.push(Effect::Settled { name: attempt.name.clone(), result: Ok(()) });
     }

@@ -2,7 +2,7 @@
 //! parent module has the picture and the rules.
 
 use super::entry::{Deployment, Phase, Restored};
-use super::name::{check_name, check_source};
+use super::name::check_source;
 use super::{Attempt, DeploymentView, DeploymentWish, Effect, Event, MAX_DEPLOYMENTS, Record};
 use crate::placement::{self, ModelCost, Offer, Plan, Refusal, Wish};
 use crate::{Error, NodeId};
@@ -52,7 +52,8 @@ impl Deployments {
                 Record::Wanted { epoch, .. }
                 | Record::Removed { epoch, .. }
                 | Record::Epochs { used: epoch } => *epoch,
-                Record::AdapterAdded { .. } | Record::AdapterRemoved { .. } => 0,
+                Record::AdapterAdded { adapter, .. } => adapter.load,
+                Record::AdapterRemoved { .. } => 0,
             };
             deployments.last_epoch = deployments.last_epoch.max(epoch);
             match record {
@@ -100,13 +101,8 @@ impl Deployments {
         self.take_effects()
     }
 
-    /// Somebody wants a model. Idempotent: what is wanted already is not touched, whatever the placement wish.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] for a bad name or source, [`Error::NameTaken`], [`Error::TooMany`], and [`Error::Unavailable`] while
-    /// the deployment is being unloaded.
-    pub fn load(&mut self, wish: DeploymentWish) -> Result<(Loaded, Vec<Effect>), Error> {
-        check_name(&wish.name)?;
+    /// One replica of [`Deployments::load`].
+    pub(super) fn load_one(&mut self, wish: DeploymentWish) -> Result<Loaded, Error> {
         check_source(&wish.source)?;
         let name = wish.name.clone();
         if let Some(entry) = self.entries.get_mut(&name) {
@@ -119,12 +115,12 @@ impl Deployments {
                 )));
             }
             match entry.phase {
-                Phase::Ready if wish.wish != Wish::default() && wish.wish != entry.wish.wish => {
+                Phase::Ready if entry.wish.contradicts(&wish) => {
                     return Err(Error::Refused(format!(
                         "{name} is loaded already, with other settings; unload it first, or load it under another name"
                     )));
                 }
-                Phase::Ready => return Ok((Loaded::Already, Vec::new())),
+                Phase::Ready => return Ok(Loaded::Already),
                 Phase::Failed { .. } => {
                     let adapters = std::mem::take(&mut entry.wish.adapters);
                     entry.wish = DeploymentWish { adapters, ..wish };
@@ -143,27 +139,7 @@ impl Deployments {
             self.entries.insert(name.clone(), Deployment::new(wish, 0));
             self.begin_attempt(&name);
         }
-        Ok((Loaded::UnderWay, self.take_effects()))
-    }
-
-    /// Nobody wants it any more. [`Effect::Gone`] tells when its workers are gone. Unloading twice is fine.
-    ///
-    /// # Errors
-    /// [`Error::NotFound`], with the names that there are.
-    pub fn unload(&mut self, name: &str, now: Instant) -> Result<Vec<Effect>, Error> {
-        if !self.entries.contains_key(name) {
-            return Err(self.not_found(name));
-        }
-        self.leave(name, now);
-        Ok(self.take_effects())
-    }
-
-    /// Who asked for a load went away: takes it back if it was never ready.
-    pub fn cancel_load(&mut self, name: &str, now: Instant) -> Vec<Effect> {
-        if self.entries.get(name).is_some_and(|entry| !entry.was_ready && entry.refusal.is_none()) {
-            self.leave(name, now);
-        }
-        self.take_effects()
+        Ok(Loaded::UnderWay)
     }
 
     /// An answer came, or something happened.
@@ -184,6 +160,8 @@ impl Deployments {
             Event::AdapterRecorded { name, adapter, result } => {
                 self.adapter_recorded(&name, &adapter, result)
             }
+            Event::Used { attempt, result } => self.used(&attempt, result, now),
+            Event::Drained { attempt, .. } => self.drained(&attempt, now),
             Event::SchedulerStarted { attempt, result } => self.scheduler_started(&attempt, result, now),
             Event::Stopped { attempt, node, result } => self.stopped(&attempt, node, result, now),
             Event::WorkerEnded { attempt, node, pid, reason } => {
@@ -206,6 +184,7 @@ impl Deployments {
                 self.begin_attempt(&name);
             }
         }
+        self.ask_the_idle(now);
         let lost = &self.lost;
         for ((node, name), orphan) in &mut self.orphans {
             if orphan.retry_at <= now && !lost.contains(node) {
@@ -224,22 +203,38 @@ impl Deployments {
             _ => None,
         });
         let there = self.orphans.iter().filter(|((node, _), _)| !self.lost.contains(node));
-        waiting.chain(there.map(|(_, orphan)| orphan.retry_at)).min()
+        let idle = self.groups().into_iter().filter_map(|group| self.idle_at(&group));
+        waiting.chain(there.map(|(_, orphan)| orphan.retry_at)).chain(idle).min()
     }
 
     /// Places a model beside what is deployed already.
-    pub fn plan(&self, cost: &ModelCost, mut offers: Vec<Offer>, wish: &Wish) -> Result<Plan, Refusal> {
+    pub fn plan(&self, cost: &ModelCost, offers: Vec<Offer>, wish: &Wish) -> Result<Plan, Refusal> {
+        self.plan_without(cost, offers, wish, &[])
+    }
+
+    /// As [`Deployments::plan`], as if these replicas were gone.
+    pub(super) fn plan_without(
+        &self,
+        cost: &ModelCost,
+        mut offers: Vec<Offer>,
+        wish: &Wish,
+        gone: &[String],
+    ) -> Result<Plan, Refusal> {
         offers.retain(|offer| !self.lost.contains(&offer.node));
         for offer in &mut offers {
-            offer.used += self.reserved(offer.node);
+            offer.used += self.reserved_without(offer.node, gone);
         }
         placement::plan(cost, &offers, wish)
     }
 
     /// Bytes that the deployments take of a node's budget.
     pub fn reserved(&self, node: NodeId) -> ByteCount {
+        self.reserved_without(node, &[])
+    }
+
+    fn reserved_without(&self, node: NodeId, gone: &[String]) -> ByteCount {
         let mut bytes = ByteCount(0);
-        for (name, entry) in &self.entries {
+        for (name, entry) in self.entries.iter().filter(|(name, _)| !gone.contains(name)) {
             let orphan = self.orphans.get(&(node, name.clone()));
             if orphan.is_some_and(|orphan| orphan.epoch == entry.epoch) {
                 continue; // counted below
@@ -271,16 +266,13 @@ impl Deployments {
         if self.entries.contains_key(name) {
             return Ok(name.to_owned());
         }
-        let mut names = self.entries.keys();
-        match (name, names.next(), names.next()) {
-            ("", Some(only), None) => Ok(only.clone()),
-            ("", Some(_), Some(_)) => {
-                let all: Vec<&str> = self.entries.keys().map(String::as_str).collect();
-                Err(Error::Invalid(format!(
-                    "several models are loaded ({}); name one of them",
-                    all.join(", ")
-                )))
-            }
+        let groups = self.groups();
+        match (name, groups.as_slice()) {
+            ("", [only]) => Ok(only.clone()),
+            ("", [_, _, ..]) => Err(Error::Invalid(format!(
+                "several models are loaded ({}); name one of them",
+                groups.join(", ")
+            ))),
             _ => Err(self.not_found(name)),
         }
     }
@@ -366,7 +358,7 @@ impl Deployments {
     }
 
     pub(super) fn not_found(&self, name: &str) -> Error {
-        let names: Vec<&str> = self.entries.keys().map(String::as_str).collect();
+        let names = self.groups();
         Error::NotFound(if names.is_empty() {
             format!("{name:?} is not loaded; nothing is")
         } else {

@@ -17,25 +17,34 @@
 //! - A first load that fails is an answer to who asked: it is cleaned up and forgotten. What was ready once is wanted: it is tried
 //!   again, with growing pauses, and after [`MAX_FAILURES`] failures in [`FAILURE_WINDOW`] it stays failed until somebody loads it again.
 //!   The loss of a node explains the failures around it: the count begins anew.
+//! - A deployment has one or several replicas, on different nodes, each with attempts of its own. They are loaded and unloaded together.
+//! - What nobody asked for as long as its wish says is unloaded, and so is what was not used for longest when a load may make room: never
+//!   what is pinned, and never before its running requests have finished (`keeping`).
 //! - What fits no longer because a node is gone is tried again when the nodes change.
 
 mod adapters;
 mod back;
 mod entry;
 mod forward;
+mod keeping;
 mod machine;
 mod name;
+mod replicas;
 mod retry;
 
 pub use adapters::{AdapterView, AdapterWish, MAX_ADAPTERS};
 pub use machine::{Deployments, Loaded};
-pub use name::{check_adapter_name, check_name, default_adapter_name, default_name};
+pub use name::{
+    check_adapter_name, check_name, default_adapter_name, default_name, replica_name, replica_of,
+};
+pub use replicas::MAX_REPLICAS;
 pub use retry::{FAILURE_WINDOW, MAX_FAILURES};
 
 use crate::placement::{ModelCost, Offer, Wish};
 use crate::{Error, NodeId};
 use mlxnode_compute::{ByteCount, LayerRange};
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 
 /// Most deployments at a time, failed ones included.
 pub const MAX_DEPLOYMENTS: usize = 64;
@@ -56,6 +65,18 @@ pub struct DeploymentWish {
     /// What changes it for the requests that ask for it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")] // records of before there were adapters
     pub adapters: Vec<AdapterWish>,
+    /// Complete copies, on different nodes; 0 means 1.
+    #[serde(default)]
+    pub replicas: usize,
+    /// Stays until somebody unloads it, whatever others need.
+    #[serde(default)]
+    pub is_pinned: bool,
+    /// Is unloaded when nobody asked for so long.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttl: Option<Duration>,
+    /// When it does not fit, others may be unloaded that were not used for longest. Only for the first time.
+    #[serde(skip)]
+    pub makes_room: bool,
 }
 
 /// A durable decision. Replayed in order; the last one about a name counts.
@@ -110,6 +131,8 @@ pub struct Shard {
     pub max_sequences: usize,
     /// Longest prefill chunk, in tokens.
     pub prefill_chunk: usize,
+    /// Memory for blocks of prompts; 0: none are kept.
+    pub prompts: ByteCount,
 }
 
 /// A worker that has loaded its shard.
@@ -217,7 +240,7 @@ pub enum Effect {
         attempt: Attempt,
         /// Where.
         node: NodeId,
-        /// Its name.
+        /// What they call it: [`AdapterWish::key`].
         adapter: String,
     },
     /// Make a decision about an adapter durable. Answered by [`Event::AdapterRecorded`].
@@ -237,6 +260,20 @@ pub enum Effect {
         adapter: String,
         /// Done, or why not.
         result: Result<(), Error>,
+    },
+    /// Ask the scheduler how busy it is. Answered by [`Event::Used`].
+    AskUsage {
+        /// Of.
+        attempt: Attempt,
+        /// Where.
+        node: NodeId,
+    },
+    /// Take no further requests, and let those that run and wait finish. Answered by [`Event::Drained`].
+    Drain {
+        /// Of.
+        attempt: Attempt,
+        /// Where.
+        node: NodeId,
     },
     /// Start the scheduler beside the first stage. Answered by [`Event::SchedulerStarted`].
     StartScheduler {
@@ -349,7 +386,7 @@ pub enum Event {
         attempt: Attempt,
         /// Where.
         node: NodeId,
-        /// The adapter's name.
+        /// What the workers called it.
         adapter: String,
         /// Done, or why not.
         result: Result<(), Error>,
@@ -361,6 +398,20 @@ pub enum Event {
         /// The adapter's name.
         adapter: String,
         /// Durable, or why not.
+        result: Result<(), Error>,
+    },
+    /// Answers [`Effect::AskUsage`].
+    Used {
+        /// Whose.
+        attempt: Attempt,
+        /// How busy it is, or why that is not known.
+        result: Result<Usage, Error>,
+    },
+    /// Answers [`Effect::Drain`].
+    Drained {
+        /// Whose.
+        attempt: Attempt,
+        /// Nothing runs any more, or that is not known.
         result: Result<(), Error>,
     },
     /// Answers [`Effect::StartScheduler`].
@@ -402,6 +453,15 @@ pub enum Event {
     },
 }
 
+/// How busy a replica is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Requests that run or wait.
+    pub busy: usize,
+    /// Since the last one ended, when there is none.
+    pub idle: Duration,
+}
+
 /// How far a deployment is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
@@ -417,11 +477,19 @@ pub enum State {
     Unloading,
 }
 
-/// A deployment, for those who look.
+/// A replica of a deployment, for those who look.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DeploymentView {
     /// What clients write into `model`.
     pub name: String,
+    /// Which of the deployment's replicas: 1, 2, …
+    pub replica: usize,
+    /// How many it has.
+    pub replicas: usize,
+    /// Stays until somebody unloads it.
+    pub is_pinned: bool,
+    /// Is unloaded when nobody asked for so long.
+    pub ttl: Option<Duration>,
     /// Where the weights come from.
     pub source: String,
     /// Of the present attempt.
@@ -442,6 +510,13 @@ pub struct DeploymentView {
     pub max_sequences: usize,
     /// What changes it for the requests that ask for it, by name.
     pub adapters: Vec<AdapterView>,
+}
+
+impl DeploymentView {
+    /// What nodes call this replica: [`replica_name`].
+    pub fn instance(&self) -> String {
+        replica_name(&self.name, self.replica)
+    }
 }
 
 /// One worker's part of a deployment.

@@ -7,6 +7,23 @@ const MAX_NAME_BYTES: usize = 128;
 /// Longest source: a path may be long.
 const MAX_SOURCE_BYTES: usize = 4096;
 
+/// What a replica of a deployment is called where nodes speak of it: the first one as the deployment, others `NAME#2` and so on. `#` is in no
+/// deployment's name.
+pub fn replica_name(name: &str, number: usize) -> String {
+    match number {
+        0 | 1 => name.to_owned(),
+        number => format!("{name}#{number}"),
+    }
+}
+
+/// The deployment's name and the replica's number, of what [`replica_name`] made.
+pub fn replica_of(name: &str) -> (&str, usize) {
+    match name.rsplit_once('#') {
+        Some((base, number)) => (base, number.parse().unwrap_or(1)),
+        None => (name, 1),
+    }
+}
+
 /// Names appear in URLs, logs, tables and JSON: letters, digits and `. _ - / : @ +`, no part between slashes empty or beginning with a dot.
 pub fn check_name(name: &str) -> Result<(), Error> {
     let allowed = |character: char| character.is_ascii_alphanumeric() || "._-/:@+".contains(character);
@@ -88,6 +105,15 @@ mod tests {
             assert_eq!(default_name(source), name, "{source}");
             assert_eq!(check_name(&default_name(source)), Ok(()));
         }
+    }
+
+    #[test]
+    fn a_replica_has_a_name_that_no_deployment_can_have() {
+        for (number, name) in [(1, "a/b"), (2, "a/b#2"), (17, "a/b#17")] {
+            assert_eq!(replica_name("a/b", number), name);
+            assert_eq!(replica_of(name), ("a/b", number));
+        }
+        assert!(check_name("a#2").is_err());
     }
 
     #[test]

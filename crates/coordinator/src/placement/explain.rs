@@ -18,9 +18,13 @@ pub(super) fn plan(plan: &Plan) -> String {
         counted(plan.concurrent_sequences, "sequence"),
     );
     for stage in &plan.stages {
+        let prompts = match stage.prompts.0 {
+            0 => String::new(),
+            _ => format!(", {} for prompts that are remembered", stage.prompts),
+        };
         let _ = writeln!(
             text,
-            "{} runs layers {} ({} of {}): {} of weights, {} of KV cache and {} of working space, {} in all.",
+            "{} runs layers {} ({} of {}): {} of weights, {} of KV cache and {} of working space{prompts}, {} in all.",
             stage.node_name,
             stage.layers,
             stage.layers.len(),

@@ -7,6 +7,7 @@
 //! The rules, in order:
 //! 0. Layers that share caches stay together ([`ModelCost::joined`]).
 //! 1. Memory is a hard limit: weights + reserved KV cache + [`WORKER_RESERVE`] of each stage stay within the free budget of its node.
+//!    What is left then is for blocks of prompts, up to the node's limit: they never keep a model from fitting.
 //! 2. As few stages as fit, unless the wish says how many: a further stage adds a hop per token and no speed for one sequence.
 //! 3. Among those, the slowest stage is as fast as it can be, because it alone bounds the throughput of the pipeline.
 //! 4. Then the lowest latency of one token, then the most even stages, then the coordinator's node first.
@@ -56,6 +57,8 @@ pub struct Offer {
     pub budget: ByteCount,
     /// What mlxnode uses on it now.
     pub used: ByteCount,
+    /// Most that a worker may take there for blocks of prompts, of what the plan leaves free.
+    pub prompts: ByteCount,
     /// How fast it reads weights while decoding, in bytes per second (measured, or about 70% of the chip's nominal bandwidth).
     /// `None` when nothing is known.
     pub bytes_per_second: Option<f64>,
@@ -140,12 +143,14 @@ pub struct PlannedStage {
     pub kv: ByteCount,
     /// Reserved for everything else.
     pub reserve: ByteCount,
+    /// For blocks of prompts: no reason to place layers elsewhere, so it is what is left, up to the node's limit.
+    pub prompts: ByteCount,
 }
 
 impl PlannedStage {
     /// All memory that the stage takes from its node's budget.
     pub fn memory(&self) -> ByteCount {
-        self.weights + self.kv + self.reserve
+        self.weights + self.kv + self.reserve + self.prompts
     }
 }
 
@@ -187,7 +192,7 @@ pub fn plan(model: &ModelCost, offers: &[Offer], wish: &Wish) -> Result<Plan, Re
         return Err(refusal::shortage(model, &problem, &sizes, wish.stages));
     };
 
-    let stages: Vec<PlannedStage> = placed
+    let mut stages: Vec<PlannedStage> = placed
         .iter()
         .map(|(slot, layers)| PlannedStage {
             node: problem.slots[*slot].node,
@@ -196,8 +201,10 @@ pub fn plan(model: &ModelCost, offers: &[Offer], wish: &Wish) -> Result<Plan, Re
             weights: ByteCount(problem.weights(*layers)),
             kv: ByteCount(problem.kv(*layers)),
             reserve: WORKER_RESERVE,
+            prompts: ByteCount(0),
         })
         .collect();
+    give_prompts_what_is_left(&mut stages, &candidates);
     let mut budgets = Vec::new();
     for offer in distinct(&candidates) {
         budgets.push(NodeBudget {
@@ -226,6 +233,19 @@ pub fn plan(model: &ModelCost, offers: &[Offer], wish: &Wish) -> Result<Plan, Re
         budgets,
         fewest,
     })
+}
+
+/// Divides what the stages leave free of each node's budget among them, up to the node's limit for each.
+fn give_prompts_what_is_left(stages: &mut [PlannedStage], candidates: &[&Offer]) {
+    for offer in distinct(candidates) {
+        let here = |stage: &&mut PlannedStage| stage.node == offer.node;
+        let taken: ByteCount = stages.iter_mut().filter(here).map(|stage| stage.memory()).sum();
+        let count = stages.iter_mut().filter(here).count() as u64;
+        let share = offer.free().saturating_sub(taken).0 / count.max(1);
+        for stage in stages.iter_mut().filter(here) {
+            stage.prompts = offer.prompts.min(ByteCount(share));
+        }
+    }
 }
 
 /// The wish's numbers with defaults filled in and bounds checked.

@@ -60,7 +60,8 @@ impl Capacity {
                 Tier::Memory => stage.memory,
                 Tier::Disk => stage.disk,
             };
-            bytes(stage, Counts { blocks, checkpoints }) <= limit
+            // A stage that keeps none does not know what one takes.
+            blocks == 0 || (limit.0 > 0 && bytes(stage, Counts { blocks, checkpoints }) <= limit)
         })
     }
 

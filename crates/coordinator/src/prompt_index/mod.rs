@@ -222,9 +222,6 @@ impl PromptIndex {
             plan.keep.extend(running.growing.as_ref().map(|growing| growing.keep));
         }
         self.tree.touch(&running.path);
-        for hash in &running.path[..reused] {
-            self.save(hash);
-        }
         self.prompt_tokens += prompt.tokens.len() as u64;
         self.cached_tokens += plan.cached_tokens() as u64;
         self.running.insert(sequence, running);
@@ -265,13 +262,17 @@ impl PromptIndex {
         self.take_effects()
     }
 
-    /// The stages closed a sequence: nothing of it is on its way any more. Unknown ones are fine.
+    /// The stages closed a sequence: nothing of it is on its way any more. Unknown ones are fine. What it computed goes to the disk as
+    /// well now, if there is one: from the first block on, as those that follow are of no use without it.
     pub fn end(&mut self, sequence: SequenceId) -> Vec<Effect> {
         let Some(running) = self.running.remove(&sequence) else { return Vec::new() };
         self.version += 1;
         if let Some(growing) = running.growing {
             self.tree.unreserve(growing.keep.checkpoint);
             self.effects.push(Effect::Order(BlockOrder::Drop { block: growing.keep.block }));
+        }
+        for hash in &running.path[..running.finished.min(running.path.len())] {
+            self.save(hash);
         }
         for hash in running.path.iter().rev() {
             if let Some(block) = self.tree.give_up(hash, sequence) {

@@ -265,7 +265,7 @@ fn what_is_used_least_recently_goes_to_the_disk_and_comes_back() {
         world.end(id);
     }
     let statistics = world.index.statistics();
-    assert_eq!((statistics.blocks_in_memory, statistics.blocks_on_disk), (4, 2));
+    assert_eq!((statistics.blocks_in_memory, statistics.blocks_on_disk), (4, 6));
     let plan = world.begin(4, "a", &tokens(&[1, 2], 1), 1);
     assert_eq!(plan.reuse.len(), 2, "from the disk");
     world.end(4);
@@ -332,6 +332,18 @@ fn a_missing_block_is_not_found_again() {
 fn without_room_nothing_is_kept() {
     let mut world = World::new(0, 0, 0);
     assert!(world.begin(1, "a", &tokens(&[1, 2], 1), 1).is_empty());
+    // Of a stage that keeps none nothing is known but that.
+    for stages in [
+        vec![],
+        vec![BlockCapacity::default()],
+        vec![
+            BlockCapacity { block: ByteCount(10), memory: ByteCount(1000), ..Default::default() },
+            BlockCapacity::default(),
+        ],
+    ] {
+        let mut index = PromptIndex::new(Capacity::new(stages));
+        assert!(index.begin(SequenceId(1), World::prompt("a", &tokens(&[1, 2], 1), 1)).0.is_empty());
+    }
     let mut world = World::new(1, 0, 0);
     let plan = world.begin(1, "a", &tokens(&[1, 2], 1), 1);
     assert_eq!(plan.keep.len(), 1, "what fits");

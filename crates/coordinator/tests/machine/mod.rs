@@ -4,11 +4,12 @@
 use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::deployments::{
     AdapterWish, Attempt, DeploymentView, DeploymentWish, Deployments, Effect, Event, Record, StartedWorker,
+    State, Usage,
 };
 use mlxnode_coordinator::placement::{LayerCost, ModelCost, Offer, Wish};
 use mlxnode_coordinator::{Error, NodeId};
-use std::collections::{BTreeSet, VecDeque};
-use std::time::Instant;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
 
@@ -26,6 +27,12 @@ pub(crate) struct Machine {
     /// A node that cannot read adapters, and what it says.
     pub(crate) fails: Option<(NodeId, Error)>,
     pub(crate) records_fail: bool,
+    /// What schedulers say, by replica; idle for no time at all when absent.
+    pub(crate) usage: BTreeMap<String, Usage>,
+    pub(crate) asked: Vec<String>,
+    pub(crate) drained: Vec<String>,
+    /// What loads came to, by replica.
+    pub(crate) loads: Vec<(String, Result<(), Error>)>,
     nodes: u8,
     next_pid: u32,
     settled: Vec<Result<(), Error>>,
@@ -40,13 +47,17 @@ impl Machine {
             adapters: BTreeSet::new(),
             fails: None,
             records_fail: false,
+            usage: BTreeMap::new(),
+            asked: Vec::new(),
+            drained: Vec::new(),
+            loads: Vec::new(),
             nodes,
             next_pid: 100,
             settled: Vec::new(),
         }
     }
 
-    /// Loads a model of 400 MiB.
+    /// Loads a model of 400 MiB; one that is called huge has 1200.
     pub(crate) fn load(&mut self, name: &str, stages: Option<usize>) {
         let wish = Wish { stages, ..Wish::default() };
         self.load_wish(DeploymentWish {
@@ -57,9 +68,23 @@ impl Machine {
         });
     }
 
-    pub(crate) fn load_wish(&mut self, wish: DeploymentWish) {
-        let (_, effects) = self.deployments.load(wish).unwrap();
+    /// Time passes, and what is due happens.
+    pub(crate) fn wait(&mut self, time: Duration) {
+        self.now += time;
+        let effects = self.deployments.tick(self.now);
         self.run(effects);
+    }
+
+    /// All that there is, with its state.
+    pub(crate) fn states(&self) -> Vec<(String, State)> {
+        let views = self.deployments.view().into_iter();
+        views.map(|view| (view.instance(), view.state)).collect()
+    }
+
+    pub(crate) fn load_wish(&mut self, wish: DeploymentWish) {
+        if let Ok((_, effects)) = self.deployments.load(wish) {
+            self.run(effects);
+        }
     }
 
     pub(crate) fn load_adapter(&mut self, name: &str, adapter: AdapterWish) {
@@ -93,6 +118,16 @@ impl Machine {
         self.deployments.on(event, self.now)
     }
 
+    /// What an effect leads to.
+    pub(crate) fn step(&mut self, effect: Effect) -> Vec<Effect> {
+        self.answer(effect).map(|event| self.on(event)).unwrap_or_default()
+    }
+
+    /// Of each node.
+    pub(crate) fn budget(&self) -> ByteCount {
+        ByteCount(1000 * MIB)
+    }
+
     /// Does all that is asked, and all that follows from it.
     pub(crate) fn run(&mut self, effects: Vec<Effect>) {
         let mut effects = VecDeque::from(effects);
@@ -118,7 +153,10 @@ impl Machine {
                 Event::AdapterRecorded { name, adapter, result: Ok(()) }
             }
             Effect::Sweep { attempt } => Event::Swept { attempt, nodes: (0..self.nodes).map(node).collect() },
-            Effect::Weigh { attempt, .. } => Event::Weighed { attempt, result: Ok((model(), self.offers())) },
+            Effect::Weigh { attempt, source } => {
+                let layers = if source.contains("huge") { 12 } else { 4 };
+                Event::Weighed { attempt, result: Ok((model(layers), self.offers())) }
+            }
             Effect::Prepare { attempt, node, .. } => Event::Prepared { attempt, node, result: Ok(vec![1]) },
             Effect::Start { attempt, stage, node, .. } => {
                 self.next_pid += 1;
@@ -132,13 +170,22 @@ impl Machine {
                 let failure = self.fails.as_ref().filter(|(failing, _)| *failing == node);
                 let result = failure.map_or(Ok(()), |(_, error)| Err(error.clone()));
                 if result.is_ok() {
-                    self.adapters.insert((node, attempt.epoch, adapter.name.clone()));
+                    self.adapters.insert((node, attempt.epoch, adapter.key()));
                 }
                 Event::AdapterLoaded { attempt, node, adapter: adapter.name, result }
             }
             Effect::UnloadAdapter { attempt, node, adapter } => {
                 self.adapters.remove(&(node, attempt.epoch, adapter.clone()));
                 Event::AdapterUnloaded { attempt, node, adapter, result: Ok(()) }
+            }
+            Effect::AskUsage { attempt, .. } => {
+                self.asked.push(attempt.name.clone());
+                let usage = self.usage.get(&attempt.name).copied().unwrap_or_default();
+                Event::Used { attempt, result: Ok(usage) }
+            }
+            Effect::Drain { attempt, .. } => {
+                self.drained.push(attempt.name.clone());
+                Event::Drained { attempt, result: Ok(()) }
             }
             Effect::StartScheduler { attempt, .. } => Event::SchedulerStarted { attempt, result: Ok(()) },
             Effect::Stop { attempt, node } => {
@@ -149,7 +196,11 @@ impl Machine {
                 self.settled.push(result);
                 return None;
             }
-            Effect::Abandon { .. } | Effect::Settled { .. } | Effect::Gone { .. } => return None,
+            Effect::Settled { name, result } => {
+                self.loads.push((name, result));
+                return None;
+            }
+            Effect::Abandon { .. } | Effect::Gone { .. } => return None,
         })
     }
 
@@ -159,6 +210,7 @@ impl Machine {
             name: format!("mac-{number}"),
             budget: ByteCount(1000 * MIB),
             used: ByteCount(0),
+            prompts: ByteCount(0),
             bytes_per_second: None,
             coordinator: number == 0,
             round_trips: [].into(),
@@ -167,7 +219,7 @@ impl Machine {
     }
 }
 
-fn model() -> ModelCost {
+fn model(layers: usize) -> ModelCost {
     let layer = LayerCost {
         weights: ByteCount(100 * MIB),
         kv_per_token: ByteCount(0),
@@ -176,7 +228,7 @@ fn model() -> ModelCost {
     };
     ModelCost {
         architecture: "llama".into(),
-        layers: vec![layer; 4],
+        layers: vec![layer; layers],
         joined: vec![],
         passes: 1,
         embedding: ByteCount(0),

@@ -9,6 +9,8 @@ use mlxnode_mlx::{Array, Device, Result};
 pub(crate) struct Block {
     /// The ids: penalties look at them, on the last stage.
     pub(crate) tokens: Vec<u32>,
+    /// What changed the weights for it, by the contents of its file; None: nothing.
+    pub(crate) adapter: Option<blake3::Hash>,
     /// By layer of the range.
     pub(crate) layers: Vec<LayerBlock>,
     /// Can a sequence go on after it? No when recurrent layers are among these and their states are not in it.
@@ -33,7 +35,7 @@ fn bounds(number: usize) -> Option<(i32, i32)> {
 
 impl Block {
     /// Block `number` of the sequence in a lane of `cache`, whose ids are `ids`, or as many as went through. None when the cache no longer
-    /// holds what a later token would see. `with_states` takes them if they are those after the block's last token.
+    /// holds what a later token would see. `with_states` takes them if they are those after the block's last token. Of no adapter.
     pub(crate) fn of(
         device: &Device,
         cache: &SequenceCache,
@@ -74,7 +76,7 @@ impl Block {
         if !is_border {
             layers.iter_mut().for_each(|layer| layer.states.clear());
         }
-        Ok(Some(Self { tokens: tokens.to_vec(), layers, is_border }))
+        Ok(Some(Self { tokens: tokens.to_vec(), adapter: None, layers, is_border }))
     }
 
     /// The arrays, to be evaluated.

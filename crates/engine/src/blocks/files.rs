@@ -17,20 +17,25 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 /// Blocks that wait to be written. What comes when there are more is not written: their copies take memory.
 const WAITING_WRITES: usize = 4;
+/// How long a stage with nothing to do waits for a disk before it looks whether there is something to do.
+const MOMENT: Duration = Duration::from_millis(2);
 /// Requests that wait: a long prompt's blocks are read one after the other.
 const WAITING: usize = 1024;
 const ENDING: &str = ".safetensors";
 const UNFINISHED: &str = ".unfinished";
+const LOCK: &str = "lock";
 
 /// The files of one stage's blocks.
 pub(crate) struct BlockFiles {
     folder: Folder,
     requests: Option<SyncSender<Request>>,
     waiting_writes: Arc<AtomicUsize>,
+    /// Hears of blocks that were written.
+    written: Receiver<()>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -61,10 +66,11 @@ impl BlockFiles {
         folder.make_room(0)?;
         let (requests, inbox) = sync_channel(WAITING);
         let waiting_writes = Arc::new(AtomicUsize::new(0));
+        let (tell, written) = sync_channel(1);
         let (of_thread, waiting) = (folder.clone(), waiting_writes.clone());
         let thread = std::thread::Builder::new().name("blocks".into());
-        let thread = thread.spawn(move || of_thread.serve(&inbox, &waiting))?;
-        Ok(Self { folder, requests: Some(requests), waiting_writes, thread: Some(thread) })
+        let thread = thread.spawn(move || of_thread.serve(&inbox, &waiting, &tell))?;
+        Ok(Self { folder, requests: Some(requests), waiting_writes, written, thread: Some(thread) })
     }
 
     /// Most bytes of all files.
@@ -77,12 +83,23 @@ impl BlockFiles {
         ByteCount(self.folder.bytes.load(Ordering::Relaxed))
     }
 
-    /// Is there no file of this block, and could one be written soon?
-    pub(super) fn wants(&self, hash: BlockHash) -> bool {
-        self.waiting_writes.load(Ordering::Acquire) < WAITING_WRITES && !self.folder.file(hash).exists()
+    /// Is there a file of this block?
+    pub(super) fn has(&self, hash: BlockHash) -> bool {
+        self.folder.file(hash).exists()
     }
 
-    /// Writes a block, later. To be called when [`Self::wants`].
+    /// Do fewer blocks wait to be written than may?
+    pub(super) fn has_room(&self) -> bool {
+        self.waiting_writes.load(Ordering::Acquire) < WAITING_WRITES
+    }
+
+    /// Waits until another block was written, or a moment, in which nobody misses this thread.
+    pub(super) fn wait_a_moment(&self) {
+        // A timeout is as good as a block: whoever waits looks for itself.
+        let _ = self.written.recv_timeout(MOMENT);
+    }
+
+    /// Writes a block, later. To be called when there [is room](Self::has_room).
     pub(super) fn write(&self, hash: BlockHash, block: PlainBlock) {
         self.waiting_writes.fetch_add(1, Ordering::AcqRel);
         let request = Request::Write { hash, block };
@@ -129,7 +146,7 @@ struct Folder {
 }
 
 impl Folder {
-    fn serve(&self, inbox: &Receiver<Request>, waiting_writes: &AtomicUsize) {
+    fn serve(&self, inbox: &Receiver<Request>, waiting_writes: &AtomicUsize, written: &SyncSender<()>) {
         while let Ok(request) = inbox.recv() {
             match request {
                 Request::Write { hash, block } => {
@@ -137,6 +154,7 @@ impl Folder {
                         tracing::debug!(%hash, error, "a block is not written");
                     }
                     waiting_writes.fetch_sub(1, Ordering::AcqRel);
+                    let _ = written.try_send(()); // one word is enough
                 }
                 Request::Read { hash, reply } => {
                     let _ = reply.send(self.read(hash)); // the stage may have ended
@@ -165,15 +183,22 @@ impl Folder {
             if size > self.limit {
                 return Err(format!("it has {size} bytes of {} that all may have", self.limit));
             }
-            self.make_room(size).map_err(|error| error.to_string())?;
-            fs::rename(&unfinished, &file).map_err(|error| error.to_string())?;
-            self.bytes.fetch_add(size, Ordering::Relaxed);
-            Ok(())
+            self.take_place(&unfinished, &file, size).map_err(|error| error.to_string())
         });
         if written.is_err() {
             let _ = fs::remove_file(&unfinished);
         }
         written
+    }
+
+    /// Gives a file its name after others made room; one process at a time, or two would take the same room.
+    fn take_place(&self, unfinished: &Path, file: &Path, size: u64) -> io::Result<()> {
+        let lock = fs::File::options().create(true).truncate(false).write(true).open(self.path.join(LOCK))?;
+        lock.lock()?; // until it is closed
+        self.make_room(size)?;
+        fs::rename(unfinished, file)?;
+        self.bytes.fetch_add(size, Ordering::Relaxed);
+        Ok(())
     }
 
     fn read(&self, hash: BlockHash) -> Option<PlainBlock> {

@@ -19,10 +19,10 @@ pub(crate) use block::{Block, resumed};
 pub(crate) use files::BlockFiles;
 
 use files::Reading;
-use mlxnode_compute::{BlockCapacity, BlockId, BlockOrder, BlockUsage, ByteCount};
+use mlxnode_compute::{BlockCapacity, BlockHash, BlockId, BlockOrder, BlockUsage, ByteCount};
 use mlxnode_mlx::{Device, Result};
 use plain::PlainBlock;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 /// The blocks of a stage.
 #[derive(Default)]
@@ -30,6 +30,8 @@ pub(crate) struct Blocks {
     held: HashMap<BlockId, Block>,
     bytes: u64,
     reading: HashMap<BlockId, Reading>,
+    /// To be written, in this order: copying them takes the device's time, so a step goes first.
+    due: VecDeque<(BlockId, BlockHash)>,
     files: Option<BlockFiles>,
     capacity: BlockCapacity,
 }
@@ -45,6 +47,7 @@ impl Blocks {
     pub(crate) fn reset(&mut self) -> BlockCapacity {
         self.held.clear();
         self.reading.clear();
+        self.due.clear();
         self.bytes = 0;
         self.capacity
     }
@@ -72,13 +75,18 @@ impl Blocks {
 
     pub(crate) fn order(&mut self, device: &Device, order: BlockOrder) -> Result<()> {
         match order {
-            BlockOrder::Drop { block } => self.remove(block),
-            BlockOrder::Spill { block, hash } => {
-                if let (Some(files), Some(block)) = (&self.files, self.held.get(&block))
-                    && files.wants(hash)
-                    && let Some(plain) = PlainBlock::of(device, block)?
+            BlockOrder::Drop { block } => {
+                if let Some(place) = self.due.iter().position(|(due, _)| *due == block)
+                    && let Some((_, hash)) = self.due.remove(place)
+                    && self.files.as_ref().is_some_and(BlockFiles::has_room)
                 {
-                    files.write(hash, plain);
+                    self.write(device, block, hash)?;
+                }
+                self.remove(block);
+            }
+            BlockOrder::Spill { block, hash } => {
+                if self.files.is_some() && self.held.contains_key(&block) {
+                    self.due.push_back((block, hash));
                 }
             }
             BlockOrder::Restore { block, hash } => {
@@ -91,6 +99,34 @@ impl Blocks {
                     files.erase(hash);
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Writes the next block that is due, if the disk keeps up. True when there are more.
+    pub(crate) fn write_next(&mut self, device: &Device) -> Result<bool> {
+        if self.files.as_ref().is_some_and(BlockFiles::has_room)
+            && let Some((block, hash)) = self.due.pop_front()
+        {
+            self.write(device, block, hash)?;
+        }
+        Ok(!self.due.is_empty())
+    }
+
+    /// As [`Self::write_next`], after a moment for the disk if need be.
+    pub(crate) fn wait_and_write_next(&mut self, device: &Device) -> Result<bool> {
+        if let Some(files) = self.files.as_ref().filter(|files| !self.due.is_empty() && !files.has_room()) {
+            files.wait_a_moment();
+        }
+        self.write_next(device)
+    }
+
+    fn write(&self, device: &Device, block: BlockId, hash: BlockHash) -> Result<()> {
+        if let (Some(files), Some(block)) = (&self.files, self.held.get(&block))
+            && !files.has(hash)
+            && let Some(plain) = PlainBlock::of(device, block)?
+        {
+            files.write(hash, plain);
         }
         Ok(())
     }

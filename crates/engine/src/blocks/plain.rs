@@ -17,6 +17,7 @@ const NAME_NOTE: &str = "name";
 const DIGEST_NOTE: &str = "digest";
 const LAYERS_NOTE: &str = "layers";
 const BORDER_NOTE: &str = "border";
+const ADAPTER_NOTE: &str = "adapter";
 const IDS: &str = "ids";
 /// More than any model has, so that a file cannot ask for any number of empty layers.
 const MOST_LAYERS: usize = 4096;
@@ -40,6 +41,9 @@ impl PlainBlock {
         let mut plain = Self::default();
         plain.note(LAYERS_NOTE, block.layers.len().to_string());
         plain.note(BORDER_NOTE, block.is_border.to_string());
+        if let Some(adapter) = block.adapter {
+            plain.note(ADAPTER_NOTE, adapter.to_hex().to_string());
+        }
         let ids = block.tokens.iter().flat_map(|id| id.to_le_bytes()).collect();
         let ids = PlainArray { dtype: TensorDtype::U32, shape: vec![block.tokens.len()], bytes: ids };
         plain.tensors.insert(IDS.to_owned(), ids);
@@ -70,6 +74,10 @@ impl PlainBlock {
         else {
             return Ok(None);
         };
+        let adapter = match note(ADAPTER_NOTE).map(blake3::Hash::from_hex).transpose() {
+            Ok(adapter) => adapter,
+            Err(_) => return Ok(None),
+        };
         let tokens = ids.bytes.as_chunks::<4>().0.iter().map(|id| u32::from_le_bytes(*id)).collect();
         let mut layers = Vec::with_capacity(count);
         for index in 0..count {
@@ -85,7 +93,7 @@ impl PlainBlock {
             layer.states = states;
             layers.push(layer);
         }
-        Ok(Some(Block { tokens, layers, is_border }))
+        Ok(Some(Block { tokens, adapter, layers, is_border }))
     }
 
     /// Writes a file. `name` says whose it is.

@@ -23,7 +23,12 @@ impl EngineStage {
         // Read anew: the index of a large model's tensors is not worth keeping for this.
         let checkpoint = Checkpoint::open(own).map_err(|error| refused(&error))?;
         let adapter = Adapter::open(folder, &checkpoint).map_err(|error| refused(&error))?;
-        self.model.add_adapter(&checkpoint, name, &adapter).map_err(|error| refused(&error))
+        let contents = contents(&adapter).map_err(|error| refused(&error))?;
+        self.model.add_adapter(&checkpoint, name, &adapter).map_err(|error| refused(&error))?;
+        if let Some(id) = self.adapter_named(Some(name))? {
+            self.adapter_files.insert(id, contents);
+        }
+        Ok(())
     }
 
     /// Nobody gets the adapter from now on.
@@ -42,6 +47,7 @@ impl EngineStage {
             return;
         }
         self.retired.0.swap_remove(place);
+        self.adapter_files.remove(&adapter);
         // What could not be taken out stays in memory and changes nothing: no sequence asks for it.
         if let Err(error) = self.model.adapters.take_out(&self.model.device, adapter) {
             tracing::warn!(%error, "an adapter's memory is not freed");
@@ -58,6 +64,16 @@ impl EngineStage {
         let of = |id: SequenceId| self.sequences.get(&id).and_then(|sequence: &Sequence| sequence.adapter);
         self.model.adapters.active.set(rows.map(|(id, tokens)| Segment { adapter: of(id), tokens }));
     }
+}
+
+/// What tells an adapter from every other one: the tensors, and how they are applied.
+fn contents(adapter: &Adapter) -> std::io::Result<blake3::Hash> {
+    let Adapter { file, scale, changes } = adapter;
+    let mut hasher = blake3::Hasher::new_derive_key("mlxnode adapter v1");
+    hasher.update_reader(std::fs::File::open(file)?)?;
+    hasher.update(&scale.to_le_bytes());
+    hasher.update(format!("{changes:?}").as_bytes());
+    Ok(hasher.finalize())
 }
 
 fn refused(error: &dyn std::error::Error) -> StageError {

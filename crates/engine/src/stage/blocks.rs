@@ -58,15 +58,17 @@ impl EngineStage {
         }
         let (due, later) = std::mem::take(&mut sequence.keeps).into_iter().partition(is_due);
         sequence.keeps = later;
+        let adapter = sequence.adapter.and_then(|adapter| self.adapter_files.get(&adapter)).copied();
         let due: Vec<Keep> = due;
         for Keep { number, block: name, checkpoint } in due {
             let device = &self.model.device;
             let Some((cache, lane)) = self.caches.lane_of(id) else { continue };
             let block = Block::of(device, cache, lane, &sequence.ids, number, checkpoint);
-            let Some(block) = block.map_err(device_error)? else {
+            let Some(mut block) = block.map_err(device_error)? else {
                 tracing::debug!(number, "a block could not be kept");
                 continue;
             };
+            block.adapter = adapter;
             // Now, or the block would hold the caches' buffers, which are then no longer written in place.
             device.async_eval(block.arrays()).map_err(device_error)?;
             self.blocks.insert(name, block);
@@ -89,7 +91,11 @@ impl BlockStore for EngineStage {
         let found = self.blocks.get(device, blocks).map_err(device_error)?;
         let found = found.map_err(StageError::MissingBlock)?;
         let layers = self.model.decoder.layers.len();
-        let fits = |block: &&Block| block.layers.len() == layers && block.tokens.len() == BLOCK_TOKENS;
+        // Another adapter may have taken the name since.
+        let adapter = sequence.adapter.and_then(|adapter| self.adapter_files.get(&adapter)).copied();
+        let fits = |block: &&Block| {
+            block.layers.len() == layers && block.tokens.len() == BLOCK_TOKENS && block.adapter == adapter
+        };
         let (Some(last), Some(name)) = (found.last(), blocks.last()) else { return Ok(()) };
         if !last.is_border || !found.iter().all(fits) {
             return Err(StageError::MissingBlock(*name));
@@ -116,6 +122,10 @@ impl BlockStore for EngineStage {
 
     fn order(&mut self, order: BlockOrder) -> Result<(), StageError> {
         self.blocks.order(&self.model.device, order).map_err(device_error)
+    }
+
+    fn rest(&mut self) -> Result<bool, StageError> {
+        self.blocks.wait_and_write_next(&self.model.device).map_err(device_error)
     }
 
     fn usage(&self) -> BlockUsage {

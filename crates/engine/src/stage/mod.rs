@@ -26,6 +26,7 @@ use self::adapters::Retired;
 use self::queued::Queued;
 use self::scores::{Scoring, VectorSum};
 use self::sequence::{Constraint, Purpose, Sampling, Sequence};
+use crate::adapters::AdapterId;
 use crate::blocks::Blocks;
 use crate::cache_pool::CachePool;
 use crate::loader::LoadError;
@@ -73,6 +74,8 @@ pub struct EngineStage {
     /// The model's folder, against whose files adapters are checked. None: the model was loaded elsewhere.
     folder: Option<PathBuf>,
     retired: Retired,
+    /// The contents of the adapters' files, so that blocks of one are not taken for those of another.
+    adapter_files: HashMap<AdapterId, blake3::Hash>,
     /// Steps done.
     steps: u64,
 }
@@ -106,6 +109,7 @@ impl EngineStage {
             blocks: Blocks::default(),
             folder: None,
             retired: Retired::default(),
+            adapter_files: HashMap::new(),
             steps: 0,
         }
     }
@@ -198,6 +202,8 @@ impl Stage for EngineStage {
         for row in &batch.rows {
             self.take_blocks(row.sequence)?;
         }
+        // A stage that is never idle writes all the same, a block with each step.
+        self.blocks.write_next(&self.model.device).map_err(device_error)?;
         self.clean_up(has_chunk)?;
         Ok(output)
     }

@@ -11,13 +11,14 @@ use mlxnode_cluster::{MeshHandle, NodeId, PeerState, RosterStore};
 use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::Error;
 use mlxnode_coordinator::coordinator::{LinkWorker, Nodes, ProgressSink, StartScheduler, StartWorker};
-use mlxnode_coordinator::deployments::{AdapterWish, Attempt, StartedWorker};
+use mlxnode_coordinator::deployments::{AdapterWish, Attempt, StartedWorker, Usage};
 use mlxnode_coordinator::placement::{ModelCost, Offer};
 use mlxnode_coordinator::scheduler::Limits;
 use mlxnode_proto::internal::v1 as proto;
 use mlxnode_proto::internal::v1::node_control_client::NodeControlClient;
 use mlxnode_worker::ProcessError;
 use std::sync::Arc;
+use std::time::Duration;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
@@ -113,6 +114,7 @@ impl Nodes for ClusterNodes {
             node: self.own,
             name: self.name(self.own),
             budget: ByteCount(own.memory_budget_bytes),
+            prompts: ByteCount(own.prompt_cache_bytes),
             used: ByteCount(0),
             bytes_per_second: None,
             coordinator: true,
@@ -124,6 +126,7 @@ impl Nodes for ClusterNodes {
                 node: peer.node_id,
                 name: peer.name.clone(),
                 budget: ByteCount(facts.memory_budget_bytes),
+                prompts: ByteCount(facts.prompt_cache_bytes),
                 used: ByteCount(0),
                 bytes_per_second: None,
                 coordinator: false,
@@ -274,6 +277,7 @@ impl Nodes for ClusterNodes {
                 deployment: attempt.name,
                 name: adapter.name,
                 source: adapter.source,
+                load: adapter.load,
             };
             let loaded = nodes.client(node)?.load_adapter(request).await;
             loaded.map(|_| ()).map_err(|status| nodes.failure(node, &status))
@@ -293,9 +297,38 @@ impl Nodes for ClusterNodes {
                 return unloaded.map_err(|error| nodes.own_failure(&error));
             }
             let fence = wire::fence_to_proto(&attempt);
-            let request = proto::UnloadNodeAdapterRequest { deployment: attempt.name, fence, name: adapter };
+            let request = proto::UnloadNodeAdapterRequest { deployment: attempt.name, fence, key: adapter };
             let unloaded = nodes.client(node)?.unload_adapter(request).await;
             unloaded.map(|_| ()).map_err(|status| nodes.failure(node, &status))
+        })
+    }
+
+    fn usage(&self, node: NodeId, attempt: Attempt) -> BoxFuture<'static, Result<Usage, Error>> {
+        let nodes = self.clone();
+        Box::pin(async move {
+            if node == nodes.own {
+                let usage = nodes.schedulers.usage(&attempt);
+                return usage.map_err(|error| Error::Unavailable(error.to_string()));
+            }
+            let fence = wire::fence_to_proto(&attempt);
+            let request = proto::UsageRequest { deployment: attempt.name, fence };
+            let usage = nodes.client(node)?.usage(request).await;
+            let usage = usage.map_err(|status| nodes.failure(node, &status))?.into_inner();
+            Ok(Usage { busy: usage.busy as usize, idle: Duration::from_millis(usage.idle_millis) })
+        })
+    }
+
+    fn drain(&self, node: NodeId, attempt: Attempt) -> BoxFuture<'static, Result<(), Error>> {
+        let nodes = self.clone();
+        Box::pin(async move {
+            if node == nodes.own {
+                let drained = nodes.schedulers.drain(&attempt).await;
+                return drained.map_err(|error| Error::Unavailable(error.to_string()));
+            }
+            let fence = wire::fence_to_proto(&attempt);
+            let request = proto::DrainRequest { deployment: attempt.name, fence };
+            let drained = nodes.client(node)?.drain(request).await;
+            drained.map(|_| ()).map_err(|status| nodes.failure(node, &status))
         })
     }
 

@@ -13,10 +13,11 @@ use mlxnode_coordinator::deployments::AdapterWish;
 use mlxnode_coordinator::scheduler::Limits;
 use mlxnode_proto::internal::v1::node_control_server::NodeControl;
 use mlxnode_proto::internal::v1::{
-    LinkWorkerRequest, LinkWorkerResponse, LoadNodeAdapterRequest, LoadNodeAdapterResponse, ObserveRequest,
-    PrepareModelRequest, PrepareProgress, StartProgress, StartSchedulerRequest, StartSchedulerResponse,
-    StartWorkerRequest, StopWorkersRequest, StopWorkersResponse, UnloadNodeAdapterRequest,
-    UnloadNodeAdapterResponse, WatchWorkersRequest, WorkerEvent,
+    DrainRequest, DrainResponse, LinkWorkerRequest, LinkWorkerResponse, LoadNodeAdapterRequest,
+    LoadNodeAdapterResponse, ObserveRequest, PrepareModelRequest, PrepareProgress, StartProgress,
+    StartSchedulerRequest, StartSchedulerResponse, StartWorkerRequest, StopWorkersRequest,
+    StopWorkersResponse, UnloadNodeAdapterRequest, UnloadNodeAdapterResponse, UsageRequest, UsageResponse,
+    WatchWorkersRequest, WorkerEvent,
 };
 use mlxnode_proto::v1::NodeFigures;
 use mlxnode_worker::ProcessError;
@@ -130,9 +131,9 @@ impl NodeControl for NodeControlService {
         &self,
         request: Request<LoadNodeAdapterRequest>,
     ) -> Result<Response<LoadNodeAdapterResponse>, Status> {
-        let LoadNodeAdapterRequest { deployment, fence, name, source } = request.into_inner();
+        let LoadNodeAdapterRequest { deployment, fence, name, source, load } = request.into_inner();
         let attempt = wire::attempt(deployment, fence)?;
-        self.workers.load_adapter(&attempt, &AdapterWish { name, source }).await.map_err(status)?;
+        self.workers.load_adapter(&attempt, &AdapterWish { name, source, load }).await.map_err(status)?;
         Ok(Response::new(LoadNodeAdapterResponse {}))
     }
 
@@ -140,10 +141,27 @@ impl NodeControl for NodeControlService {
         &self,
         request: Request<UnloadNodeAdapterRequest>,
     ) -> Result<Response<UnloadNodeAdapterResponse>, Status> {
-        let UnloadNodeAdapterRequest { deployment, fence, name } = request.into_inner();
+        let UnloadNodeAdapterRequest { deployment, fence, key } = request.into_inner();
         let attempt = wire::attempt(deployment, fence)?;
-        self.workers.unload_adapter(&attempt, &name).await.map_err(status)?;
+        self.workers.unload_adapter(&attempt, &key).await.map_err(status)?;
         Ok(Response::new(UnloadNodeAdapterResponse {}))
+    }
+
+    async fn usage(&self, request: Request<UsageRequest>) -> Result<Response<UsageResponse>, Status> {
+        let UsageRequest { deployment, fence } = request.into_inner();
+        let usage = self.schedulers.usage(&wire::attempt(deployment, fence)?);
+        let usage = usage.map_err(|error| Status::not_found(error.to_string()))?;
+        Ok(Response::new(UsageResponse {
+            busy: u32::try_from(usage.busy).unwrap_or(u32::MAX),
+            idle_millis: u64::try_from(usage.idle.as_millis()).unwrap_or(u64::MAX),
+        }))
+    }
+
+    async fn drain(&self, request: Request<DrainRequest>) -> Result<Response<DrainResponse>, Status> {
+        let DrainRequest { deployment, fence } = request.into_inner();
+        let drained = self.schedulers.drain(&wire::attempt(deployment, fence)?).await;
+        drained.map_err(|error| Status::not_found(error.to_string()))?;
+        Ok(Response::new(DrainResponse {}))
     }
 
     async fn watch_workers(

@@ -59,10 +59,10 @@ impl Replicas for ClusterReplicas {
     async fn run(&self, deployment: &DeploymentView, request: RunRequest) -> Result<RunEvents, RunError> {
         let node = Self::scheduler_node(deployment)?;
         if node == self.own {
-            return Ok(self.schedulers.run(&deployment.name, request)?.boxed());
+            return Ok(self.schedulers.run(&deployment.instance(), request)?.boxed());
         }
         let mut client = self.client(node, deployment)?;
-        let message = wire::run_to_proto(&deployment.name, &request)
+        let message = wire::run_to_proto(&deployment.instance(), &request)
             .map_err(|error| RunError::Invalid(error.to_string()))?;
         let events = client.run(message).await.map_err(lost)?.into_inner();
         Ok(until(remote(events), request.deadline))
@@ -71,9 +71,9 @@ impl Replicas for ClusterReplicas {
     async fn text_files(&self, deployment: &DeploymentView) -> Result<TextFiles, RunError> {
         let node = Self::scheduler_node(deployment)?;
         if node == self.own {
-            return self.schedulers.text_files(&deployment.name).await;
+            return self.schedulers.text_files(&deployment.instance()).await;
         }
-        let request = proto::TextFilesRequest { deployment: deployment.name.clone() };
+        let request = proto::TextFilesRequest { deployment: deployment.instance() };
         let files =
             self.client(node, deployment)?.text_files(request).await.map_err(lost)?.into_inner().files;
         let files: BTreeMap<_, _> = files.into_iter().map(|(name, bytes)| (name, bytes.to_vec())).collect();
@@ -84,10 +84,10 @@ impl Replicas for ClusterReplicas {
         let nodes: BTreeSet<NodeId> = deployment.stages.iter().map(|stage| stage.node).collect();
         let peaks = nodes.into_iter().map(|node| async move {
             if node == self.own {
-                return self.workers.memory_of(&deployment.name).await.peak;
+                return self.workers.memory_of(&deployment.instance()).await.peak;
             }
             let Ok(mut client) = self.client(node, deployment) else { return ByteCount(0) };
-            let request = proto::MemoryRequest { deployment: deployment.name.clone() };
+            let request = proto::MemoryRequest { deployment: deployment.instance() };
             client
                 .memory(request)
                 .await

@@ -193,6 +193,7 @@ impl WorkerProcess {
             context_tokens: number("context_tokens", shard.context_tokens)?,
             max_sequences: number("max_sequences", shard.max_sequences)?,
             prefill_chunk: number("prefill_chunk", shard.prefill_chunk)?,
+            prompt_bytes: shard.blocks.as_ref().map_or(0, |room| room.memory.0),
         };
         let text = |path: &std::path::Path| {
             let text = path.to_str().map(str::to_owned);
@@ -201,11 +202,7 @@ impl WorkerProcess {
             })
         };
         let blocks = match &shard.blocks {
-            Some(room) => Some(proto::BlockRoom {
-                memory_bytes: room.memory.0,
-                disk_bytes: room.disk.0,
-                folder: text(&room.folder)?,
-            }),
+            Some(room) => Some(proto::BlockRoom { disk_bytes: room.disk.0, folder: text(&room.folder)? }),
             None => None,
         };
         let request =

@@ -65,6 +65,7 @@ impl Model {
             context_tokens: self.context_tokens as u32,
             max_sequences: self.max_sequences as u32,
             prefill_chunk: self.prefill_chunk as u32,
+            prompt_bytes: 0,
         }
     }
 }

@@ -34,6 +34,10 @@ pub(in crate::http) async fn list(State(services): State<HttpServices>, caller: 
     let shown = deployments.into_iter().filter(|deployment| is_shown(deployment, &caller));
     let (mut data, mut with_adapters) = (Vec::new(), Vec::new());
     for deployment in shown {
+        let is_listed = |model: &Model| model.id == deployment.name;
+        if data.iter().any(is_listed) {
+            continue; // a further replica
+        }
         let usable = deployment.adapters.iter().filter(|adapter| adapter.problem.is_none());
         with_adapters.extend(usable.map(|adapter| model(&deployment, Some(&adapter.name), &services)));
         data.push(model(&deployment, None, &services));

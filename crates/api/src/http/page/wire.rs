@@ -32,6 +32,7 @@ pub(super) fn load_request(fields: &mut Fields) -> Result<v1::LoadRequest, ApiEr
     Ok(v1::LoadRequest {
         name: fields.string("name")?.unwrap_or_default(),
         plan: Some(plan_request(fields)?),
+        ..v1::LoadRequest::default()
     })
 }
 

@@ -59,7 +59,7 @@ fn story_the_page_loads_a_model_and_chats_by_keyboard() -> Result<()> {
     browser.press(Key::Space)?;
     browser.tab_to("#load-stages", 3)?;
     browser.write("2")?;
-    browser.tab_to("#do-plan", 9)?;
+    browser.tab_to("#do-plan", 12)?;
     browser.press(Key::Enter)?;
     browser.wait_for("/Fits: 2 stages/.test(document.querySelector('#load-result').innerText)")?;
     let plan = text(&mut browser, "#load-result")?;

@@ -166,7 +166,7 @@ export const chat = {
   picture(picture) {
     const select = byId("chat-model");
     const names = ({ model, adapters }) => [model, ...adapters.filter((adapter) => !adapter.problem).map((adapter) => `${model}:${adapter.name}`)];
-    const ready = picture.deployments.filter((deployment) => deployment.state === "ready").flatMap(names);
+    const ready = picture.deployments.filter((deployment) => deployment.state === "ready").flatMap(names).filter((model, at, all) => all.indexOf(model) === at);
     if (select.dataset.listed === ready.join("\n") && select.options.length) return;
     select.dataset.listed = ready.join("\n");
     const chosen = select.value;

@@ -22,7 +22,7 @@ function card(deployment) {
   parts.unload.setAttribute("aria-label", `Unload ${deployment.model}`);
   parts.unload.addEventListener("click", () => unload(deployment.model, parts));
   parts.root = el("article", { class: "card deployment" },
-    el("header", null, el("h2", null, deployment.model), el("span", { class: "badge" }, parts.dot, parts.state), parts.unload),
+    el("header", null, el("h2", null, deployment.model, deployment.replicas > 1 ? el("span", { class: "soft" }, ` replica ${deployment.replica} of ${deployment.replicas}`) : null), el("span", { class: "badge" }, parts.dot, parts.state), parts.unload),
     parts.detail, parts.layers, parts.facts);
   return parts;
 }
@@ -57,12 +57,14 @@ function update(parts, deployment) {
     fact("Running", String(deployment.running)),
     fact("Waiting", String(deployment.waiting)),
     fact("KV memory promised", percent(deployment.kv_usage)),
+    ...(deployment.pinned ? [fact("Pinned", "until it is unloaded")] : []),
+    ...(deployment.ttl_seconds ? [fact("Unloaded after", `${deployment.ttl_seconds.toLocaleString("en")} s without a request`)] : []),
     ...(deployment.adapters.length ? [fact("Adapters", deployment.adapters.map((adapter) => (adapter.problem ? `${adapter.name} (${adapter.problem})` : adapter.name)).join(", "))] : []),
   );
 }
 
 async function unload(model, parts) {
-  if (!(await confirm(`Unload ${model}?`, "Requests that are running end with an error.", "Unload"))) return;
+  if (!(await confirm(`Unload ${model}?`, "All of its replicas end, and requests that are running end with an error.", "Unload"))) return;
   parts.unload.disabled = true;
   try {
     await ask("/api/v1/unload", { body: { model } });
@@ -127,7 +129,8 @@ async function load(event) {
   const byNode = new Map();
   result(el("div", { class: "progress" }, words, bars));
   try {
-    const body = { ...wish(), name: byId("load-name").value.trim() || null, stream: true };
+    const replicas = byId("load-replicas").value === "" ? null : Number(byId("load-replicas").value);
+    const body = { ...wish(), name: byId("load-name").value.trim() || null, replicas, stream: true };
     let ready = null;
     for await (const { name, data } of events("/api/v1/load", { body, signal: loading.signal })) {
       const report = JSON.parse(data);
@@ -159,18 +162,19 @@ export const models = {
     byId("may-not-load").hidden = isAdmin;
   },
   picture(picture) {
-    const names = new Set(picture.deployments.map((deployment) => deployment.model));
-    for (const [name, parts] of shown) {
-      if (!names.has(name)) {
+    const name = (deployment) => `${deployment.model}#${deployment.replica} of ${deployment.replicas}`;
+    const names = new Set(picture.deployments.map(name));
+    for (const [gone, parts] of shown) {
+      if (!names.has(gone)) {
         parts.root.remove();
-        shown.delete(name);
+        shown.delete(gone);
       }
     }
     for (const deployment of picture.deployments) {
-      let parts = shown.get(deployment.model);
+      let parts = shown.get(name(deployment));
       if (!parts) {
         parts = card(deployment);
-        shown.set(deployment.model, parts);
+        shown.set(name(deployment), parts);
         byId("deployments").append(parts.root);
       }
       update(parts, deployment);

@@ -45,6 +45,7 @@ pub const RPCS: &[Rpc] = &[
     admin("/mlxnode.v1.Models/UnloadAdapter"),
     admin("/mlxnode.v1.Cluster/Status"),
     admin("/mlxnode.v1.Cluster/Watch"),
+    admin("/mlxnode.v1.Cluster/Figures"),
     admin("/mlxnode.v1.Cluster/Invite"),
     admin("/mlxnode.v1.Cluster/Forget"),
     admin("/mlxnode.v1.Cluster/Leave"),

@@ -293,10 +293,11 @@ fn a_request_whose_blocks_are_missing_is_computed_anew_and_nobody_notices() {
         end: Some(SequenceEnd::Length),
     };
     scheduler.on_drive(token(SequenceId(1)), now);
-    scheduler.on_drive(DriveEvent::Closed { sequence: SequenceId(1) }, now);
+    let closed = scheduler.on_drive(DriveEvent::Closed { sequence: SequenceId(1) }, now);
+    let is_spill = |effect: &&Effect| matches!(effect, Effect::Blocks(BlockOrder::Spill { .. }));
+    assert_eq!(closed.iter().filter(is_spill).count(), 2, "written when it is over");
     let warm = scheduler.submit(RequestId(2), "a", prompt.clone(), spec.clone(), None, now);
     assert_eq!(plan_of(&warm).reuse.len(), 2);
-    assert!(warm.iter().any(|effect| matches!(effect, Effect::Blocks(BlockOrder::Spill { .. }))));
     assert!(scheduler.stored_prompts().is_some());
     scheduler.on_drive(DriveEvent::Started { sequence: SequenceId(2) }, now);
     let again = scheduler.on_drive(DriveEvent::Missing { sequence: SequenceId(2) }, now);

@@ -1,5 +1,6 @@
 //! The service `Models`: which models the cluster runs and where their layers are.
 
+pub(crate) mod client;
 mod service;
 pub(crate) mod wire;
 

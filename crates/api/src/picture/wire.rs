@@ -38,6 +38,14 @@ pub struct NodePicture {
 pub struct DeploymentPicture {
     /// What requests call it.
     pub model: String,
+    /// Which of the model's replicas (1, 2, …); each is an entry of the list.
+    pub replica: u32,
+    /// How many there are.
+    pub replicas: u32,
+    /// It stays until somebody unloads it.
+    pub pinned: bool,
+    /// It is unloaded when nobody asked for so long; `null`: it is not.
+    pub ttl_seconds: Option<u64>,
     /// Where the weights come from.
     pub source: String,
     /// "llama", "qwen3" …
@@ -267,12 +275,15 @@ fn with_figures(deployment: v1::Deployment, seen: &[v1::NodeFigures]) -> Deploym
             StagePicture { figures: figures.map(stage_figures), ..stage }
         })
         .collect();
+    // A replica's scheduler is beside its first stage; other replicas of the model have theirs elsewhere.
+    let beside = stages.first().map(|stage| stage.node_id.clone());
     let schedulers: Vec<_> = seen
         .iter()
+        .filter(|figures| Some(&figures.node_id) == beside.as_ref())
         .flat_map(|figures| &figures.schedulers)
         .filter(|scheduler| scheduler.model == deployment.name)
         .collect();
-    // Every token goes through every stage once; the first stage of each replica counts.
+    // Every token goes through every stage once; the first one counts.
     let rate = |of: fn(&StageRates) -> f64| {
         let first = stages.iter().filter(|stage| stage.layer_start == 0);
         sum(first.map(|stage| stage.figures.as_ref()?.rates.as_ref().map(of)))
@@ -285,6 +296,10 @@ fn with_figures(deployment: v1::Deployment, seen: &[v1::NodeFigures]) -> Deploym
         tokens_per_second: rate(|rates| rates.tokens_per_second),
         prompt_tokens_per_second: rate(|rates| rates.prompt_tokens_per_second),
         model: deployment.name,
+        replica: deployment.replica,
+        replicas: deployment.replicas,
+        pinned: deployment.pinned,
+        ttl_seconds: Some(deployment.ttl_seconds).filter(|seconds| *seconds > 0),
         source: deployment.source,
         architecture: deployment.architecture,
         epoch: deployment.epoch,
@@ -397,17 +412,38 @@ mod tests {
     fn what_a_node_says_is_put_at_its_stages() {
         let picture = picture(figures(vec![seen("a", "0-2", Some(5.0)), seen("b", "2-4", Some(5.0))]));
         let demo = &picture.deployments[0];
-        assert_eq!((demo.running, demo.waiting, demo.tokens_per_second), (4, 2, Some(5.0)));
+        assert_eq!((demo.running, demo.waiting, demo.tokens_per_second), (2, 1, Some(5.0)));
         assert!(demo.stages.iter().all(|stage| stage.figures.is_some()));
         assert_eq!(picture.deployments[1].stages[0].figures, None, "another model's stage is not this one's");
         assert_eq!(picture.nodes[0].links[0].rtt_seconds, Some(0.001));
-        assert_eq!((picture.totals.running, picture.totals.tokens_per_second), (4, Some(5.0)));
+        assert_eq!((picture.totals.running, picture.totals.tokens_per_second), (2, Some(5.0)));
         assert_eq!(picture.totals.memory_budget_bytes, 20);
         let held = picture.held_to(|model| model == "other");
         assert_eq!(
             (held.deployments.len(), held.totals.running, held.totals.tokens_per_second),
             (1, 0, None)
         );
+    }
+
+    #[test]
+    fn each_replica_has_its_own_figures() {
+        let mut figures = figures(vec![seen("a", "0-4", Some(5.0)), seen("b", "0-4", Some(7.0))]);
+        let status = figures.status.as_mut().unwrap();
+        status.deployments = ["a", "b"]
+            .into_iter()
+            .zip(1..)
+            .map(|(node, replica)| v1::Deployment {
+                name: "demo".into(),
+                replica,
+                replicas: 2,
+                stages: vec![v1::Stage { node_id: node.into(), layer_end: 4, ..Default::default() }],
+                ..Default::default()
+            })
+            .collect();
+        let picture = picture(figures);
+        let told = picture.deployments.iter().map(|it| (it.replica, it.running, it.tokens_per_second));
+        assert_eq!(told.collect::<Vec<_>>(), [(1, 2, Some(5.0)), (2, 2, Some(7.0))]);
+        assert_eq!((picture.totals.running, picture.totals.tokens_per_second), (4, Some(12.0)));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::Follow;
 use super::words::{bytes, rate, share, time};
-use mlxnode_api::picture::{Picture, StagePicture};
+use mlxnode_api::picture::{DeploymentPicture, Picture, StagePicture};
 use std::cmp::Ordering;
 use std::collections::VecDeque;
 
@@ -302,7 +302,7 @@ fn nodes(picture: &Picture) -> Vec<Row> {
 }
 
 fn models(picture: &Picture) -> Vec<Row> {
-    let row = |deployment: &mlxnode_api::picture::DeploymentPicture| {
+    let row = |deployment: &DeploymentPicture| {
         let count = |count: u64| Cell::figure(count.to_string(), Some(count as f64));
         let state = match deployment.detail.as_str() {
             "" => deployment.state.to_owned(),
@@ -311,7 +311,7 @@ fn models(picture: &Picture) -> Vec<Row> {
         let layers = deployment.stages.iter().map(|stage| format!("{} {}", stage.node, layers(stage)));
         Row {
             cells: vec![
-                Cell::words(&deployment.model),
+                Cell::words(named(deployment)),
                 Cell::words(state),
                 Cell::figure(rate(deployment.tokens_per_second), deployment.tokens_per_second),
                 Cell::figure(rate(deployment.prompt_tokens_per_second), deployment.prompt_tokens_per_second),
@@ -338,7 +338,7 @@ fn stages(picture: &Picture) -> Vec<Row> {
             let open = figures.map(|figures| figures.open_sequences);
             rows.push(Row {
                 cells: vec![
-                    Cell::words(&deployment.model),
+                    Cell::words(named(deployment)),
                     Cell { order: Some(stage.layer_start.into()), ..Cell::words(layers(stage)) },
                     Cell::words(&stage.node),
                     Cell::figure(share(busy), busy),
@@ -362,6 +362,14 @@ fn stages(picture: &Picture) -> Vec<Row> {
     rows
 }
 
+/// With its number where there are several.
+fn named(deployment: &DeploymentPicture) -> String {
+    match deployment.replicas {
+        0 | 1 => deployment.model.clone(),
+        all => format!("{} ({} of {all})", deployment.model, deployment.replica),
+    }
+}
+
 fn layers(stage: &StagePicture) -> String {
     format!("{}..{}", stage.layer_start, stage.layer_end)
 }
@@ -369,9 +377,7 @@ fn layers(stage: &StagePicture) -> String {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use mlxnode_api::picture::{
-        Coordinator, DeploymentPicture, Link, NodePicture, StageFigures, StageRates, Totals,
-    };
+    use mlxnode_api::picture::{Coordinator, Link, NodePicture, StageFigures, StageRates, Totals};
 
     /// Two nodes, two models; the second node does not say what it does.
     pub fn example() -> Follow {

@@ -239,8 +239,11 @@ impl PromptIndex {
         self.version += 1;
         let before = std::mem::replace(&mut running.finished, done);
         for hash in running.path.get(before..done).unwrap_or_default() {
-            let Some(block) = self.tree.finish(hash, sequence) else { continue };
-            self.effects.push(Effect::Order(BlockOrder::Drop { block }));
+            let (replaced, is_erased) = self.tree.finish(hash, sequence);
+            self.effects.extend(replaced.map(|block| Effect::Order(BlockOrder::Drop { block })));
+            if is_erased {
+                self.effects.push(Effect::Order(BlockOrder::Erase { hash: *hash }));
+            }
         }
         self.take_effects()
     }

@@ -122,21 +122,23 @@ impl Tree {
         }
     }
 
-    /// The stages have what this sequence computed. What is to be dropped: the same block without states.
-    pub(super) fn finish(&mut self, hash: &BlockHash, sequence: SequenceId) -> Option<BlockId> {
-        let node = self.nodes.get_mut(hash)?;
-        let Pending { block, checkpoint, .. } =
-            node.pending.take_if(|pending| pending.sequence == sequence)?;
+    /// The stages have what this sequence computed. What is to be dropped from memory, as this takes its place; and whether the copy on
+    /// the disk is to go, because only one of the two has states. It is written anew when its turn comes.
+    pub(super) fn finish(&mut self, hash: &BlockHash, sequence: SequenceId) -> (Option<BlockId>, bool) {
+        let Some(node) = self.nodes.get_mut(hash) else { return (None, false) };
+        let Some(Pending { block, checkpoint, .. }) =
+            node.pending.take_if(|pending| pending.sequence == sequence)
+        else {
+            return (None, false);
+        };
+        let is_another = node.has_checkpoint != checkpoint;
         let replaced = self.unhold_memory(hash);
-        if replaced.is_some() {
-            // The copy on the disk, if there is one, is one without states: it is written anew when its turn comes.
-            self.off_disk(hash);
-        }
+        let is_erased = is_another && self.off_disk(hash);
         if let Some(node) = self.nodes.get_mut(hash) {
             node.has_checkpoint = checkpoint;
         }
         self.hold_memory(hash, block);
-        replaced
+        (replaced, is_erased)
     }
 
     /// The sequence ends; what it did not finish is not there. Its name, to be dropped.

@@ -5,13 +5,11 @@
 use crate::http::body::JsonBody;
 use crate::http::fields::Fields;
 use crate::http::{ApiError, Caller, ErrorKind, HttpServices};
-use crate::models::ModelsService;
+use crate::models::{ModelsService, client};
 use axum::Json;
 use axum::extract::State;
-use mlxnode_proto::v1::models_server::Models as _;
-use mlxnode_proto::v1::{LoadAdapterRequest, UnloadAdapterRequest};
 use serde::Serialize;
-use tonic::{Code, Request, Status};
+use tonic::{Code, Status};
 
 /// What was done.
 #[derive(Serialize)]
@@ -35,8 +33,8 @@ pub(in crate::http) async fn load(
     fields.only("load_inplace", &[false.into()], "unload the adapter first")?;
     let model = services.base(&caller, &mut fields)?;
     fields.finish()?;
-    let request = LoadAdapterRequest { model: model.clone(), source, name: name.clone() };
-    services.models()?.load_adapter(Request::new(request)).await.map_err(|status| told(&status))?;
+    let loaded = client::load_adapter(services.models()?, &model, source, &name).await;
+    loaded.map_err(|status| told(&status))?;
     Ok(done(model, &name, true))
 }
 
@@ -51,8 +49,8 @@ pub(in crate::http) async fn unload(
     fields.without_effect("lora_int_id");
     let model = services.base(&caller, &mut fields)?;
     fields.finish()?;
-    let request = UnloadAdapterRequest { model: model.clone(), name: name.clone() };
-    services.models()?.unload_adapter(Request::new(request)).await.map_err(|status| told(&status))?;
+    let unloaded = client::unload_adapter(services.models()?, &model, &name).await;
+    unloaded.map_err(|status| told(&status))?;
     Ok(done(model, &name, false))
 }
 

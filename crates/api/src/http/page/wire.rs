@@ -29,10 +29,15 @@ pub(super) fn plan_request(fields: &mut Fields) -> Result<v1::PlanRequest, ApiEr
 }
 
 pub(super) fn load_request(fields: &mut Fields) -> Result<v1::LoadRequest, ApiError> {
+    let replicas = fields.integer("replicas", 1..=MOST_NODES as i64)?;
+    let ttl = fields.integer("ttl_seconds", 0..=i64::from(u32::MAX))?;
     Ok(v1::LoadRequest {
         name: fields.string("name")?.unwrap_or_default(),
         plan: Some(plan_request(fields)?),
-        ..v1::LoadRequest::default()
+        replicas: replicas.and_then(|replicas| u32::try_from(replicas).ok()).unwrap_or_default(),
+        pin: fields.boolean("pin")?.unwrap_or_default(),
+        ttl_seconds: ttl.and_then(|seconds| u64::try_from(seconds).ok()).unwrap_or_default(),
+        make_room: fields.boolean("make_room")?.unwrap_or_default(),
     })
 }
 

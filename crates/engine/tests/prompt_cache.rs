@@ -61,6 +61,7 @@ fn cases() -> Vec<Case> {
         case("three-convolutions", random_model::parity_config("kimi_linear"), plain),
         case("three-convolutions-and-attention", random_model::parity_config("olmo_hybrid"), plain),
         case("three-convolutions-bounded", random_model::parity_config("bailing_moe_v3"), plain),
+        case("three-convolutions-together", random_model::parity_config("kimi_k3"), plain),
         case("linear", random_model::parity_config("bailing_hybrid"), plain),
         case("recurrent-by-channel", random_model::parity_config("mamba"), plain),
         case("hybrid-by-channel", random_model::parity_config("jamba"), plain),

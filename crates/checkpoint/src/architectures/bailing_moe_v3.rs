@@ -60,6 +60,7 @@ fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
         form: DeltaForm::BoundedChannels,
         decay_bound: Some(bound(config)?),
         full_gate: false,
+        inputs_together: false,
         negative_eigenvalues: false,
         norm_eps: eps,
     };

@@ -58,6 +58,7 @@ fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     let (mut delta, recurs) = kimi_linear::linear(config, sizes.layers, eps)?;
     let own = config.of_text_model("linear_attn_config", &[])?;
     delta.decay_bound = own.optional_f64("gate_lower_bound")?.map(|bound| bound as f32);
+    delta.inputs_together = true;
     delta.full_gate = own.bool_or("use_full_rank_gate", false)?;
     let mixers = recurs.into_iter().map(|recurs| match recurs {
         true => Mixer::GatedDelta(delta.clone()),

@@ -70,6 +70,7 @@ pub(super) fn linear(
         decay_bound: None,
         negative_eigenvalues: false,
         full_gate: false,
+        inputs_together: false,
         norm_eps,
     };
     let listed = own.array("kda_layers")?.ok_or_else(|| missing("linear_attn_config.kda_layers"))?;

@@ -34,6 +34,7 @@ pub(super) fn gated_delta(
         decay_bound: None,
         negative_eigenvalues: false,
         full_gate: false,
+        inputs_together: false,
         norm_eps,
     })
 }

@@ -26,6 +26,8 @@ pub struct GatedDeltaSpec {
     pub negative_eigenvalues: bool,
     /// The gate comes from one matrix, `g_proj`, instead of two small ones. Only with [`DeltaForm::Channels`].
     pub full_gate: bool,
+    /// In a form with three convolutions: files of caches have the last inputs of all three in one array (kimi_k3).
+    pub inputs_together: bool,
     /// Epsilon of the norm on what is read.
     pub norm_eps: f32,
 }

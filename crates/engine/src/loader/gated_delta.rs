@@ -76,7 +76,8 @@ impl Source<'_> {
             widened_gate,
             widened_decay,
             convolution,
-            convolutions: apart.then(|| [size(spec.keys()), size(spec.keys()), size(spec.values())]),
+            convolutions: (apart && !spec.inputs_together)
+                .then(|| [size(spec.keys()), size(spec.keys()), size(spec.values())]),
             scales,
             decay,
             precise: spec.form == DeltaForm::BoundedChannels,

@@ -24,7 +24,7 @@ pub(crate) struct GatedDeltaNet {
     pub(crate) widened_decay: Option<Linear>,
     /// Over queries, keys and values.
     pub(crate) convolution: CausalConvolution,
-    /// Channels of queries, keys and values where the family has a convolution for each.
+    /// Channels of queries, keys and values where the family has a convolution for each, and files of caches an array for each.
     pub(crate) convolutions: Option<[i32; 3]>,
     /// Factors on the normed queries and keys, `[2 key_heads, 1]`.
     pub(crate) scales: Array,

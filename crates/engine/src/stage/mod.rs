@@ -5,21 +5,27 @@
 //! step comes instead, the caches are cut back and nothing has happened.
 //!
 //! - [`sequence`]: what is kept of an open sequence
-//! - [`step`]: a micro-batch on its way through the layers
+//! - [`step`]: a micro-batch on its way through the layers: rows are looked at ([`checks`]), go through them ([`passes`]), tokens are drawn
+//!   ([`drawing`])
+//! - [`queued`]: the step that most likely comes next
 //! - [`blocks`]: what outlives sequences
 //! - [`scores`]: what is made of prompts themselves
 //! - [`adapters`]: which rows go with which adapter, and adapters that come and go meanwhile
 
 mod adapters;
 mod blocks;
+mod checks;
+mod drawing;
+mod passes;
+mod queued;
 mod scores;
 mod sequence;
 mod step;
 
 use self::adapters::Retired;
+use self::queued::Queued;
 use self::scores::{Scoring, VectorSum};
 use self::sequence::{Constraint, Purpose, Sampling, Sequence};
-use self::step::Queued;
 use crate::adapters::AdapterId;
 use crate::blocks::Blocks;
 use crate::cache_pool::CachePool;

@@ -2,7 +2,7 @@
 //!
 //! It finds the deployment, turns text into tokens, checks every parameter, runs the sequence on the replica's scheduler
 //! wherever that is, and turns tokens back into text. It keeps prompt, parameters, seed and what was emitted: when the replica is lost, it
-//! goes on with the next one from there ([`resume`]). Dropping the answer's stream cancels the work.
+//! goes on with the next one from there (`resume`). Dropping the answer's stream cancels the work.
 
 mod account;
 mod admission;

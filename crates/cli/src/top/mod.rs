@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`board`] | what is shown: three tables of rows, which one has the focus, what keys do; plain |
 //! | [`draw`] | the board on a screen |
-//! | [`screen`] | the terminal: taken, written, read, given back |
+//! | [`mod@screen`] | the terminal: taken, written, read, given back |
 //! | [`words`] | figures as people read them |
 //!
 //! The terminal is given back however `top` ends: by a key, a signal, an error or a panic.

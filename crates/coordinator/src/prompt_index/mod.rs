@@ -13,9 +13,9 @@
 //!
 //! | module | one line |
 //! |---|---|
-//! | [`tree`] | the blocks, by the hash of all tokens up to their end |
-//! | [`capacity`] | how many fit, in each stage and tier |
-//! | [`stored`] | what is on the disk, as a file for the next start |
+//! | `tree` | the blocks, by the hash of all tokens up to their end |
+//! | `capacity` | how many fit, in each stage and tier |
+//! | `stored` | what is on the disk, as a file for the next start |
 //!
 //! An index belongs to one epoch of a deployment: its names of blocks mean nothing to other workers. What outlives it is on the
 //! disk, under hashes.

@@ -117,7 +117,9 @@ impl Deployments {
         entry.replica = None;
         match then {
             // A node came in the meantime: it may be what was missing.
-            Then::Fail { waits_for_nodes: true } if entry.arrivals < self.arrivals => self.begin_attempt(name),
+            Then::Fail { waits_for_nodes: true } if entry.arrivals < self.arrivals => {
+                self.begin_attempt(name)
+            }
             Then::Retry { at } if at <= now => self.begin_attempt(name),
             Then::Retry { at } => entry.phase = Phase::Waiting { until: at },
             Then::Fail { waits_for_nodes } => {

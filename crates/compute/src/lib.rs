@@ -1,4 +1,4 @@
-//! The seam between the network and the arithmetic: plain data and the trait [`Stage`].
+//! The seam between the network and the arithmetic: plain data and the traits [`Stage`] and [`Job`].
 //!
 //! The network side (worker) moves [`Activation`]s and token ids; the compute side (engine) turns one into the other.
 //! Neither knows the other: both know this crate. No IO, no async, no MLX here, so that the pipeline can be tested
@@ -8,6 +8,7 @@ mod activation;
 mod blocks;
 mod cache_options;
 mod grammar;
+mod job;
 mod quantity;
 mod sampling;
 pub mod simulated;
@@ -21,6 +22,7 @@ pub use blocks::{
 };
 pub use cache_options::{CacheOptions, CacheOptionsError};
 pub use grammar::{Grammar, GrammarError, Grammars, TokenConstraint};
+pub use job::{Advance, Job, JobError, StepReport};
 pub use quantity::{ByteCount, LayerRange};
 pub use sampling::{Candidate, LogprobRequest, Penalty, Sampled, Sampling, SamplingError, Xtc};
 pub use span::{Span, SpanSink, SpanValue};

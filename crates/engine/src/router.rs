@@ -38,7 +38,7 @@ impl Router {
             true => self.linear.forward(device, &device.cast(x, Dtype::F32)?)?,
             false => self.linear.forward(device, x)?,
         };
-        let (chosen, weights) = match device.fuses() && x.dim(1) <= MOST_COMPILED {
+        let (chosen, weights) = match device.fuses() && x.dim(1) <= MOST_COMPILED && !device.is_tracing() {
             true => self.compiled(&logits)?,
             false => self.choice.of(device, &logits, self.correction.as_ref())?,
         };
@@ -47,6 +47,8 @@ impl Router {
             WeightPrecision::SumInSingle => device.cast(&weights, Dtype::F32)?,
             WeightPrecision::SumRounded | WeightPrecision::SumAsIs => weights,
         };
+        // Which experts work is no smooth function of anything.
+        let chosen = if device.is_tracing() { device.stop_gradient(&chosen)? } else { chosen };
         Ok((chosen, weights))
     }
 

@@ -140,6 +140,14 @@ impl Device {
         })
     }
 
+    /// `c + factor * (a @ b)`.
+    pub fn addmm_scaled(&self, c: &Array, a: &Array, b: &Array, factor: f32) -> Result<Array> {
+        // SAFETY: valid handles; the result is written to an empty handle.
+        self.run(|result, stream| unsafe {
+            sys::mlx_addmm(result, c.handle(), a.handle(), b.handle(), factor, 1.0, stream)
+        })
+    }
+
     /// The same elements in another shape; one size may be -1.
     #[inline]
     pub fn reshape(&self, a: &Array, shape: &[i32]) -> Result<Array> {

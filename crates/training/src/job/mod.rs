@@ -150,10 +150,7 @@ impl FineTuning {
     }
 
     /// Mean loss on held-back rows over their tokens.
-    fn measured(
-        &self,
-        batches: impl Iterator<Item = MicroBatch>,
-    ) -> Result<f64, TrainError> {
+    fn measured(&self, batches: impl Iterator<Item = MicroBatch>) -> Result<f64, TrainError> {
         let (mut sum, mut tokens) = (0.0, 0);
         for batch in batches {
             let (loss, counted) = self.trainer.loss(&batch)?;

@@ -68,8 +68,7 @@ impl Adafactor {
             let update = device.multiply(&device.rsqrt(&of_all)?, gradient)?;
             (vec![of_all], update)
         };
-        let excess =
-            device.divide(&root_mean_square(device, &update)?, &numbers.of(self.clip_threshold)?)?;
+        let excess = device.divide(&root_mean_square(device, &update)?, &numbers.of(self.clip_threshold)?)?;
         let update = device.divide(&update, &device.maximum(&numbers.of(1.0)?, &excess)?)?;
         let mut update = device.multiply(&rate, &update)?;
         if let Some(beta) = self.beta_1 {

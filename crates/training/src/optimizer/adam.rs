@@ -27,9 +27,7 @@ impl Adam {
         let eps = numbers.of(self.eps)?;
         let change = if self.bias_correction {
             let single = |number: f64| Array::scalar(number as f32, Dtype::F32);
-            let left = |beta: f64| {
-                device.subtract(&single(1.0)?, &device.power(&single(beta)?, pace.step)?)
-            };
+            let left = |beta: f64| device.subtract(&single(1.0)?, &device.power(&single(beta)?, pace.step)?);
             let of_mean = device.cast(&device.divide(rate, &left(first)?)?, gradient.dtype())?;
             let of_root = device.cast(&device.rsqrt(&left(second)?)?, gradient.dtype())?;
             let below = device.add(&device.multiply(&root, &of_root)?, &eps)?;

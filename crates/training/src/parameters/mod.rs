@@ -96,17 +96,10 @@ fn place(path: &str) -> Option<(usize, &str)> {
 }
 
 /// The modules, in mlx-lm's order: those of the layers, layer by layer, then those that are named by their whole path.
-fn paths(
-    tuning: &Tuning,
-    first: usize,
-    keys: Option<&[String]>,
-) -> Result<Vec<String>, ParameterError> {
+fn paths(tuning: &Tuning, first: usize, keys: Option<&[String]>) -> Result<Vec<String>, ParameterError> {
     let changeable = tuning.changeable()?;
     let has_matrix = |kind: &ModuleKind| {
-        matches!(
-            kind,
-            ModuleKind::Linear { .. } | ModuleKind::Experts { .. } | ModuleKind::Embedding { .. }
-        )
+        matches!(kind, ModuleKind::Linear { .. } | ModuleKind::Experts { .. } | ModuleKind::Embedding { .. })
     };
     let modules = tuning.modules().iter().filter(|shard| has_matrix(&shard.module.kind));
     let modules: Vec<&str> = modules.map(|shard| shard.module.path.as_str()).collect();

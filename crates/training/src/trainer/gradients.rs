@@ -59,12 +59,7 @@ struct Inputs {
 }
 
 impl Gradients {
-    pub(super) fn new(
-        tuner: &Tuner,
-        precision: Precision,
-        of_mean: bool,
-        compile: bool,
-    ) -> Result<Self> {
+    pub(super) fn new(tuner: &Tuner, precision: Precision, of_mean: bool, compile: bool) -> Result<Self> {
         let gradient = Rc::new(gradient(tuner, precision, of_mean, None)?);
         let compiled = match compile {
             false => None,
@@ -117,12 +112,7 @@ impl Gradients {
     }
 
     /// The sum of the losses, and how many tokens counted.
-    pub(super) fn loss(
-        &self,
-        tuner: &Tuner,
-        parameters: &[Array],
-        batch: &MicroBatch,
-    ) -> Result<(f64, u64)> {
+    pub(super) fn loss(&self, tuner: &Tuner, parameters: &[Array], batch: &MicroBatch) -> Result<(f64, u64)> {
         let device = tuner.device();
         let inputs = Inputs::of(batch)?;
         let mut all: Vec<&Array> = parameters.iter().collect();
@@ -145,9 +135,8 @@ impl Inputs {
         };
         let shape = [rows, columns].map(|size| i32::try_from(size).unwrap_or(i32::MAX));
         let is_packed = batch.rows.iter().any(|row| row.segments.len() > 1);
-        let lengths = is_packed.then(|| {
-            batch.rows.iter().flat_map(|row| sequences(&row.segments, columns)).collect::<Vec<_>>()
-        });
+        let lengths = is_packed
+            .then(|| batch.rows.iter().flat_map(|row| sequences(&row.segments, columns)).collect::<Vec<_>>());
         Ok(Self {
             ids: Array::from_u32(&cut(0), &shape)?,
             targets: Array::from_u32(&cut(1), &shape)?,

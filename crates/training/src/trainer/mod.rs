@@ -42,13 +42,17 @@ pub struct TrainerOptions {
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
     /// The loss or its gradient is infinite or no number. The parameters are those before.
-    #[error("the loss or its gradient is not finite ({detail}); take a smaller learning rate or look at these rows")]
+    #[error(
+        "the loss or its gradient is not finite ({detail}); take a smaller learning rate or look at these rows"
+    )]
     NotFinite {
         /// Which rows, and what the loss was.
         detail: String,
     },
     /// A batch that the model cannot take.
-    #[error("row {row} of the data set has token {token}, but the model knows {vocabulary} tokens only; take the model's own tokenizer")]
+    #[error(
+        "row {row} of the data set has token {token}, but the model knows {vocabulary} tokens only; take the model's own tokenizer"
+    )]
     Token {
         /// The row, from 0.
         row: u32,
@@ -128,11 +132,7 @@ impl Trainer {
     /// # Errors
     ///
     /// When the batch has tokens that the model does not have, and MLX's.
-    pub fn gradients(
-        &mut self,
-        batch: &MicroBatch,
-        iteration: u64,
-    ) -> Result<MicroGradients, TrainError> {
+    pub fn gradients(&mut self, batch: &MicroBatch, iteration: u64) -> Result<MicroGradients, TrainError> {
         self.check(batch)?;
         let keys = gradients::keys(self.tuner.keys(), self.options.seed, iteration)?;
         let made = self.gradients.of(&self.tuner, &self.parameters, batch, keys.as_ref())?;
@@ -177,13 +177,21 @@ impl Trainer {
         )?;
         let norm = made.norm;
         if !norm.is_finite() || !sum.loss.is_finite() {
-            let detail = format!("rows {}; loss {}, gradient {norm}", sum.rows(), sum.mean(micro_batches, self.options.parity));
+            let detail = format!(
+                "rows {}; loss {}, gradient {norm}",
+                sum.rows(),
+                sum.mean(micro_batches, self.options.parity)
+            );
             return Err(TrainError::NotFinite { detail });
         }
         self.memories = made.arrays.split_off(self.parameters.len());
         self.parameters = made.arrays;
         self.updates += 1;
-        Ok(Applied { loss: sum.mean(micro_batches, self.options.parity), tokens: sum.tokens, gradient_norm: norm })
+        Ok(Applied {
+            loss: sum.mean(micro_batches, self.options.parity),
+            tokens: sum.tokens,
+            gradient_norm: norm,
+        })
     }
 
     /// Ids beyond the vocabulary would read foreign memory.

@@ -62,8 +62,7 @@ impl Trainer {
     ///
     /// When it is not the state of a training of the same parameters with the same optimizer.
     pub fn read_state(&mut self, file: &Path, updates: u64) -> Result<(), StateError> {
-        let foreign =
-            |problem: String| StateError::Foreign { file: file.display().to_string(), problem };
+        let foreign = |problem: String| StateError::Foreign { file: file.display().to_string(), problem };
         let mut tensors = TensorFile::open(self.device(), file)?;
         let mut arrays = Vec::new();
         for (name, known) in self.named() {
@@ -97,19 +96,13 @@ impl Trainer {
     }
 }
 
-fn add(
-    device: &Device,
-    writer: &mut SafetensorsWriter,
-    name: &str,
-    array: &Array,
-) -> Result<(), StateError> {
+fn add(device: &Device, writer: &mut SafetensorsWriter, name: &str, array: &Array) -> Result<(), StateError> {
     let dtype = match array.dtype() {
         Dtype::F16 => TensorDtype::F16,
         Dtype::BF16 => TensorDtype::BF16,
         _ => TensorDtype::F32,
     };
-    let shape: Vec<usize> =
-        array.shape().iter().map(|size| usize::try_from(*size).unwrap_or(0)).collect();
+    let shape: Vec<usize> = array.shape().iter().map(|size| usize::try_from(*size).unwrap_or(0)).collect();
     let bytes = device.contiguous(array)?.to_bytes()?;
     Ok(writer.add(name, dtype, &shape, bytes)?)
 }

@@ -30,16 +30,9 @@ pub(super) struct Made {
 }
 
 impl Update {
-    pub(super) fn new(
-        optimizer: Optimizer,
-        count: usize,
-        clip: Option<f64>,
-        compile: bool,
-    ) -> Result<Self> {
+    pub(super) fn new(optimizer: Optimizer, count: usize, clip: Option<f64>, compile: bool) -> Result<Self> {
         let compiled = match compile {
-            true => Some(Function::new(move |device, inputs| {
-                next(device, optimizer, inputs, count, clip)
-            })?),
+            true => Some(Function::new(move |device, inputs| next(device, optimizer, inputs, count, clip))?),
             false => None,
         };
         Ok(Self { optimizer, clip, compiled })

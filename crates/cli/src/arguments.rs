@@ -1,7 +1,7 @@
 //! The words of the command line. Each command's own arguments stand beside the command.
 
 use crate::commands::{
-    adapters, benchmark, cache_prompt, chat, completions, forget, generate, invite, join, keys, leave, load,
+    adapters, benchmark, cache_prompt, chat, completions, forget, generate, invite, join, keys, leave, load, lora,
     models, perplexity, plan, sandbox, status, top, unload, worker,
 };
 use clap::builder::RangedI64ValueParser;
@@ -82,6 +82,7 @@ pub enum Command {
     CachePrompt(Box<cache_prompt::CachePrompt>),
     Benchmark(benchmark::Benchmark),
     Perplexity(perplexity::Perplexity),
+    Lora(Box<lora::Lora>),
     Completions(completions::Completions),
     #[command(hide = true)]
     Sandbox(sandbox::Sandbox),

@@ -47,8 +47,6 @@ impl Router {
             WeightPrecision::SumInSingle => device.cast(&weights, Dtype::F32)?,
             WeightPrecision::SumRounded | WeightPrecision::SumAsIs => weights,
         };
-        // Which experts work is no smooth function of anything.
-        let chosen = if device.is_tracing() { device.stop_gradient(&chosen)? } else { chosen };
         Ok((chosen, weights))
     }
 

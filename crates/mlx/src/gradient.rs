@@ -4,6 +4,7 @@ use crate::error::{check, last};
 use crate::fused::{Body, closure, failure_of_body, forget_failure};
 use crate::{Array, Device, Function, Result, counts};
 use mlx_sys as sys;
+use std::borrow::Cow;
 use std::ffi::c_int;
 
 /// The value of a function of arrays and its gradient with respect to the first of them. It belongs to the thread that made it.
@@ -134,6 +135,16 @@ impl Device {
         }
     }
 
+    /// Indices in a function that may be differentiated: which entries are taken is no smooth function of anything, and MLX refuses to
+    /// differentiate by them.
+    #[inline]
+    pub(crate) fn as_indices<'a>(&self, indices: &'a Array) -> Result<Cow<'a, Array>> {
+        match self.is_tracing() {
+            true => self.stop_gradient(indices).map(Cow::Owned),
+            false => Ok(Cow::Borrowed(indices)),
+        }
+    }
+
     /// The same numbers, through which no gradient flows.
     pub fn stop_gradient(&self, a: &Array) -> Result<Array> {
         // SAFETY: a valid handle; the result is written to an empty handle.
@@ -155,7 +166,7 @@ mod tests {
 
     #[test]
     fn the_gradient_of_a_cube_is_three_squares_also_when_compiled_and_checkpointed() {
-        let device = Device::open().unwrap();
+        let _device = Device::open().unwrap();
         let x = Array::from_f32(&[1.0, -2.0, 3.0], &[3]).unwrap();
         let weights = Array::from_f32(&[1.0, 1.0, 0.5], &[3]).unwrap();
         let expected = [3.0, 12.0, 13.5];

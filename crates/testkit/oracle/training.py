@@ -19,6 +19,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
+import released_mlx  # noqa: F401
 from mlx_lm import lora
 from mlx_lm.generate import generate_step
 from mlx_lm.tuner import trainer
@@ -76,13 +77,15 @@ def optimizer(case):
     mx.random.seed(case["seed"])
     opt = getattr(optim, case["name"])(learning_rate=case["rate"], **case["arguments"])
     parameters = {str(i): mx.random.normal(shape) for i, shape in enumerate(case["shapes"])}
-    arrays = {f"p.0.{name}": value for name, value in parameters.items()}
+    # Copies: some optimizers write into what they are given.
+    arrays = {f"p.0.{name}": value + 0 for name, value in parameters.items()}
     for step in range(case["steps"]):
         gradient = {name: mx.random.normal(value.shape) for name, value in parameters.items()}
+        arrays |= {f"g.{step}.{name}": value + 0 for name, value in gradient.items()}
+        mx.eval(arrays)
         parameters = opt.apply_gradients(gradient, parameters)
         mx.eval(parameters, opt.state)
-        arrays |= {f"g.{step}.{name}": value for name, value in gradient.items()}
-        arrays |= {f"p.{step + 1}.{name}": value for name, value in parameters.items()}
+        arrays |= {f"p.{step + 1}.{name}": value + 0 for name, value in parameters.items()}
     mx.save_safetensors(case["file"], arrays)
     return {}
 

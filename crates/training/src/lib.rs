@@ -21,5 +21,5 @@ pub use config::{
     OptimizerConfig, Preference, PreferenceLoss, Report, Settings, Split, TrainingConfig,
 };
 pub use data::{Cut, DataError, DataFolder, Dataset, Encoder, Row, Sequence};
-pub use job::{ADAPTER_CONFIG, ADAPTER_FILE, CursorError, FineTuning, Fingerprint, PrepareError};
+pub use job::{ADAPTER_CONFIG, ADAPTER_FILE, CursorError, FineTuning, PrepareError};
 pub use schedule::{Schedule, Shape};

@@ -107,6 +107,18 @@ impl Tuning {
         &self.shard.modules
     }
 
+    /// The device that holds the tensors.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// How many numbers the model has, packed or not.
+    pub fn parameters(&self) -> u64 {
+        let modules = self.shard.modules.iter().filter_map(|shard| shard.module.tensors(None).ok());
+        let tensors = modules.flatten();
+        tensors.map(|tensor| tensor.shape.iter().map(|size| *size as u64).product::<u64>()).sum()
+    }
+
     /// The whole model as data.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
@@ -124,8 +136,7 @@ impl Tuning {
     ///
     /// MLX's.
     pub fn changeable(&self) -> Result<BTreeSet<String>, TuneError> {
-        let (_, registry) =
-            loader::assemble(&self.device, &self.spec, &self.shard, self.tensors.clone())?;
+        let (_, registry) = loader::assemble(&self.device, &self.spec, &self.shard, self.tensors.clone())?;
         let paths = self.shard.modules.iter().map(|shard| &shard.module.path);
         Ok(paths.filter(|path| registry.has(path)).cloned().collect())
     }

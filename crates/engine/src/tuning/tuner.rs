@@ -43,7 +43,7 @@ impl Tuner {
         let mut modules = None;
         match &plan {
             Plan::LowRank { modules: changes, .. } => {
-                for change in changes.iter().filter(|change| !registry.has(&change.path)) {
+                if let Some(change) = changes.iter().find(|change| !registry.has(&change.path)) {
                     return Err(TuneError::Fixed { path: change.path.clone() });
                 }
                 let lengths = changes.iter().filter(|change| change.magnitudes);

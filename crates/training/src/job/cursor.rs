@@ -1,6 +1,6 @@
 //! How far a saved job is, and of what it is a state.
 
-use crate::TrainingConfig;
+use crate::{Row, Sequence, Sets, TrainingConfig};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -68,9 +68,30 @@ pub enum CursorError {
 }
 
 impl Fingerprint {
-    /// Of this model and these rows.
-    pub fn new(model: String, data: String) -> Self {
-        Self { model, data, config: String::new() }
+    /// Of the model with this digest and these rows.
+    pub fn of(model: [u8; 32], sets: &Sets) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        let mut digest = |sequence: &Sequence| {
+            hasher.update(&(sequence.tokens.len() as u64).to_le_bytes());
+            for token in &sequence.tokens {
+                hasher.update(&token.to_le_bytes());
+            }
+            for range in &sequence.counted {
+                hasher.update(&range.start.to_le_bytes());
+                hasher.update(&range.end.to_le_bytes());
+            }
+        };
+        for set in [&sets.train, &sets.valid, &sets.test] {
+            let rows = (0..u32::try_from(set.len()).unwrap_or(u32::MAX)).filter_map(|row| set.row(row));
+            for row in rows {
+                digest(row.sequence());
+                if let Row::Pair { rejected, .. } = row {
+                    digest(rejected);
+                }
+            }
+        }
+        let data = hasher.finalize().to_hex().to_string();
+        Self { model: blake3::Hash::from(model).to_hex().to_string(), data, config: String::new() }
     }
 
     /// With all arguments that decide what is computed.

@@ -10,12 +10,12 @@
 mod cursor;
 mod progress;
 
-pub use cursor::{CursorError, Fingerprint};
+pub use cursor::CursorError;
 
 use crate::parameters::{self, ParameterError};
 use crate::trainer::{StateError, TrainError, Trainer, TrainerOptions, combine};
 use crate::{BatchError, BatchOptions, Batches, MicroBatch, Sets, TrainingConfig};
-use cursor::Cursor;
+use cursor::{Cursor, Fingerprint};
 use mlxnode_checkpoint::WriteError;
 use mlxnode_compute::{Advance, Job, JobError, StepReport};
 use mlxnode_engine::tuning::{TuneError, Tuning};
@@ -73,7 +73,7 @@ pub struct FineTuning {
 }
 
 impl FineTuning {
-    /// Puts a model and a data set together. `fingerprint` says which they are, so that a saved job is not taken up with others.
+    /// Puts a model and a data set together. `model` is the checkpoint's fingerprint: a saved job is not taken up with another one.
     /// `compile` as in [`TrainerOptions`].
     ///
     /// # Errors
@@ -83,10 +83,10 @@ impl FineTuning {
         tuning: Tuning,
         config: TrainingConfig,
         sets: Sets,
-        fingerprint: Fingerprint,
+        model: [u8; 32],
         compile: bool,
     ) -> Result<Self, PrepareError> {
-        if sets.train.is_empty() {
+        if config.train && sets.train.is_empty() {
             return Err(PrepareError::NoRows);
         }
         if sets.train.is_preference() || config.preference.is_some() {
@@ -108,8 +108,8 @@ impl FineTuning {
             compile,
         };
         let trainer = Trainer::new(tuner, beginning, options)?;
+        let fingerprint = Fingerprint::of(model, &sets).with(&config);
         let batches = Batches::new(BatchOptions::from(&config), sets)?;
-        let fingerprint = fingerprint.with(&config);
         let progress = Progress::new(&config);
         Ok(Self { config, trainer, batches, fingerprint, progress, trained_tokens: 0 })
     }

@@ -6,7 +6,7 @@ use mlxnode_checkpoint::{Checkpoint, Config, SafetensorsWriter, TensorDtype, arc
 use mlxnode_compute::LayerRange;
 use mlxnode_engine::tuning::Tuning;
 use mlxnode_mlx::{Array, Device};
-use mlxnode_training::{BatchRow, Fingerprint, MicroBatch, TrainingConfig};
+use mlxnode_training::{BatchRow, MicroBatch, TrainingConfig};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -98,10 +98,6 @@ pub fn padded(batch: &MicroBatch) -> Vec<Vec<i32>> {
 /// A configuration out of YAML.
 pub fn training(yaml: &str) -> TrainingConfig {
     TrainingConfig::from_yaml(&format!("train: true\n{yaml}"), "test.yaml").unwrap()
-}
-
-pub fn fingerprint() -> Fingerprint {
-    Fingerprint::new("model".to_owned(), "data".to_owned())
 }
 
 pub fn numbers(device: &Device, array: &Array) -> Vec<f32> {

@@ -1,8 +1,8 @@
 //! The words of the command line. Each command's own arguments stand beside the command.
 
 use crate::commands::{
-    adapters, benchmark, cache_prompt, chat, completions, forget, generate, invite, join, keys, leave, load, lora,
-    models, perplexity, plan, sandbox, status, top, unload, worker,
+    adapters, benchmark, cache_prompt, chat, completions, forget, generate, invite, join, keys, leave, load,
+    lora, models, perplexity, plan, sandbox, status, top, unload, worker,
 };
 use clap::builder::RangedI64ValueParser;
 use clap::{Args, Parser, Subcommand};

@@ -27,7 +27,7 @@ fn rows(count: u64, seed: u64) -> Vec<(Vec<u32>, u32)> {
 fn dataset(rows: &[(Vec<u32>, u32)]) -> Arc<Dataset> {
     let mut dataset = Dataset::default();
     for (tokens, offset) in rows {
-        let counted = vec![*offset..tokens.len() as u32];
+        let counted = std::iter::once(*offset..tokens.len() as u32).collect();
         dataset.push(Row::Single(Sequence { tokens: tokens.clone(), counted }), 2, 2048);
     }
     Arc::new(dataset)

@@ -9,7 +9,7 @@ use clap::Args;
 use mlxnode_compute::{Advance, Job as _, LayerRange};
 use mlxnode_engine::tuning::Tuning;
 use mlxnode_training::{
-    ADAPTER_CONFIG, ADAPTER_FILE, AdapterConfig, Encoder, FineTuning, Layers, Settings, Sets, TrainingConfig,
+    ADAPTER_CONFIG, ADAPTER_FILE, AdapterConfig, Encoder, FineTuning, Layers, Sets, Settings, TrainingConfig,
 };
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -250,8 +250,7 @@ impl Lora {
                 flags.set(key, number);
             }
         }
-        for (key, number) in
-            [("learning_rate", self.learning_rate), ("clip_grad_norm", self.clip_grad_norm)]
+        for (key, number) in [("learning_rate", self.learning_rate), ("clip_grad_norm", self.clip_grad_norm)]
         {
             if let Some(number) = number {
                 flags.set(key, number);

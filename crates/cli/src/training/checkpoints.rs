@@ -61,7 +61,9 @@ impl Checkpoints {
         }
         job.save(&begun).with_context(saved)?;
         for file in std::fs::read_dir(&begun).with_context(saved)? {
-            File::open(file.with_context(saved)?.path()).and_then(|file| file.sync_all()).with_context(saved)?;
+            File::open(file.with_context(saved)?.path())
+                .and_then(|file| file.sync_all())
+                .with_context(saved)?;
         }
         if place.exists() {
             std::fs::remove_dir_all(&place).with_context(saved)?;

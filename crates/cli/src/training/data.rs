@@ -17,9 +17,7 @@ pub fn folders(config: &TrainingConfig, _quiet: bool) -> Result<Vec<PathBuf>> {
 fn folder(name: &str) -> Result<PathBuf> {
     let path = Path::new(name);
     if !path.exists() {
-        bail!(
-            "there is no folder or file {name}; download the data set and name its folder with --data"
-        );
+        bail!("there is no folder or file {name}; download the data set and name its folder with --data");
     }
     Ok(path.to_owned())
 }

@@ -34,8 +34,14 @@ struct Since {
 #[derive(Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 enum Line<'a> {
-    Started { trained_parameters: u64, parameters: u64, iterations: u64 },
-    Resumed { iteration: u64 },
+    Started {
+        trained_parameters: u64,
+        parameters: u64,
+        iterations: u64,
+    },
+    Resumed {
+        iteration: u64,
+    },
     Train {
         iteration: u64,
         iterations: u64,
@@ -47,11 +53,25 @@ enum Line<'a> {
         trained_tokens: u64,
         peak_memory_bytes: u64,
     },
-    Validation { iteration: u64, loss: f64, seconds: f64 },
-    Test { loss: f64, perplexity: f64 },
-    Saved { path: &'a Path },
-    Interrupted { iteration: u64, checkpoint: &'a Path },
-    Finished { adapter: &'a Path },
+    Validation {
+        iteration: u64,
+        loss: f64,
+        seconds: f64,
+    },
+    Test {
+        loss: f64,
+        perplexity: f64,
+    },
+    Saved {
+        path: &'a Path,
+    },
+    Interrupted {
+        iteration: u64,
+        checkpoint: &'a Path,
+    },
+    Finished {
+        adapter: &'a Path,
+    },
 }
 
 impl Figures {

@@ -114,7 +114,7 @@ impl Tuning {
 
     /// How many numbers the model has, packed or not.
     pub fn parameters(&self) -> u64 {
-        let modules = self.shard.modules.iter().filter_map(|shard| shard.module.tensors(None).ok());
+        let modules = self.shard.modules.iter().filter_map(|shard| shard.module.tensors(None));
         let tensors = modules.flatten();
         tensors.map(|tensor| tensor.shape.iter().map(|size| *size as u64).product::<u64>()).sum()
     }

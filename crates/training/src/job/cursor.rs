@@ -11,11 +11,11 @@ const MOST_BYTES: u64 = 1 << 20;
 
 /// What a job works on: digests of the model, of the data set and of the configuration.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Fingerprint {
+pub(super) struct Fingerprint {
     /// Of the base model.
-    pub model: String,
+    model: String,
     /// Of the data set's rows.
-    pub data: String,
+    data: String,
     /// Of all arguments that change what is computed.
     config: String,
 }
@@ -69,7 +69,7 @@ pub enum CursorError {
 
 impl Fingerprint {
     /// Of the model with this digest and these rows.
-    pub fn of(model: [u8; 32], sets: &Sets) -> Self {
+    pub(super) fn of(model: [u8; 32], sets: &Sets) -> Self {
         let mut hasher = blake3::Hasher::new();
         let mut digest = |sequence: &Sequence| {
             hasher.update(&(sequence.tokens.len() as u64).to_le_bytes());

@@ -82,7 +82,7 @@ pub fn batch(rows: &[(Vec<u32>, u32)], width: usize) -> MicroBatch {
         let length = tokens.len() as u32;
         BatchRow {
             tokens: tokens.clone(),
-            counted: vec![(*offset).max(1)..(length + 1).min(width as u32)],
+            counted: std::iter::once((*offset).max(1)..(length + 1).min(width as u32)).collect(),
             segments: vec![length],
             numbers: vec![number as u32],
         }

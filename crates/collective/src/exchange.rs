@@ -6,7 +6,7 @@ use crate::gather::Gather;
 use crate::{FrameError, MemberId, Slices};
 use bytes::{Bytes, BytesMut};
 use mlxnode_compute::{Partial, Sum, Tally, TreeNode, TreeSum, nodes_of};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::ops::Range;
 
@@ -65,6 +65,8 @@ pub(crate) struct Exchange {
     /// The pieces of this member's slice, by where they begin.
     pieces: BTreeMap<usize, TreeSum<Bytes>>,
     tallies: TreeSum<Tally>,
+    /// Members that compute nothing of the step and have not come to it yet.
+    expected_idle: BTreeSet<usize>,
     /// There as soon as it is needed.
     gather: Option<Gather>,
     contributed: bool,
@@ -73,7 +75,10 @@ pub(crate) struct Exchange {
 impl Exchange {
     pub(crate) fn new(step: u64, circle: &Circle) -> Self {
         let tallies = TreeSum::new(circle.micro_batches);
-        Self { step, pieces: BTreeMap::new(), tallies, gather: None, contributed: false }
+        let runs = circle.runs.iter().enumerate();
+        let idle = runs.filter(|(place, run)| run.is_empty() && *place != circle.me);
+        let expected_idle = idle.map(|(place, _)| place).collect();
+        Self { step, pieces: BTreeMap::new(), tallies, expected_idle, gather: None, contributed: false }
     }
 
     pub(crate) fn step(&self) -> u64 {
@@ -143,6 +148,11 @@ impl Exchange {
         }
     }
 
+    /// A member that computes nothing has come to the step.
+    pub(crate) fn idle(&mut self, from: usize) -> Result<(), FrameError> {
+        if self.expected_idle.remove(&from) { Ok(()) } else { Err(FrameError::Idle) }
+    }
+
     /// The sum of a piece of another member's slice.
     pub(crate) fn sum(
         &mut self,
@@ -179,7 +189,8 @@ impl Exchange {
     /// The sum of the step, when all of it is here.
     pub(crate) fn finish(&mut self, circle: &Circle) -> Option<Sum> {
         let tally = *self.tallies.whole()?;
-        let complete = self.contributed && self.gather(circle).is_complete();
+        let everybody = self.contributed && self.expected_idle.is_empty();
+        let complete = everybody && self.gather(circle).is_complete();
         let gather = if complete { self.gather.take() } else { None };
         gather.map(|gather| gather.finish(tally))
     }

@@ -34,6 +34,11 @@ pub enum Frame {
         /// Their tally.
         tally: Tally,
     },
+    /// The sender computes nothing of the step, and has come to it: nobody gets further ahead of an idle member either.
+    Idle {
+        /// Updates made before.
+        step: u64,
+    },
     /// A piece of the sum over all micro-batches.
     Sum {
         /// Updates made before.
@@ -70,6 +75,9 @@ pub enum FrameError {
     /// Micro-batches that the sender does not compute.
     #[error("micro-batches {} to {} are not the sender's", .0.start, .0.end)]
     Node(TreeNode),
+    /// A member said that it computes nothing, which it does, or said it twice.
+    #[error("the sender is not idle in this step, or said so twice")]
+    Idle,
     /// A place where no piece begins, or one of another slice.
     #[error("no piece for this exchange begins at value {0}")]
     Offset(usize),
@@ -338,6 +346,9 @@ impl Member {
         let others = (0..circle.members.len()).filter(|&place| place != circle.me);
         for place in others {
             let to = circle.members[place];
+            if partials.is_empty() {
+                effects.push(MemberEffect::Send { to, frame: Frame::Idle { step } });
+            }
             for partial in partials {
                 let tally = Frame::Tally { step, node: partial.node, tally: partial.tally };
                 effects.push(MemberEffect::Send { to, frame: tally });
@@ -485,6 +496,7 @@ impl Member {
                     }
                 }
                 Frame::Tally { node, tally, .. } => exchange.tally(circle, place, node, tally)?,
+                Frame::Idle { .. } => exchange.idle(place)?,
                 Frame::Sum { offset, values, .. } => exchange.sum(circle, place, offset, &values)?,
             }
         }
@@ -600,7 +612,10 @@ impl Frame {
     /// The step that it belongs to.
     pub fn step(&self) -> u64 {
         match self {
-            Self::Part { step, .. } | Self::Tally { step, .. } | Self::Sum { step, .. } => *step,
+            Self::Part { step, .. }
+            | Self::Tally { step, .. }
+            | Self::Idle { step }
+            | Self::Sum { step, .. } => *step,
         }
     }
 }
@@ -644,6 +659,7 @@ fn take_sum(
         }
         Frame::Tally { node, tally, .. } if node == root => *whole = Some(tally),
         Frame::Tally { node, .. } | Frame::Part { node, .. } => return Err(FrameError::Node(node)),
+        Frame::Idle { .. } => return Err(FrameError::Idle),
     }
     Ok(())
 }

@@ -494,6 +494,18 @@ fn a_vector_of_several_pieces_has_the_same_bits() {
     }
 }
 
+/// One that computes nothing and adds nothing up: the others must not run away from it.
+#[test]
+fn members_with_nothing_to_do_stay_in_step() {
+    let expected = alone(1, 2, 5);
+    for seed in 0..50 {
+        let world = run(seed, 4, 2, 1, 5, 2);
+        assert!(
+            world.workers.values().filter(|worker| worker.finished).all(|worker| worker.state == expected)
+        );
+    }
+}
+
 #[test]
 fn everything_happens_in_these_schedules() {
     let worlds: Vec<_> = (0..60).map(|seed| run(seed, 3, 8, 10, 6, 8)).collect();

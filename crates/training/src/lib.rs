@@ -2,10 +2,12 @@
 //!
 //! - [`TrainingConfig`]: what a run is asked to do; [`Schedule`]: its learning rate
 //! - [`Dataset`]: rows as token ids; [`Batches`]: which of them go through the model together
+//! - [`fuse`]: an adapter becomes part of its base
 
 mod batches;
 mod config;
 mod data;
+mod fuse;
 mod schedule;
 
 pub use batches::{BatchError, BatchOptions, BatchRow, Batches, Block, MicroBatch, Sets};
@@ -14,4 +16,5 @@ pub use config::{
     OptimizerConfig, Preference, PreferenceLoss, Report, Settings, Split, TrainingConfig,
 };
 pub use data::{Cut, DataError, DataFolder, Dataset, Encoder, Row, Sequence};
+pub use fuse::{FuseError, Fused, fuse};
 pub use schedule::{Schedule, Shape};

@@ -1,8 +1,8 @@
 //! The words of the command line. Each command's own arguments stand beside the command.
 
 use crate::commands::{
-    adapters, benchmark, cache_prompt, chat, completions, forget, generate, invite, join, keys, leave, load,
-    lora, models, perplexity, plan, sandbox, status, top, unload, worker,
+    adapters, benchmark, cache_prompt, chat, completions, forget, fuse, generate, invite, join, keys, leave,
+    load, lora, models, perplexity, plan, sandbox, status, top, unload, worker,
 };
 use clap::builder::RangedI64ValueParser;
 use clap::{Args, Parser, Subcommand};
@@ -83,6 +83,7 @@ pub enum Command {
     Benchmark(benchmark::Benchmark),
     Perplexity(perplexity::Perplexity),
     Lora(Box<lora::Lora>),
+    Fuse(fuse::Fuse),
     Completions(completions::Completions),
     #[command(hide = true)]
     Sandbox(sandbox::Sandbox),

@@ -15,7 +15,8 @@ fn data(folder: &Path) {
     for (name, count) in [("train", 12), ("valid", 4), ("test", 4)] {
         let rows = (0..count).map(|index| {
             let word = WORDS[index % WORDS.len()];
-            json!({"prompt": format!("Say {word} twice."), "completion": format!("{word} {word}")}).to_string()
+            json!({"prompt": format!("Say {word} twice."), "completion": format!("{word} {word}")})
+                .to_string()
         });
         let text = rows.collect::<Vec<_>>().join("\n");
         std::fs::write(folder.join(format!("{name}.jsonl")), text).unwrap();
@@ -54,11 +55,22 @@ fn a_run_that_was_interrupted_goes_on_to_the_same_adapter() {
     let home = TempDir::new().unwrap();
     data(&home.path().join("rows"));
     const TRAIN: [&str; 12] = [
-        "--train", "--iters", "8", "--steps-per-report", "1", "--save-every", "4", "--learning-rate", "1e-3",
-        "--steps-per-eval", "1000", "--json",
+        "--train",
+        "--iters",
+        "8",
+        "--steps-per-report",
+        "1",
+        "--save-every",
+        "4",
+        "--learning-rate",
+        "1e-3",
+        "--steps-per-eval",
+        "1000",
+        "--json",
     ];
     let figures = events(&run(home.path(), &[&TRAIN[..], &["--adapter-path", "whole"]].concat()));
-    let losses: Vec<f64> = of(&figures, "train").iter().map(|event| event["loss"].as_f64().unwrap()).collect();
+    let losses: Vec<f64> =
+        of(&figures, "train").iter().map(|event| event["loss"].as_f64().unwrap()).collect();
     assert_eq!(losses.len(), 8);
     assert!(losses[7] < losses[0], "{losses:?}");
     assert_eq!(of(&figures, "validation").len(), 2, "before the first and before the last");
@@ -80,11 +92,8 @@ fn a_run_that_was_interrupted_goes_on_to_the_same_adapter() {
         let line: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
         seen += usize::from(line["event"] == "train");
     }
-    nix::sys::signal::kill(
-        nix::unistd::Pid::from_raw(child.id() as i32),
-        nix::sys::signal::Signal::SIGINT,
-    )
-    .unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id() as i32), nix::sys::signal::Signal::SIGINT)
+        .unwrap();
     let rest: Vec<Value> = lines.map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect();
     assert_eq!(child.wait().unwrap().code(), Some(130));
     let stopped = of(&rest, "interrupted")[0]["iteration"].as_u64().unwrap();
@@ -101,8 +110,16 @@ fn a_run_that_was_interrupted_goes_on_to_the_same_adapter() {
     assert!(loss(&measured) < loss(&plain), "{} {}", loss(&measured), loss(&plain));
     let mut generate = Command::new(env!("CARGO_BIN_EXE_mlxnode"));
     generate.env("HF_HUB_OFFLINE", "1").current_dir(home.path()).args([
-        "generate", "--model", "demo", "--local", "--prompt", "Say cat twice.", "--adapter-path", "whole",
-        "--max-tokens", "4",
+        "generate",
+        "--model",
+        "demo",
+        "--local",
+        "--prompt",
+        "Say cat twice.",
+        "--adapter-path",
+        "whole",
+        "--max-tokens",
+        "4",
     ]);
     let answer = generate.output().unwrap();
     assert!(answer.status.success(), "{}", String::from_utf8_lossy(&answer.stderr));

@@ -134,17 +134,20 @@ fn check(
         assert!(apart < 1e-6, "{name}: {} begins {apart} away", trained.name);
     }
     let taken = tuner.trained().iter().map(|trained| file.take(&format!("p.{}", trained.name)).unwrap());
-    let beginning = Beginning { arrays: taken.collect() };
+    let arrays: Vec<mlxnode_mlx::Array> = taken.collect();
+    let beginning = Beginning { reference: arrays.clone(), arrays };
     let wanted: Vec<_> = tuner
         .trained()
         .iter()
         .map(|trained| (trained.name.clone(), file.take(&format!("g.{}", trained.name)).unwrap()))
         .collect();
     for compile in [false, true] {
+        let optimizer = config.optimizer;
         let options =
-            TrainerOptions { optimizer: config.optimizer, clip: None, parity: true, seed: 0, compile };
+            TrainerOptions { optimizer, clip: None, parity: true, preference: None, seed: 0, compile };
         let arrays = beginning.arrays.clone();
-        let mut trainer = Trainer::new(tuner.clone(), Beginning { arrays }, options).unwrap();
+        let mut trainer =
+            Trainer::new(tuner.clone(), Beginning { arrays, reference: Vec::new() }, options).unwrap();
         let made = trainer.gradients(micro_batch, 1).unwrap();
         let loss = answer["loss"].as_f64().unwrap();
         assert!((made.loss - loss).abs() < 1e-4 * loss.abs(), "{name}: loss {} and {loss}", made.loss);

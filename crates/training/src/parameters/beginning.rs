@@ -9,6 +9,8 @@ use std::path::Path;
 pub struct Beginning {
     /// The arrays, in the tuner's order.
     pub arrays: Vec<Array>,
+    /// Those with which the model does what it did before any training.
+    pub reference: Vec<Array>,
 }
 
 /// The first values: of low-rank changes `A` uniform within one over the root of the inputs and `B` zero, drawn as mlx-lm draws them
@@ -44,7 +46,7 @@ pub fn begin(tuner: &Tuner, seed: u64) -> Result<Beginning, ParameterError> {
         });
     }
     device.eval(&arrays)?;
-    Ok(Beginning { arrays })
+    Ok(Beginning { reference: arrays.clone(), arrays })
 }
 
 /// `arrays` with those replaced that a file of mlx-lm's or ours has.
@@ -62,7 +64,7 @@ pub fn resume(tuner: &Tuner, beginning: Beginning, file: &Path) -> Result<Beginn
     if !foreign.is_empty() {
         return Err(problem(format!("{} is not trained here", listed(&foreign))));
     }
-    let mut arrays = beginning.arrays;
+    let Beginning { mut arrays, reference } = beginning;
     for (array, trained) in arrays.iter_mut().zip(tuner.trained()) {
         if !names.contains(&trained.name) {
             continue;
@@ -75,7 +77,7 @@ pub fn resume(tuner: &Tuner, beginning: Beginning, file: &Path) -> Result<Beginn
         *array = device.cast(&stored, trained.dtype)?;
     }
     device.eval(&arrays)?;
-    Ok(Beginning { arrays })
+    Ok(Beginning { arrays, reference })
 }
 
 fn listed(names: &[&str]) -> String {

@@ -23,7 +23,7 @@ const ALLOWED: [(&str, &[&str]); 21] = [
     ("checkpoint", &["compute"]),
     ("mlx", &["compute"]),
     ("engine", &["mlx", "checkpoint", "compute"]),
-    ("training", &["mlx", "engine", "checkpoint", "compute"]),
+    ("training", &["mlx", "engine", "checkpoint", "text", "compute"]),
     ("quantization", &["mlx", "engine", "checkpoint", "compute"]),
     ("traces", &["compute"]),
     ("worker", &["cluster", "collective", "compute", "proto"]),

@@ -2,7 +2,7 @@
 
 Usage: training.py REQUEST, a JSON file {"cases": [CASE]}; prints {"cases": [ANSWER]}. A case has a "kind":
 
-- "gradients": {"model", "quantize" and "quantized" (a folder for the packed model) or null, "type" (lora, dora, full), "layers", "parameters", "seed", "batch"
+- "gradients": {"model", "make" (a config, to make the model first) or null, "quantize" and "quantized" (a folder for the packed model) or null, "type" (lora, dora, full), "layers", "parameters", "seed", "batch"
   (rows of ids), "lengths" (pairs), "shake", "checkpoint", "file"}. Writes the first values ("p.NAME") and the gradients ("g.NAME") into "file" and answers {"loss", "tokens"}.
 - "preference": {"model", "layers", "parameters", "seed", "loss" (dpo, orpo), "beta", "batch" (chosen rows, then rejected ones), "mask", "file"}: arrays as above; answers {"loss"}, a sum over pairs.
 - "optimizer": {"name", "arguments", "rate", "steps", "shapes", "seed", "file"}. Writes values and gradients of each step ("p.STEP.I", "g.STEP.I").
@@ -26,11 +26,18 @@ from mlx_lm.generate import generate_step
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
-from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config, save_model
 
 
 def loaded(case):
     folder = Path(case["model"])
+    if case.get("make"):
+        # As mlx-lm calls its tensors, which is not how we do.
+        mx.random.seed(1)
+        model_class, args_class = _get_classes(case["make"])
+        folder.mkdir(parents=True)
+        save_model(folder, model_class(args_class.from_dict(case["make"])))
+        save_config(dict(case["make"]), folder / "config.json")
     if case.get("quantize"):
         model, config = load_model(folder, strict=True)
         model, config = quantize_model(model, config, **case["quantize"])

@@ -59,20 +59,20 @@ pub fn resume(tuner: &Tuner, beginning: Beginning, file: &Path) -> Result<Beginn
     let problem = |problems: String| ParameterError::Resume { file: file.display().to_string(), problems };
     let mut tensors = TensorFile::open(device, file).map_err(|error| problem(error.to_string()))?;
     let names: Vec<String> = tensors.names().map(str::to_owned).collect();
-    let known = |name: &String| tuner.trained().iter().any(|trained| trained.name == *name);
+    let known = |name: &String| tuner.trained().iter().any(|trained| trained.stored == *name);
     let foreign: Vec<&str> = names.iter().filter(|name| !known(name)).map(String::as_str).collect();
     if !foreign.is_empty() {
         return Err(problem(format!("{} is not trained here", listed(&foreign))));
     }
     let Beginning { mut arrays, reference } = beginning;
     for (array, trained) in arrays.iter_mut().zip(tuner.trained()) {
-        if !names.contains(&trained.name) {
+        if !names.contains(&trained.stored) {
             continue;
         }
-        let stored = tensors.take(&trained.name)?;
+        let stored = tensors.take(&trained.stored)?;
         if stored.shape() != array.shape() {
             let (found, needed) = (stored.shape(), array.shape());
-            return Err(problem(format!("{} has shape {found:?}, but {needed:?} is needed", trained.name)));
+            return Err(problem(format!("{} has shape {found:?}, but {needed:?} is needed", trained.stored)));
         }
         *array = device.cast(&stored, trained.dtype)?;
     }

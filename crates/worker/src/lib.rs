@@ -7,11 +7,12 @@
 //! first stage:  scheduler ═▶ driver ─▶ inbox …              … and from the last stage round the ring: tokens ═▶ driver
 //! ```
 //! Child side: [`run`] is the process, [`LocalWorker`] the same within a process. Parent side: [`WorkerProcess`] starts, watches
-//! and ends one. Scheduler's side: [`DriveClient`]. [`wire`] converts between the seam's types and the contract's messages.
+//! and ends one. Scheduler's side: [`DriveClient`]. A training job's side: [`CollectiveEndpoint`]. [`wire`] converts between the seam's types and the contract's messages.
 //!
 //! The node decides what a fault means; a worker that lost a neighbour or whose device failed just ends, with a reason.
 
 mod blocks_wire;
+mod collective;
 mod compute_thread;
 mod drive;
 mod drive_client;
@@ -30,9 +31,14 @@ mod service;
 mod shard;
 mod shard_state;
 mod spans;
+mod time_counts;
 pub mod wire;
 
-pub use compute_thread::{BlockRoom, LoadFailure, LoadShard, StageFactory};
+pub use collective::{
+    CollectiveEndpoint, CollectiveError, CollectiveOptions, ConductorEvent, Group, GroupClient,
+    GroupConductor, GroupError, GroupPeer, GroupReports, GroupWorker,
+};
+pub use compute_thread::{BlockRoom, Guessing, LoadFailure, LoadShard, StageFactory};
 pub use drive_client::{DriveClient, DriveError, DriveEvents};
 pub use error::{Fault, Side};
 pub use message::{DriveCommand, DriveEvent, SampledToken, StageTimes};
@@ -40,3 +46,4 @@ pub use process::{LoadProgress, ProcessError, ShardLoading, SpawnWorker, WorkerE
 pub use progress::ShardStats;
 pub use run::{RunError, run};
 pub use server::{LocalWorker, WorkerOptions};
+pub use time_counts::TimeCounts;

@@ -1,10 +1,10 @@
 //! Models by the name that a person gives: where they come from, as the environment says it, and where they lie.
 
 use crate::progress::Bar;
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use mlxnode_checkpoint::{Checkpoint, Note};
-use mlxnode_hub::{Hub, HubId, ModelSource};
-use std::path::{Path, PathBuf};
+use mlxnode_hub::{Hub, ModelSource};
+use std::path::PathBuf;
 
 /// Reads HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.
 pub fn options() -> mlxnode_hub::Options {
@@ -16,23 +16,6 @@ pub fn folder(model: &str, quiet: bool) -> Result<PathBuf> {
     let source = ModelSource::parse(model)?;
     let bar = Bar::new("downloading", quiet);
     let folder = Hub::new(options()).resolve(&source, &|progress| {
-        bar.say(progress.file);
-        bar.show(progress.done_bytes, progress.total_bytes);
-    })?;
-    Ok(folder)
-}
-
-/// Where rows to train on lie: the folder or file of this name, or that of a data set of the hub, downloaded if need be with a bar on stderr.
-pub fn data(name: &str, revision: Option<&str>, quiet: bool) -> Result<PathBuf> {
-    let path = Path::new(name);
-    if path.exists() {
-        return Ok(path.to_owned());
-    }
-    let id = HubId::dataset(name, revision).with_context(|| {
-        format!("there is no folder or file {name}, nor is it the name of a data set of the hub (OWNER/NAME)")
-    })?;
-    let bar = Bar::new("downloading", quiet);
-    let folder = Hub::new(options()).resolve_dataset(&id, &|progress| {
         bar.say(progress.file);
         bar.show(progress.done_bytes, progress.total_bytes);
     })?;

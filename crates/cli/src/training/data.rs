@@ -10,7 +10,8 @@ pub fn folders(config: &TrainingConfig, quiet: bool) -> Result<Vec<PathBuf>> {
     if config.hf_dataset.is_empty() {
         return Ok(vec![hub::data(&config.data, None, quiet)?]);
     }
-    let of = |dataset: &mlxnode_training::HubDataset| hub::data(&dataset.path, dataset.revision.as_deref(), quiet);
+    let of =
+        |dataset: &mlxnode_training::HubDataset| hub::data(&dataset.path, dataset.revision.as_deref(), quiet);
     config.hf_dataset.iter().map(of).collect()
 }
 

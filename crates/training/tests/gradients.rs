@@ -180,3 +180,72 @@ fn check(
         assert!((sum / tokens as f64 - loss).abs() < 1e-4 * loss.abs(), "{name}: measured loss");
     }
 }
+
+/// mlx-lm fails here, so the judge is the same model with its matrices unpacked.
+#[test]
+fn dora_on_three_five_and_six_bits_is_that_of_the_unpacked_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let device = Device::open().unwrap();
+    let micro_batch = batch(&[(row(20, 1), 0), (row(31, 2), 7)], 33);
+    let plain = folder.path().join("model");
+    write(&plain, &config("llama", json!({})), 3);
+    let packed = |bits: i32| folder.path().join(format!("packed-{bits}"));
+    let requests = [3, 5, 6].map(|bits| {
+        json!({"kind": "gradients", "model": plain, "quantize": {"group_size": 32, "bits": bits}, "quantized": packed(bits),
+            "type": "lora", "layers": 1, "parameters": {"rank": 4, "scale": 10.0, "dropout": 0.0}, "seed": 1,
+            "batch": padded(&micro_batch), "lengths": [[0, 20], [7, 31]], "file": folder.path().join("unused.safetensors")})
+    });
+    ask(folder.path(), &requests);
+    for bits in [3, 5, 6] {
+        let unpacked = folder.path().join(format!("unpacked-{bits}"));
+        unpack(&device, &packed(bits), &unpacked, &plain, bits);
+        let gradients = [packed(bits), unpacked].map(|model| {
+            let config = training(
+                "fine_tune_type: dora\nnum_layers: 2\nlora_parameters: {rank: 4, scale: 10.0, dropout: 0.0}\n",
+            );
+            let tuning = tuning(&model);
+            let plan = parameters::plan(&tuning, &config).unwrap();
+            let tuner = tuning.tune(plan).unwrap();
+            let mut begun = parameters::begin(&tuner, 5).unwrap();
+            for (trained, array) in tuner.trained().iter().zip(&mut begun.arrays) {
+                if trained.name.ends_with(".lora_b") {
+                    let half = mlxnode_mlx::Array::scalar(0.02, mlxnode_mlx::Dtype::F32).unwrap();
+                    *array = device.add(array, &half).unwrap();
+                }
+            }
+            let optimizer = config.optimizer;
+            let options =
+                TrainerOptions { optimizer, clip: None, parity: false, preference: None, seed: 0, compile: false };
+            let made = Trainer::new(tuner, begun, options).unwrap().gradients(&micro_batch, 1).unwrap();
+            made.gradients.iter().map(|gradient| numbers(&device, gradient)).collect::<Vec<_>>()
+        });
+        assert_eq!(gradients[0].len(), 3 * 14, "of each of seven maps in two layers");
+        for (packed, unpacked) in gradients[0].iter().zip(&gradients[1]) {
+            assert!(distance(packed, unpacked) < 5e-4, "{bits} bits: {}", distance(packed, unpacked));
+        }
+    }
+}
+
+/// The same model with matrices of numbers.
+fn unpack(device: &Device, packed: &Path, unpacked: &Path, plain: &Path, bits: i32) {
+    use mlxnode_mlx::{QuantizationMode, Quantized, QuantizedLayout};
+    std::fs::create_dir_all(unpacked).unwrap();
+    std::fs::copy(plain.join("config.json"), unpacked.join("config.json")).unwrap();
+    let mut file = TensorFile::open(device, &packed.join("model.safetensors")).unwrap();
+    let names: Vec<String> = file.names().map(str::to_owned).collect();
+    let mut writer = mlxnode_checkpoint::SafetensorsWriter::new();
+    for name in names.iter().filter(|name| !name.ends_with(".scales") && !name.ends_with(".biases")) {
+        let mut array = file.take(name).unwrap();
+        let path = name.strip_suffix(".weight").unwrap_or(name);
+        if names.contains(&format!("{path}.scales")) {
+            let layout = QuantizedLayout { mode: QuantizationMode::Affine, bits, group_size: 32 };
+            let scales = file.take(&format!("{path}.scales")).unwrap();
+            let biases = Some(file.take(&format!("{path}.biases")).unwrap());
+            array = device.dequantize(&Quantized { weight: array, scales, biases, layout }).unwrap();
+        }
+        let shape: Vec<usize> = array.shape().iter().map(|size| *size as usize).collect();
+        let bytes = device.contiguous(&array).unwrap().to_bytes().unwrap();
+        writer.add(name, mlxnode_checkpoint::TensorDtype::F32, &shape, bytes).unwrap();
+    }
+    writer.write(&unpacked.join("model.safetensors")).unwrap();
+}

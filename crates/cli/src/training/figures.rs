@@ -5,7 +5,7 @@ use crate::training::Files;
 use crate::{output, warnings};
 use anyhow::{Context as _, Result};
 use mlxnode_compute::{Advance, StepReport};
-use mlxnode_training::{Curve, FineTuning, Recorder, Report, Trained, TrainingConfig, Validated};
+use mlxnode_training::{ChartError, Curve, FineTuning, Recorder, Report, Trained, TrainingConfig, Validated};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -115,6 +115,7 @@ impl Figures {
     /// Opens the files that were asked for. What they have of later iterations than the run's is taken back.
     pub fn record(&mut self, job: &FineTuning) -> Result<()> {
         self.recorder = Recorder::open(&self.folder, &self.reports, job.iteration())?;
+        self.curve = self.recorder.curve()?;
         Ok(())
     }
 
@@ -222,8 +223,12 @@ impl Figures {
         if !self.reports.is_empty() {
             let path = self.folder.join("loss.svg");
             let title = self.folder.file_name().map_or("loss".into(), std::ffi::OsStr::to_string_lossy);
-            std::fs::write(&path, self.curve.svg(&title)?)
-                .with_context(|| format!("cannot write {}", path.display()))?;
+            // A run that was finished already has nothing new to show.
+            match self.curve.svg(&title) {
+                Err(ChartError::Empty) => {}
+                picture => std::fs::write(&path, picture?)
+                    .with_context(|| format!("cannot write {}", path.display()))?,
+            }
         }
         self.tell(
             &Line::Finished { adapter: &adapter },

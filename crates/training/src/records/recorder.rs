@@ -2,6 +2,7 @@
 //!
 //! A run that goes on from a checkpoint takes back what was written of later steps: files say what the finished run did, once.
 
+use super::Curve;
 use super::tensorboard::EventFile;
 use crate::config::Report;
 use serde_json::{Map, Value, json};
@@ -107,6 +108,15 @@ impl Recorder {
         Ok(recorder)
     }
 
+    /// The losses that the JSON lines have so far: those of a run that is gone on from. Empty without such a file.
+    ///
+    /// # Errors
+    /// [`RecordError`]
+    pub fn curve(&self) -> Result<Curve, RecordError> {
+        let Some((path, _)) = &self.jsonl else { return Ok(Curve::default()) };
+        Curve::read(path).map_err(|source| RecordError { path: path.clone(), source })
+    }
+
     /// Writes a report of training.
     ///
     /// # Errors
@@ -191,7 +201,6 @@ fn kept(path: &Path, head: Option<&str>, keeps: impl Fn(&str) -> bool) -> io::Re
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::records::Curve;
 
     fn trained(step: u64) -> Trained {
         Trained {
@@ -221,6 +230,7 @@ mod tests {
         let torn = fs::read_to_string(run.join(JSONL)).unwrap() + "{\"step\": 5, \"tr";
         fs::write(run.join(JSONL), torn).unwrap();
         let mut recorder = Recorder::open(&run, &reports, 2).unwrap();
+        assert_eq!(recorder.curve().unwrap().train, [(1, 10.0), (2, 5.0)]);
         recorder.train(&trained(3)).unwrap();
         drop(recorder);
         let lines = fs::read_to_string(run.join(JSONL)).unwrap();

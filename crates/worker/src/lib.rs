@@ -9,6 +9,8 @@
 //! Child side: [`run`] is the process, [`LocalWorker`] the same within a process. Parent side: [`WorkerProcess`] starts, watches
 //! and ends one. Scheduler's side: [`DriveClient`]. [`wire`] converts between the seam's types and the contract's messages.
 //!
+//! A job (training, quantization) runs in such a process too, without a network: [`run_job`] and [`JobProcess`].
+//!
 //! The node decides what a fault means; a worker that lost a neighbour or whose device failed just ends, with a reason.
 
 mod blocks_wire;
@@ -18,6 +20,7 @@ mod drive_client;
 mod errand;
 mod error;
 mod hello;
+mod job;
 mod lifeline;
 mod link;
 mod message;
@@ -34,6 +37,7 @@ pub mod wire;
 
 pub use compute_thread::{BlockRoom, LoadFailure, LoadShard, StageFactory};
 pub use drive_client::{DriveClient, DriveError, DriveEvents};
+pub use job::{JobCallError, JobFactory, JobProcess, JobSetup, Rehearsal, run_job};
 pub use error::{Fault, Side};
 pub use message::{DriveCommand, DriveEvent, SampledToken, StageTimes};
 pub use process::{LoadProgress, ProcessError, ShardLoading, SpawnWorker, WorkerExit, WorkerProcess};

@@ -162,7 +162,16 @@ impl Workers {
     /// No workers yet.
     pub(crate) fn new(options: WorkersOptions, identity: Arc<Identity>, hub: Arc<Hub>) -> Self {
         let (ended, _) = broadcast::channel(ENDS);
-        Self { shared: Arc::new(Shared { options, identity, hub, state: Mutex::default(), ended, of_jobs: Default::default() }) }
+        Self {
+            shared: Arc::new(Shared {
+                options,
+                identity,
+                hub,
+                state: Mutex::default(),
+                ended,
+                of_jobs: Default::default(),
+            }),
+        }
     }
 
     /// Adapters that jobs made are found there. Said once.

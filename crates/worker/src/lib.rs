@@ -37,8 +37,8 @@ pub mod wire;
 
 pub use compute_thread::{BlockRoom, LoadFailure, LoadShard, StageFactory};
 pub use drive_client::{DriveClient, DriveError, DriveEvents};
-pub use job::{JobCallError, JobFactory, JobProcess, JobSetup, Rehearsal, run_job};
 pub use error::{Fault, Side};
+pub use job::{JobCallError, JobFactory, JobProcess, JobSetup, Rehearsal, run_job};
 pub use message::{DriveCommand, DriveEvent, SampledToken, StageTimes};
 pub use process::{LoadProgress, ProcessError, ShardLoading, SpawnWorker, WorkerExit, WorkerProcess};
 pub use progress::ShardStats;

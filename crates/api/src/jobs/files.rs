@@ -105,12 +105,7 @@ impl JobFiles for NoJobFiles {
         async { Err(none()) }.boxed()
     }
 
-    fn download(
-        &self,
-        _: String,
-        _: Checkpoint,
-        _: bool,
-    ) -> BoxStream<'static, Result<FilePiece, Error>> {
+    fn download(&self, _: String, _: Checkpoint, _: bool) -> BoxStream<'static, Result<FilePiece, Error>> {
         futures::stream::once(async { Err(none()) }).boxed()
     }
 

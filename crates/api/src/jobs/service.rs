@@ -42,11 +42,6 @@ impl JobsService {
         Self { route, files }
     }
 
-    /// The files of jobs.
-    pub(crate) fn files(&self) -> &Arc<dyn JobFiles> {
-        &self.files
-    }
-
     fn job(&self, view: &JobView) -> Job {
         wire::job_to_wire(view, &|node| self.files.node_name(node))
     }
@@ -76,7 +71,8 @@ impl Jobs for JobsService {
         request: Request<Streaming<UploadRequest>>,
     ) -> Result<Response<UploadResponse>, Status> {
         let mut pieces = request.into_inner();
-        let late = |_| Status::deadline_exceeded("nothing came of the upload for a minute; go on where it broke");
+        let late =
+            |_| Status::deadline_exceeded("nothing came of the upload for a minute; go on where it broke");
         let first = tokio::time::timeout(UPLOAD_STANDSTILL, pieces.message()).await.map_err(late)??;
         let first = first.ok_or_else(|| Status::invalid_argument("the upload has no message"))?;
         let file = first.file.ok_or_else(|| Status::invalid_argument("the first message has no file"))?;
@@ -170,9 +166,8 @@ impl Jobs for JobsService {
                 let mut jobs = coordinator.jobs();
                 jobs.mark_changed(); // the first message comes at once
                 let state = (jobs, self.clone(), id, None::<Vec<Job>>, false);
-                let messages = futures::stream::unfold(
-                    state,
-                    |(mut jobs, service, id, mut last, is_last)| async move {
+                let messages =
+                    futures::stream::unfold(state, |(mut jobs, service, id, mut last, is_last)| async move {
                         if is_last {
                             return None;
                         }
@@ -192,8 +187,7 @@ impl Jobs for JobsService {
                             last = Some(now);
                             return Some((Ok(message), (jobs, service, id, last, is_last)));
                         }
-                    },
-                );
+                    });
                 Ok(Response::new(messages.boxed()))
             }
         }

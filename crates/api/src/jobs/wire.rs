@@ -54,8 +54,9 @@ pub(super) fn spec(request: v1::SubmitJobRequest, owner: String) -> Result<JobSp
 }
 
 pub(super) fn hash(bytes: &[u8], field: &str) -> Result<ContentHash, Status> {
-    ContentHash::try_from(bytes)
-        .map_err(|_| Status::invalid_argument(format!("{field} has {} bytes, but must have 32 (BLAKE3)", bytes.len())))
+    ContentHash::try_from(bytes).map_err(|_| {
+        Status::invalid_argument(format!("{field} has {} bytes, but must have 32 (BLAKE3)", bytes.len()))
+    })
 }
 
 fn wish(spec: &JobSpec) -> v1::SubmitJobRequest {
@@ -230,7 +231,8 @@ mod tests {
         let read = spec(asked.clone(), "ann".into()).unwrap();
         assert_eq!(read.check(), Ok(()));
         assert_eq!(wish(&read), asked);
-        let usual = spec(v1::SubmitJobRequest { id: "a".into(), ..Default::default() }, String::new()).unwrap();
+        let usual =
+            spec(v1::SubmitJobRequest { id: "a".into(), ..Default::default() }, String::new()).unwrap();
         assert_eq!((usual.share, usual.saves), (JobSpec::DEFAULT_SHARE, SavePolicy::default()));
         for wrong in [
             v1::SubmitJobRequest { kind: "x".into(), ..asked.clone() },

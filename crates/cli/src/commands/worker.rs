@@ -63,7 +63,9 @@ fn job(setup: &JobSetup) -> Result<Box<dyn Job>, JobError> {
             let resume = setup.resume.as_deref();
             Ok(Box::new(Rehearsal::new(&setup.configuration, &setup.inputs, resume)?))
         }
-        other => Err(JobError::Refused(format!("this release of mlxnode runs no jobs of the kind {other:?}"))),
+        other => {
+            Err(JobError::Refused(format!("this release of mlxnode runs no jobs of the kind {other:?}")))
+        }
     }
 }
 

@@ -95,7 +95,13 @@ impl JobNodes for ClusterJobs {
         .boxed()
     }
 
-    fn stop(&self, node: NodeId, id: String, epoch: u64, saves: bool) -> BoxFuture<'static, Result<(), Error>> {
+    fn stop(
+        &self,
+        node: NodeId,
+        id: String,
+        epoch: u64,
+        saves: bool,
+    ) -> BoxFuture<'static, Result<(), Error>> {
         let jobs = self.clone();
         async move {
             if node == jobs.own {

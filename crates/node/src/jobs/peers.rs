@@ -34,7 +34,9 @@ pub(super) fn disk(what: &str) -> impl FnOnce(io::Error) -> Error {
     let what = what.to_owned();
     move |error| match error.kind() {
         io::ErrorKind::InvalidInput => Error::Invalid(error.to_string()),
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::TooMany(format!("{what}: {error}")),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            Error::TooMany(format!("{what}: {error}"))
+        }
         io::ErrorKind::NotFound => Error::Unavailable(format!("{what}: {error}")),
         _ => Error::Failed(format!("{what}: {error}")),
     }
@@ -208,10 +210,7 @@ impl Peers {
     }
 }
 
-async fn next_piece(
-    pieces: &mut Streaming<ContentPiece>,
-    what: &str,
-) -> Result<Option<ContentPiece>, Error> {
+async fn next_piece(pieces: &mut Streaming<ContentPiece>, what: &str) -> Result<Option<ContentPiece>, Error> {
     match tokio::time::timeout(STANDSTILL, pieces.next()).await {
         Ok(Some(Ok(piece))) => Ok(Some(piece)),
         Ok(Some(Err(status))) => Err(Error::Unavailable(format!("{what}: {}", status.message()))),

@@ -394,11 +394,8 @@ impl Attempt {
                     .await;
                 }
                 Advance::Tested { loss } => {
-                    self.say(Report::Said(format!(
-                        "test: loss {loss:.4}, perplexity {:.3}",
-                        loss.exp()
-                    )))
-                    .await;
+                    self.say(Report::Said(format!("test: loss {loss:.4}, perplexity {:.3}", loss.exp())))
+                        .await;
                 }
                 Advance::Finished => {
                     self.flush(&mut meter).await;

@@ -94,11 +94,15 @@ impl Store {
         let part = self.part(hash);
         let mut file = File::options().create(true).truncate(false).read(true).write(true).open(&part)?;
         if file.try_lock().is_err() {
-            return Err(invalid("this file is being uploaded by somebody else now; wait for that".to_owned()));
+            return Err(invalid(
+                "this file is being uploaded by somebody else now; wait for that".to_owned(),
+            ));
         }
         let here = file.metadata()?.len();
         if offset > here {
-            return Err(invalid(format!("{here} bytes of the file are here: go on from there, not from {offset}")));
+            return Err(invalid(format!(
+                "{here} bytes of the file are here: go on from there, not from {offset}"
+            )));
         }
         self.check_room(bytes - offset.min(bytes))?;
         // What is here already counts in the hash.
@@ -151,7 +155,8 @@ impl Store {
                 io::Error::new(io::ErrorKind::NotFound, format!("the content of {name} is not on this node"))
             })?;
             // The same bytes under another name; a copy where the file system has no links.
-            fs::hard_link(&file, folder.join(name)).or_else(|_| fs::copy(&file, folder.join(name)).map(drop))?;
+            fs::hard_link(&file, folder.join(name))
+                .or_else(|_| fs::copy(&file, folder.join(name)).map(drop))?;
         }
         Ok(folder)
     }
@@ -228,7 +233,10 @@ impl Incoming {
         let hash = ContentHash::from_bytes(*self.hasher.finalize().as_bytes());
         if hash != self.hash {
             fs::remove_file(&self.part)?;
-            return Err(invalid(format!("the content has the hash {hash}, not {}; upload it again", self.hash)));
+            return Err(invalid(format!(
+                "the content has the hash {hash}, not {}; upload it again",
+                self.hash
+            )));
         }
         fs::rename(&self.part, &self.target)?;
         if let Some(folder) = self.target.parent() {
@@ -301,8 +309,7 @@ mod tests {
                 bundle::seal(&job, &new, "a", step).unwrap()
             })
             .collect();
-        let wanted =
-            Wanted { id: "a".into(), checkpoints: vec![checkpoints[1].clone()], inputs: vec![hash] };
+        let wanted = Wanted { id: "a".into(), checkpoints: vec![checkpoints[1].clone()], inputs: vec![hash] };
         store.tidy(&[wanted], &BTreeSet::new()).unwrap();
         let mut left: Vec<u64> = bundle::list(&job).into_iter().map(|(manifest, _)| manifest.step).collect();
         left.sort_unstable();

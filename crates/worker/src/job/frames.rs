@@ -21,7 +21,9 @@ fn bytes_of(message: &impl Serialize) -> io::Result<Vec<u8>> {
 fn length_of(head: [u8; 4]) -> io::Result<usize> {
     match u32::from_le_bytes(head) as usize {
         length if length <= LONGEST => Ok(length),
-        length => Err(io::Error::other(format!("a message of {length} bytes is announced, which is too long"))),
+        length => {
+            Err(io::Error::other(format!("a message of {length} bytes is announced, which is too long")))
+        }
     }
 }
 

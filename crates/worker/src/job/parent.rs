@@ -1,7 +1,7 @@
 //! The node's side of a job's process.
 
 use super::{Answer, JobSetup, Order, frames};
-use crate::process::{LOG_END, Log, ProcessError, STARTING, WorkerExit};
+use crate::process::{Log, ProcessError, STARTING, WorkerExit};
 use mlxnode_compute::{Advance, JobError};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;

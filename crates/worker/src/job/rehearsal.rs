@@ -36,7 +36,9 @@ impl Rehearsal {
     /// [`JobError::Refused`] when the configuration makes no sense, [`JobError::Failed`] when a file cannot be read.
     pub fn new(configuration: &str, inputs: &Path, resume: Option<&Path>) -> Result<Self, JobError> {
         let (mut steps, mut millis) = (10, 0);
-        for line in configuration.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')) {
+        for line in
+            configuration.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'))
+        {
             let (key, value) = line.split_once(':').unwrap_or((line, ""));
             let number = |most: u64| match value.trim().parse::<u64>() {
                 Ok(number) if number <= most => Ok(number),
@@ -157,7 +159,8 @@ mod tests {
     #[test]
     fn a_rehearsal_that_is_cut_short_comes_to_the_same_result() {
         let folder = tempfile::tempdir().unwrap();
-        let [inputs, whole, saved, end] = ["inputs", "whole", "saved", "end"].map(|name| folder.path().join(name));
+        let [inputs, whole, saved, end] =
+            ["inputs", "whole", "saved", "end"].map(|name| folder.path().join(name));
         for path in [&inputs, &whole, &saved, &end] {
             fs::create_dir(path).unwrap();
         }
@@ -185,7 +188,10 @@ mod tests {
     fn a_wrong_key_or_number_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         for wrong in ["iters: 3", "steps: many", "millis: 99999999"] {
-            assert!(matches!(Rehearsal::new(wrong, folder.path(), None), Err(JobError::Refused(_))), "{wrong}");
+            assert!(
+                matches!(Rehearsal::new(wrong, folder.path(), None), Err(JobError::Refused(_))),
+                "{wrong}"
+            );
         }
         fs::write(folder.path().join(STATE), "not a state").unwrap();
         assert!(matches!(Rehearsal::new("", folder.path(), Some(folder.path())), Err(JobError::Failed(_))));

@@ -7,8 +7,8 @@ mod exit;
 mod log;
 
 pub use exit::WorkerExit;
-use log::drain;
-pub(crate) use log::{LOG_END, Log};
+pub(crate) use log::Log;
+use log::{LOG_END, drain};
 
 use crate::compute_thread::LoadShard;
 use crate::hello::{self, Answer, Hello, Ready};

@@ -56,7 +56,8 @@ fn main() -> Result<()> {
     let (start, cpu) = first.context("nothing was generated")?;
     let (time, cpu) = (start.elapsed().as_secs_f64(), cpu_ms()? - cpu);
     let peak = batch.model().device().memory()?.peak;
-    let prompts: Vec<_> = (0..rows).map(|row| prompt(row)[..8 + 7 * row as usize].to_vec()).collect();
+    let shortened = |row| prompt(row).into_iter().take(8 + 7 * row as usize).collect::<Vec<_>>();
+    let prompts: Vec<_> = (0..rows).map(shortened).collect();
     let (operations, reads) = count(&mut batch, &prompts)?;
     let tokens = rows as f64 * (new_tokens - 1) as f64;
     let report = serde_json::json!({

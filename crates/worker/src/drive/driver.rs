@@ -26,6 +26,9 @@ pub(crate) struct Limits {
     pub(crate) vocabulary: usize,
 }
 
+/// While nobody decodes, tokens of prompts after which no further one joins a batch: more in it would hardly be faster in all, and the
+/// first ones would wait for the last.
+const ENOUGH_TOKENS: usize = 128;
 /// Events that may wait for a slow scheduler before no further step begins.
 const WAITING_EVENTS: usize = 64;
 
@@ -50,6 +53,19 @@ pub(crate) struct Driver {
     events: VecDeque<DriveEvent>,
     /// Schedulers that came and that the stages have not all heard of.
     resets: usize,
+}
+
+/// Tokens of prompts that the next batch may have.
+#[derive(Clone, Copy, Default)]
+struct PromptRoom {
+    /// Up to how many tokens of work a prompt is short.
+    short: usize,
+    /// Short prompts join a batch with fewer tokens than that.
+    of_short: usize,
+    /// The same for long ones.
+    of_long: usize,
+    /// What the first one may take.
+    first: usize,
 }
 
 /// A batch in the pipeline.
@@ -385,53 +401,104 @@ impl Driver {
     }
 
     /// How many tokens of prompts the next batch may have.
-    fn prompt_room(&mut self, rows: usize, decoding: usize, count: usize) -> usize {
+    fn prompt_room(&mut self, rows: usize, decoding: usize, count: usize) -> PromptRoom {
         let follows = std::mem::take(&mut self.may_follow);
         let chunk = self.limits.prefill_chunk;
         if self.prefilling.is_empty() {
-            return 0;
+            return PromptRoom::default();
         }
+        let short = self.pace.short(decoding, count);
         if decoding == 0 {
-            return chunk;
+            return PromptRoom {
+                short,
+                of_short: ENOUGH_TOKENS.min(chunk),
+                of_long: ENOUGH_TOKENS.min(chunk),
+                first: chunk,
+            };
         }
-        match self.pace.room(decoding, count) {
-            Room::Along(tokens) if rows > 0 => tokens.min(chunk),
-            Room::Behind(tokens) if rows == 0 && follows => tokens.min(chunk),
+        let has_short = self.prefilling.iter().any(|sequence| self.work(*sequence) <= short);
+        let room = match has_short {
+            true => self.pace.short_room(decoding, count),
+            false => self.pace.room(decoding, count),
+        };
+        let tokens = match room {
+            Room::Along(tokens) if rows > 0 => tokens,
+            Room::Behind(tokens) if rows == 0 && follows => tokens,
             Room::Behind(_) if rows > 0 => {
                 self.may_follow = self.flights.iter().all(|flight| flight.load.rows > 0);
                 0
             }
             _ => 0,
+        };
+        if !has_short {
+            let tokens = tokens.min(chunk);
+            return PromptRoom { short, of_short: tokens, of_long: tokens, first: tokens };
         }
+        // Long prompts go on beside short ones, but only by their own measure.
+        let of_long = match self.pace.room(decoding, count) {
+            Room::Along(long) | Room::Behind(long) => long.min(tokens),
+        };
+        let of_short = tokens.min(chunk);
+        PromptRoom { short, of_short, of_long: of_long.min(chunk), first: of_short }
     }
 
-    /// Chunks of prompts, of `room` tokens in all, behind the rows that are there.
-    fn prompt_rows(&mut self, mut room: usize, rows: &mut Vec<Row>) {
-        let mut unfinished = Vec::new();
-        while room > 0
-            && let Some(sequence) = self.prefilling.pop_front()
-        {
-            let Some(state) = self.sequences.get_mut(&sequence) else { continue };
-            let border = state.borders.range(state.entered + 1..).next().copied().unwrap_or(usize::MAX);
-            let end = state.prompt.len().min(state.entered.saturating_add(room)).min(border);
-            let (position, sample) = (state.entered, end == state.prompt.len());
-            let tokens = state.prompt[position..end].to_vec();
-            if !std::mem::replace(&mut state.has_started, true) {
-                let cached_tokens = state.cached;
-                self.events.push_back(DriveEvent::Started { sequence, cached_tokens });
+    /// Tokens of a prompt that need work, those that entered the pipeline included: the end of a long prompt is no short one.
+    fn work(&self, sequence: SequenceId) -> usize {
+        self.sequences.get(&sequence).map_or(0, |state| state.prompt.len().saturating_sub(state.cached))
+    }
+
+    /// Tokens of a prompt that have not entered the pipeline.
+    fn left(&self, sequence: SequenceId) -> usize {
+        self.sequences.get(&sequence).map_or(0, |state| state.prompt.len().saturating_sub(state.entered))
+    }
+
+    /// Chunks of prompts behind the rows that are there: the short ones in the order in which they came, then the long ones by turns.
+    fn prompt_rows(&mut self, room: PromptRoom, rows: &mut Vec<Row>) {
+        let waiting = std::mem::take(&mut self.prefilling);
+        let (short, long): (Vec<_>, Vec<_>) =
+            waiting.into_iter().partition(|sequence| self.work(*sequence) <= room.short);
+        let mut taken = 0;
+        for sequence in short {
+            let most = if taken == 0 { room.first } else { room.of_short };
+            taken += self.chunk(sequence, most.saturating_sub(taken), rows);
+            if self.left(sequence) > 0 {
+                self.prefilling.push_back(sequence);
             }
-            room -= tokens.len();
-            state.entered = end;
-            if sample {
-                state.awaits_token = true;
-                state.phase = Phase::Decoding;
-                state.prompt = Vec::new();
-            } else {
-                unfinished.push(sequence);
-            }
-            rows.push(Row { sequence, position, tokens, sample });
         }
-        self.prefilling.extend(unfinished);
+        let mut begun = Vec::new();
+        for sequence in long {
+            let most = if taken == 0 { room.first } else { room.of_long };
+            let chunk = self.chunk(sequence, most.saturating_sub(taken), rows);
+            taken += chunk;
+            match self.left(sequence) {
+                0 => {}
+                _ if chunk > 0 => begun.push(sequence),
+                _ => self.prefilling.push_back(sequence),
+            }
+        }
+        self.prefilling.extend(begun);
+    }
+
+    /// Puts the next chunk of a prompt behind the rows, and says how many tokens it has: at most `room`.
+    fn chunk(&mut self, sequence: SequenceId, room: usize, rows: &mut Vec<Row>) -> usize {
+        let Some(state) = self.sequences.get_mut(&sequence).filter(|_| room > 0) else { return 0 };
+        let border = state.borders.range(state.entered + 1..).next().copied().unwrap_or(usize::MAX);
+        let end = state.prompt.len().min(state.entered.saturating_add(room)).min(border);
+        let (position, sample) = (state.entered, end == state.prompt.len());
+        let tokens = state.prompt[position..end].to_vec();
+        let count = tokens.len();
+        if !std::mem::replace(&mut state.has_started, true) {
+            let cached_tokens = state.cached;
+            self.events.push_back(DriveEvent::Started { sequence, cached_tokens });
+        }
+        state.entered = end;
+        if sample {
+            state.awaits_token = true;
+            state.phase = Phase::Decoding;
+            state.prompt = Vec::new();
+        }
+        rows.push(Row { sequence, position, tokens, sample });
+        count
     }
 
     /// A batch came round.

@@ -6,13 +6,19 @@
 //!
 //! Two decisions follow. **In how many micro-batches** the decoding rows travel: one keeps only one stage busy at a time, as many as
 //! there are stages keep all of them busy but read the weights as often; the number with the most tokens per second wins. **How
-//! many tokens of prompts** go along: as many as keep a decoding row's time from token to token within twice of what it is without.
+//! many tokens of prompts** go along: of long prompts as many as keep a decoding row's time from token to token within twice of what it
+//! is without. Short prompts are over soon and hold up nobody for long, while everybody gains by more rows in a batch: they may take
+//! several times as much, so that many small requests are not answered slower than their work takes.
 
 use crate::message::StageTimes;
 
 /// How much longer a decoding row may take from token to token because of prompts. Less than the factor of 2 that is promised, since
 /// an estimate is none.
 const GROWTH: f64 = 1.8;
+/// The same because of short prompts.
+const SHORT_GROWTH: f64 = 5.0;
+/// A prompt is short when its tokens take less than so many of a decoding row's.
+const SHORT: f64 = 16.0;
 /// What a batch weighs less than the one after it: about the last fifty count.
 const FORGETTING: f64 = 0.98;
 /// Another number of micro-batches has to promise that much more.
@@ -112,8 +118,28 @@ impl Pace {
         times.filter(|times| !times.is_empty())
     }
 
-    /// Where tokens of prompts go while `decoding` rows travel in `count` micro-batches, and how many.
+    /// Where tokens of long prompts go while `decoding` rows travel in `count` micro-batches, and how many.
     pub(crate) fn room(&self, decoding: usize, count: usize) -> Room {
+        self.room_within(GROWTH, decoding, count)
+    }
+
+    /// The same of short prompts, instead.
+    pub(crate) fn short_room(&self, decoding: usize, count: usize) -> Room {
+        self.room_within(SHORT_GROWTH, decoding, count)
+    }
+
+    /// Up to how many tokens a prompt is short while `decoding` rows travel in `count` micro-batches.
+    pub(crate) fn short(&self, decoding: usize, count: usize) -> usize {
+        let each: Option<f64> = self.stages.iter().map(|stage| stage.token).sum();
+        match (self.cycle(decoding.max(1), count), each) {
+            (Some(cycle), Some(each)) if each > 0.0 => (SHORT * cycle / each) as usize,
+            (Some(_), Some(_)) => usize::MAX,
+            _ => FIRST_CHUNK,
+        }
+    }
+
+    /// Where tokens of prompts go, and how many, when a decoding row's time from token to token may grow by the factor.
+    fn room_within(&self, growth: f64, decoding: usize, count: usize) -> Room {
         let share = decoding.div_ceil(count.max(1)).max(1);
         let tokens: Option<Vec<f64>> = self.stages.iter().map(|stage| stage.token).collect();
         let (Some(cycle), Some(times), Some(tokens)) =
@@ -127,18 +153,18 @@ impl Pace {
             return Room::Along(usize::MAX); // they cost nothing that can be measured
         }
         // Every batch takes its own along: it takes them through all stages, and the slowest one meets those of all batches.
-        let through = (GROWTH - 1.0) * cycle / all;
-        let met = (GROWTH * cycle / count as f64 - slowest(&times)) / token;
+        let through = (growth - 1.0) * cycle / all;
+        let met = (growth * cycle / count as f64 - slowest(&times)) / token;
         let along = through.min(met).max(0.0);
         // Or they follow a single batch by themselves, in stages that would be idle. In the worst case the batch meets them again
         // where it starts, and then it is behind them in every stage.
         let fixed = self.stages.iter().filter_map(|stage| stage.decode.at(0.0)).fold(0.0, f64::max);
         let behind = match count == 1 && stages > 1.0 {
-            true => (((GROWTH * cycle - slowest(&times)) / stages - fixed) / token).max(0.0),
+            true => (((growth * cycle - slowest(&times)) / stages - fixed) / token).max(0.0),
             false => 0.0,
         };
         // What goes along makes every round longer, what follows does so hardly ever.
-        match behind > along / GROWTH && behind >= 1.0 {
+        match behind > along / growth && behind >= 1.0 {
             true => Room::Behind(behind as usize),
             false => Room::Along((along as usize).max(1)),
         }

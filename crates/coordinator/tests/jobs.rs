@@ -290,8 +290,8 @@ impl World {
             self.log = self.jobs.records();
         }
         // As it is written and read.
-        let text = serde_json::to_vec(&self.log).unwrap();
-        self.log = serde_json::from_slice(&text).unwrap();
+        let text = serde_json::to_vec(&self.log).expect("records are JSON");
+        self.log = serde_json::from_slice(&text).expect("what was written can be read");
         self.jobs = Jobs::restore(self.log.clone());
         self.copies.clear();
         self.publications.clear();
@@ -313,7 +313,7 @@ impl World {
                 );
             }
             if view.state == JobState::Finished {
-                let last = view.checkpoints.last().unwrap();
+                let last = view.checkpoints.last().expect("a result");
                 assert_eq!(last.checkpoint, checkpoint(id, STEPS), "{id} is finished with a wrong result");
             }
             if self.cancelled.contains(id) {
@@ -356,7 +356,10 @@ impl World {
                     assert_eq!(self.served.get(id), Some(&state_after(id, STEPS)), "{id} is served");
                     let steps: Vec<u64> = view.curve.iter().map(|point| point.step).collect();
                     assert!(steps.is_sorted(), "{steps:?}");
-                    assert!(view.checkpoints.last().unwrap().holders.len() >= 2, "{id} is on two nodes");
+                    assert!(
+                        view.checkpoints.last().expect("a result").holders.len() >= 2,
+                        "{id} is on two nodes"
+                    );
                 }
             }
         }

@@ -11,9 +11,10 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 /// Which of our crates may depend on which, by short name. `proto` is the package at the top.
-const ALLOWED: [(&str, &[&str]); 20] = [
+const ALLOWED: [(&str, &[&str]); 21] = [
     ("proto", &[]),
     ("compute", &[]),
+    ("collective", &["compute"]),
     ("text", &["compute"]),
     ("sandbox", &["text"]),
     ("hub", &[]),
@@ -22,11 +23,11 @@ const ALLOWED: [(&str, &[&str]); 20] = [
     ("checkpoint", &["compute"]),
     ("mlx", &["compute"]),
     ("engine", &["mlx", "checkpoint", "compute"]),
-    ("training", &["mlx", "engine", "checkpoint", "compute"]),
+    ("training", &["mlx", "engine", "checkpoint", "text", "compute"]),
     ("quantization", &["mlx", "engine", "checkpoint", "compute"]),
     ("traces", &["compute"]),
-    ("worker", &["cluster", "compute", "proto"]),
-    ("coordinator", &["cluster", "compute", "checkpoint", "hub", "proto"]),
+    ("worker", &["cluster", "collective", "compute", "proto"]),
+    ("coordinator", &["cluster", "collective", "compute", "checkpoint", "hub", "proto"]),
     ("api", &["coordinator", "cluster", "text", "hub", "compute", "proto"]),
     (
         "node",
@@ -51,13 +52,17 @@ const ALLOWED: [(&str, &[&str]); 20] = [
 ];
 
 /// Sync crates: none of them may reach a runtime, not even through others.
-const WITHOUT_RUNTIME: [&str; 8] =
-    ["compute", "mlx", "engine", "training", "quantization", "text", "sandbox", "checkpoint"];
+const WITHOUT_RUNTIME: [&str; 9] =
+    ["collective", "compute", "mlx", "engine", "training", "quantization", "text", "sandbox", "checkpoint"];
 const RUNTIMES: [&str; 4] = ["tokio", "tonic", "ractor", "async-std"];
 
 /// Decisions: events and `now` in, effects out. No clock, channel or async inside.
-const PURE: [&str; 3] =
-    ["crates/compute/src", "crates/coordinator/src/placement", "crates/coordinator/src/scheduler/machine.rs"];
+const PURE: [&str; 4] = [
+    "crates/collective/src",
+    "crates/compute/src",
+    "crates/coordinator/src/placement",
+    "crates/coordinator/src/scheduler/machine.rs",
+];
 // (The simulated stage in compute may sleep: its time is what it simulates.)
 
 /// Where generated messages may be named, besides files whose own name says that they face the wire.

@@ -1,4 +1,4 @@
-//! The seam between the network and the arithmetic: plain data and the traits [`Stage`] and [`Job`].
+//! The seam between the network and the arithmetic: plain data and the traits [`Stage`], [`Job`] and [`Reduce`].
 //!
 //! The network side (worker) moves [`Activation`]s and token ids; the compute side (engine) turns one into the other.
 //! Neither knows the other: both know this crate. No IO, no async, no MLX here, so that the pipeline can be tested
@@ -10,6 +10,7 @@ mod cache_options;
 mod grammar;
 mod job;
 mod quantity;
+mod reduce;
 mod sampling;
 pub mod simulated;
 mod span;
@@ -24,6 +25,10 @@ pub use cache_options::{CacheOptions, CacheOptionsError};
 pub use grammar::{Grammar, GrammarError, Grammars, TokenConstraint};
 pub use job::{Advance, Job, JobError, StepReport};
 pub use quantity::{ByteCount, LayerRange};
+pub use reduce::{
+    Alone, Deal, MOST_MICRO_BATCHES, MicroBatches, Partial, Reduce, ReduceError, Reduced, StepError, Sum,
+    Tally, TreeNode, TreeSum, Turn, nodes_of, sum_step,
+};
 pub use sampling::{Candidate, LogprobRequest, Penalty, Sampled, Sampling, SamplingError, Xtc};
 pub use span::{Span, SpanSink, SpanValue};
 pub use stage::{

@@ -1,1 +1,17 @@
 //! LoRA, DoRA, full: datasets, losses, optimizers, the resumable loop; a Job.
+//!
+//! - [`TrainingConfig`]: what a run is asked to do; [`Schedule`]: its learning rate
+//! - [`Dataset`]: rows as token ids; [`Batches`]: which of them go through the model together
+
+mod batches;
+mod config;
+mod data;
+mod schedule;
+
+pub use batches::{BatchError, BatchOptions, BatchRow, Batches, Block, MicroBatch, Sets};
+pub use config::{
+    AdapterConfig, ConfigError, Count, Features, FineTuneType, HubDataset, Layers, LoraParameters, Mask,
+    OptimizerConfig, Preference, PreferenceLoss, Report, Settings, Split, TrainingConfig,
+};
+pub use data::{Cut, DataError, DataFolder, Dataset, Encoder, Row, Sequence};
+pub use schedule::{Schedule, Shape};

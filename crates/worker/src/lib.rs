@@ -7,13 +7,14 @@
 //! first stage:  scheduler ═▶ driver ─▶ inbox …              … and from the last stage round the ring: tokens ═▶ driver
 //! ```
 //! Child side: [`run`] is the process, [`LocalWorker`] the same within a process. Parent side: [`WorkerProcess`] starts, watches
-//! and ends one. Scheduler's side: [`DriveClient`]. [`wire`] converts between the seam's types and the contract's messages.
+//! and ends one. Scheduler's side: [`DriveClient`]. A training job's side: [`CollectiveEndpoint`]. [`wire`] converts between the seam's types and the contract's messages.
 //!
 //! A job (training, quantization) runs in such a process too, without a network: [`run_job`] and [`JobProcess`].
 //!
 //! The node decides what a fault means; a worker that lost a neighbour or whose device failed just ends, with a reason.
 
 mod blocks_wire;
+mod collective;
 mod compute_thread;
 mod drive;
 mod drive_client;
@@ -33,9 +34,14 @@ mod service;
 mod shard;
 mod shard_state;
 mod spans;
+mod time_counts;
 pub mod wire;
 
-pub use compute_thread::{BlockRoom, LoadFailure, LoadShard, StageFactory};
+pub use collective::{
+    CollectiveEndpoint, CollectiveError, CollectiveOptions, ConductorEvent, Group, GroupClient,
+    GroupConductor, GroupError, GroupPeer, GroupReports, GroupWorker,
+};
+pub use compute_thread::{BlockRoom, Guessing, LoadFailure, LoadShard, StageFactory};
 pub use drive_client::{DriveClient, DriveError, DriveEvents};
 pub use error::{Fault, Side};
 pub use job::{JobCallError, JobFactory, JobProcess, JobSetup, Rehearsal, run_job};
@@ -44,3 +50,4 @@ pub use process::{LoadProgress, ProcessError, ShardLoading, SpawnWorker, WorkerE
 pub use progress::ShardStats;
 pub use run::{RunError, run};
 pub use server::{LocalWorker, WorkerOptions};
+pub use time_counts::TimeCounts;

@@ -59,6 +59,7 @@ fn code(ended: Result<(), RunError>) -> ExitCode {
 /// Makes the job of this process, on the thread that drives it.
 fn job(setup: &JobSetup) -> Result<Box<dyn Job>, JobError> {
     match setup.kind.as_str() {
+        "fine-tuning" => crate::training::job::make(setup),
         "rehearsal" => {
             let resume = setup.resume.as_deref();
             Ok(Box::new(Rehearsal::new(&setup.configuration, &setup.inputs, resume)?))

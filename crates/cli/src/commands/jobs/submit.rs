@@ -144,6 +144,7 @@ fn configured(text: &str, origin: &str, model: &str) -> Result<TrainingConfig> {
     if !model.is_empty() {
         flags.set("model", model);
     }
+    flags.set("train", true);
     let asked = TrainingConfig::resolve(flags, Settings::from_yaml(text, origin)?)?;
     if let Err(wrong) = training::job::configuration(text, &asked.model, Path::new(&asked.data)) {
         bail!("{origin}: {wrong}");

@@ -9,6 +9,7 @@ pub mod forget;
 pub mod fuse;
 pub mod generate;
 pub mod invite;
+pub mod jobs;
 pub mod join;
 pub mod keys;
 pub mod leave;
@@ -41,6 +42,7 @@ pub fn run(arguments: Arguments) -> Result<ExitCode> {
         Command::Plan(command) => asynchronous(command.run(global))?,
         Command::Load(command) => asynchronous(command.run(global))?,
         Command::Unload(command) => asynchronous(command.run(global))?,
+        Command::Jobs(command) => asynchronous(command.run(global))?,
         Command::Keys(command) => asynchronous(command.run(global))?,
         Command::Models(command) => command.run(global)?,
         Command::Adapters(command) => asynchronous(command.run(global))?,

@@ -20,6 +20,7 @@ fn story_a_python_client_that_knows_only_reflection_streams_a_generation() -> Re
         "mlxnode.v1.Models",
         "mlxnode.v1.Cluster",
         "mlxnode.v1.Keys",
+        "mlxnode.v1.Jobs",
         "grpc.health.v1.Health",
     ] {
         ensure!(services.contains(&service), "{service} is not in {services:?}");

@@ -9,14 +9,14 @@
 //! | [`metrics`] | figures for monitoring |
 //! | [`panorama`] | what all nodes do now, asked once for everybody who watches |
 //! | [`picture`] | the cluster as the web page and `mlxnode top` show it |
-//! | [`jobs`] | the jobs of the cluster as they are shown |
+//! | [`jobs`] | the jobs of the cluster: their service, and how they are shown |
 //! | `conversation` | a request for an answer and the answer's parts, for every dialect |
 //! | `error`, `fields` | what a client can get wrong, and JSON taken apart field by field |
 //! | `caller` | for whom a request is |
 //! | `route` | the way to the coordinator, here or on another node |
 //! | [`rpc`] | every rpc, and the gate at it |
 //! | [`access`] | who may call what |
-//! | `inference`, [`models`], [`cluster`], [`keys`] | the gRPC services of `mlxnode.v1` |
+//! | `inference`, [`models`], [`cluster`], [`keys`], [`jobs`] | the gRPC services of `mlxnode.v1` |
 //! | [`http`] | the HTTP listener and its endpoints |
 
 pub mod access;

@@ -4,12 +4,14 @@ use crate::access::{ADMINS, PUBLIC, only};
 use crate::cluster::ClusterService;
 use crate::gate::Gate;
 use crate::inference::InferenceService;
+use crate::jobs::JobsService;
 use crate::keys::KeysService;
 use crate::metrics::Metrics;
 use crate::models::ModelsService;
 use crate::rpc;
 use mlxnode_proto::v1::cluster_server::ClusterServer;
 use mlxnode_proto::v1::inference_server::InferenceServer;
+use mlxnode_proto::v1::jobs_server::JobsServer;
 use mlxnode_proto::v1::keys_server::KeysServer;
 use mlxnode_proto::v1::models_server::ModelsServer;
 use std::sync::Arc;
@@ -26,6 +28,8 @@ pub struct PublicServices {
     pub cluster: ClusterService,
     /// `mlxnode.v1.Keys`
     pub keys: KeysService,
+    /// `mlxnode.v1.Jobs`
+    pub jobs: JobsService,
 }
 
 /// The largest request that a client may send: a prompt of two million characters, with room for the rest.
@@ -46,11 +50,13 @@ pub async fn public_routes(
     health.set_serving::<ModelsServer<ModelsService>>().await;
     health.set_serving::<ClusterServer<ClusterService>>().await;
     health.set_serving::<KeysServer<KeysService>>().await;
+    health.set_serving::<JobsServer<JobsService>>().await;
     let inference = InferenceServer::new(services.inference).max_decoding_message_size(LARGEST_REQUEST);
     let routes = Routes::new(InterceptedService::new(inference, only(PUBLIC)))
         .add_service(InterceptedService::new(ModelsServer::new(services.models), only(PUBLIC)))
         .add_service(InterceptedService::new(ClusterServer::new(services.cluster), only(PUBLIC)))
         .add_service(InterceptedService::new(KeysServer::new(services.keys), only(ADMINS)))
+        .add_service(InterceptedService::new(JobsServer::new(services.jobs), only(ADMINS)))
         .add_service(InterceptedService::new(health_service, only(PUBLIC)))
         .add_service(InterceptedService::new(reflection().build_v1()?, only(PUBLIC)))
         .add_service(InterceptedService::new(reflection().build_v1alpha()?, only(PUBLIC)));
@@ -66,5 +72,6 @@ fn reflection() -> tonic_reflection::server::Builder<'static> {
         .with_service_name("mlxnode.v1.Models")
         .with_service_name("mlxnode.v1.Cluster")
         .with_service_name("mlxnode.v1.Keys")
+        .with_service_name("mlxnode.v1.Jobs")
         .with_service_name("grpc.health.v1.Health")
 }

@@ -1,8 +1,8 @@
 //! The words of the command line. Each command's own arguments stand beside the command.
 
 use crate::commands::{
-    adapters, benchmark, cache_prompt, chat, completions, forget, generate, invite, join, keys, leave, load,
-    models, perplexity, plan, sandbox, status, top, unload, worker,
+    adapters, benchmark, cache_prompt, chat, completions, forget, generate, invite, jobs, join, keys, leave,
+    load, models, perplexity, plan, sandbox, status, top, unload, worker,
 };
 use clap::builder::RangedI64ValueParser;
 use clap::{Args, Parser, Subcommand};
@@ -76,6 +76,7 @@ pub enum Command {
     Unload(unload::Unload),
     Models(models::Models),
     Adapters(adapters::Adapters),
+    Jobs(jobs::Jobs),
     Keys(keys::Keys),
     Generate(Box<generate::Generate>),
     Chat(Box<chat::Chat>),

@@ -5,6 +5,7 @@ use crate::commands::data_dir;
 use anyhow::{Result, bail};
 use mlxnode_proto::v1::cluster_client::ClusterClient;
 use mlxnode_proto::v1::inference_client::InferenceClient;
+use mlxnode_proto::v1::jobs_client::JobsClient;
 use mlxnode_proto::v1::keys_client::KeysClient;
 use mlxnode_proto::v1::models_client::ModelsClient;
 use tonic::transport::Channel;
@@ -41,6 +42,11 @@ impl Connection {
     /// `mlxnode.v1.Models`
     pub fn models(&self) -> ModelsClient<Channel> {
         ModelsClient::new(self.channel.clone())
+    }
+
+    /// `mlxnode.v1.Jobs`
+    pub fn jobs(&self) -> JobsClient<Channel> {
+        JobsClient::new(self.channel.clone())
     }
 
     /// `mlxnode.v1.Keys`

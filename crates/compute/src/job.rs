@@ -3,6 +3,7 @@
 //! The network side (worker, job runner) drives a job and moves files; the compute side (training, quantization) computes. A job is
 //! driven in pieces of at most a few seconds, so that it can be paused, cancelled, saved and made to yield between any two.
 
+use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// A long computation, in pieces.
@@ -31,7 +32,7 @@ pub trait Job {
 }
 
 /// What a piece of a job was.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Advance {
     /// Preparation, for people: "reading the model".
     Prepared(String),
@@ -56,7 +57,7 @@ pub enum Advance {
 }
 
 /// One step of training.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepReport {
     /// Steps done, this one included.
     pub step: u64,
@@ -77,7 +78,7 @@ pub struct StepReport {
 }
 
 /// A job cannot go on.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, thiserror::Error)]
 pub enum JobError {
     /// What was asked for cannot be done: it says what to change.
     #[error("{0}")]

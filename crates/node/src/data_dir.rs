@@ -8,6 +8,7 @@
 //!   roster.pb       the signed roster
 //!   control.db      the coordinator's control log
 //!   blocks/         what workers computed of prompts, and which those were; may be removed while no node runs
+//!   jobs/           files and checkpoints of jobs
 //!   client/         for local clients (command line, scripts): their own node.key and node.crt, and server.crt to expect
 //!   run/node.json   where the running node listens; removed when it stops
 //! ```
@@ -87,6 +88,11 @@ impl DataDir {
     /// What workers remember of prompts.
     pub(crate) fn blocks(&self) -> PathBuf {
         self.root.join("blocks")
+    }
+
+    /// Files and checkpoints of jobs.
+    pub(crate) fn jobs(&self) -> PathBuf {
+        self.root.join("jobs")
     }
 
     /// The node's certificate in PEM, for clients of other languages that want a root certificate.

@@ -8,6 +8,7 @@
 //! | `coordination` | the coordinator's role here or on another node |
 //! | `key_ring` | the API keys, from the coordinator's node to all others |
 //! | `workers`, `schedulers` | the worker processes and the schedulers of this node |
+//! | `jobs` | the jobs on this node: their files, their processes |
 //! | `observer` | what the figures for monitoring say about this node |
 //! | `node_control`, `replica` | what nodes ask of each other: service and client of each, converted in `wire` |
 //! | `client` | how local programs reach the node |
@@ -20,6 +21,7 @@ mod demand;
 mod error;
 mod facts;
 mod household;
+mod jobs;
 mod joining;
 mod key_ring;
 mod lookout;

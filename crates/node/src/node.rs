@@ -12,6 +12,7 @@ use crate::data_dir::{DataDir, DataDirError, DataDirLock, RunningNode};
 use crate::demand::NodeDemand;
 use crate::facts::MachineFacts;
 use crate::household::{LEAVE_TIME, Members, NodeHousehold};
+use crate::jobs;
 use crate::joining::become_member;
 use crate::key_ring;
 use crate::key_ring::service::KeyRingService;
@@ -32,6 +33,7 @@ use mlxnode_api::deployments::DeploymentsView;
 use mlxnode_api::front::Front;
 use mlxnode_api::gate::{Gate, GateOptions};
 use mlxnode_api::http::{BindError, HttpServer, HttpServices};
+use mlxnode_api::jobs::{JobsService, JobsView};
 use mlxnode_api::keys::{KeysService, KeysView};
 use mlxnode_api::metrics::Metrics;
 use mlxnode_api::models::{Busy, ModelsService};
@@ -45,6 +47,7 @@ use mlxnode_cluster::{
 use mlxnode_coordinator::coordinator::{self, Coordinator, CoordinatorHandle};
 use mlxnode_coordinator::scheduler::Statistics;
 use mlxnode_hub::Hub;
+use mlxnode_proto::internal::v1::job_runner_server::JobRunnerServer;
 use mlxnode_proto::internal::v1::key_ring_server::KeyRingServer;
 use mlxnode_proto::internal::v1::node_control_server::NodeControlServer;
 use mlxnode_proto::internal::v1::replica_server::ReplicaServer;
@@ -173,6 +176,7 @@ pub struct Node {
     coordinator: Option<Coordinator>,
     schedulers: Schedulers,
     workers: Workers,
+    job_runners: jobs::Runners,
     mesh: MeshHandle,
     lookout: Arc<Lookout>,
     traces: Option<Exporter>,
@@ -279,6 +283,13 @@ impl Node {
             (options.prompt_cache_disk.0 > 0).then(|| data_dir.blocks()),
         );
 
+        let job_peers = jobs::Peers {
+            store: jobs::Store::new(data_dir.jobs()),
+            mesh: mesh.clone(),
+            roster: roster.clone(),
+        };
+        workers.take_adapters_of_jobs_from(job_peers.clone());
+        let job_runners = job_runners(&options, &workers, &schedulers, job_peers.clone());
         let nodes = ClusterNodes {
             own,
             mesh: mesh.clone(),
@@ -288,7 +299,7 @@ impl Node {
             listens_everywhere: bound.ip().is_unspecified(),
         };
         let (handle, coordinator) = match coordinates {
-            true => start_coordinator(&data_dir, &nodes)
+            true => start_coordinator(&data_dir, &nodes, &job_runners)
                 .await
                 .map(|(handle, owner)| (Some(handle), Some(owner)))?,
             false => (None, None),
@@ -298,18 +309,22 @@ impl Node {
         let (view_sender, view) = watch::channel(DeploymentsView::default());
         let (keys_sender, keys) = watch::channel(KeysView::default());
         let key_ring = KeyRingService { coordinator: handle.clone() };
+        let (jobs_sender, jobs_view) = watch::channel(Vec::new());
         let mut tasks = Vec::new();
         let mut own_task = |task: tokio::task::JoinHandle<()>| tasks.push(AbortOnDropHandle::new(task));
         match handle {
             Some(handle) => {
                 own_task(tokio::spawn(coordination::mirror(handle.clone(), view_sender)));
                 own_task(tokio::spawn(key_ring::client::mirror(handle.clone(), keys_sender)));
+                let mirror = jobs::mirror::mirror(handle.clone(), job_peers.clone(), jobs_sender);
+                own_task(tokio::spawn(mirror));
                 own_task(tokio::spawn(coordination::bring_news(handle, nodes, workers.clone())));
                 own_task(tokio::spawn(keep_addresses(registrar.clone(), mesh.clone(), own)));
             }
             None => {
                 own_task(tokio::spawn(coordination::follow(route.clone(), view_sender)));
                 own_task(tokio::spawn(key_ring::client::follow(route.clone(), keys_sender)));
+                own_task(tokio::spawn(jobs::mirror::follow(route.clone(), jobs_sender)));
             }
         }
         let stop_serving = CancellationToken::new();
@@ -363,11 +378,14 @@ impl Node {
         let panorama = Panorama::new(Arc::new(sight));
         let models = ModelsService::new(route.clone(), view.clone(), busy.clone());
         let members = ClusterService::new(household.clone(), route.clone(), view, busy, panorama);
+        let job_files = Arc::new(jobs::files::NodeJobFiles { peers: job_peers });
+        let jobs_service = JobsService::new(route.clone(), job_files);
         let public = PublicServices {
             inference: InferenceService::new(front.clone()),
             models: models.clone(),
             cluster: members.clone(),
             keys: KeysService::new(route, keys.clone()),
+            jobs: jobs_service.clone(),
         };
         let public = public_routes(public, gate.clone(), metrics.clone())
             .await
@@ -385,6 +403,10 @@ impl Node {
             .add_service(InterceptedService::new(control, only(NODES)))
             .add_service(InterceptedService::new(replica, only(NODES)))
             .add_service(InterceptedService::new(KeyRingServer::new(key_ring), only(NODES)))
+            .add_service(InterceptedService::new(
+                JobRunnerServer::new(jobs::service::JobRunnerService { runners: job_runners.clone() }),
+                only(NODES),
+            ))
             .add_service(peer_service(&mesh, registrar));
 
         let access = Arc::new(AccessList::default());
@@ -405,7 +427,8 @@ impl Node {
             let services = HttpServices::new(front, stop_serving.clone())
                 .behind(gate)
                 .showing(metrics, observer)
-                .controlling(members, models);
+                .controlling(members, models)
+                .running_jobs(Arc::new(JobsView(jobs_view)));
             let names = addresses::http_names(&name, http.address(), &reachable);
             let router = http.router(services, &names);
             let (address, moved) = (http.address(), http.moved());
@@ -438,6 +461,7 @@ impl Node {
             coordinator,
             schedulers,
             workers,
+            job_runners,
             mesh,
             lookout,
             traces,
@@ -546,6 +570,8 @@ impl Node {
         if let Some(coordinator) = self.coordinator.take() {
             coordinator.stop().await;
         }
+        // What jobs have done so far is saved.
+        self.job_runners.stop_all().await;
         self.schedulers.stop_all().await;
         self.workers.stop_all().await;
         self.lookout.shutdown().await;
@@ -590,6 +616,7 @@ async fn refuse_without_keys(
 async fn start_coordinator(
     data_dir: &DataDir,
     nodes: &ClusterNodes,
+    job_runners: &jobs::Runners,
 ) -> Result<(CoordinatorHandle, Coordinator), NodeError> {
     let path = data_dir.control_log();
     let opened = tokio::task::spawn_blocking(move || SqliteControlLog::open(&path)).await;
@@ -598,9 +625,32 @@ async fn start_coordinator(
         Ok(Err(error)) => return Err(NodeError::Coordinator(crate::error::chain(&error))),
         Err(error) => return Err(NodeError::Coordinator(error.to_string())),
     };
-    coordinator::start(coordinator::Limits::default(), Arc::new(log), Arc::new(nodes.clone()))
+    let job_nodes = jobs::client::ClusterJobs { own: nodes.own, runners: job_runners.clone() };
+    let limits = coordinator::Limits::default();
+    coordinator::start_with_jobs(limits, Arc::new(log), Arc::new(nodes.clone()), Arc::new(job_nodes))
         .await
         .map_err(|error| NodeError::Coordinator(error.to_string()))
+}
+
+fn job_runners(
+    options: &NodeOptions,
+    workers: &Workers,
+    schedulers: &Schedulers,
+    peers: jobs::Peers,
+) -> jobs::Runners {
+    let (busy_workers, busy_schedulers, hub_workers) = (workers.clone(), schedulers.clone(), workers.clone());
+    let options = jobs::RunnersOptions {
+        command: options.worker_command.clone(),
+        is_busy: Arc::new(move || busy_schedulers.busy() > 0 || busy_workers.open_sequences() > 0),
+        fetch_model: Arc::new(move |source| {
+            let workers = hub_workers.clone();
+            Box::pin(async move {
+                let folder = workers.resolve(&source).await;
+                folder.map_err(|error| mlxnode_coordinator::Error::Failed(crate::error::chain(&error)))
+            })
+        }),
+    };
+    jobs::Runners::new(options, peers)
 }
 
 /// Keeps what this node says about its memory current.

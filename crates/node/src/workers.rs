@@ -3,10 +3,12 @@
 //! Each order names a deployment and an epoch. What is older than the newest epoch seen for a deployment is refused, so that a
 //! coordinator which slept cannot disturb its successor's work. The end of a process is told at once to whoever watches.
 
+use crate::jobs::Peers;
 use mlxnode_checkpoint::Checkpoint;
 use mlxnode_cluster::Identity;
 use mlxnode_compute::{ByteCount, LayerRange};
 use mlxnode_coordinator::deployments::{AdapterWish, Attempt, Links, Shard, StartedWorker};
+use mlxnode_coordinator::jobs::parse_artifact_source;
 use mlxnode_hub::{Hub, ModelSource};
 use mlxnode_traces::Collector;
 use mlxnode_worker::{BlockRoom, LoadShard, ProcessError, ShardStats, SpawnWorker, WorkerProcess};
@@ -106,6 +108,8 @@ struct Shared {
     hub: Arc<Hub>,
     state: Mutex<State>,
     ended: broadcast::Sender<WorkerEnded>,
+    /// Where adapters that jobs made are found.
+    of_jobs: std::sync::OnceLock<Peers>,
 }
 
 #[derive(Default)]
@@ -133,6 +137,7 @@ struct Held {
     shard: Shard,
     process: Arc<WorkerProcess>,
     memory: Memory,
+    open_sequences: u32,
     /// Tells of the process's end, and reads its memory now and then.
     _watcher: AbortOnDropHandle<()>,
 }
@@ -157,7 +162,26 @@ impl Workers {
     /// No workers yet.
     pub(crate) fn new(options: WorkersOptions, identity: Arc<Identity>, hub: Arc<Hub>) -> Self {
         let (ended, _) = broadcast::channel(ENDS);
-        Self { shared: Arc::new(Shared { options, identity, hub, state: Mutex::default(), ended }) }
+        Self {
+            shared: Arc::new(Shared {
+                options,
+                identity,
+                hub,
+                state: Mutex::default(),
+                ended,
+                of_jobs: Default::default(),
+            }),
+        }
+    }
+
+    /// Adapters that jobs made are found there. Said once.
+    pub(crate) fn take_adapters_of_jobs_from(&self, peers: Peers) {
+        let _ = self.shared.of_jobs.set(peers);
+    }
+
+    /// Sequences that the workers of this node compute, as last read.
+    pub(crate) fn open_sequences(&self) -> u32 {
+        self.state().held.iter().map(|held| held.open_sequences).sum()
     }
 
     /// Every end of a worker process from now on.
@@ -411,6 +435,12 @@ impl Workers {
 
     /// Looks for an adapter, or downloads it, on a thread of its own.
     async fn fetch_adapter(&self, source: &str) -> Result<PathBuf, WorkersError> {
+        if let Some((id, hash)) = parse_artifact_source(source) {
+            let missing = || WorkersError::Model("this node keeps no files of jobs".to_owned());
+            let peers = self.shared.of_jobs.get().ok_or_else(missing)?;
+            let folder = peers.result(id, hash).await;
+            return folder.map_err(|error| WorkersError::Model(error.to_string()));
+        }
         let parsed =
             ModelSource::parse(source).map_err(|error| WorkersError::Model(crate::error::chain(&error)))?;
         let hub = self.shared.hub.clone();
@@ -449,6 +479,7 @@ impl Workers {
             shard,
             process,
             memory: Memory::default(),
+            open_sequences: 0,
             _watcher: AbortOnDropHandle::new(watcher),
         });
         Ok(())
@@ -488,6 +519,7 @@ async fn watch(shared: std::sync::Weak<Shared>, attempt: Attempt, process: Arc<W
         let Some(shared) = shared.upgrade() else { return };
         let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(held) = state.held.iter_mut().find(|held| held.process.pid() == process.pid()) {
+            held.open_sequences = stats.open_sequences;
             held.memory = Memory { active: ByteCount(stats.active_bytes), peak: ByteCount(stats.peak_bytes) };
         }
     };

@@ -12,6 +12,7 @@ use http_body_util::BodyExt as _;
 use mlxnode_api::cluster::{ClusterService, ClusterView, Household, HouseholdError, NodeView};
 use mlxnode_api::gate::{Gate, GateOptions};
 use mlxnode_api::http::HttpOptions;
+use mlxnode_api::jobs::{JobsService, NoJobFiles};
 use mlxnode_api::keys::{KeysService, KeysView};
 use mlxnode_api::metrics::Metrics;
 use mlxnode_api::models::{Busy, ModelsService};
@@ -110,6 +111,7 @@ pub(crate) async fn start(role: Option<Role>, keys: KeysView) -> Result<Rpcs> {
             Panorama::new(nobody()),
         ),
         keys: KeysService::new(nobody(), receiver),
+        jobs: JobsService::new(nobody(), Arc::new(NoJobFiles)),
     };
     let routes = public_routes(services, gate, metrics).await?;
     let peer = role.map(|role| PeerKey { pin: KeyPin::from_bytes([7; 32]), role });

@@ -73,13 +73,13 @@ impl JobTable for Table {
         let losses = vec![LossPoint { step: 10, training: Some(2.5), validation: None }];
         vec![JobView {
             id: "1".into(),
-            kind: "training".into(),
+            kind: "fine-tuning".into(),
             model: "demo".into(),
             state: "running".into(),
-            detail: String::new(),
             step: 10,
             steps: 100,
             losses,
+            ..JobView::default()
         }]
     }
 }
@@ -91,7 +91,7 @@ async fn jobs_are_listed_with_their_curves() -> Result<()> {
     desk.stop().await?;
     let desk = Desk::with_jobs(Arc::new(Table)).await?;
     let listed = get(desk.address, "/api/v1/jobs").await?.json()?;
-    assert_eq!(listed["jobs"][0]["kind"], "training");
+    assert_eq!(listed["jobs"][0]["kind"], "fine-tuning");
     let point = json!({"step": 10, "training": 2.5, "validation": null});
     assert_eq!(listed["jobs"][0]["losses"], json!([point]));
     desk.stop().await

@@ -8,6 +8,7 @@ pub mod completions;
 pub mod forget;
 pub mod generate;
 pub mod invite;
+pub mod jobs;
 pub mod join;
 pub mod keys;
 pub mod leave;
@@ -39,6 +40,7 @@ pub fn run(arguments: Arguments) -> Result<ExitCode> {
         Command::Plan(command) => asynchronous(command.run(global))?,
         Command::Load(command) => asynchronous(command.run(global))?,
         Command::Unload(command) => asynchronous(command.run(global))?,
+        Command::Jobs(command) => asynchronous(command.run(global))?,
         Command::Keys(command) => asynchronous(command.run(global))?,
         Command::Models(command) => command.run(global)?,
         Command::Adapters(command) => asynchronous(command.run(global))?,

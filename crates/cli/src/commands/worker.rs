@@ -4,9 +4,10 @@ use crate::grammars::ModelGrammars;
 use anyhow::Result;
 use clap::Args;
 use mlxnode_checkpoint::Checkpoint;
+use mlxnode_compute::{Job, JobError};
 use mlxnode_engine::{EngineStage, StageOptions};
 use mlxnode_traces::{Collector, Exporter};
-use mlxnode_worker::{LoadFailure, LoadShard, WorkerOptions};
+use mlxnode_worker::{JobSetup, LoadFailure, LoadShard, Rehearsal, RunError, WorkerOptions};
 use std::process::ExitCode;
 
 /// Run one shard for the node that started this process.
@@ -21,10 +22,16 @@ pub struct Worker {
     /// What this worker holds, for spans.
     #[arg(long, value_name = "WORDS", default_value = "")]
     part: String,
+    /// Run a job instead of a shard.
+    #[arg(long)]
+    job: bool,
 }
 
 impl Worker {
     pub fn run(self) -> Result<ExitCode> {
+        if self.job {
+            return Ok(code(mlxnode_worker::run_job(job)));
+        }
         let collector = self.otlp_endpoint.map(|endpoint| Collector {
             endpoint,
             node: self.node.unwrap_or_default(),
@@ -33,13 +40,31 @@ impl Worker {
         // Lives until the worker has ended: what is left is sent then.
         let traces = collector.map(Exporter::start).transpose()?;
         let spans = traces.as_ref().map(Exporter::sink);
-        match mlxnode_worker::run(WorkerOptions { spans, ..WorkerOptions::default() }, Box::new(load)) {
-            Ok(()) => Ok(ExitCode::SUCCESS),
-            Err(error) => {
-                let code = error.exit_code();
-                crate::error::report(&error.into());
-                Ok(ExitCode::from(code))
-            }
+        let options = WorkerOptions { spans, ..WorkerOptions::default() };
+        Ok(code(mlxnode_worker::run(options, Box::new(load))))
+    }
+}
+
+fn code(ended: Result<(), RunError>) -> ExitCode {
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let code = error.exit_code();
+            crate::error::report(&error.into());
+            ExitCode::from(code)
+        }
+    }
+}
+
+/// Makes the job of this process, on the thread that drives it.
+fn job(setup: &JobSetup) -> Result<Box<dyn Job>, JobError> {
+    match setup.kind.as_str() {
+        "rehearsal" => {
+            let resume = setup.resume.as_deref();
+            Ok(Box::new(Rehearsal::new(&setup.configuration, &setup.inputs, resume)?))
+        }
+        other => {
+            Err(JobError::Refused(format!("this release of mlxnode runs no jobs of the kind {other:?}")))
         }
     }
 }

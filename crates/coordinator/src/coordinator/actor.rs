@@ -5,24 +5,28 @@
 
 use super::Limits;
 use super::handle::PlanReport;
+use super::job_nodes::JobNodes;
+use super::job_orders::JobMessage;
 use super::journal::{Decisions, Entry, Journal};
 use super::orders::{Orders, within};
 use crate::deployments::{
     AdapterWish, Attempt, DeploymentView, DeploymentWish, Deployments, Effect, Event, Loaded, State,
     replica_of,
 };
+use crate::jobs::{self, JobView, Jobs};
 use crate::keys::{KeyEntry, KeyText, KeyWish, Keys};
 use crate::placement::{ModelCost, Offer, Wish};
 use crate::{Error, keys};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::{oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{info, warn};
 
 /// Where an answer goes.
-type Reply<T> = oneshot::Sender<Result<T, Error>>;
+pub(super) type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
 /// What the actor hears.
 pub(super) enum Message {
@@ -103,6 +107,8 @@ pub(super) enum Message {
         /// When that is durable.
         reply: Reply<()>,
     },
+    /// About a job.
+    Job(JobMessage),
     /// Something happened, or an order was carried out.
     Happened(Event),
     /// It is time for [`Deployments::tick`].
@@ -116,17 +122,28 @@ pub(super) struct Arguments {
     pub(super) journal: Journal,
     pub(super) deployments: Deployments,
     pub(super) keys: Keys,
+    pub(super) jobs: Jobs,
+    pub(super) job_nodes: Arc<dyn JobNodes>,
+    pub(super) job_list: watch::Sender<Vec<Arc<JobView>>>,
     pub(super) orders: Orders,
     pub(super) snapshot: watch::Sender<Vec<DeploymentView>>,
     pub(super) key_list: watch::Sender<Vec<KeyEntry>>,
 }
 
 pub(super) struct Running {
-    deployments: Deployments,
+    pub(super) deployments: Deployments,
     keys: Keys,
+    pub(super) jobs: Jobs,
+    pub(super) job_nodes: Arc<dyn JobNodes>,
+    pub(super) job_list: watch::Sender<Vec<Arc<JobView>>>,
+    /// Attempts of jobs under way, by job and epoch.
+    pub(super) job_runs: HashMap<(String, u64), AbortHandle>,
+    /// Calls that wait for a job's result to be served, by job, model and adapter.
+    pub(super) job_publications: HashMap<(String, String, String), Vec<Reply<String>>>,
+    pub(super) job_timer: Option<AbortHandle>,
     journal: Journal,
-    orders: Orders,
-    limits: Limits,
+    pub(super) orders: Orders,
+    pub(super) limits: Limits,
     snapshot: watch::Sender<Vec<DeploymentView>>,
     key_list: watch::Sender<Vec<KeyEntry>>,
     /// Calls that wait, by deployment; those to load with the number that cancels them.
@@ -135,7 +152,7 @@ pub(super) struct Running {
     /// By deployment and adapter.
     adapters: HashMap<(String, String), Vec<Reply<DeploymentView>>>,
     /// Orders and plans under way; aborted when this is dropped.
-    under_way: JoinSet<()>,
+    pub(super) under_way: JoinSet<()>,
     /// Those that [`Effect::Abandon`] ends.
     of_attempt: HashMap<Attempt, Vec<AbortHandle>>,
     timer: Option<AbortHandle>,
@@ -155,6 +172,12 @@ impl Actor for CoordinatorActor {
         let mut running = Running {
             deployments: arguments.deployments,
             keys: arguments.keys,
+            jobs: arguments.jobs,
+            job_nodes: arguments.job_nodes,
+            job_list: arguments.job_list,
+            job_runs: HashMap::new(),
+            job_publications: HashMap::new(),
+            job_timer: None,
             journal: arguments.journal,
             orders: arguments.orders,
             limits,
@@ -168,6 +191,8 @@ impl Actor for CoordinatorActor {
             timer: None,
         };
         let effects = running.deployments.start();
+        running.carry_out(&myself, effects).await;
+        let effects = running.carry_out_jobs(&myself, vec![jobs::Effect::Tidy]).await;
         running.carry_out(&myself, effects).await;
         Ok(running)
     }
@@ -201,6 +226,7 @@ impl Actor for CoordinatorActor {
             }
             Message::Weighed { wish, result, reply } => {
                 let report = result
+                    .map(|(cost, offers)| (cost, running.beside_jobs(offers)))
                     .and_then(|(cost, offers)| PlanReport::new(&running.deployments, &cost, offers, &wish));
                 let _ = reply.send(report);
                 Vec::new()
@@ -213,7 +239,13 @@ impl Actor for CoordinatorActor {
                 let _ = reply.send(running.revoke_key(&name).await);
                 Vec::new()
             }
-            Message::Happened(event) => running.deployments.on(event, now()),
+            Message::Job(message) => running.on_job_message(&myself, message).await,
+            Message::Happened(event) => {
+                let mut effects = running.news_for_jobs(&myself, &event).await;
+                let event = running.with_jobs_in_mind(event);
+                effects.extend(running.deployments.on(event, now()));
+                effects
+            }
             Message::Tick => running.deployments.tick(now()),
         };
         running.carry_out(&myself, effects).await;
@@ -240,7 +272,7 @@ impl Running {
         }
     }
 
-    fn load_adapter(
+    pub(super) fn load_adapter(
         &mut self,
         name: &str,
         adapter: AdapterWish,
@@ -351,7 +383,7 @@ impl Running {
     }
 
     /// Makes a decision durable. Answers whether the log should be folded now, up to which entry.
-    async fn record(&mut self, entry: Entry) -> Result<Option<u64>, Error> {
+    pub(super) async fn record(&mut self, entry: Entry) -> Result<Option<u64>, Error> {
         within(self.limits.record, "writing the control log", self.journal.append(&entry)).await
     }
 
@@ -474,8 +506,12 @@ impl Running {
     }
 
     /// Failing to fold loses nothing: the entries are still there, and it is tried again with the next one.
-    async fn fold(&mut self, index: u64) {
-        let decisions = Decisions { deployments: self.deployments.records(), keys: self.keys.records() };
+    pub(super) async fn fold(&mut self, index: u64) {
+        let decisions = Decisions {
+            deployments: self.deployments.records(),
+            keys: self.keys.records(),
+            jobs: self.jobs.records(),
+        };
         let work = self.journal.fold(index, &decisions);
         if let Err(error) = within(self.limits.record, "folding the control log", work).await {
             warn!(%error, "the control log keeps growing");
@@ -504,6 +540,6 @@ impl Running {
     }
 }
 
-fn now() -> Instant {
+pub(super) fn now() -> Instant {
     tokio::time::Instant::now().into_std()
 }

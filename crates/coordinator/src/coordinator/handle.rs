@@ -2,6 +2,7 @@
 
 use super::Limits;
 use super::actor::{Arguments, CoordinatorActor, Message};
+use super::job_nodes::{JobNodes, NoJobNodes};
 use super::journal::Journal;
 use super::nodes::Nodes;
 use super::orders::Orders;
@@ -10,6 +11,7 @@ use crate::deployments::{
     AdapterWish, Attempt, DeploymentView, DeploymentWish, Deployments, Event, default_adapter_name,
     default_name,
 };
+use crate::jobs::{JobView, Jobs};
 use crate::keys::{KeyEntry, KeyText, KeyWish, Keys};
 use crate::placement::{ModelCost, NodeBudget, Offer, Plan, Refusal, Wish};
 use crate::{Error, NodeId};
@@ -117,6 +119,7 @@ pub struct CoordinatorHandle {
     actor: ActorRef<Message>,
     snapshot: watch::Receiver<Vec<DeploymentView>>,
     keys: watch::Receiver<Vec<KeyEntry>>,
+    pub(super) jobs: watch::Receiver<Vec<Arc<JobView>>>,
     audience: Arc<Audience>,
     calls: Arc<Semaphore>,
     next_call: Arc<AtomicU64>,
@@ -137,15 +140,33 @@ pub async fn start(
     log: Arc<dyn ControlLog>,
     nodes: Arc<dyn Nodes>,
 ) -> Result<(CoordinatorHandle, Coordinator), Error> {
+    start_with_jobs(limits, log, nodes, Arc::new(NoJobNodes)).await
+}
+
+/// As [`start`], for nodes that run jobs too.
+///
+/// # Errors
+/// When the log cannot be read.
+pub async fn start_with_jobs(
+    limits: Limits,
+    log: Arc<dyn ControlLog>,
+    nodes: Arc<dyn Nodes>,
+    job_nodes: Arc<dyn JobNodes>,
+) -> Result<(CoordinatorHandle, Coordinator), Error> {
     let (journal, decisions) = Journal::open(log).await?;
     let keys = Keys::restore(decisions.keys);
     let (key_list, key_receiver) = watch::channel(keys.list());
+    let jobs = Jobs::restore(decisions.jobs);
+    let (job_list, job_receiver) = watch::channel(jobs.view().into_iter().map(Arc::new).collect());
     let audience = Arc::new(Audience::default());
     let (sender, snapshot) = watch::channel(Vec::new());
     let arguments = Arguments {
         journal,
         deployments: Deployments::restore(decisions.deployments),
         keys,
+        jobs,
+        job_nodes,
+        job_list,
         orders: Orders { nodes, audience: audience.clone(), limits },
         snapshot: sender,
         key_list,
@@ -157,6 +178,7 @@ pub async fn start(
         actor: actor.clone(),
         snapshot,
         keys: key_receiver,
+        jobs: job_receiver,
         audience,
         calls: Arc::new(Semaphore::new(CALLS)),
         next_call: Arc::new(AtomicU64::new(0)),
@@ -319,11 +341,11 @@ impl CoordinatorHandle {
         let _ = self.actor.cast(Message::Happened(event));
     }
 
-    fn send(&self, message: Message) -> Result<(), Error> {
+    pub(super) fn send(&self, message: Message) -> Result<(), Error> {
         self.actor.cast(message).map_err(|_| stopped())
     }
 
-    fn permit(&self) -> Result<OwnedSemaphorePermit, Error> {
+    pub(super) fn permit(&self) -> Result<OwnedSemaphorePermit, Error> {
         self.calls.clone().try_acquire_owned().map_err(|_| {
             Error::TooMany(format!("{CALLS} calls wait for the coordinator already; try again in a moment"))
         })
@@ -355,7 +377,7 @@ impl Drop for Coordinator {
     }
 }
 
-fn stopped() -> Error {
+pub(super) fn stopped() -> Error {
     Error::Unavailable("the coordinator has stopped; try again in a moment".into())
 }
 

@@ -1,6 +1,6 @@
 //! The coordinator's decisions in the control log, as JSON: rare, small, and readable when something went wrong.
 
-use crate::{Error, deployments, keys};
+use crate::{Error, deployments, jobs, keys};
 use mlxnode_cluster::{ControlEpoch, ControlLog, ControlLogError};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -16,6 +16,8 @@ pub(super) enum Entry {
     Deployment(deployments::Record),
     /// About an API key.
     Key(keys::Record),
+    /// About a job.
+    Job(jobs::Record),
 }
 
 /// All decisions that still count, in order: what a snapshot holds, and what opening the journal yields.
@@ -26,6 +28,9 @@ pub(super) struct Decisions {
     /// About API keys.
     #[serde(default)] // snapshots of before there were keys
     pub(super) keys: Vec<keys::Record>,
+    /// About jobs.
+    #[serde(default)] // snapshots of before there were jobs
+    pub(super) jobs: Vec<jobs::Record>,
 }
 
 /// The way to the control log.
@@ -53,6 +58,7 @@ impl Journal {
             match read {
                 Entry::Deployment(record) => decisions.deployments.push(record),
                 Entry::Key(record) => decisions.keys.push(record),
+                Entry::Job(record) => decisions.jobs.push(record),
             }
         }
         let mut epoch = log.epoch().await.map_err(unusable)?;

@@ -12,12 +12,16 @@
 
 mod actor;
 mod handle;
+mod job_calls;
+mod job_nodes;
+mod job_orders;
 mod journal;
 mod nodes;
 mod orders;
 mod progress;
 
-pub use handle::{Coordinator, CoordinatorHandle, LoadStream, LoadWish, PlanReport, start};
+pub use handle::{Coordinator, CoordinatorHandle, LoadStream, LoadWish, PlanReport, start, start_with_jobs};
+pub use job_nodes::{JobNodes, JobReports, NoJobNodes};
 pub use nodes::{LinkWorker, Nodes, StartScheduler, StartWorker};
 pub use progress::{LoadUpdate, Phase, Progress, ProgressSink};
 
@@ -40,6 +44,8 @@ pub struct Limits {
     pub usage: Duration,
     /// For the last requests of a model that goes; those that take longer end with an error.
     pub drain: Duration,
+    /// For a copy of a job's checkpoint, and of what the job reads, to be on another node.
+    pub copy: Duration,
     /// For workers to be gone: they have ten seconds to end by themselves.
     pub stop: Duration,
 }
@@ -54,6 +60,7 @@ impl Default for Limits {
             adapter: Duration::from_secs(600),
             usage: Duration::from_secs(5),
             drain: Duration::from_secs(300),
+            copy: Duration::from_secs(3600),
             stop: Duration::from_secs(30),
         }
     }

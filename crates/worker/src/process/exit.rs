@@ -29,7 +29,7 @@ impl std::fmt::Display for WorkerExit {
 }
 
 impl WorkerExit {
-    pub(super) fn new(pid: u32, status: std::io::Result<ExitStatus>, last_line: Option<String>) -> Self {
+    pub(crate) fn new(pid: u32, status: std::io::Result<ExitStatus>, last_line: Option<String>) -> Self {
         let (code, signal, reason) = match status {
             Ok(status) => match (status.code(), status.signal()) {
                 (Some(code), _) => (Some(code), None, format!("ended with code {code}")),

@@ -10,17 +10,17 @@ use tracing::{debug, info};
 /// Longest line of the worker's log that is passed on; the rest of it is cut off.
 const LONGEST_LOG_LINE: usize = 4096;
 /// How long to wait for the rest of the log of a process that has ended.
-pub(super) const LOG_END: Duration = Duration::from_millis(100);
+pub(crate) const LOG_END: Duration = Duration::from_millis(100);
 
 /// Passes the worker's stderr on to this process's log.
 #[derive(Debug)]
-pub(super) struct Log {
+pub(crate) struct Log {
     last_line: Arc<Mutex<Option<String>>>,
     task: AbortOnDropHandle<()>,
 }
 
 impl Log {
-    pub(super) fn follow(pid: u32, name: String, stderr: impl AsyncRead + Unpin + Send + 'static) -> Self {
+    pub(crate) fn follow(pid: u32, name: String, stderr: impl AsyncRead + Unpin + Send + 'static) -> Self {
         let last_line = Arc::new(Mutex::new(None));
         let shared = last_line.clone();
         let task = AbortOnDropHandle::new(tokio::spawn(async move {
@@ -34,7 +34,7 @@ impl Log {
     }
 
     /// The last line, once the rest has been passed on.
-    pub(super) async fn end(mut self) -> Option<String> {
+    pub(crate) async fn end(mut self) -> Option<String> {
         let _ = tokio::time::timeout(LOG_END, &mut self.task).await;
         self.last_line.lock().unwrap_or_else(PoisonError::into_inner).take()
     }

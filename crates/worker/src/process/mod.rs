@@ -7,7 +7,8 @@ mod exit;
 mod log;
 
 pub use exit::WorkerExit;
-use log::{LOG_END, Log, drain};
+pub(crate) use log::Log;
+use log::{LOG_END, drain};
 
 use crate::compute_thread::LoadShard;
 use crate::hello::{self, Answer, Hello, Ready};
@@ -42,7 +43,7 @@ const ADAPTER_TIMEOUT: Duration = Duration::from_secs(120);
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// One process is started at a time: on macOS a pipe's other end could otherwise slip into a worker that starts at the same
 /// moment, and keep the first one alive after the node's death.
-static STARTING: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+pub(crate) static STARTING: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 /// How to start a worker.
 #[derive(Clone, Debug)]

@@ -1,6 +1,7 @@
-//! The jobs of the cluster (training, quantization, downloads) as they are shown. Who runs jobs implements [`JobTable`].
+//! The jobs of the cluster as they are shown. Who knows them implements [`JobTable`].
 
 use serde::Serialize;
+use tokio::sync::watch;
 
 /// All jobs that the cluster remembers.
 pub trait JobTable: Send + Sync + 'static {
@@ -8,23 +9,41 @@ pub trait JobTable: Send + Sync + 'static {
     fn jobs(&self) -> Vec<JobView>;
 }
 
+/// The jobs as this node heard of them last.
+#[derive(Clone, Debug)]
+pub struct JobsView(pub watch::Receiver<Vec<JobView>>);
+
+impl JobTable for JobsView {
+    fn jobs(&self) -> Vec<JobView> {
+        self.0.borrow().clone()
+    }
+}
+
 /// One job.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct JobView {
     /// Names it.
     pub id: String,
-    /// "training", "quantization", "download".
+    /// "fine-tuning", "rehearsal".
     pub kind: String,
     /// The model that it is about.
     pub model: String,
-    /// "waiting", "running", "done", "failed", "cancelled".
+    /// "queued", "preparing", "running", "paused", "waiting for nodes", "finished", "failed", "cancelled".
     pub state: String,
     /// Why it is in this state, when that needs saying.
     pub detail: String,
+    /// Name of the node that runs it; empty: none.
+    pub node: String,
     /// Steps done, and all of them; 0 while that is unknown.
     pub step: u64,
     /// See `step`.
     pub steps: u64,
+    /// Tokens that counted in the loss, by second.
+    pub tokens_per_second: f64,
+    /// For the steps that are left; none while that is unknown.
+    pub seconds_left: Option<f64>,
+    /// What requests write into `model` for its result.
+    pub served_as: Vec<String>,
     /// The curve so far, in the order of steps.
     pub losses: Vec<LossPoint>,
 }

@@ -1,0 +1,160 @@
+//! Jobs as text and as JSON.
+
+use crate::arguments::Global;
+use crate::output;
+use anyhow::Result;
+use mlxnode_api::jobs::shown;
+use mlxnode_compute::ByteCount;
+use mlxnode_proto::v1::{Job, JobCheckpoint, JobPublication, JobState};
+use serde_json::{Value, json};
+
+/// A job as JSON.
+pub fn json(job: &Job) -> Value {
+    let mut value = serde_json::to_value(shown(job.clone())).unwrap_or_default();
+    let checkpoint = |it: &JobCheckpoint| json!({ "step": it.step, "hash": hex(&it.hash), "bytes": it.bytes, "saved_unix": it.saved_unix, "nodes": it.nodes });
+    let publication = |it: &JobPublication| json!({ "model": it.model, "adapter": it.adapter, "hash": hex(&it.hash), "problem": it.problem });
+    let more = json!({
+        "submitted_unix": job.submitted_unix, "started_unix": job.started_unix, "ended_unix": job.ended_unix,
+        "attempts": job.attempts, "owner": job.owner, "learning_rate": job.learning_rate,
+        "peak_memory_bytes": job.peak_memory_bytes,
+        "checkpoints": job.checkpoints.iter().map(checkpoint).collect::<Vec<_>>(),
+        "publications": job.publications.iter().map(publication).collect::<Vec<_>>(),
+    });
+    if let (Value::Object(value), Value::Object(more)) = (&mut value, more) {
+        value.extend(more);
+    }
+    value
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+pub fn state(job: &Job) -> String {
+    let name = shown(job.clone()).state;
+    match job.detail.is_empty() {
+        true => name,
+        false => format!("{name}: {}", job.detail),
+    }
+}
+
+/// How far, how fast, how long still.
+pub fn progress(job: &Job) -> String {
+    let mut words = Vec::new();
+    if let Some(loss) = job.losses.iter().rev().find_map(|loss| loss.training) {
+        words.push(format!("loss {loss:.3}"));
+    }
+    if job.tokens_per_second > 0.0 && job.state() == JobState::Running {
+        words.push(format!("{:.0} tokens/s", job.tokens_per_second));
+    }
+    if job.seconds_left > 0.0 {
+        words.push(format!("{} left", duration(job.seconds_left)));
+    }
+    words.join(", ")
+}
+
+/// "12 s", "3 min", "2 h 05 min".
+pub fn duration(seconds: f64) -> String {
+    let seconds = seconds.max(0.0).round() as u64;
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min", seconds.div_ceil(60)),
+        _ => format!("{} h {:02} min", seconds / 3600, seconds % 3600 / 60),
+    }
+}
+
+/// A time of day in UTC, for logs.
+pub fn time(at_unix: i64) -> String {
+    let seconds = at_unix.rem_euclid(86_400);
+    format!("{:02}:{:02}:{:02}", seconds / 3600, seconds % 3600 / 60, seconds % 60)
+}
+
+pub fn list(jobs: &[Job], global: &Global) -> Result<()> {
+    if global.json {
+        return output::json(&json!({ "jobs": jobs.iter().map(json).collect::<Vec<_>>() }));
+    }
+    if jobs.is_empty() {
+        return output::line("There is no job. `mlxnode jobs submit lora.yaml` submits one.");
+    }
+    let row = |job: &Job| {
+        let wish = job.wish.clone().unwrap_or_default();
+        let steps = if job.steps > 0 { format!("{}/{}", job.step, job.steps) } else { job.step.to_string() };
+        let model = if wish.model.is_empty() { wish.kind } else { wish.model };
+        vec![wish.id, model, state(job), steps, job.node.clone()]
+    };
+    output::table(&["job", "model", "state", "steps", "node"], &jobs.iter().map(row).collect::<Vec<_>>())
+}
+
+pub fn show(job: &Job, global: &Global) -> Result<()> {
+    if global.json {
+        return output::json(&json(job));
+    }
+    let wish = job.wish.clone().unwrap_or_default();
+    output::line(&format!(
+        "{} ({}{}{})",
+        wish.id,
+        wish.kind,
+        if wish.model.is_empty() { "" } else { " of " },
+        wish.model
+    ))?;
+    output::line(&format!("  is {}", state(job)))?;
+    if job.steps > 0 {
+        output::line(&format!(
+            "  {} of {} steps{}",
+            job.step,
+            job.steps,
+            match progress(job) {
+                words if words.is_empty() => words,
+                words => format!(", {words}"),
+            }
+        ))?;
+    }
+    if !job.node.is_empty() {
+        output::line(&format!("  on {}, attempt {}", job.node, job.attempts))?;
+    }
+    if let Some(loss) = job.losses.iter().rev().find_map(|loss| Some((loss.step, loss.validation?))) {
+        output::line(&format!("  validation loss {:.3} after step {}", loss.1, loss.0))?;
+    }
+    if job.peak_memory_bytes > 0 {
+        output::line(&format!("  at most {} of memory", ByteCount(job.peak_memory_bytes)))?;
+    }
+    for checkpoint in &job.checkpoints {
+        let size = ByteCount(checkpoint.bytes);
+        let nodes = checkpoint.nodes.join(", ");
+        output::line(&format!("  checkpoint after step {}: {size} on {nodes}", checkpoint.step))?;
+    }
+    for publication in &job.publications {
+        let name = format!("{}:{}", publication.model, publication.adapter);
+        output::line(&match publication.problem.is_empty() {
+            true => format!("  served as {name}"),
+            false => format!("  not served as {name}: {}", publication.problem),
+        })?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_read_as_people_say_them() {
+        for (seconds, words) in [(0.2, "0 s"), (59.0, "59 s"), (61.0, "2 min"), (7500.0, "2 h 05 min")] {
+            assert_eq!(duration(seconds), words);
+        }
+        assert_eq!(time(86_400 + 3661), "01:01:01");
+    }
+
+    #[test]
+    fn a_job_as_json_has_what_the_page_has_and_more() {
+        let job = Job {
+            state: JobState::Paused.into(),
+            detail: "by a person".into(),
+            checkpoints: vec![JobCheckpoint { step: 3, hash: vec![1, 255].into(), ..Default::default() }],
+            ..Job::default()
+        };
+        let value = json(&job);
+        assert_eq!((&value["state"], &value["checkpoints"][0]["hash"]), (&"paused".into(), &"01ff".into()));
+        assert_eq!(state(&job), "paused: by a person");
+    }
+}

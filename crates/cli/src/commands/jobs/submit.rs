@@ -1,0 +1,230 @@
+//! `mlxnode jobs submit`: files to the node, then the job to the cluster.
+
+use crate::arguments::{Global, duration, within};
+use crate::connection::Connection;
+use crate::{output, progress};
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::Args;
+use mlxnode_proto::v1::{JobInput, SubmitJobRequest, UploadRequest, UploadedRequest};
+use std::fs::{self, File};
+use std::io::{Read as _, Seek as _, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+/// Submit a job: train an adapter as a file with mlx-lm's keys says.
+#[derive(Debug, Args)]
+pub struct Submit {
+    /// The configuration: YAML with mlx-lm's keys.
+    configuration: PathBuf,
+    /// The model to begin from: a folder that the nodes have, a Hugging Face id, or "demo". Default: the configuration's `model`.
+    #[arg(long, value_name = "MODEL")]
+    model: Option<String>,
+    /// A file, or a folder with the data set: its *.jsonl and *.parquet files are taken. Repeatable. Default: the configuration's `data`.
+    #[arg(long, value_name = "PATH")]
+    data: Vec<PathBuf>,
+    /// Names the job: submitting the same again with the same id does nothing. Default: a new one.
+    #[arg(long, value_name = "ID")]
+    id: Option<String>,
+    /// Serve the result when it is finished: an adapter of a model that is loaded.
+    #[arg(long, value_name = "MODEL:NAME")]
+    publish: Option<String>,
+    /// Percent of a node's time that the job may take while that answers requests.
+    #[arg(long, value_name = "PERCENT", value_parser = within(1..=100), default_value_t = 25)]
+    share: u32,
+    /// Memory that it takes of its node, in bytes. Default: estimated from the model.
+    #[arg(long, value_name = "BYTES")]
+    memory: Option<u64>,
+    /// Save a checkpoint after so many steps.
+    #[arg(long, value_name = "N", value_parser = within(1..=1_000_000), default_value_t = 100)]
+    save_steps: u32,
+    /// Save a checkpoint after so long.
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "5m")]
+    save_time: Duration,
+    /// Keep so many of the newest checkpoints.
+    #[arg(long, value_name = "N", value_parser = within(1..=32), default_value_t = 3)]
+    keep: u32,
+    /// What it computes.
+    #[arg(long, value_name = "KIND", default_value = "fine-tuning", value_parser = ["fine-tuning", "rehearsal"])]
+    kind: String,
+    /// Follow it until it is over.
+    #[arg(long)]
+    watch: bool,
+}
+
+/// Files of a data set.
+const DATA_ENDINGS: [&str; 2] = ["jsonl", "parquet"];
+const PIECE: usize = 1 << 20;
+
+impl Submit {
+    pub async fn run(self, connection: &Connection, global: &Global) -> Result<()> {
+        let shown = self.configuration.display();
+        let configuration =
+            fs::read_to_string(&self.configuration).with_context(|| format!("cannot read {shown}"))?;
+        let model = match self.model {
+            Some(model) => model,
+            None => scalar(&configuration, "model").unwrap_or_default(),
+        };
+        let mut data = self.data;
+        if data.is_empty()
+            && let Some(named) = scalar(&configuration, "data")
+        {
+            // As mlx-lm has it: seen from where the command runs.
+            data.push(PathBuf::from(named));
+        }
+        if data.is_empty() && self.kind == "fine-tuning" {
+            bail!("{shown} names no `data`; say where the rows are with --data");
+        }
+        let mut inputs = Vec::new();
+        for path in files_of(&data)? {
+            inputs.push(upload(connection, &path, global).await?);
+        }
+        let (publish_model, publish_adapter) = match &self.publish {
+            None => Default::default(),
+            Some(name) => match name.rsplit_once(':') {
+                Some((model, adapter)) if !model.is_empty() && !adapter.is_empty() => {
+                    (model.to_owned(), adapter.to_owned())
+                }
+                _ => bail!("--publish is {name:?}, but must be MODEL:NAME"),
+            },
+        };
+        let id = self.id.unwrap_or_else(|| format!("job-{:012x}", rand::random::<u64>() >> 16));
+        let request = SubmitJobRequest {
+            id: id.clone(),
+            kind: self.kind,
+            model: absolute(&model),
+            configuration,
+            inputs,
+            memory_bytes: self.memory.unwrap_or_default(),
+            share_percent: self.share,
+            save_steps: self.save_steps,
+            save_seconds: u32::try_from(self.save_time.as_secs()).unwrap_or(u32::MAX),
+            keep_checkpoints: self.keep,
+            publish_model,
+            publish_adapter,
+        };
+        let job = connection.jobs().submit(request).await?.into_inner();
+        if self.watch {
+            return super::watch(connection, &id, global).await;
+        }
+        match global.json {
+            true => output::json(&super::shown::json(&job)),
+            false => output::line(&format!("{id} is {}.", super::shown::state(&job))),
+        }
+    }
+}
+
+/// The value of a key that stands at the beginning of a line. The trainer reads the file as a whole.
+fn scalar(yaml: &str, key: &str) -> Option<String> {
+    let value = yaml.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?.trim();
+    let value = match value.chars().next()? {
+        quote @ ('"' | '\'') => value[1..].split(quote).next()?,
+        _ => value.split(" #").next()?.trim_end(),
+    };
+    Some(value.to_owned()).filter(|value| !value.is_empty() && value != "null" && value != "~")
+}
+
+/// A folder is made absolute: other processes read it.
+fn absolute(model: &str) -> String {
+    match Path::new(model).is_dir() {
+        true => std::path::absolute(model).map_or(model.to_owned(), |path| path.display().to_string()),
+        false => model.to_owned(),
+    }
+}
+
+fn files_of(data: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for path in data {
+        let unreadable = || format!("cannot read {}", path.display());
+        if !path.is_dir() {
+            ensure!(path.exists(), "there is no {}", path.display());
+            files.push(path.clone());
+            continue;
+        }
+        let mut found = Vec::new();
+        for entry in fs::read_dir(path).with_context(unreadable)? {
+            let file = entry.with_context(unreadable)?.path();
+            let ending = file.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
+            if file.is_file() && DATA_ENDINGS.contains(&ending) {
+                found.push(file);
+            }
+        }
+        ensure!(!found.is_empty(), "{} has no *.jsonl and no *.parquet file", path.display());
+        found.sort();
+        files.extend(found);
+    }
+    Ok(files)
+}
+
+/// Takes a file to the node, unless it has it, from where an earlier upload broke.
+async fn upload(connection: &Connection, path: &Path, global: &Global) -> Result<JobInput> {
+    let unreadable = || format!("cannot read {}", path.display());
+    let name = path.file_name().and_then(|name| name.to_str());
+    let name = name.with_context(|| format!("{} has no usable name", path.display()))?.to_owned();
+    let mut file = File::open(path).with_context(unreadable)?;
+    let mut hasher = blake3::Hasher::new();
+    let bytes = std::io::copy(&mut file, &mut hasher).with_context(unreadable)?;
+    let hash = bytes::Bytes::copy_from_slice(hasher.finalize().as_bytes());
+    let named = UploadedRequest { hash: hash.clone(), bytes };
+    let here = connection.jobs().uploaded(named.clone()).await?.into_inner();
+    let input = JobInput { name: name.clone(), hash, bytes };
+    if here.complete {
+        return Ok(input);
+    }
+    let offset = here.received.min(bytes);
+    file.seek(SeekFrom::Start(offset)).with_context(unreadable)?;
+    let bar = progress::Bar::new(&name, global.quiet || global.json);
+    let (sender, pieces) = mpsc::channel(4);
+    let owned = path.to_owned();
+    let reading = tokio::task::spawn_blocking(move || -> Result<()> {
+        let mut first = Some(named);
+        let mut done = offset;
+        loop {
+            let mut data = Vec::with_capacity(PIECE);
+            (&mut file)
+                .take(PIECE as u64)
+                .read_to_end(&mut data)
+                .with_context(|| format!("cannot read {}", owned.display()))?;
+            if data.is_empty() && first.is_none() {
+                return Ok(());
+            }
+            done += data.len() as u64;
+            let piece = UploadRequest { offset, file: first.take(), data: data.into() };
+            bar.show(done, bytes);
+            // Nobody takes it any more: the call has failed, and says why.
+            if sender.blocking_send(piece).is_err() {
+                return Ok(());
+            }
+        }
+    });
+    let received = connection.jobs().upload(ReceiverStream::new(pieces)).await?.into_inner();
+    reading.await.context("reading the file broke")??;
+    ensure!(received.complete, "the node has {} of {bytes} bytes of {name}: submit again", received.received);
+    Ok(input)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_keys_that_the_command_needs_are_found() {
+        let yaml = "# lora\nmodel: \"mlx-community/x # y\"\ndata: ./rows  # here\nlora_parameters:\n  model: 3\nother: null\n";
+        assert_eq!(scalar(yaml, "model").as_deref(), Some("mlx-community/x # y"));
+        assert_eq!(scalar(yaml, "data").as_deref(), Some("./rows"));
+        assert_eq!((scalar(yaml, "other"), scalar(yaml, "iters")), (None, None));
+    }
+
+    #[test]
+    fn a_folder_stands_for_its_rows() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(files_of(&[folder.path().to_owned()]).is_err());
+        for name in ["train.jsonl", "valid.jsonl", "README.md"] {
+            fs::write(folder.path().join(name), "").unwrap();
+        }
+        let files = files_of(&[folder.path().to_owned()]).unwrap();
+        assert_eq!(files, [folder.path().join("train.jsonl"), folder.path().join("valid.jsonl")]);
+        assert!(files_of(&[folder.path().join("nothing")]).is_err());
+    }
+}

@@ -1,0 +1,346 @@
+//! What happens to jobs, and which of them runs where.
+
+use super::table::{Aim, Job, Jobs, RunPhase, line, push_line};
+use super::view::Publication;
+use super::{COPIES, Checkpoint, Effect, Event, JobOffer, LossPoint, MAX_FAILURES, Record, Report, RunEnd};
+use crate::{Error, NodeId};
+use mlxnode_compute::ByteCount;
+use std::time::{Duration, Instant};
+
+/// After the first worker that died; doubles with each.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// The longest pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// Before a node is asked again whose fault it was not: a missing file may come with another node.
+const RETRY: Duration = Duration::from_secs(3);
+/// How much of the curve is told in a record at most, besides the thinning of [`super::Curve`].
+const POINTS_PER_RECORD: usize = 256;
+
+impl Jobs {
+    /// Something happened: what has to be done now. `at` is in seconds since 1970.
+    pub fn on(&mut self, event: Event, at: u64, now: Instant) -> Vec<Effect> {
+        match event {
+            Event::Weighed { id, result } => self.with(&id, |job| job.weighed(result, at, now)),
+            Event::Reported { id, epoch, report } => self.with(&id, |job| job.reported(epoch, report, at)),
+            Event::RunEnded { id, epoch, result } => {
+                self.with(&id, |job| job.run_ended(epoch, result, at, now))
+            }
+            Event::Copied { id, hash, node, result } => self.with(&id.clone(), |job| {
+                job.moment.is_copying = false;
+                match result {
+                    Ok(()) => vec![Effect::Record(Record::Copied { id, hash, node })],
+                    Err(error) => {
+                        push_line(&mut job.moment.said, at, &format!("a checkpoint was not copied: {error}"));
+                        job.moment.copy_after = Some(now + RETRY);
+                        Vec::new()
+                    }
+                }
+            }),
+            Event::Published { id, hash, wish, result } => self.with(&id.clone(), |job| {
+                job.moment.is_publishing = false;
+                let problem = result.err().map(|error| line(&error.to_string()));
+                let (deployment, adapter) = (wish.deployment, wish.adapter);
+                let publication = Publication { hash, deployment, adapter, problem };
+                vec![Effect::Record(Record::Published { id, publication, at })]
+            }),
+            Event::NodeLost { node } => self.node_lost(node, at),
+            Event::NodeJoined { .. } => {
+                for job in self.jobs.values_mut() {
+                    (job.moment.retry_at, job.moment.copy_after) = (None, None);
+                }
+                vec![Effect::Tidy]
+            }
+        }
+    }
+
+    fn with(&mut self, id: &str, change: impl FnOnce(&mut Job) -> Vec<Effect>) -> Vec<Effect> {
+        self.jobs.get_mut(id).map(change).unwrap_or_default()
+    }
+
+    fn node_lost(&mut self, node: NodeId, at: u64) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        for (id, job) in &mut self.jobs {
+            let Some(run) = job.moment.run.take_if(|run| run.node == node) else { continue };
+            push_line(&mut job.moment.said, at, &format!("the node {} is lost", node.short()));
+            job.forget_undurable();
+            effects.push(Effect::Abandon { id: id.clone(), epoch: run.epoch });
+        }
+        effects
+    }
+
+    /// Gives jobs to nodes, oldest first, one for each node; copies checkpoints; serves what is finished. Called after every change
+    /// and when it is time ([`Jobs::next_wake`]).
+    pub fn schedule(&mut self, offers: &[JobOffer], at: u64, now: Instant) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        let mut busy: Vec<NodeId> = self.jobs.values().filter_map(Job::runs_on).collect();
+        let mut order: Vec<String> = self.jobs.keys().cloned().collect();
+        order.sort_by_key(|id| self.jobs.get(id).map(|job| job.stored.order));
+        let mut epoch = self.used_epoch;
+        for id in order {
+            let Some(job) = self.jobs.get_mut(&id) else { continue };
+            if job.is_waiting_to_run(now) {
+                match job.place(offers, &busy) {
+                    Place::Weigh => {
+                        job.moment.is_weighing = true;
+                        effects
+                            .push(Effect::Weigh { id: id.clone(), spec: Box::new(job.stored.spec.clone()) });
+                    }
+                    Place::On(node) => {
+                        epoch += 1;
+                        busy.push(node);
+                        effects.push(Effect::Record(Record::Started { id: id.clone(), epoch, node, at }));
+                    }
+                    Place::Later => job.moment.waits_for = None,
+                    Place::Nowhere(why) => job.moment.waits_for = Some(why),
+                }
+            }
+            effects.extend(job.copy(offers, now));
+            effects.extend(job.serve());
+        }
+        effects
+    }
+
+    /// When [`Jobs::schedule`] has something to do although nothing happened.
+    pub fn next_wake(&self, now: Instant) -> Option<Instant> {
+        let wake = |job: &Job| {
+            let is_unplaced = job.stored.aim == Aim::Run && job.moment.run.is_none();
+            let run = is_unplaced.then(|| job.moment.retry_at.unwrap_or(now + RETRY));
+            run.into_iter().chain(job.moment.copy_after).min()
+        };
+        self.jobs.values().filter_map(wake).min()
+    }
+}
+
+enum Place {
+    /// What it needs is not known.
+    Weigh,
+    On(NodeId),
+    /// Another job runs where it could.
+    Later,
+    /// What is missing.
+    Nowhere(String),
+}
+
+impl Job {
+    fn runs_on(&self) -> Option<NodeId> {
+        self.moment.run.as_ref().map(|run| run.node)
+    }
+
+    fn is_waiting_to_run(&self, now: Instant) -> bool {
+        self.stored.aim == Aim::Run
+            && self.moment.run.is_none()
+            && !self.moment.is_weighing
+            && self.moment.retry_at.is_none_or(|at| at <= now)
+    }
+
+    fn place(&mut self, offers: &[JobOffer], busy: &[NodeId]) -> Place {
+        let Some(need) = self.moment.need.or_else(|| self.known_need()) else { return Place::Weigh };
+        self.moment.need = Some(need);
+        let fitting: Vec<&JobOffer> = offers.iter().filter(|offer| offer.free >= need).collect();
+        if fitting.is_empty() {
+            let largest = offers.iter().max_by_key(|offer| offer.free);
+            return Place::Nowhere(match largest {
+                None => "no node is there".to_owned(),
+                Some(offer) => format!(
+                    "it needs {need} of memory; the most that is free is {} on {}: unload a model, or give a node more",
+                    offer.free, offer.name
+                ),
+            });
+        }
+        // Another node can copy from one that has a checkpoint: somebody there must have one.
+        let checkpoints = &self.stored.checkpoints;
+        let is_here = |node: &NodeId| offers.iter().any(|offer| offer.node == *node);
+        let newest = checkpoints.iter().rev().find(|held| held.holders.iter().any(is_here));
+        if newest.is_none() && !checkpoints.is_empty() {
+            let mut holders: Vec<String> = checkpoints
+                .iter()
+                .flat_map(|held| &held.holders)
+                .map(mlxnode_cluster::NodeId::short)
+                .collect();
+            holders.sort();
+            holders.dedup();
+            let holders = holders.join(", ");
+            return Place::Nowhere(format!("its checkpoints are on nodes that are not there: {holders}"));
+        }
+        let holders = newest.map(|held| held.holders.as_slice()).unwrap_or_default();
+        let free = fitting.into_iter().filter(|offer| !busy.contains(&offer.node));
+        let best = free.max_by_key(|offer| (holders.contains(&offer.node), offer.free, offer.node));
+        best.map_or(Place::Later, |offer| Place::On(offer.node))
+    }
+
+    /// A copy of the newest checkpoint for another node, where it has too few.
+    fn copy(&mut self, offers: &[JobOffer], now: Instant) -> Option<Effect> {
+        if self.moment.is_copying || self.moment.copy_after.is_some_and(|at| at > now) {
+            return None;
+        }
+        let held = self.stored.checkpoints.last()?;
+        let is_here = |node: &NodeId| offers.iter().any(|offer| offer.node == *node);
+        if held.holders.len() >= COPIES || !held.holders.iter().any(is_here) {
+            return None;
+        }
+        let others = offers.iter().filter(|offer| !held.holders.contains(&offer.node));
+        let target = others.max_by_key(|offer| (offer.free, offer.node))?.node;
+        (self.moment.is_copying, self.moment.copy_after) = (true, None);
+        let spec = Box::new(self.stored.spec.clone());
+        Some(Effect::Copy { spec, checkpoint: held.checkpoint.clone(), node: target })
+    }
+
+    /// What the job was to be served as when it is finished, if that was not tried yet.
+    fn serve(&mut self) -> Option<Effect> {
+        let wish = self.stored.spec.publish.clone()?;
+        let is_due = self.stored.aim == Aim::Finished
+            && !self.moment.is_publishing
+            && !self.stored.publications.iter().any(|it| {
+                it.deployment == wish.deployment && it.adapter == wish.adapter && {
+                    self.stored.checkpoints.last().is_some_and(|held| held.checkpoint.hash == it.hash)
+                }
+            });
+        let hash = self.stored.checkpoints.last().filter(|_| is_due)?.checkpoint.hash;
+        self.moment.is_publishing = true;
+        let id = self.stored.spec.id.clone();
+        Some(Effect::Publish { source: super::artifact_source(&id, hash), id, hash, wish })
+    }
+
+    fn weighed(&mut self, result: Result<ByteCount, Error>, at: u64, now: Instant) -> Vec<Effect> {
+        self.moment.is_weighing = false;
+        match result {
+            Ok(need) => {
+                self.moment.need = Some(need);
+                Vec::new()
+            }
+            Err(error) if is_for_good(&error) => self.fail(error.to_string(), at),
+            Err(error) => {
+                self.moment.waits_for = Some(error.to_string());
+                self.moment.retry_at = Some(now + RETRY);
+                Vec::new()
+            }
+        }
+    }
+
+    fn reported(&mut self, epoch: u64, report: Report, at: u64) -> Vec<Effect> {
+        let id = self.stored.spec.id.clone();
+        let moment = &mut self.moment;
+        // Of an attempt that is over: whoever reports does not know yet.
+        let Some(run) = moment.run.as_mut().filter(|run| run.epoch == epoch) else { return Vec::new() };
+        match report {
+            Report::Preparing(what) => run.phase = RunPhase::Preparing(line(&what)),
+            Report::Running { step } => {
+                run.phase = RunPhase::Running;
+                moment.curve.cut_after(step);
+                moment.progress.step = step;
+                let from = if step == 0 { "the beginning".to_owned() } else { format!("step {step}") };
+                push_line(&mut moment.said, at, &format!("computes from {from} on {}", run.node.short()));
+            }
+            Report::Advanced { points, progress } => {
+                for point in points {
+                    run.points.push(point);
+                    moment.curve.push(point);
+                }
+                if let Some(progress) = progress {
+                    moment.progress = progress;
+                }
+            }
+            Report::Held(why) => {
+                push_line(&mut moment.said, at, &format!("stands still: {why}"));
+                run.phase = RunPhase::Held(line(&why));
+            }
+            Report::Going => {
+                push_line(&mut moment.said, at, "goes on");
+                run.phase = RunPhase::Running;
+            }
+            Report::Said(text) => push_line(&mut moment.said, at, &text),
+            Report::Checkpointed(checkpoint) => {
+                let points = take_points(&mut run.points);
+                let node = run.node;
+                let record = Record::Checkpointed { id, epoch, checkpoint, node, points, at };
+                return vec![Effect::Record(record)];
+            }
+        }
+        Vec::new()
+    }
+
+    fn run_ended(&mut self, epoch: u64, result: Result<RunEnd, Error>, at: u64, now: Instant) -> Vec<Effect> {
+        let Some(mut run) = self.moment.run.take_if(|run| run.epoch == epoch) else { return Vec::new() };
+        let id = self.stored.spec.id.clone();
+        if self.stored.aim.is_over() {
+            return vec![Effect::Tidy];
+        }
+        match result {
+            Ok(RunEnd::Finished(checkpoint)) => {
+                let (points, node) = (take_points(&mut run.points), run.node);
+                // Should this not become durable, the job runs again from its newest checkpoint.
+                let finished = Record::Finished { id, epoch, checkpoint, node, points, at };
+                vec![Effect::Record(finished)]
+            }
+            Ok(RunEnd::Yielded) => {
+                self.forget_undurable();
+                if self.stored.aim == Aim::Run {
+                    push_line(&mut self.moment.said, at, "its node let go of it");
+                }
+                Vec::new()
+            }
+            Ok(RunEnd::Failed(reason)) => self.fail(reason, at),
+            Err(_) if run.is_stopping => {
+                self.forget_undurable();
+                Vec::new()
+            }
+            Err(error) if is_for_good(&error) => self.fail(error.to_string(), at),
+            Err(error @ (Error::Unavailable(_) | Error::TimedOut(_) | Error::Cancelled(_))) => {
+                self.forget_undurable();
+                self.moment.waits_for = Some(error.to_string());
+                self.moment.retry_at = Some(now + RETRY);
+                Vec::new()
+            }
+            Err(error) => {
+                self.forget_undurable();
+                let reason = error.to_string();
+                let stumbled = Record::Stumbled { id: id.clone(), epoch, reason: reason.clone(), at };
+                let failures = self.stored.failures + 1;
+                if failures >= MAX_FAILURES {
+                    let reason = format!("{failures} workers in a row ended; the last one: {reason}");
+                    return vec![Effect::Record(stumbled), Effect::Record(Record::Failed { id, reason, at })];
+                }
+                let pause = FIRST_PAUSE.saturating_mul(1 << failures.min(6).saturating_sub(1));
+                self.moment.retry_at = Some(now + pause.min(LONGEST_PAUSE));
+                vec![Effect::Record(stumbled)]
+            }
+        }
+    }
+
+    fn fail(&mut self, reason: String, at: u64) -> Vec<Effect> {
+        self.forget_undurable();
+        vec![Effect::Record(Record::Failed { id: self.stored.spec.id.clone(), reason, at })]
+    }
+
+    /// What an attempt did since its last checkpoint is done again.
+    fn forget_undurable(&mut self) {
+        self.moment.curve = self.stored.curve.clone();
+        self.moment.progress.step = self.newest().map_or(0, |checkpoint| checkpoint.step);
+    }
+
+    fn newest(&self) -> Option<&Checkpoint> {
+        self.stored.checkpoints.last().map(|held| &held.checkpoint)
+    }
+}
+
+/// Would it be the same on every node and at any time?
+fn is_for_good(error: &Error) -> bool {
+    matches!(error, Error::Invalid(_) | Error::NotFound(_) | Error::Refused(_) | Error::NameTaken { .. })
+}
+
+/// The newest in full, the others thinned.
+fn take_points(curve: &mut super::Curve) -> Vec<LossPoint> {
+    let mut points = std::mem::take(curve).points().to_vec();
+    while points.len() > POINTS_PER_RECORD {
+        let mut place = 0;
+        let last = points.len();
+        points.retain(|point| {
+            place += 1;
+            place % 2 == 1 || place == last || point.validation.is_some()
+        });
+        if points.len() > POINTS_PER_RECORD && points.iter().all(|point| point.validation.is_some()) {
+            points.drain(..points.len() - POINTS_PER_RECORD);
+        }
+    }
+    points
+}

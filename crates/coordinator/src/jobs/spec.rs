@@ -1,0 +1,265 @@
+//! What a job is asked to be, and what of that makes no sense.
+
+use super::ContentHash;
+use crate::Error;
+use crate::deployments::{check_adapter_name, check_name};
+use mlxnode_compute::ByteCount;
+use serde::{Deserialize, Serialize};
+
+/// Longest id.
+const MAX_ID_BYTES: usize = 64;
+/// Longest configuration: a record of the control log has to hold it with the rest.
+pub const MAX_CONFIGURATION_BYTES: usize = 32 << 10;
+/// Most files of a job.
+pub const MAX_INPUTS: usize = 32;
+/// Largest file of a job.
+pub const MAX_INPUT_BYTES: u64 = 64 << 30;
+/// Longest name of a file.
+const MAX_FILE_NAME_BYTES: usize = 128;
+/// Most checkpoints that a job may keep.
+const MAX_KEPT: u32 = 32;
+
+/// What a job computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum JobKind {
+    /// Trains an adapter (or the whole model) on rows of text.
+    #[default]
+    FineTuning,
+    /// Learns nothing: reads its files again and again and calls a number about them a loss. Shows that a cluster runs, saves,
+    /// moves and resumes jobs, without a model.
+    Rehearsal,
+}
+
+impl JobKind {
+    /// As people and the API write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::FineTuning => "fine-tuning",
+            Self::Rehearsal => "rehearsal",
+        }
+    }
+
+    /// The kind of this name.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for any other.
+    pub fn named(name: &str) -> Result<Self, Error> {
+        match name {
+            "" | "fine-tuning" => Ok(Self::FineTuning),
+            "rehearsal" => Ok(Self::Rehearsal),
+            other => {
+                let shown: String = other.chars().take(MAX_ID_BYTES).collect();
+                Err(Error::Invalid(format!(
+                    "kind is {shown:?}, but there are \"fine-tuning\" and \"rehearsal\""
+                )))
+            }
+        }
+    }
+}
+
+/// A file that the job reads, by what it holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InputFile {
+    /// What the job finds it as: "train.jsonl".
+    pub name: String,
+    /// What it holds.
+    pub hash: ContentHash,
+    /// How much.
+    pub bytes: u64,
+}
+
+/// Where what the job made shall be served.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PublishWish {
+    /// Of which running deployment it becomes an adapter.
+    pub deployment: String,
+    /// What requests call it: `DEPLOYMENT:ADAPTER`.
+    pub adapter: String,
+}
+
+/// When a job saves, and how much of that stays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavePolicy {
+    /// After so many steps; 0: not by steps.
+    pub every_steps: u64,
+    /// After so many seconds; 0: not by time.
+    pub every_seconds: u64,
+    /// So many of the newest checkpoints stay.
+    pub keep: u32,
+}
+
+impl Default for SavePolicy {
+    /// The time by Young's and Daly's rule for a second's pause and a failure a day: √(2 · 1 s · 24 h) ≈ 416 s, and sooner.
+    fn default() -> Self {
+        Self { every_steps: 100, every_seconds: 300, keep: 3 }
+    }
+}
+
+/// A job that somebody wants.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobSpec {
+    /// Made by whoever submits it: the same id twice is the same job.
+    pub id: String,
+    /// What it computes.
+    pub kind: JobKind,
+    /// The model that it begins from: a folder, a Hugging Face id, or "demo". Empty for a rehearsal.
+    pub model: String,
+    /// How: YAML with mlx-lm's keys.
+    pub configuration: String,
+    /// What it reads.
+    pub inputs: Vec<InputFile>,
+    /// What it takes of a node's memory, when the submitter knows better than an estimate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<ByteCount>,
+    /// Percent of the time that it may take of a node while that answers requests; 1 to 100.
+    pub share: u32,
+    /// When it saves.
+    pub saves: SavePolicy,
+    /// Where its result is served when it is finished.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub publish: Option<PublishWish>,
+    /// Who submitted it: the name of a key; empty: this cluster's own people.
+    #[serde(default)]
+    pub owner: String,
+}
+
+impl JobSpec {
+    /// The share where nobody says another.
+    pub const DEFAULT_SHARE: u32 = 25;
+
+    /// Refuses what makes no sense.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], which names the field.
+    pub fn check(&self) -> Result<(), Error> {
+        let invalid = |text: String| Err(Error::Invalid(text));
+        check_id(&self.id)?;
+        if self.configuration.len() > MAX_CONFIGURATION_BYTES {
+            let bytes = self.configuration.len();
+            return invalid(format!(
+                "configuration has {bytes} bytes, but may have {MAX_CONFIGURATION_BYTES}"
+            ));
+        }
+        if self.kind != JobKind::Rehearsal && self.model.trim().is_empty() {
+            return invalid(
+                "model is empty; name a folder, a Hugging Face id (OWNER/NAME), or \"demo\"".into(),
+            );
+        }
+        if self.model.len() > 4096 || self.model.chars().any(char::is_control) {
+            return invalid("model is a folder, a Hugging Face id (OWNER/NAME), or \"demo\"".into());
+        }
+        if self.inputs.len() > MAX_INPUTS {
+            return invalid(format!("inputs has {} files, but may have {MAX_INPUTS}", self.inputs.len()));
+        }
+        for (place, input) in self.inputs.iter().enumerate() {
+            check_file_name(&input.name)?;
+            if input.bytes > MAX_INPUT_BYTES {
+                let most = ByteCount(MAX_INPUT_BYTES);
+                return invalid(format!("inputs[{place}] ({}) is larger than {most}", input.name));
+            }
+            if self.inputs[..place].iter().any(|other| other.name == input.name) {
+                return invalid(format!("inputs has two files named {:?}", input.name));
+            }
+        }
+        if !(1..=100).contains(&self.share) {
+            return invalid(format!("share is {}, but must be 1 to 100 percent", self.share));
+        }
+        if !(1..=MAX_KEPT).contains(&self.saves.keep) {
+            return invalid(format!("saves.keep is {}, but must be 1 to {MAX_KEPT}", self.saves.keep));
+        }
+        if self.owner.len() > MAX_FILE_NAME_BYTES {
+            return invalid(format!("owner is longer than {MAX_FILE_NAME_BYTES} bytes"));
+        }
+        if let Some(publish) = &self.publish {
+            check_name(&publish.deployment)?;
+            check_adapter_name(&publish.adapter)?;
+        }
+        Ok(())
+    }
+}
+
+/// An id is part of paths, URLs and tables: letters, digits, `-` and `_`.
+pub fn check_id(id: &str) -> Result<(), Error> {
+    let is_valid = (1..=MAX_ID_BYTES).contains(&id.len())
+        && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
+        && id.as_bytes()[0].is_ascii_alphanumeric();
+    if is_valid {
+        return Ok(());
+    }
+    let shown: String = id.chars().take(MAX_ID_BYTES).collect();
+    Err(Error::Invalid(format!(
+        "{shown:?} cannot be a job's id: use 1 to {MAX_ID_BYTES} letters, digits, - and _, the first no sign"
+    )))
+}
+
+/// A file's name is not a path.
+pub fn check_file_name(name: &str) -> Result<(), Error> {
+    let is_valid = (1..=MAX_FILE_NAME_BYTES).contains(&name.len())
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
+        && !name.starts_with('.');
+    if is_valid {
+        return Ok(());
+    }
+    let shown: String = name.chars().take(MAX_FILE_NAME_BYTES).collect();
+    Err(Error::Invalid(format!(
+        "{shown:?} cannot be the name of a job's file: use letters, digits and . _ -, no dot at the beginning"
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> JobSpec {
+        JobSpec {
+            id: "job-1".into(),
+            kind: JobKind::FineTuning,
+            model: "demo".into(),
+            configuration: "iters: 3".into(),
+            inputs: vec![InputFile { name: "train.jsonl".into(), hash: ContentHash::of(b""), bytes: 0 }],
+            memory: None,
+            share: 25,
+            saves: SavePolicy::default(),
+            publish: None,
+            owner: String::new(),
+        }
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_with_the_field() {
+        assert_eq!(spec().check(), Ok(()));
+        let again = spec().inputs[0].clone();
+        type Change = Box<dyn Fn(&mut JobSpec)>;
+        let cases: [(Change, &str); 9] = [
+            (Box::new(|spec| spec.id = "../x".into()), "id"),
+            (Box::new(|spec| spec.id = "-x".into()), "id"),
+            (Box::new(|spec| spec.model = " ".into()), "model"),
+            (Box::new(|spec| spec.configuration = "x".repeat(1 << 20)), "configuration"),
+            (Box::new(|spec| spec.inputs[0].name = "../../passwd".into()), "file"),
+            (Box::new(move |spec| spec.inputs.push(again.clone())), "two files"),
+            (Box::new(|spec| spec.share = 0), "share"),
+            (Box::new(|spec| spec.saves.keep = 0), "keep"),
+            (
+                Box::new(|spec| {
+                    spec.publish = Some(PublishWish { deployment: "demo".into(), adapter: "a:b".into() });
+                }),
+                "adapter",
+            ),
+        ];
+        for (change, word) in cases {
+            let mut spec = spec();
+            change(&mut spec);
+            let error = spec.check().unwrap_err().to_string();
+            assert!(error.contains(word), "{word}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_kind_is_one_of_two() {
+        for kind in [JobKind::FineTuning, JobKind::Rehearsal] {
+            assert_eq!(JobKind::named(kind.name()), Ok(kind));
+        }
+        assert!(JobKind::named("quantum").is_err());
+    }
+}

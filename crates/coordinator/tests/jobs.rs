@@ -1,0 +1,551 @@
+//! The job table against a simulated cluster that dies everywhere: workers, nodes, the coordinator, all of it, between any two
+//! events. No acknowledged job is lost, none is finished with anything but what it computes, and the records say all that counts.
+
+use mlxnode_cluster::NodeId;
+use mlxnode_compute::ByteCount;
+use mlxnode_coordinator::Error;
+use mlxnode_coordinator::jobs::{
+    Checkpoint, ContentHash, Effect, Event, JobKind, JobOffer, JobSpec, JobState, Jobs, LossPoint,
+    MAX_FAILURES, MAX_JOBS, Progress, PublishWish, Record, Report, RunEnd, SavePolicy, Wanted,
+};
+use proptest::prelude::*;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::{Duration, Instant};
+
+const NODES: u8 = 3;
+const STEPS: u64 = 12;
+
+fn node(number: u8) -> NodeId {
+    NodeId::from_bytes([number + 1; 32])
+}
+
+fn spec(id: &str) -> JobSpec {
+    JobSpec {
+        id: id.to_owned(),
+        kind: JobKind::Rehearsal,
+        model: String::new(),
+        configuration: String::new(),
+        inputs: Vec::new(),
+        memory: Some(ByteCount(10)),
+        share: 25,
+        saves: SavePolicy { keep: 2, ..SavePolicy::default() },
+        publish: Some(PublishWish { deployment: "demo".into(), adapter: id.to_owned() }),
+        owner: String::new(),
+    }
+}
+
+/// What a job's state after a step is, whoever computes it: the hash of all before.
+fn state_after(id: &str, step: u64) -> ContentHash {
+    (0..step).fold(ContentHash::of(id.as_bytes()), |hash, _| ContentHash::of(hash.as_bytes()))
+}
+
+fn checkpoint(id: &str, step: u64) -> Checkpoint {
+    Checkpoint { step, hash: state_after(id, step), bytes: 1 }
+}
+
+/// An attempt on a node, which may live on after the coordinator has given it up.
+#[derive(Clone)]
+struct Runner {
+    id: String,
+    epoch: u64,
+    node: NodeId,
+    step: u64,
+    /// Set when it has been told to end.
+    saves_and_ends: Option<bool>,
+}
+
+struct World {
+    log: Vec<Record>,
+    jobs: Jobs,
+    alive: BTreeSet<NodeId>,
+    /// Checkpoints on the disks of nodes, which outlive the nodes.
+    disks: BTreeMap<NodeId, BTreeSet<(String, ContentHash)>>,
+    runners: Vec<Runner>,
+    copies: VecDeque<(String, Checkpoint, NodeId)>,
+    publications: VecDeque<(String, ContentHash, PublishWish)>,
+    served: BTreeMap<String, ContentHash>,
+    acknowledged: BTreeSet<String>,
+    cancelled: BTreeSet<String>,
+    log_fails: bool,
+    now: Instant,
+    at: u64,
+}
+
+impl World {
+    fn new() -> Self {
+        Self {
+            log: Vec::new(),
+            jobs: Jobs::default(),
+            alive: (0..NODES).map(node).collect(),
+            disks: BTreeMap::new(),
+            runners: Vec::new(),
+            copies: VecDeque::new(),
+            publications: VecDeque::new(),
+            served: BTreeMap::new(),
+            acknowledged: BTreeSet::new(),
+            cancelled: BTreeSet::new(),
+            log_fails: false,
+            now: Instant::now(),
+            at: 1000,
+        }
+    }
+
+    /// As the actor does it.
+    fn carry_out(&mut self, effects: Vec<Effect>) {
+        let mut effects = VecDeque::from(effects);
+        let mut is_scheduled = false;
+        loop {
+            let Some(effect) = effects.pop_front() else {
+                if std::mem::replace(&mut is_scheduled, true) {
+                    break;
+                }
+                let offers: Vec<JobOffer> = self
+                    .alive
+                    .iter()
+                    .map(|node| JobOffer { node: *node, name: node.short(), free: ByteCount(100) })
+                    .collect();
+                effects.extend(self.jobs.schedule(&offers, self.at, self.now));
+                continue;
+            };
+            match effect {
+                Effect::Record(record) => effects.extend(self.write(record).unwrap_or_default()),
+                Effect::Run { node, order } => {
+                    // A node lets go of an older attempt when it hears of a newer one; others may still run theirs.
+                    self.runners.retain(|runner| runner.node != node || runner.id != order.spec.id);
+                    let from = order.checkpoints.iter().find(|it| self.is_somewhere(&order.spec.id, it));
+                    let step = from.map_or(0, |checkpoint| checkpoint.step);
+                    assert!(
+                        step > 0 || order.checkpoints.is_empty(),
+                        "a job with checkpoints must not begin anew: {:?}",
+                        order.checkpoints
+                    );
+                    let (id, epoch) = (order.spec.id.clone(), order.epoch);
+                    self.runners.push(Runner { id, epoch, node, step, saves_and_ends: None });
+                }
+                Effect::Stop { id, epoch, saves, .. } => {
+                    for runner in &mut self.runners {
+                        if runner.id == id && runner.epoch == epoch {
+                            runner.saves_and_ends = Some(saves);
+                        }
+                    }
+                }
+                Effect::Copy { spec, checkpoint, node } => self.copies.push_back((spec.id, checkpoint, node)),
+                Effect::Tidy => self.tidy(),
+                Effect::Publish { id, hash, wish, .. } => self.publications.push_back((id, hash, wish)),
+                Effect::Abandon { .. } => {} // its node may be alive, cut off, and go on
+                Effect::Weigh { id, .. } => {
+                    let weighed = Event::Weighed { id, result: Ok(ByteCount(10)) };
+                    effects.extend(self.jobs.on(weighed, self.at, self.now));
+                }
+            }
+        }
+        self.check();
+    }
+
+    fn is_somewhere(&self, id: &str, checkpoint: &Checkpoint) -> bool {
+        let held = (id.to_owned(), checkpoint.hash);
+        self.alive.iter().any(|node| self.disks.get(node).is_some_and(|disk| disk.contains(&held)))
+    }
+
+    fn write(&mut self, record: Record) -> Result<Vec<Effect>, Error> {
+        if self.log_fails {
+            return Err(Error::Failed("no room for the control log".into()));
+        }
+        self.log.push(record.clone());
+        Ok(self.jobs.apply(record))
+    }
+
+    fn tidy(&mut self) {
+        let wanted = self.jobs.wanted();
+        for (node, disk) in &mut self.disks {
+            if self.alive.contains(node) {
+                disk.retain(|(id, hash)| {
+                    let Some(job) = wanted.iter().find(|job| job.id == *id) else { return false };
+                    let newest = job.checkpoints.iter().map(|it| it.step).max().unwrap_or(0);
+                    let is_newer = (newest + 1..=STEPS).any(|step| state_after(id, step) == *hash);
+                    is_newer || job.checkpoints.iter().any(|it| it.hash == *hash)
+                });
+            }
+        }
+    }
+
+    fn happen(&mut self, event: Event) {
+        let effects = self.jobs.on(event, self.at, self.now);
+        self.carry_out(effects);
+    }
+
+    fn submit(&mut self, id: &str) {
+        let Ok(records) = self.jobs.submit(spec(id), self.at) else { return };
+        let mut effects = Vec::new();
+        for record in records.into_iter().flatten() {
+            match self.write(record) {
+                Ok(more) => effects.extend(more),
+                Err(_) => return self.carry_out(effects),
+            }
+        }
+        self.acknowledged.insert(id.to_owned());
+        self.carry_out(effects);
+    }
+
+    fn change(&mut self, decided: Result<Option<Record>, Error>) -> bool {
+        let Ok(Some(record)) = decided else { return false };
+        match self.write(record) {
+            Ok(effects) => {
+                self.carry_out(effects);
+                true
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// One runner does its next piece.
+    fn advance(&mut self, which: usize) {
+        if self.runners.is_empty() {
+            return;
+        }
+        let which = which % self.runners.len();
+        let runner = self.runners[which].clone();
+        if !self.alive.contains(&runner.node) {
+            return;
+        }
+        let (id, epoch) = (runner.id.clone(), runner.epoch);
+        let report = |report| Event::Reported { id: id.clone(), epoch, report };
+        let saved = (id.clone(), state_after(&id, runner.step));
+        if let Some(saves) = runner.saves_and_ends {
+            self.runners.remove(which);
+            if saves && runner.step > 0 {
+                self.disks.entry(runner.node).or_default().insert(saved);
+                self.happen(report(Report::Checkpointed(checkpoint(&id, runner.step))));
+            }
+            return self.happen(Event::RunEnded { id, epoch, result: Ok(RunEnd::Yielded) });
+        }
+        let step = runner.step + 1;
+        let is_last = step >= STEPS;
+        self.runners[which].step = step;
+        let point = LossPoint { step, training: Some(1.0 / step as f64), validation: None };
+        let progress = Some(Progress { step, steps: STEPS, ..Progress::default() });
+        self.happen(report(Report::Running { step: runner.step }));
+        self.happen(report(Report::Advanced { points: vec![point], progress }));
+        if is_last {
+            self.runners.retain(|runner| (&runner.id, runner.epoch) != (&id, epoch));
+            self.disks.entry(runner.node).or_default().insert((id.clone(), state_after(&id, STEPS)));
+            let end = Ok(RunEnd::Finished(checkpoint(&id, STEPS)));
+            self.happen(Event::RunEnded { id, epoch, result: end });
+        } else if step.is_multiple_of(3) {
+            self.disks.entry(runner.node).or_default().insert((id.clone(), state_after(&id, step)));
+            self.happen(report(Report::Checkpointed(checkpoint(&id, step))));
+        }
+    }
+
+    fn finish_copy(&mut self, works: bool) {
+        let Some((id, checkpoint, target)) = self.copies.pop_front() else { return };
+        let works = works && self.alive.contains(&target) && self.is_somewhere(&id, &checkpoint);
+        let result = match works {
+            true => {
+                self.disks.entry(target).or_default().insert((id.clone(), checkpoint.hash));
+                Ok(())
+            }
+            false => Err(Error::Unavailable("gone".into())),
+        };
+        self.happen(Event::Copied { id, hash: checkpoint.hash, node: target, result });
+    }
+
+    fn finish_publication(&mut self) {
+        let Some((id, hash, wish)) = self.publications.pop_front() else { return };
+        self.served.insert(id.clone(), hash);
+        self.happen(Event::Published { id, hash, wish, result: Ok(()) });
+    }
+
+    fn kill_worker(&mut self, which: usize) {
+        if self.runners.is_empty() {
+            return;
+        }
+        let runner = self.runners.remove(which % self.runners.len());
+        let result = Err(Error::Failed("the worker ended with signal 9".into()));
+        self.happen(Event::RunEnded { id: runner.id, epoch: runner.epoch, result });
+    }
+
+    /// `cut_off`: the node lives, but nobody sees it, and its runner goes on.
+    fn lose_node(&mut self, number: u8, cut_off: bool) {
+        let node = node(number % NODES);
+        if !self.alive.remove(&node) {
+            return;
+        }
+        if !cut_off {
+            self.runners.retain(|runner| runner.node != node);
+        }
+        self.happen(Event::NodeLost { node });
+    }
+
+    fn revive_node(&mut self, number: u8) {
+        let node = node(number % NODES);
+        if self.alive.insert(node) {
+            self.happen(Event::NodeJoined { node });
+        }
+    }
+
+    /// The coordinator dies with all that it knew, and another reads the log, folded or not.
+    fn restart_coordinator(&mut self, folded: bool) {
+        if folded {
+            self.log = self.jobs.records();
+        }
+        // As it is written and read.
+        let text = serde_json::to_vec(&self.log).expect("records are JSON");
+        self.log = serde_json::from_slice(&text).expect("what was written can be read");
+        self.jobs = Jobs::restore(self.log.clone());
+        self.copies.clear();
+        self.publications.clear();
+        self.carry_out(vec![Effect::Tidy]);
+    }
+
+    fn check(&self) {
+        let views = self.jobs.view();
+        for id in &self.acknowledged {
+            assert!(views.iter().any(|view| view.spec.id == *id), "the acknowledged job {id} is lost");
+        }
+        for view in &views {
+            let id = &view.spec.id;
+            for held in &view.checkpoints {
+                assert_eq!(
+                    held.checkpoint,
+                    checkpoint(id, held.checkpoint.step),
+                    "a wrong checkpoint of {id}"
+                );
+            }
+            if view.state == JobState::Finished {
+                let last = view.checkpoints.last().expect("a result");
+                assert_eq!(last.checkpoint, checkpoint(id, STEPS), "{id} is finished with a wrong result");
+            }
+            if self.cancelled.contains(id) {
+                assert_eq!(view.state, JobState::Cancelled, "{id} was cancelled");
+            }
+        }
+        for (id, hash) in &self.served {
+            assert_eq!(*hash, state_after(id, STEPS), "a wrong result of {id} is served");
+        }
+        // What is durable is the fold of the records, whatever is not durable.
+        let restored = Jobs::restore(self.log.clone());
+        assert_eq!(restored.records(), self.jobs.records());
+    }
+
+    /// All is well again: everything that is wanted comes to its end.
+    fn settle(&mut self) {
+        self.log_fails = false;
+        for number in 0..NODES {
+            self.revive_node(number);
+        }
+        let ids: Vec<String> = self.acknowledged.iter().cloned().collect();
+        for id in ids {
+            let resumed = self.jobs.resume(&id, self.at);
+            self.change(resumed);
+        }
+        for round in 0..800 {
+            self.now += Duration::from_secs(5);
+            self.at += 5;
+            self.advance(round);
+            self.finish_copy(true);
+            self.finish_publication();
+            self.carry_out(Vec::new());
+        }
+        for view in self.jobs.view() {
+            let id = view.spec.id.as_str();
+            match self.cancelled.contains(id) {
+                true => assert_eq!(view.state, JobState::Cancelled),
+                false => {
+                    assert_eq!(view.state, JobState::Finished, "{id}: {}", view.detail);
+                    assert_eq!(self.served.get(id), Some(&state_after(id, STEPS)), "{id} is served");
+                    let steps: Vec<u64> = view.curve.iter().map(|point| point.step).collect();
+                    assert!(steps.is_sorted(), "{steps:?}");
+                    assert!(
+                        view.checkpoints.last().expect("a result").holders.len() >= 2,
+                        "{id} is on two nodes"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Submit(u8),
+    Advance(usize),
+    FinishCopy(bool),
+    FinishPublication,
+    KillWorker(usize),
+    LoseNode(u8, bool),
+    ReviveNode(u8),
+    RestartCoordinator(bool),
+    RestartAll,
+    Cancel(u8),
+    Pause(u8),
+    Resume(u8),
+    LogFails(bool),
+    TimePasses(u64),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        3 => (0..4u8).prop_map(Step::Submit),
+        30 => any::<usize>().prop_map(Step::Advance),
+        4 => any::<bool>().prop_map(Step::FinishCopy),
+        2 => Just(Step::FinishPublication),
+        3 => any::<usize>().prop_map(Step::KillWorker),
+        2 => (0..NODES, any::<bool>()).prop_map(|(node, cut_off)| Step::LoseNode(node, cut_off)),
+        3 => (0..NODES).prop_map(Step::ReviveNode),
+        2 => any::<bool>().prop_map(Step::RestartCoordinator),
+        1 => Just(Step::RestartAll),
+        1 => (0..4u8).prop_map(Step::Cancel),
+        1 => (0..4u8).prop_map(Step::Pause),
+        2 => (0..4u8).prop_map(Step::Resume),
+        1 => any::<bool>().prop_map(Step::LogFails),
+        5 => (0..90u64).prop_map(Step::TimePasses),
+    ]
+}
+
+fn play(steps: &[Step]) {
+    let mut world = World::new();
+    for step in steps {
+        let id = |number: u8| format!("job-{number}");
+        match step.clone() {
+            Step::Submit(number) => world.submit(&id(number)),
+            Step::Advance(which) => world.advance(which),
+            Step::FinishCopy(works) => world.finish_copy(works),
+            Step::FinishPublication => world.finish_publication(),
+            Step::KillWorker(which) => world.kill_worker(which),
+            Step::LoseNode(number, cut_off) => world.lose_node(number, cut_off),
+            Step::ReviveNode(number) => world.revive_node(number),
+            Step::RestartCoordinator(folded) => world.restart_coordinator(folded),
+            Step::RestartAll => {
+                world.runners.clear();
+                world.restart_coordinator(false);
+            }
+            Step::Cancel(number) => {
+                let decided = world.jobs.cancel(&id(number), world.at);
+                if world.change(decided) {
+                    world.cancelled.insert(id(number));
+                }
+            }
+            Step::Pause(number) => {
+                let decided = world.jobs.pause(&id(number), "ann", world.at);
+                world.change(decided);
+            }
+            Step::Resume(number) => {
+                let decided = world.jobs.resume(&id(number), world.at);
+                world.change(decided);
+            }
+            Step::LogFails(fails) => world.log_fails = fails,
+            Step::TimePasses(seconds) => {
+                world.now += Duration::from_secs(seconds);
+                world.at += seconds;
+                world.carry_out(Vec::new());
+            }
+        }
+    }
+    world.settle();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_acknowledged_job_is_lost_and_none_ends_with_a_wrong_result(steps in prop::collection::vec(step(), 1..150)) {
+        play(&steps);
+    }
+}
+
+#[test]
+fn the_same_id_is_the_same_job_or_an_error() {
+    let mut world = World::new();
+    world.submit("a");
+    assert_eq!(world.jobs.submit(spec("a"), 5), Ok(None));
+    let other = JobSpec { configuration: "iters: 2".into(), ..spec("a") };
+    assert!(matches!(world.jobs.submit(other, 5), Err(Error::NameTaken { .. })));
+    assert!(matches!(world.jobs.cancel("b", 5), Err(Error::NotFound(_))));
+}
+
+#[test]
+fn an_attempt_that_is_over_changes_nothing() {
+    let mut world = World::new();
+    world.submit("a");
+    let old = world.runners[0].clone();
+    world.kill_worker(0);
+    world.now += Duration::from_secs(60);
+    world.carry_out(Vec::new());
+    assert_eq!(world.runners.len(), 1, "it runs again");
+    let before = world.jobs.records();
+    let wrong = Checkpoint { step: STEPS, hash: ContentHash::of(b"wrong"), bytes: 1 };
+    for event in [
+        Event::Reported { id: "a".into(), epoch: old.epoch, report: Report::Checkpointed(wrong.clone()) },
+        Event::RunEnded { id: "a".into(), epoch: old.epoch, result: Ok(RunEnd::Finished(wrong.clone())) },
+        Event::RunEnded { id: "a".into(), epoch: old.epoch, result: Ok(RunEnd::Failed("no".into())) },
+    ] {
+        world.happen(event);
+        assert_eq!(world.jobs.records(), before);
+    }
+    // Even as a record, from a coordinator that slept.
+    let (node, points) = (old.node, Vec::new());
+    let stale = Record::Finished { id: "a".into(), epoch: old.epoch, checkpoint: wrong, node, points, at: 9 };
+    world.jobs.apply(stale);
+    assert_eq!(world.jobs.records(), before);
+}
+
+#[test]
+fn a_worker_that_dies_again_and_again_fails_the_job_until_it_is_resumed() {
+    let mut world = World::new();
+    world.submit("a");
+    for _ in 0..MAX_FAILURES {
+        world.kill_worker(0);
+        world.now += Duration::from_secs(120);
+        world.carry_out(Vec::new());
+    }
+    let view = world.jobs.view().remove(0);
+    assert_eq!(view.state, JobState::Failed);
+    assert!(view.detail.contains("signal 9"), "{}", view.detail);
+    world.settle();
+}
+
+#[test]
+fn what_cannot_run_anywhere_says_what_is_missing() {
+    let mut jobs = Jobs::default();
+    let large = JobSpec { memory: Some(ByteCount(8_000_000_000)), ..spec("a") };
+    let records = jobs.submit(large, 1).unwrap().unwrap();
+    records.into_iter().for_each(|record| drop(jobs.apply(record)));
+    let offer = JobOffer { node: node(0), name: "desk".into(), free: ByteCount(2_000_000_000) };
+    assert!(jobs.schedule(&[offer], 1, Instant::now()).is_empty());
+    let view = jobs.view().remove(0);
+    assert_eq!(view.state, JobState::WaitingForNodes);
+    for words in ["8.0 GB", "2.0 GB", "desk"] {
+        assert!(view.detail.contains(words), "{}", view.detail);
+    }
+}
+
+#[test]
+fn a_node_runs_one_job_at_a_time_and_the_oldest_goes_first() {
+    let mut world = World::new();
+    for number in 0..5 {
+        world.submit(&format!("job-{number}"));
+    }
+    let running: BTreeSet<NodeId> = world.runners.iter().map(|runner| runner.node).collect();
+    assert_eq!((world.runners.len(), running.len()), (3, 3));
+    let ids: Vec<&str> = world.runners.iter().map(|runner| runner.id.as_str()).collect();
+    assert_eq!(ids, ["job-0", "job-1", "job-2"]);
+    world.settle();
+}
+
+#[test]
+fn a_full_table_forgets_the_oldest_that_is_over_and_refuses_when_none_is() {
+    let mut jobs = Jobs::default();
+    for number in 0..MAX_JOBS as u64 {
+        jobs.apply(Record::Submitted { spec: Box::new(spec(&format!("job-{number}"))), at: number });
+    }
+    assert!(matches!(jobs.submit(spec("one-more"), 1), Err(Error::TooMany(_))));
+    let cancelled = jobs.cancel("job-7", 1).unwrap().unwrap();
+    jobs.apply(cancelled);
+    let records = jobs.submit(spec("one-more"), 1).unwrap().unwrap();
+    assert_eq!(records[0], Record::Removed { id: "job-7".into() });
+    records.into_iter().for_each(|record| drop(jobs.apply(record)));
+    let wanted: Vec<Wanted> = jobs.wanted();
+    assert_eq!(wanted.len(), MAX_JOBS);
+    assert!(!wanted.iter().any(|job| job.id == "job-7"));
+}

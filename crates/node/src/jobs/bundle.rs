@@ -1,0 +1,256 @@
+//! A checkpoint on the disk: a folder of files with a manifest of their hashes, named by the manifest's own hash.
+//!
+//! ```text
+//! jobs/ID/checkpoints/HASH/
+//!   manifest.json       {"job", "step", "files": [{"name", "bytes", "hash"}]}, written last
+//!   state/…             all that the job goes on from
+//!   result/…            what it made so far
+//! ```
+//! It is written into a folder of another name, made durable file by file, and then renamed: under its own name it is whole.
+
+use mlxnode_coordinator::jobs::{Checkpoint, ContentHash};
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File};
+use std::io::{self, Read as _, Write as _};
+use std::path::{Path, PathBuf};
+
+/// The part of a checkpoint that the job goes on from.
+pub(super) const STATE: &str = "state";
+/// What the job made.
+pub(super) const RESULT: &str = "result";
+const MANIFEST: &str = "manifest.json";
+/// Longest manifest.
+pub(super) const MAX_MANIFEST: usize = 1 << 20;
+/// Most files of a checkpoint.
+const MAX_FILES: usize = 4096;
+
+/// What a checkpoint holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Manifest {
+    pub(super) job: String,
+    pub(super) step: u64,
+    /// By name.
+    pub(super) files: Vec<BundleFile>,
+}
+
+/// One file of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct BundleFile {
+    /// "state/…" or "result/…", one folder deep.
+    pub(super) name: String,
+    pub(super) bytes: u64,
+    pub(super) hash: ContentHash,
+}
+
+impl Manifest {
+    /// Reads a manifest that may come from anywhere.
+    pub(super) fn parse(bytes: &[u8]) -> io::Result<Self> {
+        let wrong = |text: String| io::Error::new(io::ErrorKind::InvalidData, text);
+        let manifest: Self = serde_json::from_slice(bytes).map_err(|error| wrong(error.to_string()))?;
+        if manifest.files.len() > MAX_FILES {
+            return Err(wrong(format!("a checkpoint of {} files", manifest.files.len())));
+        }
+        for file in &manifest.files {
+            let is_valid = file.name.split_once('/').is_some_and(|(folder, name)| {
+                [STATE, RESULT].contains(&folder)
+                    && !name.is_empty()
+                    && name.len() <= 255
+                    && !name.starts_with('.')
+                    && !name.contains(['/', '\\', '\0'])
+            });
+            if !is_valid {
+                return Err(wrong(format!("a checkpoint with a file named {:?}", file.name)));
+            }
+        }
+        Ok(manifest)
+    }
+
+    /// Its bytes: the same manifest has the same ones.
+    fn bytes(&self) -> io::Result<Vec<u8>> {
+        serde_json::to_vec(self).map_err(io::Error::other)
+    }
+
+    pub(super) fn total(&self) -> u64 {
+        self.files.iter().map(|file| file.bytes).sum()
+    }
+}
+
+/// Where a job's checkpoints are.
+pub(super) fn checkpoints_of(job: &Path) -> PathBuf {
+    job.join("checkpoints")
+}
+
+/// Where a checkpoint is, or would be.
+pub(super) fn folder_of(job: &Path, hash: ContentHash) -> PathBuf {
+    checkpoints_of(job).join(hash.to_string())
+}
+
+/// An empty folder to write a checkpoint into; what a broken attempt left there goes.
+pub(super) fn begin(job: &Path, name: &str) -> io::Result<PathBuf> {
+    let folder = job.join(format!("new-{name}"));
+    match fs::remove_dir_all(&folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    fs::create_dir_all(folder.join(STATE))?;
+    fs::create_dir_all(folder.join(RESULT))?;
+    Ok(folder)
+}
+
+/// Makes the folder that was written a checkpoint: hashes, syncs, names it.
+pub(super) fn seal(job_folder: &Path, written: &Path, job: &str, step: u64) -> io::Result<Checkpoint> {
+    let mut files = Vec::new();
+    for part in [STATE, RESULT] {
+        let folder = written.join(part);
+        for entry in fs::read_dir(&folder)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let name = name.to_str().ok_or_else(|| io::Error::other("a file with a name that is no text"))?;
+            if !entry.file_type()?.is_file() {
+                return Err(io::Error::other(format!("{part}/{name} is no file")));
+            }
+            let (hash, bytes) = hash_file(&entry.path())?;
+            File::open(entry.path())?.sync_all()?;
+            files.push(BundleFile { name: format!("{part}/{name}"), bytes, hash });
+        }
+        File::open(&folder)?.sync_all()?;
+    }
+    files.sort_by(|a, b| a.name.cmp(&b.name));
+    let manifest = Manifest { job: job.to_owned(), step, files };
+    let bytes = manifest.bytes()?;
+    Manifest::parse(&bytes)?;
+    name(job_folder, written, &bytes)?;
+    Ok(Checkpoint { step, hash: ContentHash::of(&bytes), bytes: manifest.total() })
+}
+
+/// The last steps: manifest, sync, rename, sync.
+pub(super) fn name(job_folder: &Path, written: &Path, manifest: &[u8]) -> io::Result<PathBuf> {
+    let mut file = File::create(written.join(MANIFEST))?;
+    file.write_all(manifest)?;
+    file.sync_all()?;
+    File::open(written)?.sync_all()?;
+    let all = checkpoints_of(job_folder);
+    fs::create_dir_all(&all)?;
+    let target = folder_of(job_folder, ContentHash::of(manifest));
+    if target.exists() {
+        // The same content: what is there may be damaged, this is not.
+        fs::remove_dir_all(&target)?;
+    }
+    fs::rename(written, &target)?;
+    File::open(&all)?.sync_all()?;
+    File::open(job_folder)?.sync_all()?;
+    Ok(target)
+}
+
+/// The manifest of a checkpoint that is here, if its name is true.
+pub(super) fn manifest(folder: &Path, hash: ContentHash) -> io::Result<(Manifest, Vec<u8>)> {
+    let mut bytes = Vec::new();
+    File::open(folder.join(MANIFEST))?.take(MAX_MANIFEST as u64 + 1).read_to_end(&mut bytes)?;
+    if ContentHash::of(&bytes) != hash {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "its manifest is damaged"));
+    }
+    Ok((Manifest::parse(&bytes)?, bytes))
+}
+
+/// Is all of a checkpoint as it was written?
+pub(super) fn verify(folder: &Path, job: &str, hash: ContentHash) -> io::Result<Manifest> {
+    let (manifest, _) = manifest(folder, hash)?;
+    let wrong = |text: String| io::Error::new(io::ErrorKind::InvalidData, text);
+    if manifest.job != job {
+        return Err(wrong(format!("it is of the job {}", manifest.job)));
+    }
+    for file in &manifest.files {
+        let (hash, bytes) = hash_file(&folder.join(&file.name))?;
+        if hash != file.hash || bytes != file.bytes {
+            return Err(wrong(format!("{} is damaged", file.name)));
+        }
+    }
+    Ok(manifest)
+}
+
+/// All checkpoints of a job that are here by their manifests, unverified.
+pub(super) fn list(job: &Path) -> Vec<(Manifest, ContentHash)> {
+    let Ok(entries) = fs::read_dir(checkpoints_of(job)) else { return Vec::new() };
+    let found = entries.flatten().filter_map(|entry| {
+        let hash: ContentHash = entry.file_name().to_str()?.parse().ok()?;
+        Some((manifest(&entry.path(), hash).ok()?.0, hash))
+    });
+    found.collect()
+}
+
+/// BLAKE3 and length of a file.
+pub(super) fn hash_file(path: &Path) -> io::Result<(ContentHash, u64)> {
+    let mut file = File::open(path)?;
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; 256 << 10];
+    let mut length = 0;
+    loop {
+        let count = file.read(&mut buffer)?;
+        if count == 0 {
+            return Ok((ContentHash::from_bytes(*hasher.finalize().as_bytes()), length));
+        }
+        length += count as u64;
+        hasher.update(&buffer[..count]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written(job: &Path) -> PathBuf {
+        let folder = begin(job, "1").unwrap();
+        fs::write(folder.join(STATE).join("moments"), "many numbers").unwrap();
+        fs::write(folder.join(RESULT).join("adapter"), "few numbers").unwrap();
+        folder
+    }
+
+    #[test]
+    fn a_checkpoint_is_whole_under_its_name_and_damage_is_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let job = folder.path();
+        let new = written(job);
+        let checkpoint = seal(job, &new, "job-1", 7).unwrap();
+        assert!(!new.exists());
+        let place = folder_of(job, checkpoint.hash);
+        let manifest = verify(&place, "job-1", checkpoint.hash).unwrap();
+        assert_eq!((manifest.step, manifest.total()), (7, checkpoint.bytes));
+        assert_eq!(list(job).len(), 1);
+        assert!(verify(&place, "job-2", checkpoint.hash).is_err());
+        // The same again is the same.
+        assert_eq!(seal(job, &written(job), "job-1", 7).unwrap(), checkpoint);
+        let path = place.join(STATE).join("moments");
+        fs::write(&path, "many numberz").unwrap();
+        let error = verify(&place, "job-1", checkpoint.hash).unwrap_err();
+        assert!(error.to_string().contains("state/moments"), "{error}");
+        fs::write(&path, "many").unwrap();
+        assert!(verify(&place, "job-1", checkpoint.hash).is_err());
+        fs::remove_file(&path).unwrap();
+        assert!(verify(&place, "job-1", checkpoint.hash).is_err());
+        fs::write(place.join(MANIFEST), "{}").unwrap();
+        assert!(verify(&place, "job-1", checkpoint.hash).is_err());
+        assert!(list(job).is_empty());
+    }
+
+    #[test]
+    fn a_manifest_names_no_file_elsewhere() {
+        for name in ["/etc/passwd", "state/../../x", "state/", "other/x", "state/.x", "x", "state/a/b"] {
+            let text = format!(
+                r#"{{"job": "a", "step": 1, "files": [{{"name": "{name}", "bytes": 1, "hash": "{}"}}]}}"#,
+                ContentHash::of(b"")
+            );
+            assert!(Manifest::parse(text.as_bytes()).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_a_broken_attempt_left_is_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        written(folder.path());
+        let again = begin(folder.path(), "1").unwrap();
+        assert_eq!(fs::read_dir(again.join(STATE)).unwrap().count(), 0);
+        assert!(list(folder.path()).is_empty());
+    }
+}

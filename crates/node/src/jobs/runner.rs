@@ -1,0 +1,548 @@
+//! Drives jobs on this node: each in a process of its own, one piece after the other.
+//!
+//! Between two pieces the runner reports, saves when that is due, stands back for requests, and ends when it is told to. Whoever asked for
+//! a run and goes away has it save a checkpoint and end: the coordinator that comes next finds it here.
+
+use super::bundle;
+use super::pace::pause_after;
+use super::peers::{Peers, on_disk};
+use mlxnode_compute::{Advance, JobError, StepReport};
+use mlxnode_coordinator::Error;
+use mlxnode_coordinator::jobs::{
+    Checkpoint, JobKind, JobSpec, LossPoint, Progress, Report, RunEnd, RunJob, Wanted,
+};
+use mlxnode_worker::{JobCallError, JobProcess, JobSetup};
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
+use tracing::{info, warn};
+
+/// Between two reports of progress.
+const REPORT_PERIOD: Duration = Duration::from_millis(250);
+/// Reports that wait for a slow coordinator; then the job waits too.
+const REPORTS: usize = 64;
+/// Before a checkpoint is tried again for which there was no room.
+const ROOM_PERIOD: Duration = Duration::from_secs(10);
+/// Between two looks whether requests still run.
+const LOOK: Duration = Duration::from_millis(20);
+/// For an attempt that is being replaced or stopped to save and end; then it is killed.
+const END_LIMIT: Duration = Duration::from_secs(60);
+/// How much the newest step counts in the mean time of a step.
+const NEWEST: f64 = 0.1;
+
+/// What a runner needs of its node.
+pub(crate) struct RunnersOptions {
+    /// The executable: this node's own.
+    pub(crate) command: PathBuf,
+    /// Does this node answer requests now?
+    pub(crate) is_busy: Arc<dyn Fn() -> bool + Send + Sync>,
+    /// Gets a model onto this machine and says where it is.
+    pub(crate) fetch_model:
+        Arc<dyn Fn(String) -> futures::future::BoxFuture<'static, Result<PathBuf, Error>> + Send + Sync>,
+}
+
+/// All jobs that run on this node. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Runners {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    options: RunnersOptions,
+    peers: Peers,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Newest epoch seen, by job.
+    newest: BTreeMap<String, u64>,
+    running: BTreeMap<String, Held>,
+    is_ending: bool,
+}
+
+/// What a run is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Will {
+    Run,
+    /// Save a checkpoint and end.
+    SaveAndEnd,
+    End,
+}
+
+struct Held {
+    epoch: u64,
+    will: watch::Sender<Will>,
+    /// Closed when the attempt is over.
+    over: watch::Receiver<()>,
+    _task: AbortOnDropHandle<()>,
+}
+
+/// A run for whoever asked for it. Dropping it has the run save and end.
+pub(crate) struct RunningJob {
+    pub(crate) reports: mpsc::Receiver<Report>,
+    pub(crate) end: tokio::sync::oneshot::Receiver<Result<RunEnd, Error>>,
+    will: watch::Sender<Will>,
+}
+
+impl Drop for RunningJob {
+    fn drop(&mut self) {
+        self.will.send_if_modified(|will| {
+            *will == Will::Run && {
+                *will = Will::SaveAndEnd;
+                true
+            }
+        });
+    }
+}
+
+impl Runners {
+    pub(crate) fn new(options: RunnersOptions, peers: Peers) -> Self {
+        Self { shared: Arc::new(Shared { options, peers, state: Mutex::default() }) }
+    }
+
+    pub(crate) fn peers(&self) -> &Peers {
+        &self.shared.peers
+    }
+
+    /// Begins an attempt, once an older one of the same job has ended here.
+    ///
+    /// # Errors
+    /// When a newer attempt has begun, or the node stops.
+    pub(crate) async fn run(&self, order: RunJob) -> Result<RunningJob, Error> {
+        let id = order.spec.id.clone();
+        let older = {
+            let mut state = self.state();
+            if state.is_ending {
+                return Err(Error::Unavailable("the node stops".into()));
+            }
+            let newest = state.newest.entry(id.clone()).or_insert(order.epoch);
+            if order.epoch < *newest {
+                let newest = *newest;
+                return Err(Error::Unavailable(format!(
+                    "attempt {} of the job {id} is over: {newest} has begun",
+                    order.epoch
+                )));
+            }
+            *newest = order.epoch;
+            state.running.get(&id).map(|held| {
+                held.will.send_replace(Will::SaveAndEnd);
+                held.over.clone()
+            })
+        };
+        if let Some(over) = older {
+            wait_for_end(over).await;
+        }
+        let (will, told) = watch::channel(Will::Run);
+        let (over_sender, over) = watch::channel(());
+        let (reports, receiver) = mpsc::channel(REPORTS);
+        let (end_sender, end) = tokio::sync::oneshot::channel();
+        let mut state = self.state();
+        if state.is_ending || state.newest.get(&id) != Some(&order.epoch) {
+            return Err(Error::Unavailable(format!("attempt {} of the job {id} is over", order.epoch)));
+        }
+        let epoch = order.epoch;
+        let attempt = Attempt {
+            shared: Arc::downgrade(&self.shared),
+            peers: self.shared.peers.clone(),
+            command: self.shared.options.command.clone(),
+            is_busy: self.shared.options.is_busy.clone(),
+            told,
+            reports,
+            order,
+        };
+        let fetch_model = self.shared.options.fetch_model.clone();
+        let task = tokio::spawn(async move {
+            let (id, epoch) = (attempt.order.spec.id.clone(), attempt.order.epoch);
+            let shared = attempt.shared.clone();
+            let result = attempt.run(fetch_model).await;
+            info!(job = id, epoch, ok = result.is_ok(), "job attempt over");
+            if let Some(shared) = shared.upgrade() {
+                let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+                if state.running.get(&id).is_some_and(|held| held.epoch == epoch) {
+                    // Taking oneself out of the map aborts this very task, at its next await: there is none.
+                    let _ = end_sender.send(result);
+                    drop(over_sender);
+                    state.running.remove(&id);
+                    return;
+                }
+            }
+            let _ = end_sender.send(result);
+            drop(over_sender);
+        });
+        let held = Held { epoch, will: will.clone(), over, _task: AbortOnDropHandle::new(task) };
+        state.running.insert(id, held); // the older one, if it hangs, is killed with its task
+        Ok(RunningJob { reports: receiver, end, will })
+    }
+
+    /// Has an attempt end.
+    pub(crate) fn stop(&self, id: &str, epoch: u64, saves: bool) {
+        let state = self.state();
+        if let Some(held) = state.running.get(id).filter(|held| held.epoch <= epoch) {
+            held.will.send_replace(if saves { Will::SaveAndEnd } else { Will::End });
+        }
+    }
+
+    /// Ends all, after a checkpoint each, for the node's own end.
+    pub(crate) async fn stop_all(&self) {
+        let waiting: Vec<watch::Receiver<()>> = {
+            let mut state = self.state();
+            state.is_ending = true;
+            for held in state.running.values() {
+                held.will.send_replace(Will::SaveAndEnd);
+            }
+            state.running.values().map(|held| held.over.clone()).collect()
+        };
+        futures::future::join_all(waiting.into_iter().map(wait_for_end)).await;
+        let left = std::mem::take(&mut self.state().running);
+        drop(left);
+    }
+
+    /// What of jobs is wanted still; the rest goes.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub(crate) async fn tidy(&self, wanted: Vec<Wanted>) -> Result<(), Error> {
+        let running: BTreeSet<String> = self.state().running.keys().cloned().collect();
+        let store = self.shared.peers.store.clone();
+        on_disk("removing what is not wanted of jobs", move || store.tidy(&wanted, &running)).await
+    }
+
+    /// Makes sure that a checkpoint, and what its job reads, is here.
+    ///
+    /// # Errors
+    /// When no node has it, or there is no room.
+    pub(crate) async fn copy(&self, spec: &JobSpec, checkpoint: &Checkpoint) -> Result<(), Error> {
+        for input in &spec.inputs {
+            self.shared.peers.fetch_input(input).await?;
+        }
+        self.shared.peers.fetch_checkpoint(&spec.id, checkpoint).await.map(drop)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn wait_for_end(mut over: watch::Receiver<()>) {
+    let ended = async { while over.changed().await.is_ok() {} };
+    if tokio::time::timeout(END_LIMIT, ended).await.is_err() {
+        warn!("a job does not end: its process is killed");
+    }
+}
+
+/// One attempt at a job.
+struct Attempt {
+    shared: std::sync::Weak<Shared>,
+    peers: Peers,
+    command: PathBuf,
+    is_busy: Arc<dyn Fn() -> bool + Send + Sync>,
+    told: watch::Receiver<Will>,
+    reports: mpsc::Sender<Report>,
+    order: RunJob,
+}
+
+type FetchModel =
+    Arc<dyn Fn(String) -> futures::future::BoxFuture<'static, Result<PathBuf, Error>> + Send + Sync>;
+
+impl Attempt {
+    async fn run(mut self, fetch_model: FetchModel) -> Result<RunEnd, Error> {
+        let mut told = self.told.clone();
+        let prepared = {
+            let preparing = self.prepare(fetch_model);
+            tokio::select! {
+                prepared = preparing => prepared?,
+                // Nothing is computed yet: there is nothing to save.
+                _ = told.wait_for(|will| *will != Will::Run) => return Ok(RunEnd::Yielded),
+            }
+        };
+        let (setup, step) = prepared;
+        let arguments = [OsString::from("worker"), OsString::from("--job")];
+        let name = format!("job {}", self.order.spec.id);
+        let started = JobProcess::spawn(&self.command, &arguments, name).await;
+        let mut process = started.map_err(|error| Error::Failed(crate::error::chain(&error)))?;
+        let driven = self.drive(&mut process, setup, step).await;
+        process.stop().await;
+        match driven {
+            Ok(end) => Ok(end),
+            Err(JobCallError::Job(JobError::Failed(text))) => Err(Error::Failed(text)),
+            Err(JobCallError::Job(error)) => Ok(RunEnd::Failed(error.to_string())),
+            Err(JobCallError::Process(error)) => Err(Error::Failed(crate::error::chain(&error))),
+        }
+    }
+
+    async fn say(&self, report: Report) {
+        // Nobody listens any more: then this attempt is about to be told to end.
+        let _ = self.reports.send(report).await;
+    }
+
+    /// Everything onto this machine: model, files, and what to go on from.
+    async fn prepare(&self, fetch_model: FetchModel) -> Result<(JobSetup, u64), Error> {
+        let spec = &self.order.spec;
+        let mut model = None;
+        if spec.kind != JobKind::Rehearsal {
+            self.say(Report::Preparing(format!("fetching {}", spec.model))).await;
+            // What one node cannot fetch another one may: it is tried again.
+            model = Some(fetch_model(spec.model.clone()).await?);
+        }
+        for input in &spec.inputs {
+            self.say(Report::Preparing(format!("fetching {}", input.name))).await;
+            self.peers.fetch_input(input).await?;
+        }
+        let (store, id) = (self.peers.store.clone(), spec.id.clone());
+        let named: Vec<_> = spec.inputs.iter().map(|input| (input.name.clone(), input.hash)).collect();
+        let inputs = on_disk("laying out the job's files", move || store.lay_out(&id, &named)).await?;
+        let (resume, step) = self.checkpoint().await?;
+        let setup = JobSetup {
+            kind: spec.kind.name().to_owned(),
+            model,
+            configuration: spec.configuration.clone(),
+            inputs,
+            resume: resume.map(|folder| folder.join(bundle::STATE)),
+        };
+        Ok((setup, step))
+    }
+
+    /// The newest checkpoint that is whole: one that was saved here when nobody listened, or one of the order's.
+    async fn checkpoint(&self) -> Result<(Option<PathBuf>, u64), Error> {
+        let spec = &self.order.spec;
+        let newest = self.order.checkpoints.iter().map(|checkpoint| checkpoint.step).max().unwrap_or(0);
+        let job = self.peers.store.job(&spec.id).map_err(super::peers::disk("the job's folder"))?;
+        let mut own: Vec<Checkpoint> = bundle::list(&job)
+            .into_iter()
+            .filter(|(manifest, _)| manifest.step > newest)
+            .map(|(manifest, hash)| Checkpoint { step: manifest.step, hash, bytes: manifest.total() })
+            .collect();
+        own.sort_by_key(|checkpoint| std::cmp::Reverse(checkpoint.step));
+        let known = own.len();
+        let mut problem = None;
+        for (place, checkpoint) in own.iter().chain(&self.order.checkpoints).enumerate() {
+            let what = format!("fetching the checkpoint after step {}", checkpoint.step);
+            self.say(Report::Preparing(what)).await;
+            match self.peers.fetch_checkpoint(&spec.id, checkpoint).await {
+                Ok(folder) => {
+                    if place < known {
+                        // The coordinator has not heard of it.
+                        self.say(Report::Checkpointed(checkpoint.clone())).await;
+                    }
+                    return Ok((Some(folder), checkpoint.step));
+                }
+                Err(error @ Error::TooMany(_)) => return Err(Error::Unavailable(error.to_string())),
+                Err(error) => {
+                    self.say(Report::Said(error.to_string())).await;
+                    problem.get_or_insert(error);
+                }
+            }
+        }
+        match problem {
+            Some(error) if !self.order.checkpoints.is_empty() => Err(error),
+            _ => Ok((None, 0)),
+        }
+    }
+
+    async fn drive(
+        &mut self,
+        process: &mut JobProcess,
+        setup: JobSetup,
+        from: u64,
+    ) -> Result<RunEnd, JobCallError> {
+        self.say(Report::Preparing("starting".into())).await;
+        process.begin(setup).await?;
+        let saves = self.order.spec.saves;
+        let mut meter = Meter { step: from, ..Meter::default() };
+        let (mut saved_step, mut saved_at) = (from, Instant::now());
+        let mut is_running = false;
+        let mut last_report = Instant::now();
+        loop {
+            let will = *self.told.borrow();
+            match will {
+                Will::End => return Ok(RunEnd::Yielded),
+                Will::SaveAndEnd => {
+                    if meter.step > saved_step {
+                        self.flush(&mut meter).await;
+                        // No room: it ends without, and goes on from the one before.
+                        if let Err(error) = self.save(process, meter.step).await {
+                            warn!(job = self.order.spec.id, %error, "no checkpoint at the end");
+                            self.say(Report::Said(format!("no checkpoint at the end: {error}"))).await;
+                        }
+                    }
+                    return Ok(RunEnd::Yielded);
+                }
+                Will::Run => {}
+            }
+            let started = Instant::now();
+            let advance = process.advance().await?;
+            let piece = started.elapsed();
+            if !is_running && matches!(advance, Advance::Step(_) | Advance::Validated { .. }) {
+                is_running = true;
+                self.say(Report::Running { step: from }).await;
+            }
+            match advance {
+                Advance::Prepared(what) if is_running => self.say(Report::Said(what)).await,
+                Advance::Prepared(what) => self.say(Report::Preparing(what)).await,
+                Advance::Step(step) => meter.step(&step, piece),
+                Advance::Validated { step, loss, seconds } => {
+                    meter.points.push(LossPoint { step, training: None, validation: Some(loss) });
+                    self.say(Report::Said(format!(
+                        "validation after step {step}: loss {loss:.4} ({seconds:.1} s)"
+                    )))
+                    .await;
+                }
+                Advance::Tested { loss } => {
+                    self.say(Report::Said(format!("test: loss {loss:.4}, perplexity {:.3}", loss.exp())))
+                        .await;
+                }
+                Advance::Finished => {
+                    self.flush(&mut meter).await;
+                    return match self.save_when_there_is_room(process, meter.step).await? {
+                        Some(checkpoint) => Ok(RunEnd::Finished(checkpoint)),
+                        None => Ok(RunEnd::Yielded),
+                    };
+                }
+            }
+            if last_report.elapsed() >= REPORT_PERIOD {
+                last_report = Instant::now();
+                self.flush(&mut meter).await;
+            }
+            let by_steps = saves.every_steps > 0 && meter.step >= saved_step + saves.every_steps;
+            let by_time = saves.every_seconds > 0 && saved_at.elapsed().as_secs() >= saves.every_seconds;
+            if meter.step > saved_step && (by_steps || by_time) {
+                self.flush(&mut meter).await;
+                if let Some(checkpoint) = self.save_when_there_is_room(process, meter.step).await? {
+                    self.say(Report::Checkpointed(checkpoint)).await;
+                }
+                (saved_step, saved_at) = (meter.step, Instant::now());
+            }
+            self.stand_back(piece, &mut meter).await;
+        }
+    }
+
+    async fn flush(&self, meter: &mut Meter) {
+        if !meter.points.is_empty() {
+            let points = std::mem::take(&mut meter.points);
+            self.say(Report::Advanced { points, progress: Some(meter.progress()) }).await;
+        }
+    }
+
+    /// Requests go first: the job has its share of the time while there are any.
+    async fn stand_back(&mut self, piece: Duration, meter: &mut Meter) {
+        let until = Instant::now() + pause_after(piece, self.order.spec.share);
+        let started = Instant::now();
+        while (self.is_busy)() && Instant::now() < until && *self.told.borrow() == Will::Run {
+            tokio::time::sleep(LOOK).await;
+        }
+        meter.stood_back += started.elapsed();
+    }
+
+    /// A checkpoint; waits while there is no room. `None`: it was told to end meanwhile.
+    async fn save_when_there_is_room(
+        &mut self,
+        process: &mut JobProcess,
+        step: u64,
+    ) -> Result<Option<Checkpoint>, JobCallError> {
+        let mut is_held = false;
+        loop {
+            match self.write(process, step).await {
+                Err(JobCallError::Job(JobError::NoRoom(text))) => {
+                    if !std::mem::replace(&mut is_held, true) {
+                        self.say(Report::Held(format!("no room on the disk: {text}"))).await;
+                    }
+                    let mut told = self.told.clone();
+                    let ended = told.wait_for(|will| *will != Will::Run);
+                    if tokio::time::timeout(ROOM_PERIOD, ended).await.is_ok() {
+                        return Ok(None);
+                    }
+                }
+                Ok(checkpoint) => {
+                    if is_held {
+                        self.say(Report::Going).await;
+                    }
+                    return Ok(Some(checkpoint));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn save(&self, process: &mut JobProcess, step: u64) -> Result<(), JobCallError> {
+        let checkpoint = self.write(process, step).await?;
+        self.say(Report::Checkpointed(checkpoint)).await;
+        Ok(())
+    }
+
+    async fn write(&self, process: &mut JobProcess, step: u64) -> Result<Checkpoint, JobCallError> {
+        let (store, id, epoch) =
+            (self.peers.store.clone(), self.order.spec.id.clone(), self.order.epoch.to_string());
+        let begun = tokio::task::spawn_blocking(move || {
+            let job = store.job(&id)?;
+            let new = bundle::begin(&job, &epoch)?;
+            Ok::<_, std::io::Error>((job, new, id))
+        });
+        let (job, new, id) = flatten(begun.await)?;
+        process.save(new.join(bundle::STATE)).await?;
+        process.publish(new.join(bundle::RESULT)).await?;
+        let sealed = tokio::task::spawn_blocking(move || bundle::seal(&job, &new, &id, step));
+        flatten(sealed.await)
+    }
+}
+
+fn flatten<T>(done: Result<std::io::Result<T>, tokio::task::JoinError>) -> Result<T, JobCallError> {
+    use std::io::ErrorKind;
+    match done {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) if matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {
+            Err(JobError::NoRoom(error.to_string()).into())
+        }
+        Ok(Err(error)) => Err(JobError::Failed(format!("cannot write a checkpoint: {error}")).into()),
+        Err(error) => Err(JobError::Failed(format!("cannot write a checkpoint: {error}")).into()),
+    }
+}
+
+/// Sums steps up for people.
+#[derive(Default)]
+struct Meter {
+    step: u64,
+    steps: u64,
+    points: Vec<LossPoint>,
+    /// Mean time of a step from its begin to the next one's, and mean tokens.
+    seconds: f64,
+    tokens: f64,
+    trained: u64,
+    learning_rate: f64,
+    gradient_norm: Option<f64>,
+    peak: u64,
+    stood_back: Duration,
+}
+
+impl Meter {
+    fn step(&mut self, report: &StepReport, piece: Duration) {
+        let seconds = (piece + std::mem::take(&mut self.stood_back)).as_secs_f64();
+        let mean = |mean: f64, new: f64| if mean == 0.0 { new } else { mean + NEWEST * (new - mean) };
+        self.seconds = mean(self.seconds, seconds);
+        self.tokens = mean(self.tokens, report.tokens as f64);
+        (self.step, self.steps) = (report.step, report.steps);
+        self.trained += report.tokens;
+        self.learning_rate = report.learning_rate;
+        self.gradient_norm = report.gradient_norm.or(self.gradient_norm);
+        self.peak = self.peak.max(report.peak_memory);
+        self.points.push(LossPoint { step: report.step, training: Some(report.loss), validation: None });
+    }
+
+    fn progress(&self) -> Progress {
+        Progress {
+            step: self.step,
+            steps: self.steps,
+            tokens_per_second: if self.seconds > 0.0 { self.tokens / self.seconds } else { 0.0 },
+            seconds_per_step: self.seconds,
+            learning_rate: self.learning_rate,
+            gradient_norm: self.gradient_norm,
+            peak_memory: self.peak,
+            trained_tokens: self.trained,
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! The node's side of a job's process.
+
+use super::{Answer, JobSetup, Order, frames};
+use crate::process::{Log, ProcessError, STARTING, WorkerExit};
+use mlxnode_compute::{Advance, JobError};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+
+/// A piece is a few seconds; reading a model or writing a checkpoint may take minutes on a slow disk. Longer than this it is stuck.
+const ORDER_LIMIT: Duration = Duration::from_secs(1800);
+/// From closing its stdin to SIGKILL: it ends after the piece under way.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why an order was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum JobCallError {
+    /// The job says so.
+    #[error(transparent)]
+    Job(#[from] JobError),
+    /// The process has ended or does not answer.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+}
+
+/// A job in a process. Dropping it kills the process.
+#[derive(Debug)]
+pub struct JobProcess {
+    pid: u32,
+    child: Child,
+    orders: Option<ChildStdin>,
+    answers: ChildStdout,
+    log: Option<Log>,
+}
+
+impl JobProcess {
+    /// Starts `command` with `arguments` (`worker --job`). `name` is for the log.
+    ///
+    /// # Errors
+    /// [`ProcessError::Start`]
+    pub async fn spawn(command: &Path, arguments: &[OsString], name: String) -> Result<Self, ProcessError> {
+        let mut starting = Command::new(command);
+        starting.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        // Its own process group: Ctrl-C in a terminal is for the node, which ends its workers itself.
+        starting.process_group(0).kill_on_drop(true);
+        let mut child = {
+            let _starting = STARTING.lock().await;
+            let spawned = starting.spawn();
+            spawned.map_err(|source| ProcessError::Start { command: PathBuf::from(command), source })?
+        };
+        let missing = |what| ProcessError::Hello(format!("it has no {what}"));
+        let pid = child.id().ok_or_else(|| missing("process id"))?;
+        let orders = child.stdin.take().ok_or_else(|| missing("stdin"))?;
+        let answers = child.stdout.take().ok_or_else(|| missing("stdout"))?;
+        let log = Log::follow(pid, name, child.stderr.take().ok_or_else(|| missing("stderr"))?);
+        Ok(Self { pid, child, orders: Some(orders), answers, log: Some(log) })
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Makes the job.
+    ///
+    /// # Errors
+    /// [`JobCallError`]; here and below.
+    pub async fn begin(&mut self, setup: JobSetup) -> Result<(), JobCallError> {
+        self.done(Order::Begin(setup)).await
+    }
+
+    /// The next piece. Giving the call up leaves the process in the middle of it: stop it then.
+    pub async fn advance(&mut self) -> Result<Advance, JobCallError> {
+        match self.ask(Order::Advance).await? {
+            Answer::Advanced(advance) => Ok(advance),
+            Answer::Failed(error) => Err(error.into()),
+            Answer::Done => Err(confused().into()),
+        }
+    }
+
+    /// Writes its state into an empty folder.
+    pub async fn save(&mut self, folder: PathBuf) -> Result<(), JobCallError> {
+        self.done(Order::Save(folder)).await
+    }
+
+    /// Writes what it makes into an empty folder.
+    pub async fn publish(&mut self, folder: PathBuf) -> Result<(), JobCallError> {
+        self.done(Order::Publish(folder)).await
+    }
+
+    /// Ends the process and waits until it is gone: closes its stdin, then SIGKILL after 5 s.
+    pub async fn stop(mut self) {
+        self.orders = None;
+        if tokio::time::timeout(STOP_TIMEOUT, self.child.wait()).await.is_err() {
+            if let Ok(pid) = i32::try_from(self.pid) {
+                // An error means that it has ended already.
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+            let _ = self.child.wait().await;
+        }
+    }
+
+    async fn done(&mut self, order: Order) -> Result<(), JobCallError> {
+        match self.ask(order).await? {
+            Answer::Done => Ok(()),
+            Answer::Failed(error) => Err(error.into()),
+            Answer::Advanced(_) => Err(confused().into()),
+        }
+    }
+
+    async fn ask(&mut self, order: Order) -> Result<Answer, JobCallError> {
+        let Some(orders) = &mut self.orders else { return Err(confused().into()) };
+        let answers = &mut self.answers;
+        let call = async {
+            frames::send(orders, &order).await?;
+            frames::receive(answers).await
+        };
+        match tokio::time::timeout(ORDER_LIMIT, call).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(error)) => Err(self.ended(&error).await.into()),
+            Err(_) => Err(ProcessError::Timeout(ORDER_LIMIT).into()),
+        }
+    }
+
+    /// The pipe broke: its wait status says more.
+    async fn ended(&mut self, error: &std::io::Error) -> ProcessError {
+        match tokio::time::timeout(STOP_TIMEOUT, self.child.wait()).await {
+            Ok(status) => {
+                let last_line = match self.log.take() {
+                    Some(log) => log.end().await,
+                    None => None,
+                };
+                ProcessError::Ended(WorkerExit::new(self.pid, status, last_line))
+            }
+            Err(_) => ProcessError::Hello(format!("it answers what is not understood: {error}")),
+        }
+    }
+}
+
+fn confused() -> ProcessError {
+    ProcessError::Hello("it answers something else than was asked".to_owned())
+}

@@ -1,0 +1,176 @@
+//! Jobs over a cluster of processes: a rehearsal that is killed at every phase comes to the same result as one that never was, no
+//! acknowledged job is lost, and files travel by content. The job table itself is proved in crates/coordinator/tests/jobs.rs.
+
+use anyhow::{Context as _, Result, ensure};
+use mlxnode_testkit::cluster::LocalCluster;
+use mlxnode_testkit::eventually::eventually;
+use mlxnode_testkit::node::NodeProcess;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A configuration and a row of text.
+fn rehearsal(folder: &Path, steps: u32, millis: u32) -> Result<(String, String)> {
+    let (configuration, rows) = (folder.join("rehearsal.yaml"), folder.join("train.jsonl"));
+    std::fs::write(&configuration, format!("steps: {steps}\nmillis: {millis}\n"))?;
+    std::fs::write(&rows, "{\"text\": \"one row\"}\n")?;
+    let text = |path: PathBuf| path.to_str().map(str::to_owned).context("a path in UTF-8");
+    Ok((text(configuration)?, text(rows)?))
+}
+
+fn submit(node: &NodeProcess, id: &str, (configuration, rows): &(String, String)) -> Result<Value> {
+    let words = ["jobs", "submit", configuration, "--kind", "rehearsal", "--data", rows, "--id", id];
+    node.json(&[&words[..], &["--save-steps", "5"]].concat())
+}
+
+fn job(node: &NodeProcess, id: &str) -> Result<Value> {
+    node.json(&["jobs", "show", id])
+}
+
+fn wait_for(node: &NodeProcess, id: &str, state: &str) -> Result<Value> {
+    let mut seen = Value::Null;
+    eventually(PATIENCE, || {
+        seen = job(node, id)?;
+        ensure!(seen["state"] == state, "{id} is {} ({})", seen["state"], seen["detail"]);
+        Ok(())
+    })?;
+    Ok(seen)
+}
+
+fn wait_for_step(node: &NodeProcess, id: &str, step: u64) -> Result<()> {
+    eventually(PATIENCE, || {
+        let seen = job(node, id)?;
+        let checkpoints = seen["checkpoints"].as_array().context("checkpoints")?;
+        let is_there = checkpoints.iter().any(|it| it["step"].as_u64() >= Some(step));
+        ensure!(is_there || seen["state"] == "finished", "no checkpoint after step {step} yet: {seen}");
+        Ok(())
+    })
+}
+
+/// The text that a job made, downloaded through this node.
+fn result(node: &NodeProcess, id: &str, folder: &Path) -> Result<String> {
+    let to = folder.join(format!("{id}-{}", node.pid()));
+    node.json(&["jobs", "download", id, "--to", to.to_str().context("utf-8")?])?;
+    Ok(std::fs::read_to_string(to.join("result.txt"))?)
+}
+
+/// Processes of jobs that this node has started.
+fn job_processes(node: &NodeProcess) -> Result<Vec<Pid>> {
+    let listed = Command::new("ps").args(["-axo", "pid=,ppid=,args="]).output()?;
+    let text = String::from_utf8_lossy(&listed.stdout).into_owned();
+    let own = node.pid().to_string();
+    let found = text.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        let (pid, parent) = (words.next()?, words.next()?);
+        (parent == own && line.contains("worker --job")).then(|| pid.parse().ok().map(Pid::from_raw))?
+    });
+    Ok(found.collect())
+}
+
+#[test]
+fn a_job_that_is_killed_at_every_phase_comes_to_the_same_result() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let mut cluster = LocalCluster::start(2)?;
+    let undisturbed = rehearsal(folder.path(), 60, 0)?;
+    submit(cluster.first(), "undisturbed", &undisturbed)?;
+    wait_for(cluster.first(), "undisturbed", "finished")?;
+    let expected = result(cluster.first(), "undisturbed", folder.path())?;
+    ensure!(expected.ends_with("after 60 steps\n"), "{expected}");
+
+    let slow = rehearsal(folder.path(), 60, 60)?;
+    let submitted = submit(&cluster.nodes[1], "disturbed", &slow)?;
+    assert_eq!(submitted["id"], "disturbed");
+    // The same again is the same; the same id with another content is none.
+    submit(cluster.first(), "disturbed", &slow)?;
+    let other = rehearsal(folder.path(), 61, 60)?;
+    ensure!(submit(cluster.first(), "disturbed", &other).is_err(), "another job of the same id");
+
+    // A worker.
+    wait_for_step(cluster.first(), "disturbed", 5)?;
+    let workers: Vec<Pid> =
+        cluster.nodes.iter().map(job_processes).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
+    ensure!(workers.len() == 1, "one process runs the job: {workers:?}");
+    kill(workers[0], Signal::SIGKILL)?;
+
+    // The other node, which may run it and has a copy.
+    wait_for_step(cluster.first(), "disturbed", 15)?;
+    cluster.nodes[1].signal(Signal::SIGKILL)?;
+    wait_for_step(cluster.first(), "disturbed", 25)?;
+    let setup = cluster.setup(1);
+    let data_dir = cluster.nodes[1].data_dir().to_owned();
+    cluster.nodes[1] = NodeProcess::start(&data_dir, &setup)?;
+
+    // The coordinator.
+    wait_for_step(cluster.first(), "disturbed", 35)?;
+    cluster.nodes[0].signal(Signal::SIGKILL)?;
+    let (setup, data_dir) = (cluster.setup(0), cluster.nodes[0].data_dir().to_owned());
+    cluster.nodes[0] = NodeProcess::start(&data_dir, &setup)?;
+
+    // All at once.
+    wait_for_step(cluster.first(), "disturbed", 45)?;
+    for node in &cluster.nodes {
+        node.signal(Signal::SIGKILL)?;
+    }
+    for index in 0..2 {
+        let (setup, data_dir) = (cluster.setup(index), cluster.nodes[index].data_dir().to_owned());
+        cluster.nodes[index] = NodeProcess::start(&data_dir, &setup)?;
+    }
+
+    let seen = wait_for(cluster.first(), "disturbed", "finished")?;
+    ensure!(seen["attempts"].as_u64() >= Some(3), "{seen}");
+    assert_eq!(result(cluster.first(), "disturbed", folder.path())?, expected);
+    let curve: Vec<u64> =
+        seen["losses"].as_array().context("losses")?.iter().filter_map(|it| it["step"].as_u64()).collect();
+    ensure!(curve.is_sorted() && curve.last() == Some(&60), "{curve:?}");
+    Ok(())
+}
+
+#[test]
+fn a_job_stands_still_goes_on_and_ends_as_it_is_told() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let cluster = LocalCluster::start(1)?;
+    let node = cluster.first();
+    let slow = rehearsal(folder.path(), 30, 100)?;
+    submit(node, "one", &slow)?;
+    wait_for(node, "one", "running")?;
+    node.json(&["jobs", "pause", "one"])?;
+    eventually(PATIENCE, || {
+        let seen = job(node, "one")?;
+        ensure!(seen["node"] == "", "it runs still: {seen}");
+        Ok(())
+    })?;
+    let paused = job(node, "one")?;
+    assert_eq!(paused["state"], "paused");
+    ensure!(!paused["checkpoints"].as_array().context("checkpoints")?.is_empty(), "it saved: {paused}");
+    ensure!(job_processes(node)?.is_empty(), "its process is gone");
+    node.json(&["jobs", "resume", "one"])?;
+    wait_for(node, "one", "finished")?;
+    let expected = rehearsal(folder.path(), 30, 0)?;
+    submit(node, "two", &expected)?;
+    wait_for(node, "two", "finished")?;
+    assert_eq!(result(node, "one", folder.path())?, result(node, "two", folder.path())?);
+
+    submit(node, "three", &slow)?;
+    wait_for(node, "three", "running")?;
+    assert_eq!(node.json(&["jobs", "cancel", "three"])?["state"], "cancelled");
+    eventually(PATIENCE, || {
+        ensure!(job_processes(node)?.is_empty(), "its process runs still");
+        Ok(())
+    })?;
+    ensure!(node.json(&["jobs", "resume", "three"]).is_err(), "what was cancelled stays so");
+    let wrong = rehearsal(folder.path(), 1, 1)?;
+    std::fs::write(&wrong.0, "iters: 3\n")?;
+    submit(node, "four", &wrong)?;
+    let failed = wait_for(node, "four", "failed")?;
+    ensure!(failed["detail"].as_str().context("detail")?.contains("iters"), "{failed}");
+    let listed = node.json(&["jobs", "list"])?;
+    let ids: Vec<&str> =
+        listed["jobs"].as_array().context("jobs")?.iter().filter_map(|job| job["id"].as_str()).collect();
+    assert_eq!(ids, ["four", "three", "two", "one"]);
+    Ok(())
+}

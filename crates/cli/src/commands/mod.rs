@@ -6,6 +6,7 @@ pub mod cache_prompt;
 pub mod chat;
 pub mod completions;
 pub mod forget;
+pub mod fuse;
 pub mod generate;
 pub mod invite;
 pub mod jobs;
@@ -13,6 +14,7 @@ pub mod join;
 pub mod keys;
 pub mod leave;
 pub mod load;
+pub mod lora;
 pub mod models;
 pub mod perplexity;
 pub mod plan;
@@ -49,6 +51,8 @@ pub fn run(arguments: Arguments) -> Result<ExitCode> {
         Command::Benchmark(command) => command.run(global)?,
         Command::Perplexity(command) => command.run(global)?,
         Command::CachePrompt(command) => command.run(global)?,
+        Command::Lora(command) => return command.run(global),
+        Command::Fuse(command) => command.run(global)?,
         Command::Completions(command) => command.run()?,
         Command::Sandbox(command) => command.run()?,
         Command::Worker(command) => return command.run(),

@@ -138,6 +138,17 @@ impl Mixer {
         }
     }
 
+    /// Does it neither take anything from another layer nor hand anything on?
+    pub(crate) fn is_alone(&self) -> bool {
+        match self {
+            Self::Attention(attention) => attention.is_alone(),
+            Self::Mamba2AndAttention(both) => both.1.is_alone(),
+            // The first layer's values go to all.
+            Self::Rwkv7(_) => false,
+            _ => true,
+        }
+    }
+
     /// `[1, tokens of all rows, hidden]` to the same; this is layer `layer` of the range. One result for each branch, in the order in
     /// which they are added to the hidden vectors: none when the mixer is absent.
     #[inline]

@@ -15,9 +15,7 @@ use data_encoding::HEXLOWER;
 use mlxnode_cluster::{Identity, KeyPin};
 use mlxnode_collective::{MemberId, RoundsOptions};
 use mlxnode_compute::{Partial, Reduce, Reduced, Tally, Turn, nodes_of};
-use mlxnode_worker::{
-    CollectiveEndpoint, CollectiveOptions, Group, GroupConductor, GroupPeer, GroupWorker,
-};
+use mlxnode_worker::{CollectiveEndpoint, CollectiveOptions, Group, GroupConductor, GroupPeer, GroupWorker};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};

@@ -1,13 +1,16 @@
 //! `mlxnode worker` (hidden): one shard in a process of its own. Nodes start it; people do not.
 
 use crate::grammars::ModelGrammars;
+use crate::training;
 use anyhow::Result;
 use clap::Args;
 use mlxnode_checkpoint::Checkpoint;
 use mlxnode_compute::{Job, JobError};
 use mlxnode_engine::{EngineStage, StageOptions};
 use mlxnode_traces::{Collector, Exporter};
-use mlxnode_worker::{JobSetup, LoadFailure, LoadShard, Rehearsal, RunError, WorkerOptions};
+use mlxnode_worker::{
+    CollectiveEndpoint, JobSetup, LoadFailure, LoadShard, Rehearsal, RunError, WorkerOptions,
+};
 use std::process::ExitCode;
 
 /// Run one shard for the node that started this process.
@@ -57,8 +60,9 @@ fn code(ended: Result<(), RunError>) -> ExitCode {
 }
 
 /// Makes the job of this process, on the thread that drives it.
-fn job(setup: &JobSetup) -> Result<Box<dyn Job>, JobError> {
+fn job(setup: &JobSetup, group: Option<&CollectiveEndpoint>) -> Result<Box<dyn Job>, JobError> {
     match setup.kind.as_str() {
+        "fine-tuning" => training::job::fine_tuning(setup, group),
         "rehearsal" => {
             let resume = setup.resume.as_deref();
             Ok(Box::new(Rehearsal::new(&setup.configuration, &setup.inputs, resume)?))

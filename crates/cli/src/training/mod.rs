@@ -4,6 +4,7 @@ mod checkpoints;
 pub mod data;
 mod figures;
 mod files;
+pub mod job;
 
 pub use checkpoints::Checkpoints;
 pub use figures::Figures;

@@ -1,7 +1,6 @@
 //! `mlxnode worker` (hidden): one shard in a process of its own. Nodes start it; people do not.
 
 use crate::grammars::ModelGrammars;
-use crate::training;
 use anyhow::Result;
 use clap::Args;
 use mlxnode_checkpoint::Checkpoint;
@@ -62,7 +61,7 @@ fn code(ended: Result<(), RunError>) -> ExitCode {
 /// Makes the job of this process, on the thread that drives it.
 fn job(setup: &JobSetup, group: Option<&CollectiveEndpoint>) -> Result<Box<dyn Job>, JobError> {
     match setup.kind.as_str() {
-        "fine-tuning" => training::job::fine_tuning(setup, group),
+        "fine-tuning" => crate::training::job::make(setup, group),
         "rehearsal" => {
             let resume = setup.resume.as_deref();
             Ok(Box::new(Rehearsal::new(&setup.configuration, &setup.inputs, resume)?))

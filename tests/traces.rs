@@ -43,6 +43,8 @@ struct Seen {
     parent: String,
     node: String,
     part: String,
+    /// In nanoseconds since 1970.
+    ended: u64,
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -65,6 +67,7 @@ fn read(request: &ExportTraceServiceRequest, spans: &mut BTreeMap<String, Seen>)
                     parent: hex(&span.parent_span_id),
                     node: text("service.instance.id"),
                     part: text("mlxnode.part"),
+                    ended: span.end_time_unix_nano,
                 };
                 spans.insert(hex(&span.span_id), seen);
             }
@@ -87,7 +90,7 @@ fn story_a_request_is_one_trace_over_all_nodes() -> Result<()> {
     node.json(&["load", "demo", "--stages", "2"])?;
     let http = node.ready.http.clone().context("an HTTP listener")?;
     let address = http.trim_start_matches("http://").to_owned();
-    let body = r#"{"prompt": "xylophone quarantine", "max_tokens": 8, "ignore_eos": true}"#;
+    let body = r#"{"prompt": "xylophone quarantine", "max_tokens": 8, "ignore_eos": true, "stream": true}"#;
     let mut stream = TcpStream::connect(&address)?;
     write!(
         stream,
@@ -112,6 +115,7 @@ fn story_a_request_is_one_trace_over_all_nodes() -> Result<()> {
     };
     let (request, seen) = find("POST /v1/completions")?;
     ensure!(seen.parent == CLIENT_SPAN, "the client's span is its parent: {seen:?}");
+    ensure!(seen.ended >= find("decode")?.1.ended, "it lasts as long as the answer streams: {spans:?}");
     let (generate, seen) = find("generate")?;
     ensure!(&seen.parent == request && seen.node == "node0", "{seen:?}");
     for name in ["queue", "prefill", "decode"] {

@@ -59,6 +59,7 @@ function update(parts, deployment) {
     fact("KV memory promised", percent(deployment.kv_usage)),
     ...(deployment.pinned ? [fact("Pinned", "until it is unloaded")] : []),
     ...(deployment.ttl_seconds ? [fact("Unloaded after", `${deployment.ttl_seconds.toLocaleString("en")} s without a request`)] : []),
+    ...(deployment.guessing ? [fact("Guesses ahead", deployment.guessing.draft_model ?? "from earlier text")] : []),
     ...(deployment.adapters.length ? [fact("Adapters", deployment.adapters.map((adapter) => (adapter.problem ? `${adapter.name} (${adapter.problem})` : adapter.name)).join(", "))] : []),
   );
 }
@@ -88,6 +89,8 @@ function wish() {
     context_tokens: number("load-context"),
     concurrent_sequences: number("load-sequences"),
     nodes: chosen.length ? chosen : null,
+    draft_model: byId("load-draft").disabled ? null : byId("load-draft").value.trim() || null,
+    prompt_lookup: byId("load-lookup").checked && !byId("load-lookup").disabled ? 3 : null,
   };
 }
 
@@ -130,7 +133,9 @@ async function load(event) {
   result(el("div", { class: "progress" }, words, bars));
   try {
     const replicas = byId("load-replicas").value === "" ? null : Number(byId("load-replicas").value);
-    const body = { ...wish(), name: byId("load-name").value.trim() || null, replicas, stream: true };
+    const minutes = byId("load-ttl").disabled || byId("load-ttl").value === "" ? null : Number(byId("load-ttl").value);
+    const keep = { pin: byId("load-pin").checked || null, ttl_seconds: minutes === null ? null : minutes * 60 };
+    const body = { ...wish(), ...keep, name: byId("load-name").value.trim() || null, replicas, stream: true };
     let ready = null;
     for await (const { name, data } of events("/api/v1/load", { body, signal: loading.signal })) {
       const report = JSON.parse(data);
@@ -152,6 +157,15 @@ async function load(event) {
   }
 }
 
+/** What excludes each other. */
+function settle() {
+  byId("load-ttl").disabled = byId("load-pin").checked;
+  byId("load-lookup").disabled = byId("load-draft").value.trim() !== "";
+  byId("load-draft").disabled = byId("load-lookup").checked;
+}
+
+byId("load").addEventListener("input", settle);
+byId("load").addEventListener("reset", () => setTimeout(settle));
 byId("load").addEventListener("submit", load);
 byId("do-plan").addEventListener("click", showPlan);
 

@@ -72,6 +72,19 @@ pub struct Deployment {
     pub pinned: bool,
     /// `null` when it is not unloaded for want of use.
     pub ttl_seconds: Option<u64>,
+    /// How tokens are guessed ahead; `null`: they are not.
+    pub guessing: Option<Guessing>,
+}
+
+/// How tokens are guessed ahead.
+#[derive(Debug, Serialize)]
+pub struct Guessing {
+    /// `null` when what came before in the text says.
+    pub draft_model: Option<String>,
+    /// Most tokens that must have come before; `null` with a draft model.
+    pub prompt_lookup: Option<u32>,
+    /// At once.
+    pub num_draft_tokens: u32,
 }
 
 /// An adapter of a deployment; requests call it MODEL:NAME.
@@ -226,6 +239,11 @@ pub fn deployment(deployment: v1::Deployment) -> Deployment {
         replicas: deployment.replicas,
         pinned: deployment.pinned,
         ttl_seconds: Some(deployment.ttl_seconds).filter(|ttl| *ttl > 0),
+        guessing: deployment.guessing.map(|guessing| Guessing {
+            draft_model: Some(guessing.draft_model).filter(|draft| !draft.is_empty()),
+            prompt_lookup: Some(guessing.prompt_lookup).filter(|ngram| *ngram > 0),
+            num_draft_tokens: guessing.num_draft_tokens,
+        }),
     }
 }
 

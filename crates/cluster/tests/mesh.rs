@@ -172,7 +172,9 @@ async fn three_nodes_see_each_other_and_what_they_say_of_themselves() {
         assert!(told.elapsed() < Duration::from_secs(5), "{view:?}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     };
-    assert!(view.rtt.unwrap() < Duration::from_millis(200), "{view:?}");
+    // How long it is is the machine's affair; a link whose heartbeats take longer than that would be dead.
+    let rtt = view.rtt.unwrap();
+    assert!(!rtt.is_zero() && rtt < TIMING.dead_after, "{view:?}");
     assert_ne!(view.incarnation, 0);
 
     let channel = nodes[0].mesh.channel(&nodes[2].identity.id()).unwrap();

@@ -25,6 +25,8 @@ pub struct SimulatedStage {
     /// The same on a disk that never fails.
     files: HashMap<BlockHash, u64>,
     adapters: BTreeSet<String>,
+    /// Tokens that it guesses at once, see [`Self::guessing`].
+    guesses: usize,
 }
 
 #[derive(Default)]
@@ -39,6 +41,8 @@ struct Sequence {
     sum: f32,
     is_scored: bool,
     is_embedded: bool,
+    /// Guesses that went through, of which it is not known whether they are right: token, digest and sum after each.
+    unsure: Vec<(u32, u64, f32)>,
 }
 
 impl SimulatedStage {
@@ -51,7 +55,14 @@ impl SimulatedStage {
             blocks: HashMap::new(),
             files: HashMap::new(),
             adapters: BTreeSet::new(),
+            guesses: 0,
         }
+    }
+
+    /// As a first stage, puts so many guesses into rows; all but those of some rows are right, and there the last ones are wrong.
+    #[must_use]
+    pub fn guessing(self, guesses: usize) -> Self {
+        Self { guesses, ..self }
     }
 
     /// The token that follows a history with this digest.
@@ -117,10 +128,31 @@ impl Stage for SimulatedStage {
         Ok(())
     }
 
+    fn guess(&mut self, batch: &mut MicroBatch) -> Result<(), StageError> {
+        for row in &mut batch.rows {
+            let Some(sequence) = self.sequences.get_mut(&row.sequence) else { continue };
+            sequence.settle(row.position, &mut self.blocks);
+            let [token] = row.tokens.as_slice() else { continue };
+            let room = BLOCK_TOKENS - row.end() % BLOCK_TOKENS;
+            if !row.sample || sequence.is_embedded || room == BLOCK_TOKENS {
+                continue;
+            }
+            let mut digest = Self::digest(sequence.digest, *token);
+            let right = row.end() % (self.guesses + 1);
+            for number in 0..self.guesses.min(room) {
+                let next = Self::next_token(digest, self.info.vocabulary);
+                let guess = if number < right { next } else { (next + 1) % self.info.vocabulary as u32 };
+                row.guesses.push(guess);
+                digest = Self::digest(digest, guess);
+            }
+        }
+        Ok(())
+    }
+
     fn run(&mut self, batch: &MicroBatch) -> Result<BatchOutput, StageError> {
         let values = match &batch.input {
             StepInput::Tokens => {
-                let tokens = batch.rows.iter().flat_map(|row| &row.tokens);
+                let tokens = batch.rows.iter().flat_map(|row| row.tokens.iter().chain(&row.guesses));
                 tokens.flat_map(|token| vec![*token as f32; self.info.hidden]).collect()
             }
             StepInput::Activation(activation) => read(activation),
@@ -131,7 +163,7 @@ impl Stage for SimulatedStage {
         }
         let (mut rows, mut handed_on, mut rest) = (Vec::new(), Vec::new(), values.as_slice());
         for row in &batch.rows {
-            let (own, after) = rest.split_at(row.tokens.len() * self.info.hidden);
+            let (own, after) = rest.split_at(row.width() * self.info.hidden);
             rest = after;
             let output = self.row(row, own);
             if output.is_ok() {
@@ -179,6 +211,19 @@ impl Stage for SimulatedStage {
 }
 
 impl Sequence {
+    /// The next row begins here: so many of the guesses before were right.
+    fn settle(&mut self, position: usize, blocks: &mut HashMap<BlockId, u64>) {
+        let right = position.saturating_sub(self.position);
+        for (_, digest, sum) in self.unsure.drain(..).take(right) {
+            (self.digest, self.sum) = (digest, sum);
+            self.position += 1;
+            if self.position.is_multiple_of(BLOCK_TOKENS) {
+                self.borders.insert(self.position, digest);
+            }
+        }
+        self.take_blocks(blocks);
+    }
+
     /// Takes the blocks that are due.
     fn take_blocks(&mut self, blocks: &mut HashMap<BlockId, u64>) {
         let borders = &self.borders;
@@ -250,10 +295,11 @@ impl SimulatedStage {
     fn row(&mut self, row: &Row, values: &[f32]) -> Result<RowOutput, StageError> {
         let Self { info, sequences, blocks, .. } = self;
         let sequence = sequences.get_mut(&row.sequence).ok_or(StageError::UnknownSequence(row.sequence))?;
+        sequence.settle(row.position, blocks);
         if row.position != sequence.position {
             return Err(StageError::Position { expected: sequence.position, actual: row.position });
         }
-        for (vector, token) in values.chunks(info.hidden).zip(&row.tokens) {
+        for (vector, token) in values.chunks(info.hidden).zip(row.tokens.iter().chain(&row.guesses)) {
             let expected = *token as f32 + info.layers.start as f32;
             if vector.iter().any(|value| *value != expected) {
                 return Err(StageError::Input(format!(
@@ -274,6 +320,11 @@ impl SimulatedStage {
             }
         }
         sequence.take_blocks(blocks);
+        let (mut digest, mut sum) = (sequence.digest, sequence.sum);
+        for guess in &row.guesses {
+            (digest, sum) = (Self::digest(digest, *guess), sum + *guess as f32);
+            sequence.unsure.push((*guess, digest, sum));
+        }
         if !info.is_last() {
             return Ok(RowOutput::default());
         }
@@ -282,7 +333,17 @@ impl SimulatedStage {
         } else if row.sample {
             let token = Self::next_token(sequence.digest, info.vocabulary);
             sequence.is_scored = false; // the prompt is over
-            output.sampled = Some(Sampled { token, logprob: None, top: Vec::new() });
+            let sampled = |token| Sampled { token, logprob: None, top: Vec::new() };
+            output.sampled = Some(sampled(token));
+            let mut next = token;
+            for (guess, digest, _) in &sequence.unsure {
+                if *guess != next {
+                    break;
+                }
+                next = Self::next_token(*digest, info.vocabulary);
+                output.further.push(sampled(next));
+            }
+            sequence.settle(sequence.position + output.further.len(), blocks);
         }
         Ok(output)
     }
@@ -400,6 +461,7 @@ mod tests {
             position,
             tokens: tokens.to_vec(),
             sample: true,
+            guesses: Vec::new(),
         };
         let rows = vec![row(1, 0, &[4]), row(9, 0, &[5, 6]), row(2, 0, &[7, 8, 9])];
         let output = first.run(&MicroBatch { rows: rows.clone(), input: StepInput::Tokens }).unwrap();

@@ -136,19 +136,33 @@ pub struct Row {
     /// Is something made of the last token: the next token sampled, or the prompt's vector? False for all but the last chunk of
     /// a prompt.
     pub sample: bool,
+    /// Tokens that may come next: they go through behind the others, and the last stage says which of them are right.
+    /// Empty but for a row of one token that is sampled.
+    pub guesses: Vec<u32>,
 }
 
 impl Row {
-    /// One past the position of its last token.
+    /// Most guesses that a row may have.
+    pub const MOST_GUESSES: usize = 32;
+
+    /// One past the position of its last token. Guesses do not count.
     pub fn end(&self) -> usize {
         self.position.saturating_add(self.tokens.len())
+    }
+
+    /// Vectors that it has in an activation: one for each token and each guess.
+    pub fn width(&self) -> usize {
+        self.tokens.len() + self.guesses.len()
     }
 }
 
 impl MicroBatch {
-    /// Tokens of all rows.
+    /// Most guesses of all rows together.
+    pub const MOST_GUESSES: usize = 64;
+
+    /// Tokens of all rows, guesses among them.
     pub fn tokens(&self) -> usize {
-        self.rows.iter().map(|row| row.tokens.len()).sum()
+        self.rows.iter().map(Row::width).sum()
     }
 
     /// Leaves only the rows for which `keeps` says so, and their part of the activation. Copies when that is not all of it.
@@ -163,7 +177,7 @@ impl MicroBatch {
         if let StepInput::Activation(activation) = &self.input {
             let (mut ranges, mut start) = (Vec::new(), 0);
             for (row, kept) in self.rows.iter().zip(&kept) {
-                let end = start + row.tokens.len();
+                let end = start + row.width();
                 if *kept {
                     ranges.push(start..end);
                 }
@@ -202,6 +216,9 @@ pub struct RowOutput {
     pub scores: Vec<Sampled>,
     /// With `sample`: the next token.
     pub sampled: Option<Sampled>,
+    /// The tokens after that one: as many as the row had guesses that are right. `sampled` is the first of those, or what comes in
+    /// place of a wrong one; each of these is drawn after the guess before it.
+    pub further: Vec<Sampled>,
     /// The grammar's sentence is complete with that token: the sequence ends.
     pub is_complete: bool,
     /// With `sample`, for a sequence that is embedded: its vector.
@@ -226,7 +243,7 @@ pub struct Step {
 impl From<Step> for MicroBatch {
     fn from(step: Step) -> Self {
         let Step { sequence, position, tokens, input, sample } = step;
-        Self { rows: vec![Row { sequence, position, tokens, sample }], input }
+        Self { rows: vec![Row { sequence, position, tokens, sample, guesses: Vec::new() }], input }
     }
 }
 
@@ -249,7 +266,16 @@ pub trait Stage {
     /// Makes the caches of a new sequence. Checks the sampling parameters against the vocabulary.
     fn open(&mut self, sequence: SequenceId, spec: SequenceSpec) -> Result<(), StageError>;
 
-    /// Runs a micro-batch. A row that cannot be done has an error of its own and spares the others.
+    /// Puts guesses into rows, on a first stage that has means to guess. What comes out does not depend on them, only when.
+    ///
+    /// # Errors
+    /// [`StageError::Device`]: no sequence can go on.
+    fn guess(&mut self, _batch: &mut MicroBatch) -> Result<(), StageError> {
+        Ok(())
+    }
+
+    /// Runs a micro-batch. Of a row's guesses, those that were right count as gone through: a next row begins behind them, as
+    /// [`RowOutput::further`] says. A row that cannot be done has an error of its own and spares the others.
     ///
     /// # Errors
     /// [`StageError::Device`]: no sequence can go on. What the input is wrong about as a whole.

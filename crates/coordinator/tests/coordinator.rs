@@ -113,6 +113,7 @@ impl Nodes for FakeNodes {
             shared: ByteCount(0),
             context_tokens: 1024,
             weight_bits: Some(16.0),
+            draft: None,
         };
         async move { Ok(cost) }.boxed()
     }

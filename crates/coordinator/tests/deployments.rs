@@ -42,6 +42,7 @@ fn model() -> ModelCost {
         shared: ByteCount(0),
         context_tokens: 512,
         weight_bits: None,
+        draft: None,
     }
 }
 

@@ -59,6 +59,7 @@ fn model(layers_mib: &[u64]) -> ModelCost {
         shared: ByteCount(0),
         context_tokens: 8192,
         weight_bits: Some(16.0),
+        draft: None,
     }
 }
 
@@ -318,6 +319,7 @@ fn cases() -> impl Strategy<Value = Case> {
                 shared: ByteCount(if tied { embedding * MIB } else { 0 }),
                 context_tokens: 8192,
                 weight_bits: Some(16.0),
+                draft: None,
             },
             offers: offers
                 .into_iter()

@@ -146,6 +146,16 @@ pub enum GenerateError {
         /// That of the model.
         model: usize,
     },
+    /// Guesses cannot be taken back, because recurrent layers keep states.
+    #[error(
+        "this model has recurrent layers, whose states cannot be taken back after a wrong guess on the cluster: load it without a draft model and without prompt lookup"
+    )]
+    KeepsStates,
+    /// A token's vectors depend on which tokens go through with it, so that guesses would change answers.
+    #[error(
+        "the positions of this model are stretched by the length of the text (dynamic NTK), so that guesses would change its answers on the cluster: load it without a draft model and without prompt lookup"
+    )]
+    DependsOnStep,
     /// The answer's grammar cannot be followed.
     #[error("grammar: {0}")]
     Grammar(#[from] GrammarError),

@@ -40,7 +40,7 @@ pub enum Speculation {
 }
 
 /// Most tokens per guess. More are never all right, and caches with a window keep this many to take back.
-const MOST_TOKENS: usize = 32;
+const MOST_TOKENS: usize = mlxnode_compute::Row::MOST_GUESSES;
 /// Longest sequence of tokens that is looked up.
 const LONGEST_NGRAM: usize = 16;
 /// By how much the embeddings of models with the same tokenizer may differ: some are padded.
@@ -74,7 +74,7 @@ impl Speculation {
         }
     }
 
-    fn tokens(&self) -> usize {
+    pub(crate) fn tokens(&self) -> usize {
         match self {
             Self::Draft { tokens, .. } | Self::PromptLookup { tokens, .. } => *tokens,
         }
@@ -288,18 +288,7 @@ impl<'a> Guesser<'a> {
         for chunk in before.chunks(prefill_step) {
             fill(draft, &mut cache, chunk)?;
         }
-        let sampling = match vocabulary == model.info().vocabulary {
-            true => Sampling { logprobs: None, ..sampling.clone() },
-            // Penalised and preferred tokens might be ones that the draft model does not have.
-            false => Sampling {
-                logprobs: None,
-                logit_bias: Default::default(),
-                repetition: None,
-                presence: None,
-                frequency: None,
-                ..sampling.clone()
-            },
-        };
+        let sampling = draft_sampling(sampling, vocabulary, model.info().vocabulary);
         let sampler = Sampler::new(sampling, vocabulary)?;
         let follower = Box::new(Follower::new(draft, cache, *last));
         Ok(Self::Draft { follower, sampler: Box::new(sampler) })
@@ -369,6 +358,22 @@ impl<'a> Guesser<'a> {
     }
 }
 
+/// How a draft model of `draft` tokens chooses, so that it agrees with a model of `model` tokens that chooses by `sampling`.
+pub(crate) fn draft_sampling(sampling: &Sampling, draft: usize, model: usize) -> Sampling {
+    match draft == model {
+        true => Sampling { logprobs: None, ..sampling.clone() },
+        // Penalised and preferred tokens might be ones that the draft model does not have.
+        false => Sampling {
+            logprobs: None,
+            logit_bias: Default::default(),
+            repetition: None,
+            presence: None,
+            frequency: None,
+            ..sampling.clone()
+        },
+    }
+}
+
 /// The ids that penalties look at, after one more token.
 fn history_of(history: &mut History, device: &Device, token: Option<&Array>) -> Result<Option<Array>, Error> {
     if let Some(token) = token {
@@ -378,7 +383,7 @@ fn history_of(history: &mut History, device: &Device, token: Option<&Array>) -> 
 }
 
 /// Logits of the tokens that the model has, when the draft model has more.
-fn narrowed(device: &Device, logits: Array, vocabulary: usize) -> Result<Array, Error> {
+pub(crate) fn narrowed(device: &Device, logits: Array, vocabulary: usize) -> Result<Array, Error> {
     let vocabulary = i32::try_from(vocabulary).unwrap_or(i32::MAX);
     match logits.dim(1) <= vocabulary {
         true => Ok(logits),
@@ -387,7 +392,7 @@ fn narrowed(device: &Device, logits: Array, vocabulary: usize) -> Result<Array, 
 }
 
 /// What followed the longest of the last `ngram` tokens that came before, at most `most` tokens, from the latest such place.
-fn look_up(known: &[u32], ngram: usize, most: usize) -> &[u32] {
+pub(crate) fn look_up(known: &[u32], ngram: usize, most: usize) -> &[u32] {
     for length in (1..=ngram.min(known.len().saturating_sub(1))).rev() {
         let end = known.len() - length;
         let last = &known[end..];

@@ -249,7 +249,13 @@ impl Stages {
                     }
                     Some(last) => (prompt.len() + tokens.len() - 1, vec![*last]),
                 };
-                rows.push(Row { sequence: SequenceId(number as u64), position, tokens, sample: true });
+                rows.push(Row {
+                    sequence: SequenceId(number as u64),
+                    position,
+                    tokens,
+                    sample: true,
+                    guesses: vec![],
+                });
             }
             // As a driver does: single tokens first.
             rows.sort_by_key(|row| row.tokens.len() > 1);
@@ -367,7 +373,7 @@ fn an_adapter_stays_for_those_that_have_it() {
             None => (0, input.clone()),
             Some(last) => (input.len() + tokens.len() - 1, vec![*last]),
         };
-        let row = Row { sequence: SequenceId(id), position, tokens: row, sample: true };
+        let row = Row { sequence: SequenceId(id), position, tokens: row, sample: true, guesses: vec![] };
         tokens.push(stages.run(&[row])[0].sampled.as_ref().unwrap().token);
     };
     stages.open(1, &spec).unwrap();
@@ -429,7 +435,8 @@ fn blocks_of_an_adapter_serve_nobody_else_not_even_another_one_of_its_name() {
             }
         }
         let position = reuse.len() * BLOCK_TOKENS;
-        let row = Row { sequence: id, position, tokens: input[position..].to_vec(), sample: true };
+        let row =
+            Row { sequence: id, position, tokens: input[position..].to_vec(), sample: true, guesses: vec![] };
         let sampled = stages.run(&[row]).remove(0).sampled.unwrap();
         stages.close(id.0);
         Ok((sampled.token, sampled.logprob.unwrap()))

@@ -10,13 +10,14 @@ use mlxnode_compute::{
     Grammar, GrammarError, Grammars, LayerRange, LogprobRequest, MicroBatch, Output, Penalty, Row, RowOutput,
     Sampled, Sampling, SequenceId, SequenceSpec, Stage, StageError, StepInput, TokenConstraint,
 };
-use mlxnode_engine::{EngineStage, StageOptions};
+use mlxnode_engine::{EngineStage, GenerateError, Speculation, StageOptions};
 use random_model::{VOCABULARY, families, recurrent_families};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use support::{prompt, spec};
 
-struct Stages(Vec<EngineStage>);
+/// Stages, and how many tokens they guessed.
+struct Stages(Vec<EngineStage>, usize);
 
 impl Stages {
     fn load(folder: &Path, count: usize) -> Self {
@@ -27,7 +28,14 @@ impl Stages {
             let range = LayerRange::new(pair[0], pair[1]);
             EngineStage::load(&checkpoint, range, StageOptions::default(), &mut |_, _| {}).unwrap()
         };
-        Self(bounds.windows(2).map(stage).collect())
+        Self(bounds.windows(2).map(stage).collect(), 0)
+    }
+
+    /// The first stage guesses.
+    fn guessing(mut self, speculation: Speculation) -> Result<Self, GenerateError> {
+        let first = self.0.remove(0).with_speculation(speculation)?;
+        self.0.insert(0, first);
+        Ok(self)
     }
 
     fn open(&mut self, id: SequenceId, spec: &SequenceSpec) {
@@ -41,6 +49,8 @@ impl Stages {
     fn run(&mut self, rows: &[Row]) -> Vec<Result<RowOutput, StageError>> {
         let mut batch = MicroBatch { rows: rows.to_vec(), input: StepInput::Tokens };
         let mut outputs = Vec::new();
+        self.0[0].guess(&mut batch).unwrap();
+        self.1 += batch.rows.iter().map(|row| row.guesses.len()).sum::<usize>();
         for stage in &mut self.0 {
             let output = stage.run(&batch).unwrap();
             outputs = output.rows;
@@ -98,7 +108,13 @@ fn run(stages: &mut Stages, requests: &[Request], chunk: usize) -> Vec<Answer> {
             let (position, left) = &open[number];
             let tokens = left[..left.len().min(chunk)].to_vec();
             let sample = tokens.len() == left.len();
-            rows.push(Row { sequence: SequenceId(*number as u64), position: *position, tokens, sample });
+            rows.push(Row {
+                sequence: SequenceId(*number as u64),
+                position: *position,
+                tokens,
+                sample,
+                guesses: vec![],
+            });
         }
         if rows.is_empty() {
             continue;
@@ -108,9 +124,9 @@ fn run(stages: &mut Stages, requests: &[Request], chunk: usize) -> Vec<Answer> {
             let answer = &mut answers[number];
             answer.scores.extend(output.scores);
             let state = open.get_mut(&number).unwrap();
-            state.0 = row.end();
+            state.0 = row.end() + output.further.len();
             state.1.drain(..row.tokens.len());
-            if let Some(sampled) = output.sampled {
+            for sampled in output.sampled.into_iter().chain(output.further) {
                 if !decoding.contains(&number) {
                     decoding.push(number);
                 }
@@ -174,6 +190,18 @@ fn assert_alike(one: &[Sampled], other: &[Sampled], what: &str) {
     }
 }
 
+fn alike(one: &[Sampled], other: &[Sampled]) -> bool {
+    let pairs = || one.iter().zip(other);
+    let near_all = |one: &Sampled, other: &Sampled| {
+        let own = one.logprob.iter().zip(&other.logprob);
+        let tops = one.top.iter().zip(&other.top).map(|(one, other)| (&one.logprob, &other.logprob));
+        one.token == other.token
+            && (one.logprob.is_some(), one.top.len()) == (other.logprob.is_some(), other.top.len())
+            && own.chain(tops).all(|(one, other)| near(*one, *other))
+    };
+    one.len() == other.len() && pairs().all(|(one, other)| near_all(one, other))
+}
+
 #[test]
 fn whoever_goes_along_changes_nothing() {
     for (name, config) in families().into_iter().chain(recurrent_families()) {
@@ -216,6 +244,78 @@ fn whoever_goes_along_changes_nothing() {
         );
         assert!(embedded.embedding.as_ref().is_some_and(|values| values.iter().any(|value| *value != 0.0)));
     }
+}
+
+/// What guesses: a draft model that is always right, one that hardly ever is, the text.
+fn speculations(folder: &Path, other: &Path) -> [Speculation; 3] {
+    let draft = |folder, tokens| Speculation::Draft { model: Box::new(random_model::load(folder)), tokens };
+    [draft(folder, 4), draft(other, 3), Speculation::PromptLookup { ngram: 2, tokens: 5 }]
+}
+
+/// With guesses the tokens, their log-probabilities and all else stay; where many come together nothing is guessed.
+#[test]
+fn guesses_change_nothing() {
+    let mut refused = BTreeSet::new();
+    let mut problems = Vec::new();
+    for (name, config) in
+        families().into_iter().chain(random_model::more_families()).chain(recurrent_families())
+    {
+        let (folder, other) = (support::folder(), support::folder());
+        random_model::write(folder.path(), &config, 3);
+        random_model::write(other.path(), &config, 4);
+        let all = requests();
+        // The text repeats itself, so that it can be looked up; three at a time, so that they are few enough.
+        let again = |request: &Request| {
+            let prompt = request.prompt.repeat(3);
+            let spec = SequenceSpec { prompt_tokens: prompt.len(), ..request.spec.clone() };
+            Request { prompt, spec, joins: request.joins % 3, leaves: request.leaves }
+        };
+        let few: Vec<Request> = [1, 2, 4].map(|number| again(&all[number])).into();
+        let leaving: Vec<Request> = [0, 5, 7].map(|number| again(&all[number])).into();
+        let counts = (1..=2).filter(|count| can_split(&config, *count));
+        for count in counts {
+            let groups = [few.clone(), leaving.clone(), all.clone()];
+            let mut plain = Stages::load(folder.path(), count);
+            let expected = groups.clone().map(|group| run(&mut plain, &group, 16));
+            for (kind, speculation) in speculations(folder.path(), other.path()).into_iter().enumerate() {
+                let mut stages = match Stages::load(folder.path(), count).guessing(speculation) {
+                    Ok(stages) => stages,
+                    Err(GenerateError::KeepsStates | GenerateError::DependsOnStep) => {
+                        refused.insert(name);
+                        break;
+                    }
+                    Err(error) => panic!("{name}: {error}"),
+                };
+                // All kinds do the first group, and each another one of the others.
+                let others = |number: usize| number == 0 || number == kind + 1;
+                for (number, (group, expected)) in
+                    groups.iter().zip(&expected).enumerate().filter(|(number, _)| others(*number))
+                {
+                    let found = run(&mut stages, group, 16);
+                    for (expected, found) in expected.iter().zip(&found) {
+                        let what = format!("{name}, {count} stages, kind {kind}, group {number}");
+                        // One that leaves early may have come further by then.
+                        let common = expected.tokens.len().min(found.tokens.len());
+                        let leaves = group.iter().any(|request| request.leaves.is_some());
+                        assert!(leaves || expected.tokens.len() == found.tokens.len(), "{what}");
+                        if !alike(&expected.tokens[..common], &found.tokens[..common])
+                            || !alike(&expected.scores, &found.scores)
+                        {
+                            problems.push(what);
+                        }
+                    }
+                    assert!(kind == 2 || stages.1 > 0, "{name}: nothing was guessed");
+                }
+            }
+        }
+    }
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
+    let others = ["falcon_h1", "lfm2", "llama-dynamic", "nemotron_h", "qwen3_5", "qwen3_next"];
+    assert_eq!(
+        refused,
+        BTreeSet::from(others),
+        "those with recurrent layers, or positions that follow the length"
+    );
 }
 
 /// Some families share keys and values between layers, so that only some cuts are allowed.
@@ -262,6 +362,7 @@ fn a_row_that_cannot_be_done_spares_the_others() {
             position,
             tokens: tokens.to_vec(),
             sample: true,
+            guesses: vec![],
         };
         let bad = [
             row(9, 0, &[1]),

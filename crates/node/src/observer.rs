@@ -6,8 +6,9 @@ use crate::workers::{SeenWorker, Workers};
 use async_trait::async_trait;
 use mlxnode_api::cluster::{Household as _, NodeState};
 use mlxnode_api::deployments::DeploymentsView;
-use mlxnode_api::metrics::{LinkSeen, Observations, Observer, SchedulerSeen, StageSeen};
+use mlxnode_api::metrics::{LinkSeen, Observations, Observer, SchedulerSeen, StageSeen, TimeHistogram};
 use mlxnode_coordinator::deployments::replica_of;
+use mlxnode_worker::TimeCounts;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -84,7 +85,16 @@ fn stage(seen: SeenWorker) -> StageSeen {
         prompt_tokens: stats.prompt_tokens,
         decode_tokens: stats.decode_tokens,
         sent_bytes: stats.sent_bytes,
+        guessed_tokens: stats.guessed_tokens,
+        accepted_tokens: stats.accepted_tokens,
+        computes: histogram(stats.computes),
+        waits: histogram(stats.waits),
+        sends: histogram(stats.sends),
     }
+}
+
+fn histogram(counts: TimeCounts) -> TimeHistogram {
+    TimeHistogram::new(&TimeCounts::BOUNDS, &counts.0)
 }
 
 fn state_name(state: NodeState) -> &'static str {

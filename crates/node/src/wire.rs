@@ -3,6 +3,7 @@
 use mlxnode_cluster::NodeId;
 use mlxnode_compute::{ByteCount, LayerRange};
 use mlxnode_coordinator::deployments::{Attempt, Links, Shard, StartedWorker};
+use mlxnode_coordinator::placement::Guessing;
 use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
 use mlxnode_proto::internal::v1 as proto;
 use mlxnode_worker::SampledToken;
@@ -33,6 +34,7 @@ pub(crate) fn shard_to_proto(shard: &Shard) -> proto::ShardSpec {
         max_sequences: shard.max_sequences as u32,
         prefill_chunk: shard.prefill_chunk as u32,
         prompt_bytes: shard.prompts.0,
+        guessing: shard.guessing.as_ref().map(guessing_to_proto),
     }
 }
 
@@ -45,7 +47,24 @@ pub(crate) fn shard(shard: Option<proto::ShardSpec>) -> Result<Shard, Status> {
         max_sequences: shard.max_sequences as usize,
         prefill_chunk: shard.prefill_chunk as usize,
         prompts: ByteCount(shard.prompt_bytes),
+        guessing: shard.guessing.map(guessing),
     })
+}
+
+fn guessing_to_proto(guessing: &Guessing) -> proto::Guessing {
+    proto::Guessing {
+        draft: guessing.draft.clone().unwrap_or_default(),
+        ngram: guessing.ngram as u32,
+        tokens: guessing.tokens as u32,
+    }
+}
+
+fn guessing(guessing: proto::Guessing) -> Guessing {
+    Guessing {
+        draft: Some(guessing.draft).filter(|draft| !draft.is_empty()),
+        ngram: guessing.ngram as usize,
+        tokens: guessing.tokens as usize,
+    }
 }
 
 pub(crate) fn started_to_proto(started: StartedWorker) -> proto::StartedWorker {

@@ -9,6 +9,7 @@ use mlxnode_cluster::Identity;
 use mlxnode_compute::{ByteCount, LayerRange};
 use mlxnode_coordinator::deployments::{AdapterWish, Attempt, Links, Shard, StartedWorker};
 use mlxnode_coordinator::jobs::parse_artifact_source;
+use mlxnode_coordinator::placement::Guessing;
 use mlxnode_hub::{Hub, ModelSource};
 use mlxnode_traces::Collector;
 use mlxnode_worker::{BlockRoom, LoadShard, ProcessError, ShardStats, SpawnWorker, WorkerProcess};
@@ -203,6 +204,16 @@ impl Workers {
         self.fence(attempt)?;
         self.refuse_stopped(attempt)?;
         let folder = self.resolve(source).await?;
+        let guessing = match &shard.guessing {
+            Some(Guessing { draft, ngram, tokens }) => {
+                let draft = match draft {
+                    Some(draft) => Some(self.resolve(draft).await?),
+                    None => None,
+                };
+                Some(mlxnode_worker::Guessing { draft, ngram: *ngram, tokens: *tokens })
+            }
+            None => None,
+        };
         let name = format!("{} {}", attempt.name, shard.layers);
         let options = SpawnWorker {
             command: self.shared.options.command.clone(),
@@ -223,6 +234,7 @@ impl Workers {
                 disk: self.shared.options.block_disk,
                 folder: self.shared.options.blocks.clone(),
             }),
+            guessing,
         };
         // Until it is held below, dropping `process` (this call was given up) kills it.
         let mut loading = process.load(&load, attempt.epoch).await?;

@@ -2,31 +2,13 @@
 
 usage: anthropic_suite.py URL MODEL KIND
 
-KIND is "scripted" (the model says what stands behind SAY) or "demo" (the demo model, which adds and sorts). Prints one JSON object: from
-each check's name to null, or to what went wrong.
+KINDs, and what is printed: suite.py.
 """
 
-import json
 import sys
-import traceback
 
 import anthropic
-
-CHECKS = {"scripted": [], "demo": []}
-
-
-def check(*kinds):
-    def register(function):
-        for kind in kinds or CHECKS:
-            CHECKS[kind].append(function)
-        return function
-
-    return register
-
-
-def say(words):
-    return [{"role": "user", "content": f"SAY {words}"}]
-
+from suite import check, run, say
 
 TOOL = {"name": "add", "description": "Adds.", "input_schema": {"type": "object", "properties": {"x": {"type": "integer"}}}}
 ALL = 'SAY <think>hm</think>So. <tool_call>{"name": "add", "arguments": {"x": 1}}</tool_call>'
@@ -106,16 +88,5 @@ def errors(client, model):
     refused(anthropic.BadRequestError, messages=[{"role": "user", "content": [image]}])
 
 
-def main(url, model, kind):
-    client = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0, timeout=60)
-    results = {}
-    for function in CHECKS[kind]:
-        try:
-            function(client, model)
-            results[function.__name__] = None
-        except Exception:
-            results[function.__name__] = traceback.format_exc(limit=4)
-    print(json.dumps(results))
-
-
-main(*sys.argv[1:])
+url, model, kind = sys.argv[1:]
+run(anthropic.Anthropic(base_url=url, api_key="none", max_retries=0, timeout=60), model, kind)

@@ -2,32 +2,16 @@
 
 usage: openai_suite.py URL MODEL KIND
 
-KIND is "scripted" (the model says what stands behind SAY) or "demo" (the demo model, which adds and sorts). Prints one JSON object: from
-each check's name to null, or to what went wrong.
+KINDs, and what is printed: suite.py.
 """
 
 import json
 import re
 import sys
 import time
-import traceback
 
 import openai
-
-CHECKS = {"scripted": [], "demo": []}
-
-
-def check(*kinds):
-    def register(function):
-        for kind in kinds or CHECKS:
-            CHECKS[kind].append(function)
-        return function
-
-    return register
-
-
-def say(words):
-    return [{"role": "user", "content": f"SAY {words}"}]
+from suite import check, run, say
 
 
 def refused(kind, call, param=None, code=None):
@@ -244,6 +228,14 @@ def responses(client, model):
         kinds = [event.type for event in stream]
         assert stream.get_final_response().output_text == "One two."
     assert kinds[0] == "response.created" and kinds[-1] == "response.completed", kinds
+    scored = {"model": model, "input": "SAY <think>hm</think>One two.", "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    whole = client.responses.create(**scored).output[1].content[0]
+    assert "".join(score.token for score in whole.logprobs).strip() == whole.text == "One two.", whole
+    assert all(score.logprob <= 0 and len(score.top_logprobs) == 2 for score in whole.logprobs), whole
+    with client.responses.stream(**scored) as stream:
+        told = [score.token for event in stream if event.type == "response.output_text.delta" for score in event.logprobs]
+        assert told == [score.token for score in stream.get_final_response().output[1].content[0].logprobs]
+    refused(openai.BadRequestError, lambda: client.responses.create(model=model, input="x", top_logprobs=2), param="top_logprobs")
     refused(openai.BadRequestError, lambda: client.responses.create(model=model, input="x", previous_response_id="r"),
             param="previous_response_id")
 
@@ -313,16 +305,5 @@ def errors(client, model):
         refused(bad, lambda: create(**fields), param=param)
 
 
-def main(url, model, kind):
-    client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=60)
-    results = {}
-    for function in CHECKS[kind]:
-        try:
-            function(client, model)
-            results[function.__name__] = None
-        except Exception:
-            results[function.__name__] = traceback.format_exc(limit=4)
-    print(json.dumps(results))
-
-
-main(*sys.argv[1:])
+url, model, kind = sys.argv[1:]
+run(openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=60), model, kind)

@@ -13,7 +13,7 @@ use crate::progress::Progress;
 use crate::queue::StepQueue;
 use crate::shard::Shard;
 use crate::spans::StageSpans;
-use mlxnode_compute::{ByteCount, LayerRange, SpanSink, Stage, StageInfo};
+use mlxnode_compute::{ByteCount, LayerRange, MicroBatch, SpanSink, Stage, StageInfo};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -37,6 +37,19 @@ pub struct LoadShard {
     pub prefill_chunk: usize,
     /// What blocks of prompts may take; None: they are not kept.
     pub blocks: Option<BlockRoom>,
+    /// How the first stage guesses tokens ahead; None: it does not.
+    pub guessing: Option<Guessing>,
+}
+
+/// How tokens are guessed ahead.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Guessing {
+    /// Folder of a smaller model with the same tokens. None: by what came before in the text.
+    pub draft: Option<PathBuf>,
+    /// Without a draft model: most tokens that must have come before.
+    pub ngram: usize,
+    /// Tokens at once.
+    pub tokens: usize,
 }
 
 /// What blocks of prompts may take.
@@ -51,9 +64,10 @@ pub struct BlockRoom {
 }
 
 impl LoadShard {
-    /// Most tokens of one batch: a chunk beside a token of every sequence.
+    /// Most tokens of one batch: a chunk beside a token of every sequence and guesses.
     pub(crate) fn most_tokens(&self) -> usize {
-        self.prefill_chunk.min(self.context_tokens).saturating_add(self.max_sequences)
+        let chunk = self.prefill_chunk.min(self.context_tokens);
+        chunk.saturating_add(self.max_sequences).saturating_add(MicroBatch::MOST_GUESSES)
     }
 }
 
@@ -179,6 +193,7 @@ fn work(
         let times = step.map(|step| progress.step_ended(step));
         if let Some(times) = times {
             spans.stepped(&sequences, times);
+            progress.guessed(shard.guesses());
         }
         progress.holds(shard.open_sequences(), shard.memory());
         for mut message in result? {

@@ -34,13 +34,14 @@ mod service;
 mod shard;
 mod shard_state;
 mod spans;
+mod time_counts;
 pub mod wire;
 
 pub use collective::{
     CollectiveEndpoint, CollectiveError, CollectiveOptions, ConductorEvent, Group, GroupClient,
     GroupConductor, GroupError, GroupPeer, GroupReports, GroupWorker,
 };
-pub use compute_thread::{BlockRoom, LoadFailure, LoadShard, StageFactory};
+pub use compute_thread::{BlockRoom, Guessing, LoadFailure, LoadShard, StageFactory};
 pub use drive_client::{DriveClient, DriveError, DriveEvents};
 pub use error::{Fault, Side};
 pub use job::{GroupPlace, JobCallError, JobFactory, JobProcess, JobSetup, Rehearsal, run_job};
@@ -49,3 +50,4 @@ pub use process::{LoadProgress, ProcessError, ShardLoading, SpawnWorker, WorkerE
 pub use progress::ShardStats;
 pub use run::{RunError, run};
 pub use server::{LocalWorker, WorkerOptions};
+pub use time_counts::TimeCounts;

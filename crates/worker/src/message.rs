@@ -59,10 +59,12 @@ pub(crate) struct Results {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct RowResult {
     pub(crate) sequence: SequenceId,
-    /// One past its last token.
+    /// One past its last token; guesses do not count.
     pub(crate) position: usize,
     /// The next token, and whether it is the last one.
     pub(crate) token: Option<(Sampled, Option<SequenceEnd>)>,
+    /// Those after it, when guesses were right.
+    pub(crate) further: Vec<(Sampled, Option<SequenceEnd>)>,
     /// Scores of the prompt's tokens up to `position`.
     pub(crate) scores: Vec<Sampled>,
     pub(crate) embedding: Option<Vec<f32>>,

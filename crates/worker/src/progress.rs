@@ -1,6 +1,8 @@
 //! What a shard has done and holds, as counters that any thread may read while it computes.
 
 use crate::message::StageTimes;
+use crate::shard::Guesses;
+use crate::time_counts::{TimeCounter, TimeCounts};
 use mlxnode_compute::{MicroBatch, StageMemory};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -19,6 +21,13 @@ pub(crate) struct Progress {
     last_send_nanos: AtomicU64,
     prompt_tokens: AtomicU64,
     decode_tokens: AtomicU64,
+    guessed_tokens: AtomicU64,
+    accepted_tokens: AtomicU64,
+    computes: TimeCounter,
+    waits: TimeCounter,
+    sends: TimeCounter,
+    /// Right guesses that went through besides the tokens of rows.
+    passed_tokens: AtomicU64,
     active_bytes: AtomicU64,
     peak_bytes: AtomicU64,
     /// Nanoseconds after `origin` at which the step under way began, plus one; 0 when none is.
@@ -50,6 +59,16 @@ pub struct ShardStats {
     pub decode_tokens: u64,
     /// Bytes of the messages to the next stage: the activations and what goes with them.
     pub sent_bytes: u64,
+    /// On the last stage: tokens that were guessed ahead, and those of them that were right.
+    pub guessed_tokens: u64,
+    /// See `guessed_tokens`.
+    pub accepted_tokens: u64,
+    /// How long steps took, batches waited before theirs, and messages took to the next stage.
+    pub computes: TimeCounts,
+    /// See `computes`.
+    pub waits: TimeCounts,
+    /// See `computes`.
+    pub sends: TimeCounts,
 }
 
 /// A step under way.
@@ -72,6 +91,12 @@ impl Progress {
             last_send_nanos: AtomicU64::new(0),
             prompt_tokens: AtomicU64::new(0),
             decode_tokens: AtomicU64::new(0),
+            guessed_tokens: AtomicU64::new(0),
+            accepted_tokens: AtomicU64::new(0),
+            computes: TimeCounter::default(),
+            waits: TimeCounter::default(),
+            sends: TimeCounter::default(),
+            passed_tokens: AtomicU64::new(0),
             active_bytes: AtomicU64::new(0),
             peak_bytes: AtomicU64::new(0),
             step_began: AtomicU64::new(0),
@@ -84,8 +109,9 @@ impl Progress {
         self.step_began.store(began + 1, Relaxed);
         let chunks = batch.rows.iter().filter(|row| row.tokens.len() > 1 || !row.sample);
         let prompt: usize = chunks.map(|row| row.tokens.len()).sum();
+        let all: usize = batch.rows.iter().map(|row| row.tokens.len()).sum();
         self.prompt_tokens.fetch_add(prompt as u64, Relaxed);
-        self.decode_tokens.fetch_add((batch.tokens() - prompt) as u64, Relaxed);
+        self.decode_tokens.fetch_add((all - prompt) as u64, Relaxed);
         StepUnderWay { began, waited }
     }
 
@@ -96,6 +122,8 @@ impl Progress {
         self.compute_nanos.fetch_add(compute, Relaxed);
         self.wait_nanos.fetch_add(nanos(step.waited), Relaxed);
         self.steps.fetch_add(1, Relaxed);
+        self.computes.add(Duration::from_nanos(compute));
+        self.waits.add(step.waited);
         StageTimes {
             compute: Duration::from_nanos(compute),
             wait: step.waited,
@@ -108,6 +136,14 @@ impl Progress {
         self.sent_bytes.fetch_add(bytes, Relaxed);
         self.last_send_nanos.store(nanos(within), Relaxed);
         self.send_nanos.fetch_add(nanos(within), Relaxed);
+        self.sends.add(within);
+    }
+
+    /// So many tokens were guessed so far, and those that were right went through as tokens do.
+    pub(crate) fn guessed(&self, guesses: Guesses) {
+        self.accepted_tokens.store(guesses.right, Relaxed);
+        self.guessed_tokens.store(guesses.made, Relaxed);
+        self.passed_tokens.store(guesses.passed, Relaxed);
     }
 
     pub(crate) fn holds(&self, open_sequences: usize, memory: StageMemory) {
@@ -129,7 +165,12 @@ impl Progress {
             wait_time: Duration::from_nanos(self.wait_nanos.load(Relaxed)),
             send_time: Duration::from_nanos(self.send_nanos.load(Relaxed)),
             prompt_tokens: self.prompt_tokens.load(Relaxed),
-            decode_tokens: self.decode_tokens.load(Relaxed),
+            decode_tokens: self.decode_tokens.load(Relaxed) + self.passed_tokens.load(Relaxed),
+            guessed_tokens: self.guessed_tokens.load(Relaxed),
+            accepted_tokens: self.accepted_tokens.load(Relaxed),
+            computes: self.computes.counts(),
+            waits: self.waits.counts(),
+            sends: self.sends.counts(),
             sent_bytes: self.sent_bytes.load(Relaxed),
         }
     }

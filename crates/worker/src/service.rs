@@ -2,7 +2,7 @@
 //!
 //! TLS lets in only the parent's, the neighbour's and the drivers' keys; here each is held to what it may ask.
 
-use crate::compute_thread::{BlockRoom, LoadShard};
+use crate::compute_thread::{BlockRoom, Guessing, LoadShard};
 use crate::drive::session::{SESSION_EVENTS, Session};
 use crate::errand::Order;
 use crate::error::Fault;
@@ -146,6 +146,11 @@ impl Worker for Services {
             prompt_tokens: stats.prompt_tokens,
             decode_tokens: stats.decode_tokens,
             sent_bytes: stats.sent_bytes,
+            guessed_tokens: stats.guessed_tokens,
+            accepted_tokens: stats.accepted_tokens,
+            compute_counts: stats.computes.0.to_vec(),
+            wait_counts: stats.waits.0.to_vec(),
+            send_counts: stats.sends.0.to_vec(),
         }))
     }
 }
@@ -188,7 +193,7 @@ fn bounded(field: &str, text: &str, most: usize) -> Result<(), Status> {
 }
 
 fn shard_from_proto(request: &proto::LoadShardRequest) -> Result<LoadShard, Status> {
-    let spec = request.shard.ok_or_else(|| Status::invalid_argument("the request has no shard"))?;
+    let spec = request.shard.as_ref().ok_or_else(|| Status::invalid_argument("the request has no shard"))?;
     let shard = LoadShard {
         folder: request.folder.clone().into(),
         layers: LayerRange::new(spec.layer_start as usize, spec.layer_end as usize),
@@ -200,6 +205,11 @@ fn shard_from_proto(request: &proto::LoadShardRequest) -> Result<LoadShard, Stat
             memory: ByteCount(spec.prompt_bytes),
             disk: ByteCount(room.disk_bytes),
             folder: room.folder.clone().into(),
+        }),
+        guessing: spec.guessing.as_ref().map(|guessing| Guessing {
+            draft: Some(guessing.draft.clone()).filter(|draft| !draft.is_empty()).map(Into::into),
+            ngram: guessing.ngram as usize,
+            tokens: guessing.tokens as usize,
         }),
     };
     if shard.layers.is_empty() || shard.layers.end > shard.layer_count {

@@ -23,6 +23,18 @@ pub(crate) struct Shard {
     sequences: HashMap<SequenceId, Sequence>,
     /// The largest id that was ever opened; ids grow.
     newest: Option<SequenceId>,
+    guesses: Guesses,
+    /// Sequences whose last row had guesses, and one past its last token: where the next row begins says how many were right.
+    unsure: HashMap<SequenceId, usize>,
+}
+
+/// Guesses that the last stage saw, and right ones that any stage knows of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Guesses {
+    pub(crate) made: u64,
+    pub(crate) right: u64,
+    /// Right ones: tokens that went through this stage besides those of the rows.
+    pub(crate) passed: u64,
 }
 
 enum Sequence {
@@ -34,7 +46,16 @@ enum Sequence {
 impl Shard {
     pub(crate) fn new(stage: Box<dyn Stage>, max_sequences: usize) -> Self {
         let info = stage.info().clone();
-        Self { stage, info, max_sequences, sequences: HashMap::new(), newest: None }
+        let sequences = HashMap::new();
+        Self {
+            stage,
+            info,
+            max_sequences,
+            sequences,
+            newest: None,
+            guesses: Guesses::default(),
+            unsure: HashMap::new(),
+        }
     }
 
     pub(crate) fn info(&self) -> &StageInfo {
@@ -44,6 +65,11 @@ impl Shard {
     /// Sequences that hold memory.
     pub(crate) fn open_sequences(&self) -> usize {
         self.sequences.values().filter(|sequence| matches!(sequence, Sequence::Open(_))).count()
+    }
+
+    /// Guesses so far.
+    pub(crate) fn guesses(&self) -> Guesses {
+        self.guesses
     }
 
     pub(crate) fn memory(&self) -> mlxnode_compute::StageMemory {
@@ -66,6 +92,7 @@ impl Shard {
                 if let Some(Sequence::Open(spec)) = self.sequences.remove(&sequence) {
                     self.tell("closed", sequence, &spec);
                 }
+                self.unsure.remove(&sequence);
                 self.stage.close(sequence);
                 Ok(vec![Message::Close { sequence }])
             }
@@ -182,10 +209,17 @@ impl Shard {
                 false => Message::Batch(Batch { number, micro: no_rows(), times }),
             }]);
         }
-        let output = self.stage.run(&micro).map_err(|error| match error {
+        let fault = |error| match error {
             StageError::Device(reason) => Fault::Device(reason),
             error => Fault::Protocol(error.to_string()),
-        })?;
+        };
+        if self.info.is_first() {
+            self.stage.guess(&mut micro).map_err(fault)?;
+        }
+        if !is_last {
+            self.follow_guesses(&micro.rows);
+        }
+        let output = self.stage.run(&micro).map_err(fault)?;
         if output.rows.len() != micro.rows.len() {
             return Err(Fault::Device("the stage answered with another number of rows".into()));
         }
@@ -210,22 +244,43 @@ impl Shard {
         Ok(messages)
     }
 
+    /// A stage before the last one hears with the next row how many guesses were right.
+    fn follow_guesses(&mut self, rows: &[Row]) {
+        for row in rows {
+            if let Some(end) = self.unsure.remove(&row.sequence) {
+                self.guesses.passed += row.position.saturating_sub(end) as u64;
+            }
+            if !row.guesses.is_empty() {
+                self.unsure.insert(row.sequence, row.end());
+            }
+        }
+    }
+
     /// What the last stage tells of a row.
-    fn result(&self, row: &Row, output: RowOutput) -> Result<RowResult, Fault> {
+    fn result(&mut self, row: &Row, output: RowOutput) -> Result<RowResult, Fault> {
         let (sequence, position) = (row.sequence, row.end());
-        let RowOutput { scores, sampled, is_complete, embedding } = output;
-        if (sampled.is_some() || embedding.is_some()) != row.sample {
+        let RowOutput { scores, sampled, further, is_complete, embedding } = output;
+        if (sampled.is_some() || embedding.is_some()) != row.sample || further.len() > row.guesses.len() {
             return Err(Fault::Device("the stage answered a row with the wrong kind of output".into()));
         }
-        let token = match (sampled, self.sequences.get(&sequence)) {
-            (Some(sampled), Some(Sequence::Open(spec))) => {
+        let (mut token, mut tokens) = (None, Vec::new());
+        if let (Some(sampled), Some(Sequence::Open(spec))) = (sampled, self.sequences.get(&sequence)) {
+            self.guesses.made += row.guesses.len() as u64;
+            for (position, sampled) in (position..).zip([sampled].into_iter().chain(further)) {
                 let end = end_of(spec, position, sampled.token);
                 let end = end.or_else(|| is_complete.then_some(SequenceEnd::Complete));
-                Some((sampled, end))
+                tokens.push((sampled, end));
+                if end.is_some() {
+                    break; // what comes after the end is nobody's wish
+                }
             }
-            _ => None,
-        };
-        Ok(RowResult { sequence, position, token, scores, embedding })
+            let mut all = tokens.into_iter();
+            token = all.next();
+            tokens = all.collect();
+            self.guesses.right += tokens.len() as u64;
+            self.guesses.passed += tokens.len() as u64;
+        }
+        Ok(RowResult { sequence, position, token, further: tokens, scores, embedding })
     }
 
     /// An error of the device ends the worker, any other one only this sequence.

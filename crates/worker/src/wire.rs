@@ -227,11 +227,19 @@ pub fn sampled_token_from_proto(token: proto::SampledToken) -> Result<SampledTok
 /// What became of a row, for the wire.
 pub(crate) fn row_result_to_proto(row: &RowResult) -> Result<proto::RowResult, WireError> {
     let (sequence, position) = (row.sequence, row.position);
-    let token = row.token.clone().map(|(sampled, end)| SampledToken { sequence, position, sampled, end });
+    let tokens = row.token.iter().chain(&row.further).cloned();
+    let mut tokens = (position..).zip(tokens).map(|(position, (sampled, end))| SampledToken {
+        sequence,
+        position,
+        sampled,
+        end,
+    });
+    let token = tokens.next();
     Ok(proto::RowResult {
         sequence: sequence.0,
         position: number("position", position)?,
         token: token.as_ref().map(sampled_token_to_proto).transpose()?,
+        further: tokens.map(|token| sampled_token_to_proto(&token)).collect::<Result<_, _>>()?,
         scores: row.scores.iter().map(score_to_proto).collect(),
         embedding: row
             .embedding
@@ -243,10 +251,13 @@ pub(crate) fn row_result_to_proto(row: &RowResult) -> Result<proto::RowResult, W
 /// What became of a row, from the wire.
 pub(crate) fn row_result_from_proto(row: proto::RowResult) -> Result<RowResult, WireError> {
     let token = row.token.map(sampled_token_from_proto).transpose()?;
+    short("further", row.further.len())?;
+    let further = row.further.into_iter().map(sampled_token_from_proto).collect::<Result<Vec<_>, _>>()?;
     Ok(RowResult {
         sequence: SequenceId(row.sequence),
         position: row.position as usize,
         token: token.map(|token| (token.sampled, token.end)),
+        further: further.into_iter().map(|token| (token.sampled, token.end)).collect(),
         scores: row.scores.into_iter().map(score_from_proto).collect::<Result<_, _>>()?,
         embedding: row.embedding.map(|embedding| embedding.values),
     })

@@ -100,6 +100,7 @@ fn shard(layers: LayerRange, layer_count: usize) -> LoadShard {
         max_sequences: model.max_sequences,
         prefill_chunk: model.prefill_chunk,
         blocks: None,
+        guessing: None,
     }
 }
 

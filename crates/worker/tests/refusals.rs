@@ -59,7 +59,8 @@ fn frame(epoch: u64, body: Body) -> proto::Frame {
 }
 
 fn batch() -> proto::BatchFrame {
-    let row = |sequence| proto::BatchRow { sequence, position: 0, tokens: vec![1], sample: true };
+    let row =
+        |sequence| proto::BatchRow { sequence, position: 0, tokens: vec![1], sample: true, guesses: vec![] };
     proto::BatchFrame {
         number: 1,
         rows: vec![row(1), row(2)],
@@ -76,7 +77,12 @@ async fn frames_that_do_not_fit_end_the_link_and_the_worker() {
     let oversized = proto::BatchFrame { data: Bytes::from(vec![0; 2 << 20]), ..batch() };
     let huge = proto::BatchFrame { shape: vec![2, u32::MAX], ..batch() };
     let mut too_many = batch();
-    too_many.rows[1].tokens = vec![0; 600];
+    too_many.rows[1].tokens = vec![0; 700];
+    let mut guessing = batch();
+    guessing.rows[1].tokens = vec![0; 2];
+    guessing.rows[1].guesses = vec![0; 2];
+    let mut guessing_much = batch();
+    guessing_much.rows[1].guesses = vec![0; 33];
     let mut twice = batch();
     twice.rows[1].sequence = 1;
     let results = Body::Results(proto::BatchResults::default());
@@ -85,7 +91,9 @@ async fn frames_that_do_not_fit_end_the_link_and_the_worker() {
         (frame(EPOCH + 1, close()), Code::FailedPrecondition, "a frame of epoch 6 at a worker of epoch 5"),
         (frame(EPOCH, Body::Batch(oversized)), Code::InvalidArgument, "a frame carries 2097152 bytes"),
         (frame(EPOCH, Body::Batch(huge)), Code::InvalidArgument, "an activation has shape [2, 4294967295]"),
-        (frame(EPOCH, Body::Batch(too_many)), Code::InvalidArgument, "a batch has 601 tokens"),
+        (frame(EPOCH, Body::Batch(too_many)), Code::InvalidArgument, "a batch has 701 tokens"),
+        (frame(EPOCH, Body::Batch(guessing)), Code::InvalidArgument, "a row has 2 guesses"),
+        (frame(EPOCH, Body::Batch(guessing_much)), Code::InvalidArgument, "a row has 33 guesses"),
         (frame(EPOCH, Body::Batch(twice)), Code::InvalidArgument, "a batch has 2 rows, expected at most"),
         (
             frame(EPOCH, results),

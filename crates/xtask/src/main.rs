@@ -14,6 +14,7 @@ mod environment;
 mod fuzz;
 mod install;
 mod lint;
+mod lm_eval;
 mod node;
 mod parity;
 mod places;
@@ -80,6 +81,12 @@ enum Task {
     },
     /// Measure against mlx-lm and against the targets; without a subject: everything (about half an hour)
     Bench(bench::Bench),
+    /// Run lm-evaluation-harness through a node's /v1/completions and on mlx-lm itself: both must find the same
+    LmEval {
+        /// Build with optimizations first
+        #[arg(long)]
+        release: bool,
+    },
     /// Build mlxnode
     Build {
         /// With optimizations
@@ -131,6 +138,7 @@ fn run(task: Task) -> Result<()> {
         Task::Lint { without_macos } => lint::run(&places, without_macos),
         Task::CheckMacos { clippy, arguments } => check_macos::run(&places, clippy, &arguments),
         Task::Bench(bench) => bench.run(&places),
+        Task::LmEval { release } => lm_eval::run(&places, release),
         Task::Build { release } => build::run(&places, release),
         Task::Install { prefix } => install::run(&places, prefix),
         Task::Dist { out } => install::dist(&places, out),

@@ -126,6 +126,7 @@ mod tests {
             replicas: 1,
             is_pinned: false,
             ttl: None,
+            guessing: None,
             name: "m".into(),
             source: "s".into(),
             epoch,

@@ -12,7 +12,7 @@
 mod observations;
 mod requests;
 
-pub use observations::{LinkSeen, Observations, Observer, SchedulerSeen, StageSeen};
+pub use observations::{LinkSeen, Observations, Observer, SchedulerSeen, StageSeen, TimeHistogram};
 pub use requests::{Finished, RequestRecord};
 
 use crate::gate::Denied;
@@ -223,10 +223,14 @@ mod tests {
             layers: "0-4".into(),
             steps: 3,
             compute: seconds(1.0),
+            computes: TimeHistogram::new(&[0.001], &[2, 1]),
+            guessed_tokens: 9,
+            accepted_tokens: 6,
             ..StageSeen::default()
         };
+        let other = StageSeen { layers: "4-8".into(), ..stage.clone() };
         let observations = Observations {
-            stages: vec![stage],
+            stages: vec![stage, other],
             links: vec![LinkSeen {
                 to: "studio".into(),
                 to_id: "00".into(),
@@ -245,6 +249,14 @@ mod tests {
             let (_, value) = line.rsplit_once(' ').unwrap();
             assert!(value.parse::<f64>().is_ok(), "{line}");
         }
+        let lines: Vec<&str> = text.lines().filter(|line| line.contains("0-4")).collect();
+        for (name, expected) in [("_bucket", "2"), ("_bucket", "3"), ("_count", "3"), ("_sum", "1.0")] {
+            let name = format!("mlxnode_stage_step_compute_seconds{name}");
+            let told = |line: &&&str| line.starts_with(&name) && line.ends_with(&format!(" {expected}"));
+            assert!(lines.iter().find(told).is_some(), "{name} {expected} is not in {lines:?}");
+        }
+        let accepted = "vllm:spec_decode_num_accepted_tokens_total{model_name=\"demo\"} 12";
+        assert!(text.lines().any(|line| line.starts_with(accepted)), "the sum of a model's replicas: {text}");
         for name in [
             "mlxnode_requests_rejected_total",
             "mlxnode_http_answers_total",

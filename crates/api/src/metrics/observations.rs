@@ -2,7 +2,7 @@
 
 use async_trait::async_trait;
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
@@ -84,6 +84,28 @@ pub struct StageSeen {
     pub decode_tokens: u64,
     /// Bytes of the messages to the next stage.
     pub sent_bytes: u64,
+    /// On a last stage: tokens that were guessed ahead.
+    pub guessed_tokens: u64,
+    /// Those of them that were right.
+    pub accepted_tokens: u64,
+    /// How long steps took; empty where that is not known.
+    pub computes: TimeHistogram,
+    /// How long batches waited before theirs.
+    pub waits: TimeHistogram,
+    /// How long messages took to the next stage.
+    pub sends: TimeHistogram,
+}
+
+/// How often something took how long: upper bounds in seconds, the last one infinite, and how many times were no longer and longer than the
+/// bound before.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TimeHistogram(pub Vec<(f64, u64)>);
+
+impl TimeHistogram {
+    /// Counts by these bounds, and one more for what was longer.
+    pub fn new(bounds: &[f64], counts: &[u64]) -> Self {
+        Self(bounds.iter().copied().chain([f64::MAX]).zip(counts.iter().copied()).collect())
+    }
 }
 
 /// A link to another node.
@@ -143,6 +165,25 @@ impl Collector for Observations {
             "Times that a sequence gave its memory back for older ones, to be computed again",
             by_scheduler(|seen| Some(seen.preemptions as f64)),
         )?;
+        let guesses = |value: fn(&StageSeen) -> u64| {
+            let mut sums: BTreeMap<&str, u64> = BTreeMap::new();
+            for seen in self.stages.iter().filter(|seen| seen.guessed_tokens > 0) {
+                *sums.entry(seen.model.as_str()).or_default() += value(seen);
+            }
+            sums.into_iter().map(|(model, sum)| (vec![("model_name", model)], sum as f64))
+        };
+        counters(
+            out,
+            "vllm:spec_decode_num_draft_tokens",
+            "Tokens that were guessed ahead, of models whose last stage is on this node",
+            guesses(|seen| seen.guessed_tokens),
+        )?;
+        counters(
+            out,
+            "vllm:spec_decode_num_accepted_tokens",
+            "Those of them that were right",
+            guesses(|seen| seen.accepted_tokens),
+        )?;
         let by_stage = |value: fn(&StageSeen) -> Option<f64>| {
             self.stages.iter().filter_map(move |seen| Some((stage_labels(&self.node, seen), value(seen)?)))
         };
@@ -170,6 +211,36 @@ impl Collector for Observations {
             "Time that messages of a stage on this node took to the next stage",
             by_stage(|seen| Some(seen.send?.as_secs_f64())),
         )?;
+        type Times = fn(&StageSeen) -> (&TimeHistogram, Option<Duration>);
+        let times: [(&str, &str, Times); 3] = [
+            (
+                "mlxnode_stage_step_compute_seconds",
+                "How long the steps of a stage on this node took",
+                |seen| (&seen.computes, Some(seen.compute)),
+            ),
+            (
+                "mlxnode_stage_step_wait_seconds",
+                "How long batches waited at a stage on this node before they were computed",
+                |seen| (&seen.waits, seen.wait),
+            ),
+            (
+                "mlxnode_stage_step_send_seconds",
+                "How long messages of a stage on this node took to the next stage",
+                |seen| (&seen.sends, seen.send),
+            ),
+        ];
+        for (name, help, of) in times {
+            let mut metric = out.encode_descriptor(name, help, None, MetricType::Histogram)?;
+            for seen in &self.stages {
+                let (TimeHistogram(buckets), Some(sum)) = of(seen) else { continue };
+                let count: u64 = buckets.iter().map(|(_, count)| count).sum();
+                if count > 0 {
+                    let labels = stage_labels(&self.node, seen);
+                    let mut family = metric.encode_family(&labels)?;
+                    family.encode_histogram::<NoLabelSet>(sum.as_secs_f64(), count, buckets, None)?;
+                }
+            }
+        }
         counters(
             out,
             "mlxnode_stage_sent_bytes",

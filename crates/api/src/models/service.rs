@@ -77,7 +77,7 @@ impl Models for ModelsService {
             }
             Route::Here(coordinator) => {
                 let request = request.into_inner();
-                let wish = wire::wish(&request);
+                let wish = wire::wish(&request)?;
                 let report = coordinator.plan(request.model, wish).await.map_err(wire::status)?;
                 Ok(Response::new(wire::plan_to_proto(report)))
             }
@@ -96,7 +96,7 @@ impl Models for ModelsService {
                 let plan = request.plan.ok_or_else(|| Status::invalid_argument("plan is missing"))?;
                 let name = Some(request.name).filter(|name| !name.is_empty());
                 let updates = coordinator.load(LoadWish {
-                    wish: wire::wish(&plan),
+                    wish: wire::wish(&plan)?,
                     source: plan.model,
                     name,
                     replicas: request.replicas as usize,

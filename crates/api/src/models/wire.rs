@@ -1,11 +1,11 @@
 //! `Models` messages to the coordinator's types and back.
 
 use mlxnode_cluster::NodeId;
-use mlxnode_compute::{ByteCount, LayerRange};
+use mlxnode_compute::{ByteCount, LayerRange, Row};
 use mlxnode_coordinator::Error;
 use mlxnode_coordinator::coordinator::{PlanReport, Progress};
 use mlxnode_coordinator::deployments::{AdapterView, DeploymentView, StageView, State};
-use mlxnode_coordinator::placement::{NodeBudget, PlannedStage, Wish};
+use mlxnode_coordinator::placement::{Guessing, NodeBudget, PlannedStage, Wish};
 use mlxnode_coordinator::scheduler::Statistics;
 use mlxnode_proto::v1;
 use std::time::Duration;
@@ -37,6 +37,7 @@ pub(crate) fn deployment_to_proto(view: &DeploymentView, statistics: Option<&Sta
         replicas: view.replicas as u32,
         pinned: view.is_pinned,
         ttl_seconds: view.ttl.map_or(0, |ttl| ttl.as_secs().max(1)),
+        guessing: view.guessing.as_ref().map(guessing_to_proto),
     }
 }
 
@@ -96,6 +97,7 @@ pub fn deployment(wire: v1::Deployment) -> Result<DeploymentView, Status> {
         replicas: wire.replicas as usize,
         is_pinned: wire.pinned,
         ttl: Some(wire.ttl_seconds).filter(|ttl| *ttl > 0).map(Duration::from_secs),
+        guessing: wire.guessing.map(guessing).transpose()?,
     })
 }
 
@@ -114,14 +116,49 @@ fn stage(stage: v1::Stage) -> Result<StageView, Status> {
     })
 }
 
-pub(crate) fn wish(request: &v1::PlanRequest) -> Wish {
+/// Tokens that are guessed at once when nobody said how many: mlx-lm's number for a draft model. Looking text up costs next to
+/// nothing, so more is tried.
+const DRAFT_TOKENS: u32 = 3;
+const LOOKUP_TOKENS: u32 = 8;
+/// Longest sequence of tokens that is looked up.
+const LONGEST_NGRAM: u32 = 16;
+
+fn guessing_to_proto(guessing: &Guessing) -> v1::Guessing {
+    v1::Guessing {
+        draft_model: guessing.draft.clone().unwrap_or_default(),
+        prompt_lookup: guessing.ngram as u32,
+        num_draft_tokens: guessing.tokens as u32,
+    }
+}
+
+fn guessing(guessing: v1::Guessing) -> Result<Guessing, Status> {
+    let v1::Guessing { draft_model, prompt_lookup, num_draft_tokens } = guessing;
+    let most = Row::MOST_GUESSES as u32;
+    let refused = |text: String| Err(Status::invalid_argument(text));
+    if num_draft_tokens > most {
+        return refused(format!("num_draft_tokens is {num_draft_tokens}, but must be 1 to {most}"));
+    }
+    let tokens = |default: u32| if num_draft_tokens == 0 { default } else { num_draft_tokens } as usize;
+    match (draft_model.trim().is_empty(), prompt_lookup) {
+        (false, 0) => Ok(Guessing { draft: Some(draft_model), ngram: 0, tokens: tokens(DRAFT_TOKENS) }),
+        (true, 1..=LONGEST_NGRAM) => {
+            Ok(Guessing { draft: None, ngram: prompt_lookup as usize, tokens: tokens(LOOKUP_TOKENS) })
+        }
+        (false, _) => refused("draft_model and prompt_lookup exclude each other; leave one out".to_owned()),
+        (true, 0) => refused("num_draft_tokens needs draft_model or prompt_lookup".to_owned()),
+        (true, _) => refused(format!("prompt_lookup is {prompt_lookup}, but must be 1 to {LONGEST_NGRAM}")),
+    }
+}
+
+pub(crate) fn wish(request: &v1::PlanRequest) -> Result<Wish, Status> {
     let some = |value: u32| Some(value as usize).filter(|value| *value > 0);
-    Wish {
+    Ok(Wish {
         stages: some(request.stages),
         nodes: request.nodes.clone(),
         context_tokens: some(request.context_tokens),
         concurrent_sequences: some(request.concurrent_sequences),
-    }
+        guessing: request.guessing.clone().map(guessing).transpose()?,
+    })
 }
 
 pub(super) fn plan_to_proto(report: PlanReport) -> v1::PlanResponse {
@@ -196,6 +233,7 @@ mod tests {
             replicas: 3,
             is_pinned: true,
             ttl: Some(Duration::from_secs(600)),
+            guessing: Some(Guessing { draft: Some("small".into()), ngram: 0, tokens: 3 }),
             source: "demo".into(),
             epoch: 4,
             state: State::Ready,

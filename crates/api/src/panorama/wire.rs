@@ -74,6 +74,8 @@ fn stage_to_proto(seen: &StageSeen, rates: Option<StageRates>) -> v1::StageFigur
         prompt_tokens: seen.prompt_tokens,
         decode_tokens: seen.decode_tokens,
         sent_bytes: seen.sent_bytes,
+        guessed_tokens: seen.guessed_tokens,
+        accepted_tokens: seen.accepted_tokens,
         open_sequences: seen.open_sequences,
         memory_bytes: seen.active_bytes,
         memory_peak_bytes: seen.peak_bytes,
@@ -104,6 +106,9 @@ fn stage(wire: v1::StageFigures) -> StageSeen {
         prompt_tokens: wire.prompt_tokens,
         decode_tokens: wire.decode_tokens,
         sent_bytes: wire.sent_bytes,
+        guessed_tokens: wire.guessed_tokens,
+        accepted_tokens: wire.accepted_tokens,
+        ..StageSeen::default() // histograms are told by each node itself
     }
 }
 
@@ -150,6 +155,9 @@ mod tests {
                 prompt_tokens: 7,
                 decode_tokens: 8,
                 sent_bytes: 9,
+                guessed_tokens: 10,
+                accepted_tokens: 7,
+                ..StageSeen::default()
             }],
             links: vec![LinkSeen {
                 to: String::new(),

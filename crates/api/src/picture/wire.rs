@@ -33,6 +33,25 @@ pub struct NodePicture {
     pub answers: bool,
 }
 
+/// How a deployment guesses tokens ahead.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct GuessingPicture {
+    /// `null` when what came before in the text says.
+    pub draft_model: Option<String>,
+    /// Most tokens that must have come before; `null` with a draft model.
+    pub prompt_lookup: Option<u32>,
+    /// At once.
+    pub num_draft_tokens: u32,
+}
+
+fn guessing(guessing: v1::Guessing) -> GuessingPicture {
+    GuessingPicture {
+        draft_model: Some(guessing.draft_model).filter(|draft| !draft.is_empty()),
+        prompt_lookup: Some(guessing.prompt_lookup).filter(|ngram| *ngram > 0),
+        num_draft_tokens: guessing.num_draft_tokens,
+    }
+}
+
 /// A deployment.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct DeploymentPicture {
@@ -46,6 +65,8 @@ pub struct DeploymentPicture {
     pub pinned: bool,
     /// It is unloaded when nobody asked for so long; `null`: it is not.
     pub ttl_seconds: Option<u64>,
+    /// How tokens are guessed ahead; `null`: they are not.
+    pub guessing: Option<GuessingPicture>,
     /// Where the weights come from.
     pub source: String,
     /// "llama", "qwen3" …
@@ -300,6 +321,7 @@ fn with_figures(deployment: v1::Deployment, seen: &[v1::NodeFigures]) -> Deploym
         replicas: deployment.replicas,
         pinned: deployment.pinned,
         ttl_seconds: Some(deployment.ttl_seconds).filter(|seconds| *seconds > 0),
+        guessing: deployment.guessing.map(guessing),
         source: deployment.source,
         architecture: deployment.architecture,
         epoch: deployment.epoch,

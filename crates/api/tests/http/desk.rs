@@ -94,6 +94,7 @@ impl Desk {
             replicas: 1,
             is_pinned: false,
             ttl: None,
+            guessing: None,
             source: source.into(),
             epoch: 1,
             state,

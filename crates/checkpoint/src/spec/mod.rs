@@ -230,6 +230,19 @@ impl Mixer {
         }
     }
 
+    /// Does what it makes of a token depend on which tokens go through together with it? It does where wavelengths follow the length of
+    /// the text so far.
+    pub fn depends_on_step(&self) -> bool {
+        let latent = match self {
+            Self::Latent(latent) => Some(latent),
+            Self::Shortcut(shortcut) => Some(&shortcut.attention),
+            _ => None,
+        };
+        let rope = self.attention().and_then(|attention| attention.rope.as_ref());
+        let ropes = rope.into_iter().chain(latent.map(|latent| &latent.rope));
+        ropes.into_iter().any(|rope| matches!(rope.scaling, RopeScaling::DynamicNtk { .. }))
+    }
+
     /// The softmax attention in it, if there is one.
     pub fn attention(&self) -> Option<&AttentionSpec> {
         match self {

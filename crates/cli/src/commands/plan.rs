@@ -2,11 +2,12 @@
 
 use crate::arguments::Global;
 use crate::connection::Connection;
+use crate::guessing::{GuessFlags, Guesses};
 use crate::{output, wire};
 use anyhow::Result;
 use clap::Args;
 use mlxnode_compute::ByteCount;
-use mlxnode_proto::v1::PlanRequest;
+use mlxnode_proto::v1::{Guessing, PlanRequest};
 
 /// Show where a model's layers would go, or why it does not fit.
 ///
@@ -38,24 +39,45 @@ pub struct Wish {
     /// Sequences of that length to reserve memory for. Default: 4. Shorter ones share it, up to four times as many at the same time.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     sequences: Option<u32>,
+    #[command(flatten)]
+    guess: GuessFlags,
 }
 
 impl Wish {
     /// As the API takes it. A folder is made absolute: other processes read it.
     pub fn request(&self) -> PlanRequest {
-        let folder = std::path::Path::new(&self.model);
-        let model = match folder.is_dir() {
-            true => std::path::absolute(folder)
-                .map(|path| path.display().to_string())
-                .unwrap_or(self.model.clone()),
-            false => self.model.clone(),
-        };
         PlanRequest {
-            model,
+            model: absolute(&self.model),
             stages: self.stages.unwrap_or_default(),
             nodes: self.nodes.clone(),
             context_tokens: self.context.unwrap_or_default(),
             concurrent_sequences: self.sequences.unwrap_or_default(),
+            guessing: self.guessing(),
+        }
+    }
+}
+
+/// A folder's whole path; other sources as they are.
+fn absolute(source: &str) -> String {
+    let folder = std::path::Path::new(source);
+    let path = if folder.is_dir() { std::path::absolute(folder).ok() } else { None };
+    path.map_or(source.to_owned(), |path| path.display().to_string())
+}
+
+impl Wish {
+    fn guessing(&self) -> Option<Guessing> {
+        match self.guess.guesses() {
+            Guesses::Never => None,
+            Guesses::Draft { model, tokens } => Some(Guessing {
+                draft_model: absolute(&model),
+                num_draft_tokens: tokens as u32,
+                ..Guessing::default()
+            }),
+            Guesses::Lookup { ngram, tokens } => Some(Guessing {
+                prompt_lookup: ngram as u32,
+                num_draft_tokens: tokens as u32,
+                ..Guessing::default()
+            }),
         }
     }
 }

@@ -92,6 +92,11 @@ pub fn deployments(deployments: &[wire::Deployment]) -> Result<()> {
                 (false, Some(ttl)) => format!("{state}, stays {ttl} s without use"),
                 (false, None) => state,
             };
+            let state = match deployment.guessing.as_ref().map(|guessing| &guessing.draft_model) {
+                Some(Some(draft)) => format!("{state}, draft model {draft}"),
+                Some(None) => format!("{state}, guesses from the text"),
+                None => state,
+            };
             let model = match deployment.replicas {
                 0 | 1 => deployment.model.clone(),
                 all => format!("{} ({} of {all})", deployment.model, deployment.replica),

@@ -5,10 +5,10 @@ use anyhow::Result;
 use clap::Args;
 use mlxnode_checkpoint::Checkpoint;
 use mlxnode_compute::{Job, JobError};
-use mlxnode_engine::{EngineStage, StageOptions};
+use mlxnode_engine::{EngineStage, Model, Speculation, StageOptions};
 use mlxnode_traces::{Collector, Exporter};
 use mlxnode_worker::{
-    CollectiveEndpoint, JobSetup, LoadFailure, LoadShard, Rehearsal, RunError, WorkerOptions,
+    CollectiveEndpoint, Guessing, JobSetup, LoadFailure, LoadShard, Rehearsal, RunError, WorkerOptions,
 };
 use std::process::ExitCode;
 
@@ -89,5 +89,17 @@ fn load(
         Some(room) => stage.with_blocks(room.memory, Some((&room.folder, room.disk)))?,
         None => stage,
     };
+    let stage = match shard.guessing.filter(|_| shard.layers.is_first()) {
+        Some(guessing) => stage.with_speculation(speculation(guessing)?)?,
+        None => stage,
+    };
     Ok(Box::new(stage.with_grammars(Box::new(grammars))))
+}
+
+/// Loads the draft model, if there is one.
+fn speculation(guessing: Guessing) -> Result<Speculation, LoadFailure> {
+    let Guessing { draft, ngram, tokens } = guessing;
+    let Some(folder) = draft else { return Ok(Speculation::PromptLookup { ngram, tokens }) };
+    let model = Model::load_whole(&Checkpoint::open(&folder)?, &mut |_, _| {})?;
+    Ok(Speculation::Draft { model: Box::new(model), tokens })
 }

@@ -498,7 +498,7 @@ impl Running {
         let limit = self.limits.weigh;
         let myself = myself.clone();
         self.under_way.spawn(async move {
-            let work = orders.nodes.weigh(source.clone());
+            let work = super::orders::weigh(orders.nodes.clone(), source.clone(), wish.draft());
             let cost = within(limit, &format!("reading {source}"), work).await;
             let result = cost.map(|cost| (cost, orders.nodes.offers()));
             let _ = myself.cast(Message::Weighed { wish, result, reply });

@@ -4,6 +4,7 @@ use super::Limits;
 use super::nodes::{LinkWorker, Nodes, StartScheduler, StartWorker};
 use super::progress::{Audience, Phase, Progress, ProgressSink};
 use crate::deployments::{Attempt, Effect, Event};
+use crate::placement::{DraftCost, ModelCost};
 use crate::{Error, NodeId};
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -31,17 +32,23 @@ impl Orders {
                 Event::Swept { attempt, nodes }
             }
             .boxed(),
-            Effect::Weigh { attempt, source } => async move {
+            Effect::Weigh { attempt, source, draft } => async move {
                 orders.announce(&attempt, Phase::Resolving, source.clone());
-                let work = orders.nodes.weigh(source.clone());
+                let work = weigh(orders.nodes.clone(), source.clone(), draft);
                 let result = within(limits.weigh, &format!("reading {source}"), work).await;
                 orders.announce(&attempt, Phase::Planning, String::new());
                 Event::Weighed { attempt, result: result.map(|cost| (cost, orders.nodes.offers())) }
             }
             .boxed(),
-            Effect::Prepare { attempt, node, source } => async move {
+            Effect::Prepare { attempt, node, source, draft } => async move {
                 let progress = orders.sink(&attempt, Phase::Downloading, node);
-                let work = orders.nodes.prepare(node, source.clone(), progress.clone());
+                let work = async {
+                    let fingerprint = orders.nodes.prepare(node, source.clone(), progress.clone()).await?;
+                    if let Some(draft) = draft {
+                        orders.nodes.prepare(node, draft, progress.clone()).await?;
+                    }
+                    Ok(fingerprint)
+                };
                 let what = format!("getting {source} onto {}", orders.name(node));
                 let result = while_moving(limits.standstill, &what, &progress, work).await;
                 Event::Prepared { attempt, node, result }
@@ -51,9 +58,9 @@ impl Orders {
                 let name = orders.name(node);
                 orders.announce(&attempt, Phase::Starting, format!("layers {} on {name}", shard.layers));
                 let progress = orders.sink(&attempt, Phase::Loading, node);
+                let what = format!("loading layers {} on {name}", shard.layers);
                 let order = StartWorker { attempt: attempt.clone(), source, shard };
                 let work = orders.nodes.start_worker(node, order, progress.clone());
-                let what = format!("loading layers {} on {name}", shard.layers);
                 let result = while_moving(limits.standstill, &what, &progress, work).await;
                 Event::Started { attempt, stage, result }
             }
@@ -160,6 +167,20 @@ impl Orders {
         let offer = offers.into_iter().find(|offer| offer.node == node);
         offer.map_or_else(|| node.short(), |offer| offer.name)
     }
+}
+
+/// What a model costs, with its draft model.
+pub(super) async fn weigh(
+    nodes: Arc<dyn Nodes>,
+    source: String,
+    draft: Option<String>,
+) -> Result<ModelCost, Error> {
+    let cost = nodes.weigh(source).await?;
+    let draft = match draft {
+        Some(draft) => Some(DraftCost::from(nodes.weigh(draft).await?)),
+        None => None,
+    };
+    Ok(ModelCost { draft, ..cost })
 }
 
 /// The answer, or that there was none in time. A panic in an order is a bug there; here it is a failed order.

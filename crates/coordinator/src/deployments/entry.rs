@@ -175,6 +175,7 @@ impl Deployment {
             context_tokens: plan.map_or(0, |plan| plan.context_tokens),
             max_sequences: plan.map_or(0, |plan| plan.concurrent_sequences),
             adapters: self.adapters(),
+            guessing: self.wish.wish.guessing.clone(),
         }
     }
 }

@@ -77,7 +77,8 @@ impl Deployments {
         let Some(entry) = self.current(attempt) else { return };
         entry.phase = Phase::Planning;
         let source = entry.wish.source.clone();
-        self.effects.push(Effect::Weigh { attempt: attempt.clone(), source });
+        let draft = entry.wish.wish.draft();
+        self.effects.push(Effect::Weigh { attempt: attempt.clone(), source, draft });
     }
 
     pub(super) fn weighed(
@@ -129,11 +130,13 @@ impl Deployments {
         let Some(entry) = self.entries.get_mut(&attempt.name) else { return };
         let Some(replica) = &entry.replica else { return };
         let nodes: BTreeSet<NodeId> = replica.plan.stages.iter().map(|stage| stage.node).collect();
+        let first = replica.plan.stages.first().map(|stage| stage.node);
         for node in &nodes {
             self.effects.push(Effect::Prepare {
                 attempt: attempt.clone(),
                 node: *node,
                 source: entry.wish.source.clone(),
+                draft: entry.wish.wish.draft().filter(|_| Some(*node) == first),
             });
         }
         entry.phase = Phase::Preparing(nodes);
@@ -187,6 +190,7 @@ impl Deployments {
                     max_sequences: Limits::sequences_for(plan.concurrent_sequences),
                     prefill_chunk: PREFILL_CHUNK.min(plan.context_tokens),
                     prompts: stage.prompts,
+                    guessing: entry.wish.wish.guessing.clone().filter(|_| stage.layers.is_first()),
                 },
             });
         }

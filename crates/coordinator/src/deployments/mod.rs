@@ -40,7 +40,7 @@ pub use name::{
 pub use replicas::MAX_REPLICAS;
 pub use retry::{FAILURE_WINDOW, MAX_FAILURES};
 
-use crate::placement::{ModelCost, Offer, Wish};
+use crate::placement::{Guessing, ModelCost, Offer, Wish};
 use crate::{Error, NodeId};
 use mlxnode_compute::{ByteCount, LayerRange};
 use serde::{Deserialize, Serialize};
@@ -119,7 +119,7 @@ pub enum Record {
 }
 
 /// What a worker must know of its shard.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shard {
     /// Which layers.
     pub layers: LayerRange,
@@ -133,6 +133,8 @@ pub struct Shard {
     pub prefill_chunk: usize,
     /// Memory for blocks of prompts; 0: none are kept.
     pub prompts: ByteCount,
+    /// How tokens are guessed ahead; on the first stage only.
+    pub guessing: Option<Guessing>,
 }
 
 /// A worker that has loaded its shard.
@@ -189,6 +191,8 @@ pub enum Effect {
         attempt: Attempt,
         /// Which model.
         source: String,
+        /// Which draft model beside it.
+        draft: Option<String>,
     },
     /// Get the model onto a node. Answered by [`Event::Prepared`].
     Prepare {
@@ -198,6 +202,8 @@ pub enum Effect {
         node: NodeId,
         /// Which model.
         source: String,
+        /// Which draft model beside it.
+        draft: Option<String>,
     },
     /// Start a worker and load its shard. Answered by [`Event::Started`].
     Start {
@@ -510,6 +516,8 @@ pub struct DeploymentView {
     pub max_sequences: usize,
     /// What changes it for the requests that ask for it, by name.
     pub adapters: Vec<AdapterView>,
+    /// How tokens are guessed ahead; `None`: they are not.
+    pub guessing: Option<Guessing>,
 }
 
 impl DeploymentView {

@@ -27,6 +27,25 @@ pub struct ModelCost {
     pub context_tokens: usize,
     /// Bits of a weight as stored, when all layers agree: tells what quantizing would save.
     pub weight_bits: Option<f64>,
+    /// What a draft model takes beside the first stage.
+    pub draft: Option<DraftCost>,
+}
+
+/// What a draft model takes: all of it lies beside the model's first stage.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DraftCost {
+    /// All of its weights.
+    pub weights: ByteCount,
+    /// Its layers, for their caches.
+    pub layers: Vec<LayerCost>,
+}
+
+impl From<ModelCost> for DraftCost {
+    fn from(model: ModelCost) -> Self {
+        let layers: ByteCount = model.layers.iter().map(|layer| layer.weights).sum();
+        let ends = model.embedding + model.head.saturating_sub(model.shared);
+        Self { weights: layers + ends, layers: model.layers }
+    }
 }
 
 /// One layer.
@@ -81,6 +100,7 @@ impl From<&ModelProfile> for ModelCost {
             shared: if profile.tied_embeddings { profile.embedding_bytes } else { ByteCount(0) },
             context_tokens: profile.context.unwrap_or(UNSTATED_CONTEXT),
             weight_bits: (bits > 0.0).then_some(bits),
+            draft: None,
         }
     }
 }
@@ -144,6 +164,7 @@ mod tests {
                 shared: ByteCount(0),
                 context_tokens: 1000,
                 weight_bits: None,
+                draft: None,
             };
             model.fixed_tokens(range, 1000)
         };

@@ -20,7 +20,7 @@ mod explain;
 mod refusal;
 mod search;
 
-pub use cost::{LayerCost, ModelCost};
+pub use cost::{DraftCost, LayerCost, ModelCost};
 pub use refusal::{Advice, Refusal, Shortage};
 
 use crate::NodeId;
@@ -86,6 +86,27 @@ pub struct Wish {
     pub context_tokens: Option<usize>,
     /// Sequences at the same time; `None`: [`DEFAULT_SEQUENCES`].
     pub concurrent_sequences: Option<usize>,
+    /// How tokens are guessed ahead; `None`: they are not.
+    #[serde(default, skip_serializing_if = "Option::is_none")] // records of before there was guessing
+    pub guessing: Option<Guessing>,
+}
+
+impl Wish {
+    /// The draft model, if there is one.
+    pub(crate) fn draft(&self) -> Option<String> {
+        self.guessing.as_ref().and_then(|guessing| guessing.draft.clone())
+    }
+}
+
+/// How a deployment guesses tokens ahead: the same answers, sooner.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Guessing {
+    /// A smaller model with the same tokens: a folder, a Hugging Face id, or "demo". `None`: what came before in the text says.
+    pub draft: Option<String>,
+    /// Without a draft model: most tokens that must have come before.
+    pub ngram: usize,
+    /// Tokens at once.
+    pub tokens: usize,
 }
 
 /// Which node runs which layers.

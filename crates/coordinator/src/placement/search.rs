@@ -40,6 +40,8 @@ pub(super) struct Problem {
     weight_sums: Vec<u64>,
     kv_sums: Vec<u64>,
     embedding: u64,
+    /// Weights and caches of the draft model, beside the first stage.
+    draft: (u64, u64),
     head: u64,
     shared: u64,
 }
@@ -76,6 +78,10 @@ impl Problem {
             weight_sums,
             kv_sums,
             embedding: model.embedding.0,
+            draft: model.draft.as_ref().map_or((0, 0), |draft| {
+                let kv = draft.layers.iter().map(|layer| layer.kv(context_tokens, sequences).0);
+                (draft.weights.0, kv.fold(0, u64::saturating_add))
+            }),
             head: model.head.0,
             shared: model.shared.0,
         }
@@ -97,7 +103,7 @@ impl Problem {
         let end = layers.end.min(layers.start.saturating_add(self.pass));
         let mut bytes = self.weight_sums[end] - self.weight_sums[layers.start];
         if layers.is_first() {
-            bytes = bytes.saturating_add(self.embedding);
+            bytes = bytes.saturating_add(self.embedding).saturating_add(self.draft.0);
         }
         if layers.is_last(self.layer_count) {
             let shared = if layers.is_first() { self.shared } else { 0 };
@@ -108,7 +114,8 @@ impl Problem {
 
     /// Bytes of KV cache that these layers reserve.
     pub(super) fn kv(&self, layers: LayerRange) -> u64 {
-        self.kv_sums[layers.end] - self.kv_sums[layers.start]
+        let draft = if layers.is_first() { self.draft.1 } else { 0 };
+        (self.kv_sums[layers.end] - self.kv_sums[layers.start]).saturating_add(draft)
     }
 
     /// All memory of a stage with these layers.

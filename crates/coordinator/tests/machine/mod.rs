@@ -153,7 +153,7 @@ impl Machine {
                 Event::AdapterRecorded { name, adapter, result: Ok(()) }
             }
             Effect::Sweep { attempt } => Event::Swept { attempt, nodes: (0..self.nodes).map(node).collect() },
-            Effect::Weigh { attempt, source } => {
+            Effect::Weigh { attempt, source, .. } => {
                 let layers = if source.contains("huge") { 12 } else { 4 };
                 Event::Weighed { attempt, result: Ok((model(layers), self.offers())) }
             }
@@ -236,5 +236,6 @@ fn model(layers: usize) -> ModelCost {
         shared: ByteCount(0),
         context_tokens: 512,
         weight_bits: None,
+        draft: None,
     }
 }

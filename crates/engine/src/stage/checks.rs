@@ -17,10 +17,15 @@ impl EngineStage {
         if row.tokens.is_empty() {
             return Err(StageError::Input("a step needs at least one token".to_owned()));
         }
-        if row.end() > limit {
-            return Err(StageError::Full { tokens: row.end(), limit });
+        let end = row.position.saturating_add(row.width());
+        if end > limit {
+            return Err(StageError::Full { tokens: end, limit });
         }
-        match row.tokens.iter().find(|token| **token as usize >= info.vocabulary) {
+        let may_guess = row.sample && row.tokens.len() == 1 && sequence.may_guess;
+        if !row.guesses.is_empty() && (!may_guess || row.guesses.len() > Row::MOST_GUESSES) {
+            return Err(StageError::Input(format!("{:?} may not have these guesses", row.sequence)));
+        }
+        match row.tokens.iter().chain(&row.guesses).find(|token| **token as usize >= info.vocabulary) {
             Some(token) => Err(StageError::Token { token: *token, vocabulary: info.vocabulary }),
             None => Ok(()),
         }

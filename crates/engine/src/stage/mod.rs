@@ -8,6 +8,7 @@
 //! - [`step`]: a micro-batch on its way through the layers: rows are looked at ([`checks`]), go through them ([`passes`]), tokens are drawn
 //!   ([`drawing`])
 //! - [`queued`]: the step that most likely comes next
+//! - [`guessing`]: tokens ahead of what is known; [`verifying`]: which of them are right
 //! - [`blocks`]: what outlives sequences
 //! - [`scores`]: what is made of prompts themselves
 //! - [`adapters`]: which rows go with which adapter, and adapters that come and go meanwhile
@@ -16,13 +17,16 @@ mod adapters;
 mod blocks;
 mod checks;
 mod drawing;
+mod guessing;
 mod passes;
 mod queued;
 mod scores;
 mod sequence;
 mod step;
+mod verifying;
 
 use self::adapters::Retired;
+use self::guessing::Guesser;
 use self::queued::Queued;
 use self::scores::{Scoring, VectorSum};
 use self::sequence::{Constraint, Purpose, Sampling, Sequence};
@@ -69,6 +73,8 @@ pub struct EngineStage {
     caches: CachePool<SequenceId>,
     /// The step that was queued before anybody asked for it.
     queued: Option<Queued>,
+    /// What guesses further tokens, on a first stage.
+    guesser: Option<Guesser>,
     grammars: Option<Box<dyn Grammars>>,
     blocks: Blocks,
     /// The model's folder, against whose files adapters are checked. None: the model was loaded elsewhere.
@@ -105,6 +111,7 @@ impl EngineStage {
             sequences,
             caches,
             queued: None,
+            guesser: None,
             grammars: None,
             blocks: Blocks::default(),
             folder: None,
@@ -186,14 +193,23 @@ impl Stage for EngineStage {
             position: 0,
             prompt: spec.prompt_tokens,
             max_tokens: spec.max_tokens,
+            may_guess: spec.output == Output::Tokens && spec.grammar.is_none(),
+            unsure: Vec::new(),
             adapter,
             purpose,
             scoring: spec.prompt_logprobs.filter(|_| is_last).map(Scoring::new),
             ids: Vec::new(),
             keeps: Vec::new(),
         };
+        if let Some(guesser) = self.guesser.as_mut().filter(|_| sequence.may_guess) {
+            guesser.open(id, spec.sampling, self.model.info().vocabulary).map_err(device_error)?;
+        }
         self.sequences.insert(id, sequence);
         Ok(())
+    }
+
+    fn guess(&mut self, batch: &mut MicroBatch) -> Result<(), StageError> {
+        self.put_guesses(batch)
     }
 
     fn run(&mut self, batch: &MicroBatch) -> Result<BatchOutput, StageError> {
@@ -211,6 +227,9 @@ impl Stage for EngineStage {
     fn close(&mut self, id: SequenceId) {
         let closed = self.sequences.remove(&id);
         self.caches.remove(id);
+        if let Some(guesser) = &mut self.guesser {
+            guesser.close(id);
+        }
         if let Some(adapter) = closed.and_then(|sequence| sequence.adapter) {
             self.let_go(adapter);
         }

@@ -29,7 +29,7 @@ impl EngineStage {
     ) -> Result<Passed, StageError> {
         let part = |place: &usize| Part {
             sequence: rows[*place].sequence,
-            tokens: Tokens::Known(rows[*place].tokens.clone()),
+            tokens: Tokens::Known([rows[*place].tokens.as_slice(), &rows[*place].guesses].concat()),
         };
         let parts: Vec<Part> = chosen.iter().map(part).collect();
         match input {
@@ -42,14 +42,14 @@ impl EngineStage {
                 let mut start = 0;
                 for row in rows {
                     starts.push(start);
-                    start += row.tokens.len() as i32;
+                    start += row.width() as i32;
                 }
                 self.pass(&parts, |model, order, _| {
                     let shape = [1, activation.tokens() as i32, activation.hidden() as i32];
                     let all = Array::from_bytes(activation.bytes(), &shape, activation.dtype().into())?;
                     let places = order.iter().map(|place| chosen[*place]);
                     let columns: Vec<i32> = places
-                        .flat_map(|place| starts[place]..starts[place] + rows[place].tokens.len() as i32)
+                        .flat_map(|place| starts[place]..starts[place] + rows[place].width() as i32)
                         .collect();
                     gathered(&model.device, &all, &columns)
                 })

@@ -96,7 +96,7 @@ impl EngineStage {
     }
 
     /// Cuts a sequence's cache back to where its caller believes it to be; `advanced` tokens of it are about to go through.
-    fn take_back(&mut self, id: SequenceId, advanced: usize) -> Result<(), StageError> {
+    pub(super) fn take_back(&mut self, id: SequenceId, advanced: usize) -> Result<(), StageError> {
         let Some(sequence) = self.sequences.get(&id) else { return Ok(()) };
         let position = sequence.position.saturating_sub(advanced);
         let Some(mut cache) = self.caches.take(&self.model.device, id).map_err(device_error)? else {
@@ -108,6 +108,11 @@ impl EngineStage {
             true => Ok(()),
             false => Err(StageError::Device("a queued step cannot be undone".to_owned())),
         }
+    }
+
+    /// Is the next step of a sequence queued?
+    pub(super) fn is_queued(&self, id: SequenceId) -> bool {
+        self.queued.as_ref().is_some_and(|queued| queued.rows.iter().any(|row| row.sequence == id))
     }
 
     /// Takes back all that was queued.
@@ -185,7 +190,10 @@ impl EngineStage {
 
     fn can_queue(&self, id: SequenceId, rows: &[Row], outputs: &[Result<RowOutput, StageError>]) -> bool {
         let is_well = rows.iter().zip(outputs).any(|(row, output)| row.sequence == id && output.is_ok());
-        is_well && self.goes_on(id) && self.caches.of(id).is_some_and(|cache| cache.can_undo_next())
+        is_well
+            && self.goes_on(id)
+            && !self.guesses_for(id)
+            && self.caches.of(id).is_some_and(|cache| cache.can_undo_next())
     }
 
     /// Remembers what was queued, now that the tokens are known that went through.

@@ -14,6 +14,10 @@ pub(super) struct Sequence {
     pub(super) prompt: usize,
     /// Most tokens to generate.
     pub(super) max_tokens: usize,
+    /// May its next tokens be guessed?
+    pub(super) may_guess: bool,
+    /// Guesses that went through behind `position`, until it is known which of them are right.
+    pub(super) unsure: Vec<u32>,
     /// What changes the weights for it.
     pub(super) adapter: Option<AdapterId>,
     /// What the last stage does with it; None on the others.

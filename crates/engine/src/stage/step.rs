@@ -29,13 +29,13 @@ impl EngineStage {
         let MicroBatch { rows, input } = batch;
         let mut outputs: Vec<Result<RowOutput, StageError>> = Vec::with_capacity(rows.len());
         for (place, row) in rows.iter().enumerate() {
+            self.settle(row.sequence, row.position)?;
             outputs.push(self.check_row(row, &rows[..place]).map(|()| RowOutput::default()));
         }
         if outputs.iter().all(Result::is_err) {
             return Ok(BatchOutput { rows: outputs, activation: None });
         }
-        let tokens = rows.iter().map(|row| row.tokens.len()).sum();
-        self.check_input(input, tokens)?;
+        self.check_input(input, batch.tokens())?;
         for (row, output) in rows.iter().zip(&mut outputs) {
             if output.is_ok()
                 && let Some(sequence) = self.sequences.get_mut(&row.sequence)
@@ -49,7 +49,9 @@ impl EngineStage {
         let (mut now, mut riding) = (Vec::new(), Vec::new());
         let goes_on = self.model.info().is_first()
             && self.model.info().is_last()
-            && rows.iter().any(|row| row.sample && self.goes_on(row.sequence));
+            && rows
+                .iter()
+                .any(|row| row.sample && self.goes_on(row.sequence) && !self.guesses_for(row.sequence));
         for (place, row) in rows.iter().enumerate().filter(|(place, _)| outputs[*place].is_ok()) {
             if served.places.contains_key(&row.sequence) {
                 continue;
@@ -67,6 +69,9 @@ impl EngineStage {
                 Some(passed) => Some(self.activation(passed)?),
                 None => None,
             };
+            for place in now {
+                self.leave_unsure(&rows[place]);
+            }
             return Ok(BatchOutput { rows: outputs, activation });
         }
         self.finish(rows, &mut outputs, served, &Chosen { now, riding }, passed.as_ref())?;
@@ -83,6 +88,7 @@ impl EngineStage {
         passed: Option<&Passed>,
     ) -> Result<(), StageError> {
         let mut wanted = Vec::new();
+        let mut guessed = Vec::new();
         if let Some(passed) = passed {
             for (place, (start, end)) in chosen.now.iter().zip(&passed.spans) {
                 let result = self.use_hidden(&rows[*place], passed, *start, *end);
@@ -94,8 +100,12 @@ impl EngineStage {
                 let row = &rows[*place];
                 let draws =
                     row.sample && self.sequences.get(&row.sequence).is_some_and(|it| it.sampling().is_some());
-                if draws && outputs[*place].is_ok() {
-                    wanted.push(Wanted { sequence: row.sequence, column: *end - 1 });
+                if !draws || outputs[*place].is_err() {
+                    continue;
+                }
+                match row.guesses.is_empty() {
+                    true => wanted.push(Wanted { sequence: row.sequence, column: *end - 1 }),
+                    false => guessed.push((*place, self.verify(row, &passed.hidden, *end)?)),
                 }
             }
         }
@@ -115,14 +125,17 @@ impl EngineStage {
         }
         if let Some(passed) = passed {
             let states: Vec<Array> = self.states_of(rows, &chosen.now);
-            match wanted.is_empty() {
+            match wanted.is_empty() && guessed.is_empty() {
                 // Waiting here keeps the queue of the device short.
                 true => self.model.device.eval(&states).map_err(device_error)?,
                 false => {
-                    let drawn = self.draw(&wanted, &passed.hidden, None)?;
-                    let arrays = drawn.draws.arrays().chain(&states);
-                    self.model.device.async_eval(arrays).map_err(device_error)?;
-                    all.push(drawn);
+                    let verified = guessed.iter().flat_map(|(_, draws)| draws.arrays());
+                    self.model.device.async_eval(verified.chain(&states)).map_err(device_error)?;
+                    if !wanted.is_empty() {
+                        let drawn = self.draw(&wanted, &passed.hidden, None)?;
+                        self.model.device.async_eval(drawn.draws.arrays()).map_err(device_error)?;
+                        all.push(drawn);
+                    }
                 }
             }
         }
@@ -145,6 +158,9 @@ impl EngineStage {
             tokened.extend(drawn.columns.iter().copied().zip(sampled));
         }
         self.hand_out(rows, outputs, &tokened);
+        for (place, draws) in guessed {
+            self.accept(&rows[place], &draws, &mut outputs[place])?;
+        }
         if let Some(next) = next {
             self.keep(next, &tokened)?;
         }
@@ -196,7 +212,7 @@ impl EngineStage {
         for row in rows {
             self.check_row(row, &[])?;
         }
-        self.check_input(input, rows.iter().map(|row| row.tokens.len()).sum())?;
+        self.check_input(input, batch.tokens())?;
         self.drop_queued()?;
         for row in rows {
             if let Some(sequence) = self.sequences.get_mut(&row.sequence) {

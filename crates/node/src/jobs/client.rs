@@ -1,6 +1,6 @@
 //! The coordinator's arm for jobs: this node's runners directly, others by `JobRunner`.
 
-use super::peers::Peers;
+use super::peer_client::Peers;
 use super::runner::Runners;
 use futures::FutureExt as _;
 use futures::future::BoxFuture;

@@ -1,7 +1,7 @@
 //! What the API asks of the store.
 
 use super::bundle::{self, BundleFile};
-use super::peers::{Peers, on_disk};
+use super::peer_client::{Peers, on_disk};
 use super::service::pieces;
 use super::store::Incoming;
 use bytes::Bytes;

@@ -1,6 +1,6 @@
 //! Keeps what this node shows of jobs equal to what the coordinator knows, in this process or on another node.
 
-use super::peers::Peers;
+use super::peer_client::Peers;
 use crate::coordination::{RETRY, RosterRoute};
 use mlxnode_api::jobs::{JobView, job_to_wire, shown};
 use mlxnode_api::{CoordinatorRoute as _, Route};

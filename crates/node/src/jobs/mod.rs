@@ -9,7 +9,7 @@
 //! |---|---|
 //! | `store` | files by their content, under a quota, and what of them is still wanted |
 //! | `bundle` | a checkpoint on the disk: written whole or not at all, checked by hashes |
-//! | `peers` | fetches both from other nodes |
+//! | `peer_client` | fetches both from other nodes |
 //! | `runner` | drives a job's process: pieces, reports, checkpoints, yielding to requests |
 //! | `team` | the other workers of a job that runs on several nodes: those this node leads, and those it runs for others |
 //! | `pace` | how long a job stands back for requests (pure) |
@@ -22,12 +22,12 @@ pub(crate) mod client;
 pub(crate) mod files;
 pub(crate) mod mirror;
 mod pace;
-mod peers;
+mod peer_client;
 mod runner;
 pub(crate) mod service;
 mod store;
 mod team;
 
-pub(crate) use peers::Peers;
+pub(crate) use peer_client::Peers;
 pub(crate) use runner::{Runners, RunnersOptions};
 pub(crate) use store::Store;

@@ -5,7 +5,7 @@
 
 use super::bundle;
 use super::pace::pause_after;
-use super::peers::{Peers, on_disk};
+use super::peer_client::{Peers, on_disk};
 use super::team::{Helper, Place, Team};
 use mlxnode_cluster::{Identity, KeyPin};
 use mlxnode_collective::MemberId;
@@ -395,7 +395,7 @@ impl Attempt {
     async fn checkpoint(&self) -> Result<(Option<PathBuf>, u64), Error> {
         let spec = &self.order.spec;
         let newest = self.order.checkpoints.iter().map(|checkpoint| checkpoint.step).max().unwrap_or(0);
-        let job = self.peers.store.job(&spec.id).map_err(super::peers::disk("the job's folder"))?;
+        let job = self.peers.store.job(&spec.id).map_err(super::peer_client::disk("the job's folder"))?;
         let mut own: Vec<Checkpoint> = bundle::list(&job)
             .into_iter()
             .filter(|(manifest, _)| manifest.step > newest)

@@ -9,7 +9,7 @@
 //! attempt goes on from a checkpoint.
 
 use super::client::json;
-use super::peers::Peers;
+use super::peer_client::Peers;
 use crate::addresses;
 use mlxnode_cluster::{Identity, KeyPin, NodeId, PeerState};
 use mlxnode_collective::{MemberId, RoundsOptions};

@@ -19,7 +19,7 @@ pub(super) fn call<'a>(
     for parameter in parameters {
         let (key, text) = parameter?;
         let key = unquoted(key);
-        arguments.insert(key.to_owned(), schema::converted(text, properties, key));
+        arguments.insert(key.to_owned(), schema::converted(text, properties.as_ref(), key));
     }
     Ok(ToolCall::new(name, arguments))
 }

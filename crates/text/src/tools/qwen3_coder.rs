@@ -39,7 +39,7 @@ fn function(text: &str, tools: &[Value]) -> Result<ToolCall, ToolError> {
     let mut arguments = Map::new();
     for parameter in between(parameters, "<parameter=", "</parameter>") {
         if let Some((key, value)) = self::name(parameter?) {
-            let schema = properties.and_then(|properties| properties.get(key));
+            let schema = properties.as_ref().and_then(|properties| properties.get(key));
             arguments.insert(key.to_owned(), converted(without_outer_newlines(value), schema)?);
         }
     }

@@ -5,18 +5,65 @@ use serde_json::{Map, Value};
 use super::value::{json, loose_json};
 use super::{literal, value};
 
-/// Properties of the function's parameters by name; none where the function or its schema is not there.
-pub(super) fn properties<'a>(tools: &'a [Value], function: &str) -> Option<&'a Map<String, Value>> {
+/// Schemas that are looked at for one call; a schema may refer to itself, and what is refused elsewhere must not keep us busy here.
+const MOST_SCHEMAS: usize = 10_000;
+/// How deep references and alternatives are followed.
+const DEEPEST: usize = 16;
+
+/// Properties of the function's parameters by name, with what their references mean in place of these; none where the function or its
+/// schema is not there.
+pub(super) fn properties(tools: &[Value], function: &str) -> Option<Map<String, Value>> {
     let functions = tools.iter().filter_map(|tool| tool.get("function"));
-    functions
-        .filter(|candidate| candidate.get("name").and_then(Value::as_str) == Some(function))
-        .find_map(|found| found.get("parameters")?.get("properties")?.as_object())
+    let mut named =
+        functions.filter(|candidate| candidate.get("name").and_then(Value::as_str) == Some(function));
+    named.find_map(|found| {
+        let root = found.get("parameters")?;
+        let mut left = MOST_SCHEMAS;
+        let whole = resolved(root, root, 0, &mut left);
+        let properties = whole.get("properties")?.as_object()?;
+        Some(
+            properties
+                .iter()
+                .map(|(name, schema)| (name.clone(), resolved(schema, root, 0, &mut left)))
+                .collect(),
+        )
+    })
+}
+
+/// The schema with what its reference, and those of its alternatives, mean in `root`. Its own keywords win over those of what it refers to.
+fn resolved(schema: &Value, root: &Value, depth: usize, left: &mut usize) -> Value {
+    let Some(own) = schema.as_object() else { return schema.clone() };
+    *left = left.saturating_sub(1);
+    if *left == 0 || depth > DEEPEST {
+        return schema.clone();
+    }
+    let mut whole = match own.get("$ref").and_then(Value::as_str).and_then(|path| target(path, root)) {
+        Some(target) => match resolved(target, root, depth + 1, left) {
+            Value::Object(target) => target,
+            _ => Map::new(),
+        },
+        None => Map::new(),
+    };
+    whole.extend(
+        own.iter().filter(|(key, _)| *key != "$ref").map(|(key, value)| (key.clone(), value.clone())),
+    );
+    for choice in ["anyOf", "oneOf", "allOf"] {
+        if let Some(Value::Array(schemas)) = whole.get_mut(choice) {
+            schemas.iter_mut().for_each(|schema| *schema = resolved(schema, root, depth + 1, left));
+        }
+    }
+    Value::Object(whole)
+}
+
+/// What a reference within the schema points at: `#` or `#/$defs/NAME`.
+fn target<'a>(reference: &str, root: &'a Value) -> Option<&'a Value> {
+    root.pointer(reference.strip_prefix('#')?)
 }
 
 /// Whether the schema says in one word that this argument is a string.
 pub(super) fn is_string(tools: &[Value], function: &str, argument: &str) -> bool {
     properties(tools, function)
-        .and_then(|properties| properties.get(argument)?.get("type"))
+        .and_then(|properties| properties.get(argument)?.get("type").cloned())
         .is_some_and(|kind| kind == "string")
 }
 
@@ -94,5 +141,51 @@ fn kind_of(value: &Value) -> &'static str {
         Value::String(_) => "string",
         Value::Array(_) => "array",
         Value::Object(_) => "object",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn references_say_what_they_refer_to() {
+        let tools = [json!({"type": "function", "function": {"name": "f", "parameters": {
+        "type": "object",
+        "$defs": {
+            "Count": {"type": "integer"},
+            "Number": {"$ref": "#/$defs/Count"},
+            "a/b": {"type": "boolean"},
+            "Loop": {"anyOf": [{"$ref": "#/$defs/Loop"}, {"$ref": "#/$defs/Loop"}]},
+        },
+        "properties": {
+            "count": {"$ref": "#/$defs/Number", "description": "how many"},
+            "maybe": {"anyOf": [{"$ref": "#/$defs/Count"}, {"type": "null"}]},
+            "flag": {"$ref": "#/$defs/a~1b"},
+            "text": {"$ref": "#/$defs/Number", "type": "string"},
+            "lost": {"$ref": "#/$defs/Nothing"},
+            "elsewhere": {"$ref": "https://example.com/schema"},
+            "loop": {"$ref": "#/$defs/Loop"},
+        }}}})];
+        let properties = properties(&tools, "f").unwrap();
+        for (name, text, expected) in [
+            ("count", "5", json!(5)),
+            ("maybe", "5", json!(5)),
+            ("maybe", "none", json!(null)),
+            ("flag", "true", json!(true)),
+            ("text", "5", json!("5")),
+            ("lost", "5", json!("5")),
+            ("elsewhere", "5", json!("5")),
+            ("loop", "5", json!("5")),
+            ("nobody", "5", json!("5")),
+        ] {
+            assert_eq!(converted(text, Some(&properties), name), expected, "{name}");
+        }
+        assert!(is_string(&tools, "f", "text") && !is_string(&tools, "f", "count"));
+        let whole = [json!({"function": {"name": "g", "parameters": {
+            "$ref": "#/$defs/Arguments",
+            "$defs": {"Arguments": {"properties": {"x": {"type": "number"}}}}}}})];
+        assert_eq!(converted("2.5", super::properties(&whole, "g").as_ref(), "x"), json!(2.5));
     }
 }

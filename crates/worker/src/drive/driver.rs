@@ -395,7 +395,7 @@ impl Driver {
             let position = state.entered;
             state.entered += 1;
             state.awaits_token = true;
-            rows.push(Row { sequence, position, tokens: vec![token], sample: true });
+            rows.push(Row { sequence, position, tokens: vec![token], sample: true, guesses: Vec::new() });
         }
         rows
     }
@@ -497,7 +497,7 @@ impl Driver {
             state.phase = Phase::Decoding;
             state.prompt = Vec::new();
         }
-        rows.push(Row { sequence, position, tokens, sample });
+        rows.push(Row { sequence, position, tokens, sample, guesses: Vec::new() });
         count
     }
 
@@ -539,12 +539,13 @@ impl Driver {
 
     /// What became of a row.
     fn row(&mut self, row: RowResult) -> Result<(), Violation> {
-        let RowResult { sequence, position, token, scores, embedding } = row;
+        let RowResult { sequence, position, token, further, scores, embedding } = row;
         let Some(state) = self.sequences.get_mut(&sequence) else { return Ok(()) };
         if state.phase == Phase::Closing {
             return Ok(()); // it was on its way when the sequence was closed
         }
         let kind = |what| Err(Violation::Kind { sequence: sequence.0, what });
+        let mut last = None;
         if !scores.is_empty() {
             if scores.len() >= position {
                 return kind("more scores than tokens");
@@ -556,16 +557,31 @@ impl Driver {
             state.progress = position / BLOCK_TOKENS;
             self.events.push_back(DriveEvent::Progress { sequence, tokens: position });
         }
+        if !further.is_empty() && (further.len() > Row::MOST_GUESSES || token.is_none()) {
+            return kind("further tokens");
+        }
         match (token, embedding) {
             (None, None) if is_last => return kind("nothing"),
             (None, None) => {}
-            (Some((sampled, end)), None) if is_last && !state.is_embedded => {
+            (Some(token), None) if is_last && !state.is_embedded => {
                 state.awaits_token = false;
-                let next = sampled.token;
-                self.events.push_back(DriveEvent::Token(SampledToken { sequence, position, sampled, end }));
-                match end {
-                    Some(_) => self.close(sequence),
-                    None => self.decodable.push_back((sequence, next)),
+                // Guesses that were right went through with the row.
+                state.entered += further.len();
+                for (position, (sampled, end)) in (position..).zip([token].into_iter().chain(further)) {
+                    last = Some((sampled.token, end));
+                    self.events.push_back(DriveEvent::Token(SampledToken {
+                        sequence,
+                        position,
+                        sampled,
+                        end,
+                    }));
+                    if end.is_some() {
+                        break;
+                    }
+                }
+                match last {
+                    Some((next, None)) => self.decodable.push_back((sequence, next)),
+                    _ => self.close(sequence),
                 }
             }
             (None, Some(values)) if is_last && state.is_embedded => {

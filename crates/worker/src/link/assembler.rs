@@ -52,6 +52,8 @@ pub(crate) enum FrameError {
     Rows { actual: usize, limit: usize },
     #[error("a row ends at position {end}, beyond the context of {limit} tokens")]
     Position { end: usize, limit: usize },
+    #[error("a row has {actual} guesses; only a single sampled token may have some, and at most {limit}")]
+    Guesses { actual: usize, limit: usize },
     #[error("an activation has shape {actual:?}, expected {expected:?}")]
     Shape { actual: Vec<u32>, expected: [usize; 2] },
     #[error("an activation is {actual:?}, this stage computes in {expected:?}")]
@@ -164,11 +166,16 @@ impl Assembler {
             if row.tokens.is_empty() || sequences.len() >= plan.most_rows || !sequences.insert(row.sequence) {
                 return Err(FrameError::Rows { actual: frame.rows.len(), limit: plan.most_rows });
             }
-            let end = row.position as usize + row.tokens.len();
+            let guesses = row.guesses.len();
+            let may_guess = row.sample && row.tokens.len() == 1 && guesses <= Row::MOST_GUESSES;
+            if guesses > 0 && !may_guess {
+                return Err(FrameError::Guesses { actual: guesses, limit: Row::MOST_GUESSES });
+            }
+            let end = row.position as usize + row.tokens.len() + guesses;
             if end > plan.context_tokens {
                 return Err(FrameError::Position { end, limit: plan.context_tokens });
             }
-            tokens += row.tokens.len();
+            tokens += row.tokens.len() + guesses;
         }
         if tokens == 0 || tokens > plan.most_tokens {
             return Err(FrameError::Tokens { actual: tokens, limit: plan.most_tokens });
@@ -196,6 +203,7 @@ impl Assembler {
             position: row.position as usize,
             tokens: row.tokens,
             sample: row.sample,
+            guesses: row.guesses,
         };
         let rows = frame.rows.into_iter().map(row).collect();
         // The input is replaced when the activation is complete.
@@ -284,6 +292,7 @@ mod tests {
             position: 11,
             sample: tokens.len() == 1,
             tokens: tokens.map(|token| token as u32).collect(),
+            guesses: Vec::new(),
         };
         let rows = match tokens {
             1 | 2 => vec![row(3, 0..tokens)],
@@ -317,7 +326,10 @@ mod tests {
         let sampled = Sampled { token: 4, logprob: None, top: vec![] };
         let token = Some((sampled.clone(), Some(SequenceEnd::Stop)));
         let scores = vec![Sampled { logprob: Some(-1.5), ..sampled }];
-        let row = |token, scores, embedding| RowResult { sequence, position: 5, token, scores, embedding };
+        let row = |token: Option<_>, scores, embedding| {
+            let further = token.iter().cloned().collect();
+            RowResult { sequence, position: 5, token, further, scores, embedding }
+        };
         let rows = vec![row(token, scores, None), row(None, vec![], Some(vec![0.5]))];
         let times = vec![StageTimes::default(); 3];
         let none = MicroBatch { rows: vec![], input: StepInput::Tokens };

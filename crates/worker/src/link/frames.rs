@@ -102,5 +102,6 @@ fn batch_row(row: Row) -> Result<proto::BatchRow, WireError> {
         position: number("position", row.position)?,
         tokens: row.tokens,
         sample: row.sample,
+        guesses: row.guesses,
     })
 }

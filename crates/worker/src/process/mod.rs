@@ -13,6 +13,7 @@ use log::{LOG_END, drain};
 use crate::compute_thread::LoadShard;
 use crate::hello::{self, Answer, Hello, Ready};
 use crate::progress::ShardStats;
+use crate::time_counts::TimeCounts;
 use mlxnode_cluster::{ConnectError, ConnectOptions, ExpectedKey, Identity, KeyPin, connect};
 use mlxnode_proto::PROTOCOL_VERSION;
 use mlxnode_proto::internal::v1 as proto;
@@ -187,6 +188,20 @@ impl WorkerProcess {
     pub async fn load(&self, shard: &LoadShard, epoch: u64) -> Result<ShardLoading, ProcessError> {
         let too_large = |what: &str| ProcessError::Refused(format!("{what} does not fit 32 bits"));
         let number = |what, value: usize| u32::try_from(value).map_err(|_| too_large(what));
+        let text = |path: &std::path::Path| {
+            let text = path.to_str().map(str::to_owned);
+            text.ok_or_else(|| {
+                ProcessError::Refused(format!("the path {} is not valid UTF-8", path.display()))
+            })
+        };
+        let guessing = match &shard.guessing {
+            Some(guessing) => Some(proto::Guessing {
+                draft: guessing.draft.as_deref().map(text).transpose()?.unwrap_or_default(),
+                ngram: number("ngram", guessing.ngram)?,
+                tokens: number("tokens", guessing.tokens)?,
+            }),
+            None => None,
+        };
         let spec = proto::ShardSpec {
             layer_start: number("layer_start", shard.layers.start)?,
             layer_end: number("layer_end", shard.layers.end)?,
@@ -195,12 +210,7 @@ impl WorkerProcess {
             max_sequences: number("max_sequences", shard.max_sequences)?,
             prefill_chunk: number("prefill_chunk", shard.prefill_chunk)?,
             prompt_bytes: shard.blocks.as_ref().map_or(0, |room| room.memory.0),
-        };
-        let text = |path: &std::path::Path| {
-            let text = path.to_str().map(str::to_owned);
-            text.ok_or_else(|| {
-                ProcessError::Refused(format!("the path {} is not valid UTF-8", path.display()))
-            })
+            guessing,
         };
         let blocks = match &shard.blocks {
             Some(room) => Some(proto::BlockRoom { disk_bytes: room.disk.0, folder: text(&room.folder)? }),
@@ -265,6 +275,11 @@ impl WorkerProcess {
             prompt_tokens: stats.prompt_tokens,
             decode_tokens: stats.decode_tokens,
             sent_bytes: stats.sent_bytes,
+            guessed_tokens: stats.guessed_tokens,
+            accepted_tokens: stats.accepted_tokens,
+            computes: TimeCounts::of(&stats.compute_counts),
+            waits: TimeCounts::of(&stats.wait_counts),
+            sends: TimeCounts::of(&stats.send_counts),
         })
     }
 

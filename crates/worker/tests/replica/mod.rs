@@ -26,6 +26,8 @@ pub(crate) struct Model {
     pub(crate) context_tokens: usize,
     pub(crate) max_sequences: usize,
     pub(crate) prefill_chunk: usize,
+    /// Tokens that the first stage guesses at once.
+    pub(crate) guesses: usize,
 }
 
 impl Default for Model {
@@ -36,6 +38,7 @@ impl Default for Model {
             context_tokens: 4096,
             max_sequences: 32,
             prefill_chunk: 512,
+            guesses: 0,
         }
     }
 }
@@ -53,7 +56,7 @@ impl Model {
                 vocabulary: VOCABULARY,
                 weights: ByteCount(1000),
             };
-            Ok(Box::new(SimulatedStage::new(info, self.step_time)))
+            Ok(Box::new(SimulatedStage::new(info, self.step_time).guessing(self.guesses)))
         })
     }
 
@@ -66,6 +69,7 @@ impl Model {
             max_sequences: self.max_sequences as u32,
             prefill_chunk: self.prefill_chunk as u32,
             prompt_bytes: 0,
+            guessing: None,
         }
     }
 }

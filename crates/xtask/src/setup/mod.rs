@@ -10,6 +10,7 @@
 
 mod cargo_config;
 pub(crate) mod clients;
+pub(crate) mod evaluation;
 mod mlxc;
 pub(crate) mod oracle;
 pub(crate) mod pins;

@@ -2,7 +2,7 @@
 
 use mlxnode_compute::Sampled;
 use mlxnode_text::Tokenizer;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use std::fmt::Write as _;
 
 /// `choices[].logprobs` of chat completions.
@@ -49,12 +49,28 @@ fn finite(logprob: f32) -> f32 {
     if logprob.is_finite() { logprob } else { -9999.0 }
 }
 
+/// The likeliest tokens, best first. Written as the chosen one's number is, digit by digit: lm-evaluation-harness takes a token for the likeliest
+/// one when both numbers are equal.
+#[derive(Clone, Debug)]
+struct Likeliest(Vec<(String, f32)>);
+
+impl Serialize for Likeliest {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        // Of two tokens with the same text the likelier one counts.
+        let first = |(place, (text, _)): &(usize, &(String, f32))| {
+            self.0.iter().take(*place).all(|(other, _)| other != text)
+        };
+        let kept = self.0.iter().enumerate().filter(first);
+        serializer.collect_map(kept.map(|(_, (text, logprob))| (text, logprob)))
+    }
+}
+
 /// `choices[].logprobs` of text completions.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(in crate::http) struct TextLogprobs {
     tokens: Vec<String>,
     token_logprobs: Vec<Option<f32>>,
-    top_logprobs: Vec<Option<serde_json::Map<String, serde_json::Value>>>,
+    top_logprobs: Vec<Option<Likeliest>>,
     text_offset: Vec<usize>,
 }
 
@@ -67,7 +83,7 @@ impl TextLogprobs {
         self.token_logprobs.push(sampled.logprob.map(finite));
         self.top_logprobs.push(sampled.logprob.map(|_| {
             let named = |token: u32| written(&tokenizer.token_bytes(token).unwrap_or_default());
-            sampled.top.iter().map(|other| (named(other.token), finite(other.logprob).into())).collect()
+            Likeliest(sampled.top.iter().map(|other| (named(other.token), finite(other.logprob))).collect())
         }));
         self.text_offset.push(offset);
         offset + characters
@@ -94,5 +110,29 @@ fn written(bytes: &[u8]) -> String {
             let _ = write!(text, "\\x{byte:02x}");
             text
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_chosen_one_and_the_likeliest_are_written_alike() {
+        let value = -0.002_723_693_8_f32;
+        let scores = TextLogprobs {
+            tokens: vec!["a".into()],
+            token_logprobs: vec![Some(value)],
+            top_logprobs: vec![Some(Likeliest(vec![
+                ("a".into(), value),
+                ("b".into(), -7.0),
+                ("a".into(), -9.0),
+            ]))],
+            text_offset: vec![0],
+        };
+        let text = serde_json::to_string(&scores).unwrap();
+        let number =
+            text.split("\"token_logprobs\":[").nth(1).and_then(|rest| rest.split(']').next()).unwrap();
+        assert!(text.contains(&format!("\"top_logprobs\":[{{\"a\":{number},\"b\":-7.0}}]")), "{text}");
     }
 }

@@ -18,8 +18,9 @@ pub(in crate::http) fn parameters(
     fields: &mut Fields,
     defaults: &SamplingDefaults,
 ) -> Result<Parameters, ApiError> {
-    fields.refuse("draft_model", "speculative decoding with a draft model is not served")?;
-    fields.refuse("num_draft_tokens", "speculative decoding with a draft model is not served")?;
+    let chosen = "a draft model is chosen when the model is loaded (`mlxnode load --draft-model`)";
+    fields.refuse("draft_model", chosen)?;
+    fields.refuse("num_draft_tokens", chosen)?;
     let temperature = fields.number("temperature", 0.0..=MAX_TEMPERATURE)?.or(defaults.temperature);
     let top_p = fields.number("top_p", 0.0..=1.0)?.or(defaults.top_p);
     let repetition =

@@ -25,7 +25,18 @@ pub(super) fn plan_request(fields: &mut Fields) -> Result<v1::PlanRequest, ApiEr
         nodes: fields.texts("nodes", MOST_NODES)?,
         context_tokens: fields.count("context_tokens")?.unwrap_or_default(),
         concurrent_sequences: fields.count("concurrent_sequences")?.unwrap_or_default(),
+        guessing: guessing(fields)?,
     })
+}
+
+/// Present when any of its fields is.
+fn guessing(fields: &mut Fields) -> Result<Option<v1::Guessing>, ApiError> {
+    let guessing = v1::Guessing {
+        draft_model: fields.string("draft_model")?.unwrap_or_default(),
+        prompt_lookup: fields.count("prompt_lookup")?.unwrap_or_default(),
+        num_draft_tokens: fields.count("num_draft_tokens")?.unwrap_or_default(),
+    };
+    Ok(Some(guessing).filter(|guessing| *guessing != v1::Guessing::default()))
 }
 
 pub(super) fn load_request(fields: &mut Fields) -> Result<v1::LoadRequest, ApiError> {

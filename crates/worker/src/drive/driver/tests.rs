@@ -77,6 +77,11 @@ struct Heard {
 
 impl Pipeline {
     fn new(stage_count: usize, prefill_chunk: usize) -> Self {
+        Self::guessing(stage_count, prefill_chunk, 0)
+    }
+
+    /// With a first stage that guesses so many tokens at once.
+    fn guessing(stage_count: usize, prefill_chunk: usize, guesses: usize) -> Self {
         let stage = |index: usize| {
             let info = StageInfo {
                 layers: LayerRange::new(index, index + 1),
@@ -87,7 +92,8 @@ impl Pipeline {
                 weights: ByteCount(0),
             };
             let limit = limits(prefill_chunk).max_sequences;
-            (StepQueue::new(), Shard::new(Box::new(SimulatedStage::new(info, Duration::ZERO)), limit))
+            let stage = SimulatedStage::new(info, Duration::ZERO).guessing(guesses);
+            (StepQueue::new(), Shard::new(Box::new(stage), limit))
         };
         Self {
             driver: Driver::new(limits(prefill_chunk)),
@@ -194,8 +200,10 @@ impl Pipeline {
 
 #[test]
 fn a_prompt_enters_in_chunks_and_its_tokens_come_back() {
-    for (stage_count, prompt_tokens, chunk) in [(1, 1, 4), (1, 9, 4), (2, 8, 4), (3, 31, 1), (4, 30, 64)] {
-        let mut pipeline = Pipeline::new(stage_count, chunk);
+    let shapes = [(1, 1, 4), (1, 9, 4), (2, 8, 4), (3, 31, 1), (4, 30, 64)];
+    for ((stage_count, prompt_tokens, chunk), guesses) in shapes.into_iter().flat_map(|it| [(it, 0), (it, 4)])
+    {
+        let mut pipeline = Pipeline::guessing(stage_count, chunk, guesses);
         let prompt: Vec<u32> = (0..prompt_tokens).map(|at| at % 7).collect();
         pipeline.open(1, prompt.clone(), spec(12, vec![]));
         pipeline.finish();
@@ -208,11 +216,11 @@ fn a_prompt_enters_in_chunks_and_its_tokens_come_back() {
 
 #[test]
 fn a_sequence_that_is_continued_ends_as_the_whole_one() {
-    for stage_count in [1, 3] {
+    for (stage_count, guesses) in [(1, 0), (3, 0), (1, 3), (3, 3)] {
         for stops in [vec![], vec![expected(&[1, 2, 3], 12, &[]).0[9]]] {
             let (whole, end) = expected(&[1, 2, 3], 12, &stops);
             for told in 0..whole.len() {
-                let mut pipeline = Pipeline::new(stage_count, 4);
+                let mut pipeline = Pipeline::guessing(stage_count, 4, guesses);
                 let prompt = [&[1, 2, 3], &whole[..told]].concat();
                 pipeline.open(1, prompt, SequenceSpec { prompt_tokens: 3, ..spec(12, stops.clone()) });
                 pipeline.finish();
@@ -333,6 +341,7 @@ fn a_broken_ring_is_noticed() {
         sequence,
         position,
         token: Option::clone(token),
+        further: vec![],
         scores: vec![],
         embedding: None,
     };
@@ -384,7 +393,14 @@ fn a_broken_ring_is_noticed() {
 }
 
 fn row_of_another() -> RowResult {
-    RowResult { sequence: SequenceId(7), position: 1, token: None, scores: vec![], embedding: None }
+    RowResult {
+        sequence: SequenceId(7),
+        position: 1,
+        token: None,
+        further: vec![],
+        scores: vec![],
+        embedding: None,
+    }
 }
 
 #[test]
@@ -592,9 +608,10 @@ proptest! {
         plans in plans(),
         stage_count in 1_usize..4,
         chunk in 1_usize..20,
+        guesses in 0_usize..5,
         moves in prop::collection::vec(0_usize..7, 0..500),
     ) {
-        let mut pipeline = Pipeline::new(stage_count, chunk);
+        let mut pipeline = Pipeline::guessing(stage_count, chunk, guesses);
         for now in 0..=500 {
             for (sequence, plan) in plans.iter().enumerate() {
                 if plan.opened == now {

@@ -16,6 +16,8 @@ struct Open {
     kind: Kind,
     id: String,
     text: String,
+    /// Of the text's tokens, when they were asked for.
+    logprobs: Vec<Value>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -30,8 +32,8 @@ impl Assembly {
         Self { output: Vec::new(), open: None, parallel, calls: 0 }
     }
 
-    /// Takes a part of the answer; gives the events that it leads to.
-    pub(super) fn part(&mut self, part: Part) -> Vec<Value> {
+    /// Takes a part of the answer, and the log-probabilities of its tokens; gives the events that it leads to.
+    pub(super) fn part(&mut self, part: Part, logprobs: Vec<Value>) -> Vec<Value> {
         let (kind, text) = match part {
             Part::Content(text) => (Kind::Message, text),
             Part::Reasoning(text) => (Kind::Reasoning, text),
@@ -70,15 +72,21 @@ impl Assembly {
             let mut event = json!({"type": kind.event("delta"), "item_id": open.id, "output_index": index, "content_index": 0,
                 "delta": text});
             if kind == Kind::Message {
-                event["logprobs"] = json!([]);
+                event["logprobs"] = json!(logprobs);
+                open.logprobs.extend(logprobs);
             }
             events.push(event);
         }
         events
     }
 
+    /// Is an item of reasoning open?
+    pub(super) fn is_reasoning(&self) -> bool {
+        self.open.as_ref().is_some_and(|open| open.kind == Kind::Reasoning)
+    }
+
     fn begin(&mut self, kind: Kind) -> [Value; 2] {
-        let open = Open { kind, id: id(kind.prefix()), text: String::new() };
+        let open = Open { kind, id: id(kind.prefix()), text: String::new(), logprobs: Vec::new() };
         let index = self.output.len();
         let added = json!({"type": "response.output_item.added", "output_index": index, "item": open.item("in_progress", false)});
         let part = json!({"type": "response.content_part.added", "item_id": open.id, "output_index": index,
@@ -95,7 +103,7 @@ impl Assembly {
         let mut done = json!({"type": open.kind.event("done"), "item_id": open.id, "output_index": index, "content_index": 0,
             "text": open.text});
         if open.kind == Kind::Message {
-            done["logprobs"] = json!([]);
+            done["logprobs"] = json!(open.logprobs);
         }
         let part = json!({"type": "response.content_part.done", "item_id": open.id, "output_index": index,
             "content_index": 0, "part": open.part()});
@@ -109,7 +117,7 @@ impl Open {
     fn part(&self) -> Value {
         match self.kind {
             Kind::Message => {
-                json!({"type": "output_text", "text": self.text, "annotations": [], "logprobs": []})
+                json!({"type": "output_text", "text": self.text, "annotations": [], "logprobs": self.logprobs})
             }
             Kind::Reasoning => json!({"type": "reasoning_text", "text": self.text}),
         }

@@ -6,14 +6,16 @@ mod request;
 use self::assembly::Assembly;
 use self::request::Wish;
 use crate::conversation::Answers;
-use crate::conversation::{Finish, Reader, Reason};
+use crate::conversation::{Finish, Part, Reader, Reason};
 use crate::front::Prepared;
 use crate::http::body::JsonBody;
 use crate::http::events::{self, Events, Gone};
+use crate::http::openai::logprobs::of_token;
 use crate::http::{ApiError, Caller, HttpServices, id, unix_time};
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
+use mlxnode_compute::Sampled;
 use serde_json::{Value, json};
 
 /// The handler.
@@ -32,6 +34,8 @@ pub(in crate::http) async fn responses(
         reader: Reader::new(&prepared),
         prepared,
         parallel: wish.parallel,
+        has_logprobs: wish.top_logprobs.is_some(),
+        scores: Vec::new(),
     };
     let answers = Answers::start(&services.front, std::slice::from_ref(&run.prepared), 1).await?;
     match wish.stream {
@@ -49,7 +53,7 @@ fn empty(prepared: &Prepared, wish: &Wish) -> Value {
         "model": prepared.deployment.name, "output": [], "parallel_tool_calls": wish.parallel,
         "previous_response_id": null, "reasoning": {"effort": wish.effort, "summary": null}, "store": false,
         "temperature": sampling.temperature, "text": {"format": wish.format}, "tool_choice": wish.tool_choice,
-        "tools": wish.tools, "top_p": sampling.top_p, "truncation": "disabled", "usage": null, "user": null, "metadata": {}
+        "tools": wish.tools, "top_logprobs": wish.top_logprobs.unwrap_or_default(), "top_p": sampling.top_p, "truncation": "disabled", "usage": null, "user": null, "metadata": {}
     })
 }
 
@@ -59,17 +63,42 @@ struct Run {
     reader: Reader,
     prepared: Prepared,
     parallel: bool,
+    has_logprobs: bool,
+    /// Of tokens whose text is still to come.
+    scores: Vec<Value>,
 }
 
 impl Run {
+    /// Takes what a token brought; gives the events that it leads to. Only tokens of the content have their log-probabilities told: a
+    /// token goes with the text that comes out next.
+    fn take(&mut self, assembly: &mut Assembly, parts: Vec<Part>, tokens: &[Sampled]) -> Vec<Value> {
+        if self.has_logprobs {
+            let tokenizer = &self.prepared.text.tokenizer;
+            self.scores
+                .extend(tokens.iter().filter_map(|token| of_token(tokenizer, token)).map(|it| json!(it)));
+        }
+        let has_content = parts.iter().any(|part| matches!(part, Part::Content(_)));
+        // What ends the reasoning has no text, and neither have line breaks behind it.
+        if !has_content && (!parts.is_empty() || assembly.is_reasoning()) {
+            self.scores.clear();
+        }
+        let mut events = Vec::new();
+        for part in parts {
+            let scores = match part {
+                Part::Content(_) => std::mem::take(&mut self.scores),
+                _ => Vec::new(),
+            };
+            events.extend(assembly.part(part, scores));
+        }
+        events
+    }
+
     async fn collect(mut self, mut answers: Answers) -> Result<Value, ApiError> {
         let mut assembly = Assembly::new(self.parallel);
         let mut finish = None;
         while let Some((_, event)) = answers.next().await {
             let Some(step) = self.reader.read(event?) else { continue };
-            for part in step.parts {
-                assembly.part(part);
-            }
+            self.take(&mut assembly, step.parts, &step.tokens);
             finish = step.finish.or(finish);
         }
         assembly.close();
@@ -107,9 +136,8 @@ impl Run {
                 Err(error) => return numbered.fail(self.response, &error).await,
             };
             let Some(step) = self.reader.read(event) else { continue };
-            for part in step.parts {
-                numbered.send_all(assembly.part(part)).await?;
-            }
+            let events = self.take(&mut assembly, step.parts, &step.tokens);
+            numbered.send_all(events).await?;
             finish = step.finish.or(finish);
         }
         numbered.send_all(assembly.close()).await?;

@@ -24,6 +24,8 @@ const MAX_TOOLS: usize = 128;
 pub(super) struct Wish {
     pub(super) stream: bool,
     pub(super) parallel: bool,
+    /// Likeliest tokens to tell with each; none: no log-probabilities.
+    pub(super) top_logprobs: Option<u32>,
     pub(super) instructions: Option<String>,
     pub(super) max_output_tokens: Option<i64>,
     pub(super) effort: Option<&'static str>,
@@ -42,12 +44,7 @@ pub(super) fn read(
     fields.refuse("prompt", "prompts are not stored; send it in input")?;
     fields.only("background", &[false.into()], "answers are not stored")?;
     fields.only("truncation", &["disabled".into()], "what does not fit is refused")?;
-    fields.only(
-        "include",
-        &[json!([]), json!(["reasoning.encrypted_content"])],
-        "there is nothing more to include",
-    )?;
-    fields.refuse("top_logprobs", "use /v1/chat/completions for log-probabilities")?;
+    let top_logprobs = logprobs(&mut fields)?;
     fields.refuse("max_tool_calls", "tools are called by the client")?;
     without_effect(&mut fields)?;
     if let Some(mut options) = fields.object("stream_options")? {
@@ -78,6 +75,7 @@ pub(super) fn read(
         top_k: defaults.top_k.unwrap_or_default(),
         min_p: defaults.min_p.unwrap_or_default(),
         repetition_penalty: defaults.repetition_penalty.unwrap_or_default(),
+        top_logprobs,
         ..Parameters::default()
     };
     let stream = fields.boolean("stream")?.unwrap_or_default();
@@ -89,6 +87,7 @@ pub(super) fn read(
     let wish = Wish {
         stream,
         parallel: tools.parallel,
+        top_logprobs,
         instructions,
         max_output_tokens,
         effort,
@@ -108,6 +107,33 @@ pub(super) fn read(
         ..Conversation::default()
     };
     Ok((conversation, wish))
+}
+
+/// Most of the likeliest tokens that are told.
+const MAX_TOP: i64 = 20;
+
+/// How many of the likeliest tokens to tell with each; none when log-probabilities are not to be included.
+fn logprobs(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
+    let mut included = false;
+    for item in fields.texts("include", 2)? {
+        match item.as_str() {
+            "message.output_text.logprobs" => included = true,
+            "reasoning.encrypted_content" => {} // reasoning is told as it is
+            other => {
+                let message = format!(
+                    "include has {:?}, but only message.output_text.logprobs and reasoning.encrypted_content can be included",
+                    shortened(other)
+                );
+                return Err(ApiError::field("include", message));
+            }
+        }
+    }
+    let top = fields.integer("top_logprobs", 0..=MAX_TOP)?.unwrap_or_default();
+    if top > 0 && !included {
+        let message = "top_logprobs needs include to have message.output_text.logprobs";
+        return Err(ApiError::field("top_logprobs", message));
+    }
+    Ok(included.then(|| u32::try_from(top).unwrap_or_default()))
 }
 
 fn text_format(fields: &mut Fields) -> Result<(Format, Value), ApiError> {
@@ -289,6 +315,12 @@ mod tests {
                 "input[0].type is \"item_reference\"",
             ),
             (json!({"input": "x", "tools": [{"type": "web_search"}]}), "tools[0].type is \"web_search\""),
+            (
+                json!({"input": "x", "include": ["file_search_call.results"]}),
+                "include has \"file_search_call.results\"",
+            ),
+            (json!({"input": "x", "top_logprobs": 2}), "top_logprobs needs include"),
+            (json!({"input": "x", "top_logprobs": 21, "include": []}), "top_logprobs is 21"),
         ];
         for (body, words) in cases {
             let error =

@@ -81,7 +81,8 @@ impl Team {
         let there = peers.mesh.peers().iter().filter(|peer| peer.state == PeerState::Alive).count() + 1;
         let options = RoundsOptions { expected: wanted.min(there), ..RoundsOptions::default() };
         let (conductor, events) = GroupConductor::start(options, 0, place.identity.clone());
-        let others: Vec<String> = peers.mesh.peers().into_iter().filter_map(|peer| peer.address).collect();
+        let seen = peers.mesh.peers();
+        let others: Vec<String> = seen.iter().filter_map(|peer| peer.address.clone()).collect();
         let own = place
             .listen
             .is_unspecified()
@@ -153,7 +154,8 @@ impl Gathering {
     fn look(&mut self, found: &mpsc::Sender<GroupWorker>) {
         let missing = (self.order.spec.workers as usize).saturating_sub(1 + self.helping.len());
         let helps = |node: &NodeId| self.helping.values().any(|(helping, _, _)| helping == node);
-        let alive = self.peers.mesh.peers().into_iter().filter(|peer| peer.state == PeerState::Alive);
+        let seen = self.peers.mesh.peers();
+        let alive = seen.iter().filter(|peer| peer.state == PeerState::Alive);
         let free: Vec<NodeId> = alive.map(|peer| peer.node_id).filter(|node| !helps(node)).collect();
         for node in free.into_iter().take(missing) {
             self.next += 1;
@@ -185,8 +187,11 @@ async fn help(
     while let Some(report) = told.message().await.map_err(|status| gone(status.message().to_owned()))? {
         let pin = <[u8; 32]>::try_from(&report.key_pin[..]);
         let pin = pin.map_err(|_| gone("its worker's key is not 32 bytes long".into()))?;
-        let seen = peers.mesh.peers().into_iter().find(|peer| peer.node_id == node);
-        let address = addresses::with_host_of(&report.address, seen.and_then(|peer| peer.address).as_deref());
+        let reached = {
+            let peers = peers.mesh.peers();
+            peers.iter().find(|peer| peer.node_id == node).and_then(|peer| peer.address.clone())
+        };
+        let address = addresses::with_host_of(&report.address, reached.as_deref());
         let control = tokio::net::lookup_host(&address).await.ok().and_then(|mut found| found.next());
         let control = control.ok_or_else(|| gone(format!("{address} is no address")))?;
         let peer = GroupPeer { address, key_pin: KeyPin::from_bytes(pin) };

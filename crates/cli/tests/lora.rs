@@ -29,8 +29,13 @@ fn command(home: &Path, arguments: &[&str]) -> Command {
         command.env_remove(name);
     }
     command.env("HF_HOME", home.join("huggingface")).env("HF_HUB_OFFLINE", "1").current_dir(home);
-    command.args(["lora", "--model", "demo", "--data", "rows", "--num-layers", "2", "--batch-size", "2"]);
+    command.args(["lora", "--model", "demo", "--batch-size", "2"]);
     command.args(arguments);
+    for (flag, value) in [("--data", "rows"), ("--num-layers", "2")] {
+        if !arguments.contains(&flag) {
+            command.args([flag, value]);
+        }
+    }
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }

@@ -2,8 +2,9 @@
 
 Usage: training.py REQUEST, a JSON file {"cases": [CASE]}; prints {"cases": [ANSWER]}. A case has a "kind":
 
-- "gradients": {"model", "quantize" and "quantized" (a folder for the packed model) or null, "type" (lora, dora, full), "layers", "parameters", "seed", "batch"
+- "gradients": {"model", "make" (a config, to make the model first) or null, "quantize" and "quantized" (a folder for the packed model) or null, "type" (lora, dora, full), "layers", "parameters", "seed", "batch"
   (rows of ids), "lengths" (pairs), "shake", "checkpoint", "file"}. Writes the first values ("p.NAME") and the gradients ("g.NAME") into "file" and answers {"loss", "tokens"}.
+- "preference": {"model", "layers", "parameters", "seed", "loss" (dpo, orpo), "beta", "batch" (chosen rows, then rejected ones), "mask", "file"}: arrays as above; answers {"loss"}, a sum over pairs.
 - "optimizer": {"name", "arguments", "rate", "steps", "shapes", "seed", "file"}. Writes values and gradients of each step ("p.STEP.I", "g.STEP.I").
 - "run": {"model", "arguments", "data", "adapter"}: mlx_lm.lora with these arguments; answers {"train": [...], "valid": [...], "learning_rates": [...]}.
 - "generate": {"model", "adapter", "prompt", "tokens"}: greedy tokens with the adapter.
@@ -25,11 +26,18 @@ from mlx_lm.generate import generate_step
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
-from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config, save_model
 
 
 def loaded(case):
     folder = Path(case["model"])
+    if case.get("make"):
+        # As mlx-lm calls its tensors, which is not how we do.
+        mx.random.seed(1)
+        model_class, args_class = _get_classes(case["make"])
+        folder.mkdir(parents=True)
+        save_model(folder, model_class(args_class.from_dict(case["make"])))
+        save_config(dict(case["make"]), folder / "config.json")
     if case.get("quantize"):
         model, config = load_model(folder, strict=True)
         model, config = quantize_model(model, config, **case["quantize"])
@@ -71,6 +79,45 @@ def gradients(case):
     arrays |= {f"g.{name}": value for name, value in tree_flatten(gradient)}
     mx.save_safetensors(case["file"], arrays)
     return {"loss": loss.item(), "tokens": tokens.item()}
+
+
+def preference(case):
+    """The formulas of the papers: mlx-lm has no such training."""
+    model = loaded(case)
+    mx.random.seed(case["seed"])
+    model.freeze()
+    batch, mask = mx.array(case["batch"]), mx.array(case["mask"])
+    pairs = batch.shape[0] // 2
+
+    def of_rows(model):
+        logprobs = nn.log_softmax(model(batch[:, :-1]).astype(mx.float32))
+        chosen = mx.take_along_axis(logprobs, batch[:, 1:, None], axis=-1).squeeze(-1)
+        return (chosen * mask).sum(axis=1)
+
+    reference = of_rows(model)
+    linear_to_lora_layers(model, case["layers"], case["parameters"])
+
+    def shaken(path, value):
+        return mx.random.normal(value.shape) * 0.05 if path.endswith("lora_b") else value
+
+    model.update(tree_map_with_path(shaken, model.trainable_parameters()))
+    parameters = dict(tree_flatten(model.trainable_parameters()))
+
+    def loss(model):
+        sums = of_rows(model)
+        if case["loss"] == "dpo":
+            gain = sums - reference
+            return -nn.log_sigmoid(case["beta"] * (gain[:pairs] - gain[pairs:])).sum()
+        means = sums / mask.sum(axis=1)
+        odds = means - mx.log(1 - mx.exp(means))
+        ratio = nn.log_sigmoid(odds[:pairs] - odds[pairs:])
+        return (-means[:pairs] - case["beta"] * ratio).sum()
+
+    value, gradient = nn.value_and_grad(model, loss)(model)
+    arrays = {f"p.{name}": value for name, value in parameters.items()}
+    arrays |= {f"g.{name}": value for name, value in tree_flatten(gradient)}
+    mx.save_safetensors(case["file"], arrays)
+    return {"loss": value.item()}
 
 
 def optimizer(case):
@@ -139,7 +186,7 @@ def generate(case):
 
 def main():
     answer, sys.stdout = sys.stdout, sys.stderr  # mlx-lm prints what it does
-    kinds = {"gradients": gradients, "optimizer": optimizer, "run": run, "generate": generate}
+    kinds = {"gradients": gradients, "preference": preference, "optimizer": optimizer, "run": run, "generate": generate}
     request = json.loads(Path(sys.argv[1]).read_text())
     json.dump({"cases": [kinds[case["kind"]](case) for case in request["cases"]]}, answer)
 

@@ -4,14 +4,18 @@
 mod support;
 
 use mlxnode_checkpoint::{Adapter, Checkpoint};
-use mlxnode_compute::{Advance, Job, JobError, Sampling, SequenceSpec, StepReport};
+use mlxnode_compute::{
+    Advance, Deal, Job, JobError, Partial, Reduce, ReduceError, Reduced, Sampling, SequenceSpec, StepReport,
+    Sum, TreeSum, Turn,
+};
 use mlxnode_engine::{Generator, GeneratorOptions, Model};
 use mlxnode_mlx::{Device, TensorFile};
 use mlxnode_training::{ADAPTER_FILE, Dataset, FineTuning, PrepareError, Row, Sequence, Sets};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex};
 use support::*;
 
 /// Rows of different lengths; every third has a prompt that does not count.
@@ -179,6 +183,99 @@ fn a_run_that_is_taken_up_again_ends_bit_by_bit_the_same() {
             assert_eq!(values(&rest), values(&steps[stop..]), "losses of {number} after {stop}");
             assert!(saved(&mut second, &place(format!("second-{number}-{stop}"))) == expected, "{number} after {stop}");
         }
+    }
+}
+
+#[test]
+fn one_worker_two_and_three_end_in_the_same_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = llama(folder.path());
+    // The last update has fewer micro-batches.
+    let yaml = "iters: 8\nbatch_size: 2\ngrad_accumulation_steps: 3\nlearning_rate: 1e-3\nnum_layers: 2\n\
+        lora_parameters: {rank: 4, scale: 10.0, dropout: 0.1}\n";
+    let mut alone = job(&model, yaml, false).unwrap();
+    let (steps, _) = run(&mut alone, usize::MAX);
+    let expected = saved(&mut alone, &folder.path().join("alone"));
+    let losses = |steps: &[StepReport]| steps.iter().map(|step| step.loss.to_bits()).collect::<Vec<_>>();
+    for workers in [1_u32, 2, 3] {
+        let exchange = Arc::new(Exchange::new(workers, 3));
+        let threads: Vec<_> = (0..workers)
+            .map(|number| {
+                let (exchange, model) = (Arc::clone(&exchange), model.clone());
+                let place = folder.path().join(format!("{workers}-{number}"));
+                std::thread::spawn(move || {
+                    let group = Member { exchange, number };
+                    let mut job = job(&model, yaml, false).unwrap().with_group(Box::new(group));
+                    let (steps, _) = run(&mut job, usize::MAX);
+                    (losses(&steps), saved(&mut job, &place))
+                })
+            })
+            .collect();
+        for thread in threads {
+            let (found, bytes) = thread.join().unwrap();
+            assert_eq!(found, losses(&steps), "{workers} workers");
+            assert!(bytes == expected, "{workers} workers end elsewhere");
+        }
+    }
+}
+
+/// Sums along the tree between threads.
+struct Exchange {
+    workers: u32,
+    micro_batches: u32,
+    given: Mutex<BTreeMap<u64, (u32, Vec<Partial>)>>,
+    changed: Condvar,
+}
+
+struct Member {
+    exchange: Arc<Exchange>,
+    number: u32,
+}
+
+impl Exchange {
+    fn new(workers: u32, micro_batches: u32) -> Self {
+        Self { workers, micro_batches, given: Mutex::default(), changed: Condvar::new() }
+    }
+}
+
+impl Reduce for Member {
+    fn begin(&mut self, applied: u64) -> Result<Turn, ReduceError> {
+        let (all, workers) = (self.exchange.micro_batches, self.exchange.workers);
+        let run = self.number * all / workers..(self.number + 1) * all / workers;
+        Ok(Turn::Deal(Deal { epoch: 1, step: applied, micro_batches: all, run }))
+    }
+
+    fn is_over(&self, _: &Deal) -> bool {
+        false
+    }
+
+    fn reduce(&mut self, deal: &Deal, partials: Vec<Partial>) -> Result<Reduced, ReduceError> {
+        let mut given = self.exchange.given.lock().unwrap();
+        let entry = given.entry(deal.step).or_default();
+        entry.0 += 1;
+        entry.1.extend(partials);
+        self.exchange.changed.notify_all();
+        while given[&deal.step].0 < self.exchange.workers {
+            given = self.exchange.changed.wait(given).unwrap();
+        }
+        let mut sum = TreeSum::new(deal.micro_batches);
+        for part in &given[&deal.step].1 {
+            sum.insert(part.node, part.clone(), |left: Partial, right: Partial| {
+                let floats = |bytes: &[u8]| -> Vec<f32> {
+                    bytes.chunks_exact(4).map(|four| f32::from_le_bytes(four.try_into().unwrap())).collect()
+                };
+                let values = floats(&left.values).into_iter().zip(floats(&right.values));
+                let values: Vec<u8> = values.flat_map(|(one, other)| (one + other).to_le_bytes()).collect();
+                let node = left.node;
+                Ok::<_, ReduceError>(Partial {
+                    node,
+                    values: values.into(),
+                    tally: left.tally.plus(right.tally),
+                })
+            })?;
+        }
+        let (_, whole) = sum.parts().next().unwrap();
+        Ok(Reduced::Sum(Sum { step: deal.step, values: whole.values.clone(), tally: whole.tally }))
     }
 }
 

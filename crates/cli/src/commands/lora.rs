@@ -159,6 +159,7 @@ impl Lora {
             job.resume(&newest).with_context(|| format!("cannot go on from {}", newest.display()))?;
             figures.resumed(&job)?;
         }
+        figures.record(&job)?;
         let interrupts = Interrupts::listen()?;
         let running = interrupts.answer();
         loop {

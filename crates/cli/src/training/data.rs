@@ -1,25 +1,17 @@
 //! Where a run's rows come from.
 
-use crate::warnings;
-use anyhow::{Result, bail};
+use crate::{hub, warnings};
+use anyhow::Result;
 use mlxnode_training::{Sets, TrainingConfig};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-/// The folders or files with the rows that a configuration asks for.
-pub fn folders(config: &TrainingConfig, _quiet: bool) -> Result<Vec<PathBuf>> {
-    let names: Vec<&str> = match config.hf_dataset.is_empty() {
-        true => vec![&config.data],
-        false => config.hf_dataset.iter().map(|dataset| dataset.path.as_str()).collect(),
-    };
-    names.into_iter().map(folder).collect()
-}
-
-fn folder(name: &str) -> Result<PathBuf> {
-    let path = Path::new(name);
-    if !path.exists() {
-        bail!("there is no folder or file {name}; download the data set and name its folder with --data");
+/// The folders or files with the rows that a configuration asks for, downloaded if need be.
+pub fn folders(config: &TrainingConfig, quiet: bool) -> Result<Vec<PathBuf>> {
+    if config.hf_dataset.is_empty() {
+        return Ok(vec![hub::data(&config.data, None, quiet)?]);
     }
-    Ok(path.to_owned())
+    let of = |dataset: &mlxnode_training::HubDataset| hub::data(&dataset.path, dataset.revision.as_deref(), quiet);
+    config.hf_dataset.iter().map(of).collect()
 }
 
 /// Rows that were longer than the limit.

@@ -1,13 +1,13 @@
-//! What a person sees of a run: mlx-lm's figures on stderr, or a line of JSON for each on stdout.
+//! What a person sees of a run: mlx-lm's figures on stderr, or a line of JSON for each on stdout; and the files that were asked for.
 
 use crate::arguments::Global;
 use crate::training::Files;
 use crate::{output, warnings};
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use mlxnode_compute::{Advance, StepReport};
-use mlxnode_training::{FineTuning, TrainingConfig};
+use mlxnode_training::{Curve, FineTuning, Recorder, Report, Trained, TrainingConfig, Validated};
 use serde::Serialize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Counts since the last report.
 pub struct Figures {
@@ -18,6 +18,11 @@ pub struct Figures {
     /// Micro-batches of an update.
     group: u64,
     since: Since,
+    /// Where files of figures go, and which.
+    folder: PathBuf,
+    reports: Vec<Report>,
+    recorder: Recorder,
+    curve: Curve,
 }
 
 #[derive(Default)]
@@ -83,11 +88,15 @@ impl Figures {
             every: config.steps_per_report,
             group: config.grad_accumulation_steps.max(1),
             since: Since::default(),
+            folder: config.adapter_path.clone(),
+            reports: if config.train { config.report_to.clone() } else { Vec::new() },
+            recorder: Recorder::default(),
+            curve: Curve::default(),
         }
     }
 
     /// `parameters` are the numbers of the whole model.
-    pub fn begins(&self, job: &FineTuning, parameters: u64) -> Result<()> {
+    pub fn begins(&mut self, job: &FineTuning, parameters: u64) -> Result<()> {
         let tuner = job.trainer().tuner();
         let trained: u64 = tuner
             .trained()
@@ -103,6 +112,12 @@ impl Figures {
         )
     }
 
+    /// Opens the files that were asked for. What they have of later iterations than the run's is taken back.
+    pub fn record(&mut self, job: &FineTuning) -> Result<()> {
+        self.recorder = Recorder::open(&self.folder, &self.reports, job.iteration())?;
+        Ok(())
+    }
+
     pub fn resumed(&self, job: &FineTuning) -> Result<()> {
         let iteration = job.iteration();
         self.tell(&Line::Resumed { iteration }, &format!("Going on after iteration {iteration}"))
@@ -111,10 +126,14 @@ impl Figures {
     pub fn advanced(&mut self, job: &FineTuning, advance: &Advance) -> Result<()> {
         match advance {
             Advance::Step(report) => self.step(job, report),
-            Advance::Validated { step, loss, seconds } => self.tell(
-                &Line::Validation { iteration: *step, loss: *loss, seconds: *seconds },
-                &format!("Iter {}: Val loss {loss:.3}, Val took {seconds:.3}s", step + 1),
-            ),
+            Advance::Validated { step, loss, seconds } => {
+                self.curve.valid.push((*step, *loss));
+                self.recorder.valid(&Validated { step: *step, loss: *loss, seconds: *seconds })?;
+                self.tell(
+                    &Line::Validation { iteration: *step, loss: *loss, seconds: *seconds },
+                    &format!("Iter {}: Val loss {loss:.3}, Val took {seconds:.3}s", step + 1),
+                )
+            }
             Advance::Tested { loss } => {
                 let perplexity = loss.exp();
                 self.tell(
@@ -150,6 +169,17 @@ impl Figures {
         let loss = since.loss / since.weight.max(1.0);
         let (pace, speed) = (since.steps as f64 / seconds, since.tokens as f64 / seconds);
         let trained = job.trained_tokens();
+        self.curve.train.push((report.step, loss));
+        self.recorder.train(&Trained {
+            step: report.step,
+            loss,
+            learning_rate: report.learning_rate,
+            tokens_per_second: speed,
+            trained_tokens: trained,
+            gradient_norm: report.gradient_norm,
+            peak_memory: report.peak_memory,
+            seconds: since.seconds,
+        })?;
         self.tell(
             &Line::Train {
                 iteration: report.step,
@@ -189,6 +219,12 @@ impl Figures {
 
     pub fn finished(&self, files: &Files) -> Result<()> {
         let adapter = files.path();
+        if !self.reports.is_empty() {
+            let path = self.folder.join("loss.svg");
+            let title = self.folder.file_name().map_or("loss".into(), std::ffi::OsStr::to_string_lossy);
+            std::fs::write(&path, self.curve.svg(&title)?)
+                .with_context(|| format!("cannot write {}", path.display()))?;
+        }
         self.tell(
             &Line::Finished { adapter: &adapter },
             &format!("Saved final weights to {}.", adapter.display()),

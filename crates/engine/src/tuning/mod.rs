@@ -77,6 +77,8 @@ pub struct Tuning {
     pub(crate) spec: ModelSpec,
     pub(crate) shard: ShardTensors,
     pub(crate) tensors: HashMap<String, Array>,
+    /// mlx-lm's names of modules and tensors, by ours.
+    pub(crate) stored: HashMap<String, String>,
 }
 
 impl Tuning {
@@ -99,7 +101,9 @@ impl Tuning {
         }
         let shard = checkpoint.shard_tensors(layers)?;
         let tensors = loader::tensors(&device, &shard, progress)?;
-        Ok(Self { device, spec, shard, tensors })
+        let names = shard.modules.iter().map(|shard| &shard.module.path).chain(tensors.keys());
+        let stored = names.map(|name| (name.clone(), checkpoint.name_in_mlx_lm(name))).collect();
+        Ok(Self { device, spec, shard, tensors, stored })
     }
 
     /// The modules of the layer range, and how each is packed.

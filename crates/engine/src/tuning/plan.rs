@@ -34,8 +34,10 @@ pub struct LowRank {
 /// An array that is trained.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Trained {
-    /// Its name in a file: the module's path and `lora_a`, `lora_b` or `m`; or the tensor's name.
+    /// Its name: the module's path and `lora_a`, `lora_b` or `m`; or the tensor's name.
     pub name: String,
+    /// The same as mlx-lm has it, in an adapter's file.
+    pub stored: String,
     /// Its dimensions: `A` `[inputs, rank]`, of experts `[experts, rank, inputs]`, of an embedding `[rows, rank]`; `B`
     /// `[rank, outputs]`, of experts `[experts, outputs, rank]`, of an embedding `[rank, width]`; `m` `[outputs]`.
     pub shape: Vec<usize>,
@@ -78,8 +80,13 @@ impl LowRank {
             ModuleKind::Embedding { rows, width } => (vec![rows, rank], vec![rank, width], None),
             _ => return Err(TuneError::NoMatrix { path: path.clone() }),
         };
-        let array =
-            |ending: &str, shape| Trained { name: format!("{path}.{ending}"), shape, dtype: Dtype::F32 };
+        let within = tuning.stored.get(path).unwrap_or(path);
+        let array = |ending: &str, shape| Trained {
+            name: format!("{path}.{ending}"),
+            stored: format!("{within}.{ending}"),
+            shape,
+            dtype: Dtype::F32,
+        };
         let mut arrays = vec![array("lora_a", a), array("lora_b", b)];
         match (self.magnitudes, lengths) {
             (true, Some(outputs)) => arrays.push(array("m", vec![outputs])),
@@ -98,5 +105,6 @@ fn weight(tuning: &Tuning, name: &str) -> Result<Trained, TuneError> {
         return Err(TuneError::Packed { name: name.to_owned() });
     }
     let shape = array.shape().iter().map(|size| usize::try_from(*size).unwrap_or(0)).collect();
-    Ok(Trained { name: name.to_owned(), shape, dtype: array.dtype() })
+    let stored = tuning.stored.get(name).cloned().unwrap_or_else(|| name.to_owned());
+    Ok(Trained { name: name.to_owned(), stored, shape, dtype: array.dtype() })
 }

@@ -359,7 +359,7 @@ impl Tuner {
         hidden: &Array,
         lengths: &[i32],
     ) -> Result<Array> {
-        let Tuning { device, spec, shard, tensors } = &self.shared.tuning;
+        let Tuning { device, spec, shard, tensors, .. } = &self.shared.tuning;
         let mut given = tensors.clone();
         for (place, array) in places.iter().zip(arrays) {
             given.insert(self.shared.trained[*place].name.clone(), (*array).clone());

@@ -6,20 +6,26 @@
 //!
 //! A piece is an update with all its micro-batches, or a measurement; so what is to be saved between two pieces is what is trained,
 //! what the optimizer remembers, and how many iterations are done: rows, learning rates and random keys follow from that number.
+//!
+//! With a [group](FineTuning::with_group) of workers each computes some of an update's micro-batches. Sums go along the same tree with
+//! one worker and with many, so that the adapter has the same bits.
 
 mod cursor;
+mod group;
 mod progress;
 
 pub use cursor::CursorError;
 
 use crate::parameters::{self, ParameterError};
-use crate::trainer::{StateError, TrainError, Trainer, TrainerOptions, combine};
+use crate::trainer::{MicroGradients, StateError, TrainError, Trainer, TrainerOptions, combine};
 use crate::{BatchError, BatchOptions, Batches, MicroBatch, Sets, TrainingConfig};
 use cursor::{Cursor, Fingerprint};
+use group::Together;
 use mlxnode_checkpoint::WriteError;
-use mlxnode_compute::{Advance, Job, JobError, StepReport};
+use mlxnode_compute::{Advance, Job, JobError, Reduce, StepReport};
 use mlxnode_engine::tuning::{TuneError, Tuning};
 use progress::{Piece, Progress};
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::time::Instant;
 
@@ -45,8 +51,10 @@ pub enum PrepareError {
     #[error("the training set has no rows; check the data set's train split")]
     NoRows,
     /// Pairs without a loss on them, or the other way round.
-    #[error("{0}")]
-    Preference(String),
+    #[error(
+        "training on pairs of answers needs both \"preference\" (dpo or orpo) and rows with \"chosen\" and \"rejected\""
+    )]
+    Preference,
     /// The model.
     #[error(transparent)]
     Tune(#[from] TuneError),
@@ -70,6 +78,8 @@ pub struct FineTuning {
     progress: Progress,
     /// Tokens that counted so far.
     trained_tokens: u64,
+    /// The other workers of the job, where there may be some.
+    group: Option<Box<dyn Reduce>>,
 }
 
 impl FineTuning {
@@ -89,9 +99,10 @@ impl FineTuning {
         if config.train && sets.train.is_empty() {
             return Err(PrepareError::NoRows);
         }
-        if sets.train.is_preference() || config.preference.is_some() {
-            let problem = "training on pairs of answers is not done by this trainer; take rows with one answer and leave preference out";
-            return Err(PrepareError::Preference(problem.to_owned()));
+        for set in [&sets.train, &sets.valid, &sets.test].into_iter().filter(|set| !set.is_empty()) {
+            if set.is_preference() != config.preference.is_some() {
+                return Err(PrepareError::Preference);
+            }
         }
         let plan = parameters::plan(&tuning, &config)?;
         let tuner = tuning.tune(plan)?;
@@ -104,6 +115,7 @@ impl FineTuning {
             optimizer: config.optimizer,
             clip: config.clip_grad_norm,
             parity: config.parity,
+            preference: config.preference,
             seed: u64::from(config.seed),
             compile,
         };
@@ -111,7 +123,15 @@ impl FineTuning {
         let fingerprint = Fingerprint::of(model, &sets).with(&config);
         let batches = Batches::new(BatchOptions::from(&config), sets)?;
         let progress = Progress::new(&config);
-        Ok(Self { config, trainer, batches, fingerprint, progress, trained_tokens: 0 })
+        Ok(Self { config, trainer, batches, fingerprint, progress, trained_tokens: 0, group: None })
+    }
+
+    /// The same with other workers, each of which has the same model, configuration and data. The group's steps have
+    /// `grad_accumulation_steps` micro-batches.
+    #[must_use]
+    pub fn with_group(mut self, group: Box<dyn Reduce>) -> Self {
+        self.group = Some(group);
+        self
     }
 
     /// Goes on where [`Job::save`] left off in `directory`.
@@ -161,32 +181,38 @@ impl FineTuning {
         Ok(sum / tokens.max(1) as f64)
     }
 
-    fn update(&mut self, iterations: std::ops::RangeInclusive<u64>) -> Result<Advance, TrainError> {
+    fn update(&mut self, iterations: RangeInclusive<u64>) -> Result<Advance, JobError> {
         let begun = Instant::now();
         let (first, last) = (*iterations.start(), *iterations.end());
-        let mut parts = Vec::new();
-        for iteration in iterations {
-            let batch = self.batches.training(iteration);
-            parts.push(self.trainer.gradients(&batch, iteration)?);
-        }
         let micro_batches = last + 1 - first;
-        let learning_rate = self.config.schedule.at(self.trainer.updates());
-        let is_lost = self.config.parity && micro_batches < self.config.grad_accumulation_steps;
-        let Some(sum) = combine(self.trainer.device(), parts)? else {
-            return Err(mlxnode_mlx::Error::Mlx("an update without micro-batches".to_owned()).into());
-        };
+        let step = self.progress.iteration() + 1;
         // mlx-lm's last gradients go nowhere when they are too few for an update.
+        let is_lost = self.config.parity && micro_batches < self.config.grad_accumulation_steps;
+        let sum = match self.group.take().filter(|_| !is_lost) {
+            None => self.alone(iterations).map_err(|error| told(step, error))?,
+            Some(mut group) => {
+                let made = self.together(&mut *group);
+                self.group = Some(group);
+                match made? {
+                    Together::Sum(sum) => sum,
+                    Together::Other(words) => return Ok(Advance::Prepared(words)),
+                }
+            }
+        };
+        let learning_rate = self.config.schedule.at(self.trainer.updates());
         let (loss, norm) = match is_lost {
             true => (sum.mean(micro_batches, true), None),
             false => {
-                let applied = self.trainer.apply(&sum, micro_batches, learning_rate)?;
+                let applied = self.trainer.apply(&sum, micro_batches, learning_rate);
+                let applied = applied.map_err(|error| told(step, error))?;
                 (applied.loss, Some(applied.gradient_norm))
             }
         };
-        self.clear_cache()?;
+        let device = self.trainer.device();
+        let memory = self.clear_cache().and_then(|()| device.memory());
+        let peak_memory = memory.map_err(|error| JobError::Failed(error.to_string()))?.peak as u64;
         self.progress.done(last);
         self.trained_tokens += sum.tokens;
-        let peak_memory = self.trainer.device().memory()?.peak as u64;
         Ok(Advance::Step(StepReport {
             step: last,
             steps: self.config.iters,
@@ -199,6 +225,17 @@ impl FineTuning {
         }))
     }
 
+    /// The sum of these iterations' gradients, all computed here.
+    fn alone(&mut self, iterations: RangeInclusive<u64>) -> Result<MicroGradients, TrainError> {
+        let mut parts = Vec::new();
+        for iteration in iterations {
+            let batch = self.batches.training(iteration);
+            parts.push(self.trainer.gradients(&batch, iteration)?);
+        }
+        combine(self.trainer.device(), parts)?
+            .ok_or_else(|| mlxnode_mlx::Error::Mlx("an update without micro-batches".to_owned()).into())
+    }
+
     /// As `clear_cache_threshold` asks for it.
     fn clear_cache(&self) -> Result<(), mlxnode_mlx::Error> {
         let threshold = self.config.clear_cache_threshold;
@@ -209,13 +246,16 @@ impl FineTuning {
         Ok(())
     }
 
-    fn piece(&mut self) -> Result<Advance, TrainError> {
+    fn piece(&mut self) -> Result<Advance, JobError> {
+        let step = self.progress.iteration() + 1;
+        let told = |error| told(step, error);
         let validates = |iteration: u64| self.batches.validates(iteration);
         match self.progress.next(validates) {
             Piece::Validation(iteration) => {
                 let begun = Instant::now();
                 let blocks = self.batches.validation(iteration);
-                let loss = self.measured(blocks.iter().map(|block| self.batches.valid_batch(block)))?;
+                let batches = blocks.iter().map(|block| self.batches.valid_batch(block));
+                let loss = self.measured(batches).map_err(told)?;
                 self.progress.validated(iteration);
                 Ok(Advance::Validated {
                     step: iteration.saturating_sub(1),
@@ -226,7 +266,8 @@ impl FineTuning {
             Piece::Update(iterations) => self.update(iterations),
             Piece::Test => {
                 let blocks = self.batches.test(self.config.train);
-                let loss = self.measured(blocks.iter().map(|block| self.batches.test_batch(block)))?;
+                let batches = blocks.iter().map(|block| self.batches.test_batch(block));
+                let loss = self.measured(batches).map_err(told)?;
                 self.progress.tested();
                 Ok(Advance::Tested { loss })
             }
@@ -235,14 +276,18 @@ impl FineTuning {
     }
 }
 
+/// What went wrong in an update or a measurement, as the job says it.
+fn told(step: u64, error: TrainError) -> JobError {
+    match error {
+        TrainError::NotFinite { detail } => JobError::NotFinite { step, detail },
+        TrainError::Token { .. } => JobError::Refused(error.to_string()),
+        TrainError::Device(_) => JobError::Failed(error.to_string()),
+    }
+}
+
 impl Job for FineTuning {
     fn advance(&mut self) -> Result<Advance, JobError> {
-        let step = self.progress.iteration() + 1;
-        self.piece().map_err(|error| match error {
-            TrainError::NotFinite { detail } => JobError::NotFinite { step, detail },
-            TrainError::Token { .. } => JobError::Refused(error.to_string()),
-            TrainError::Device(_) => JobError::Failed(error.to_string()),
-        })
+        self.piece()
     }
 
     fn save(&mut self, directory: &Path) -> Result<(), JobError> {

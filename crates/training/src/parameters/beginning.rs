@@ -9,6 +9,8 @@ use std::path::Path;
 pub struct Beginning {
     /// The arrays, in the tuner's order.
     pub arrays: Vec<Array>,
+    /// Those with which the model does what it did before any training.
+    pub reference: Vec<Array>,
 }
 
 /// The first values: of low-rank changes `A` uniform within one over the root of the inputs and `B` zero, drawn as mlx-lm draws them
@@ -44,7 +46,7 @@ pub fn begin(tuner: &Tuner, seed: u64) -> Result<Beginning, ParameterError> {
         });
     }
     device.eval(&arrays)?;
-    Ok(Beginning { arrays })
+    Ok(Beginning { reference: arrays.clone(), arrays })
 }
 
 /// `arrays` with those replaced that a file of mlx-lm's or ours has.
@@ -57,25 +59,25 @@ pub fn resume(tuner: &Tuner, beginning: Beginning, file: &Path) -> Result<Beginn
     let problem = |problems: String| ParameterError::Resume { file: file.display().to_string(), problems };
     let mut tensors = TensorFile::open(device, file).map_err(|error| problem(error.to_string()))?;
     let names: Vec<String> = tensors.names().map(str::to_owned).collect();
-    let known = |name: &String| tuner.trained().iter().any(|trained| trained.name == *name);
+    let known = |name: &String| tuner.trained().iter().any(|trained| trained.stored == *name);
     let foreign: Vec<&str> = names.iter().filter(|name| !known(name)).map(String::as_str).collect();
     if !foreign.is_empty() {
         return Err(problem(format!("{} is not trained here", listed(&foreign))));
     }
-    let mut arrays = beginning.arrays;
+    let Beginning { mut arrays, reference } = beginning;
     for (array, trained) in arrays.iter_mut().zip(tuner.trained()) {
-        if !names.contains(&trained.name) {
+        if !names.contains(&trained.stored) {
             continue;
         }
-        let stored = tensors.take(&trained.name)?;
+        let stored = tensors.take(&trained.stored)?;
         if stored.shape() != array.shape() {
             let (found, needed) = (stored.shape(), array.shape());
-            return Err(problem(format!("{} has shape {found:?}, but {needed:?} is needed", trained.name)));
+            return Err(problem(format!("{} has shape {found:?}, but {needed:?} is needed", trained.stored)));
         }
         *array = device.cast(&stored, trained.dtype)?;
     }
     device.eval(&arrays)?;
-    Ok(Beginning { arrays })
+    Ok(Beginning { arrays, reference })
 }
 
 fn listed(names: &[&str]) -> String {

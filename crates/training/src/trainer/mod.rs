@@ -10,14 +10,14 @@ mod update;
 
 pub use gradients::MicroGradients;
 pub use state::StateError;
+pub(crate) use tree::add;
 pub use tree::combine;
 pub use update::Applied;
 
-use crate::loss::Precision;
 use crate::optimizer::Optimizer;
 use crate::parameters::Beginning;
-use crate::{MicroBatch, OptimizerConfig};
-use gradients::Gradients;
+use crate::{MicroBatch, OptimizerConfig, Preference, PreferenceLoss};
+use gradients::{Gradients, Objective};
 use mlxnode_engine::tuning::Tuner;
 use mlxnode_mlx::{Array, Device, Dtype};
 use update::Update;
@@ -32,6 +32,8 @@ pub struct TrainerOptions {
     /// As mlx-lm does: a micro-batch weighs as much as another, however many tokens it has, and the loss has the logits' element type.
     /// Else each token weighs the same, in single precision.
     pub parity: bool,
+    /// Learn from pairs of answers. Not in parity.
+    pub preference: Option<Preference>,
     /// Of the random numbers of dropout.
     pub seed: u64,
     /// Compile the gradient and the update. On the CPU backend that needs a C++ compiler.
@@ -101,8 +103,15 @@ impl Trainer {
             }
         }
         device.eval(&memories)?;
-        let precision = if options.parity { Precision::OfLogits } else { Precision::Single };
-        let gradients = Gradients::new(&tuner, precision, options.parity, options.compile)?;
+        let objective = match options.preference {
+            Some(preference) => Objective::Pairs(preference),
+            None => Objective::Tokens { as_mlx_lm: options.parity },
+        };
+        let reference = match options.preference {
+            Some(Preference { loss: PreferenceLoss::Dpo, .. }) => Some(beginning.reference),
+            _ => None,
+        };
+        let gradients = Gradients::new(&tuner, objective, reference, options.compile)?;
         let update = Update::new(optimizer, parameters.len(), options.clip, options.compile)?;
         Ok(Self { tuner, options, parameters, memories, updates: 0, gradients, update })
     }

@@ -37,7 +37,7 @@ impl Trainer {
     pub fn write_parameters(&self, file: &Path) -> Result<(), StateError> {
         let mut writer = SafetensorsWriter::new();
         for (trained, array) in self.tuner.trained().iter().zip(&self.parameters) {
-            add(self.device(), &mut writer, &trained.name, array)?;
+            add(self.device(), &mut writer, &trained.stored, array)?;
         }
         Ok(writer.write(file)?)
     }

@@ -22,7 +22,12 @@ pub fn combine(device: &Device, parts: Vec<MicroGradients>) -> Result<Option<Mic
     }
 }
 
-fn add(device: &Device, one: MicroGradients, other: &MicroGradients) -> Result<MicroGradients> {
+/// The sum of two neighbours.
+///
+/// # Errors
+///
+/// MLX's.
+pub(crate) fn add(device: &Device, one: MicroGradients, other: &MicroGradients) -> Result<MicroGradients> {
     let pairs = one.gradients.iter().zip(&other.gradients);
     let gradients = pairs.map(|(one, other)| device.add(one, other)).collect::<Result<Vec<_>>>()?;
     device.eval(&gradients)?;

@@ -85,8 +85,9 @@ fn next(
     let (parameters, rest) = arrays.split_at(count);
     let (gradients, memories) = rest.split_at(count);
     let mut means = Vec::with_capacity(count);
-    for gradient in gradients {
-        means.push(device.divide(gradient, &device.cast(divisor, gradient.dtype())?)?);
+    for (gradient, parameter) in gradients.iter().zip(parameters) {
+        let mean = device.divide(gradient, &device.cast(divisor, gradient.dtype())?)?;
+        means.push(device.cast(&mean, parameter.dtype())?);
     }
     let norm = length(device, &means)?;
     if let Some(most) = clip {

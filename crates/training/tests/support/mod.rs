@@ -24,6 +24,17 @@ pub fn config(model_type: &str, extra: Value) -> Value {
     config
 }
 
+/// The parity suite's config of a family, with this vocabulary.
+pub fn parity_config(model_type: &str) -> Value {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../parity/cases/{model_type}.json"));
+    let cases: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let mut config = cases["base"].clone();
+    let config_of_text =
+        if config["text_config"].is_object() { &mut config["text_config"] } else { &mut config };
+    config_of_text["vocab_size"] = VOCABULARY.into();
+    config
+}
+
 /// Writes a model; the same one for the same seed.
 pub fn write(folder: &Path, config: &Value, seed: u64) {
     std::fs::create_dir_all(folder).unwrap();

@@ -123,6 +123,11 @@ pub struct Lora {
 impl Lora {
     pub fn run(self, global: &Global) -> Result<ExitCode> {
         let config = self.configuration()?;
+        let mut checkpoints = Checkpoints::new(&config);
+        let newest = if self.resume { checkpoints.newest()? } else { None };
+        if self.resume && newest.is_none() {
+            bail!("there is no checkpoint in {}; leave --resume out to begin", config.adapter_path.display());
+        }
         let folder = hub::folder(&config.model, global.quiet)?;
         let opened = loading::open(&folder)?;
         let config = if config.train { config } else { tested(config)? };
@@ -145,18 +150,11 @@ impl Lora {
         let mut figures = Figures::new(&config, global);
         figures.begins(&job, weights)?;
         let files = Files::new(&config.adapter_path);
-        let mut checkpoints = Checkpoints::new(&config);
         if config.train {
             files.prepare(&config)?;
         }
-        if self.resume {
-            let Some(newest) = checkpoints.newest()? else {
-                bail!(
-                    "there is no checkpoint in {}; leave --resume out to begin",
-                    config.adapter_path.display()
-                );
-            };
-            job.resume(&newest).with_context(|| format!("cannot go on from {}", newest.display()))?;
+        if let Some(newest) = &newest {
+            job.resume(newest).with_context(|| format!("cannot go on from {}", newest.display()))?;
             figures.resumed(&job)?;
         }
         figures.record(&job)?;

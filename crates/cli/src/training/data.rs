@@ -1,17 +1,36 @@
 //! Where a run's rows come from.
 
+use crate::progress::Bar;
 use crate::{hub, warnings};
-use anyhow::Result;
+use anyhow::{Context as _, Result};
+use mlxnode_hub::{Hub, HubId};
 use mlxnode_training::{Sets, TrainingConfig};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The folders or files with the rows that a configuration asks for, downloaded if need be.
 pub fn folders(config: &TrainingConfig, quiet: bool) -> Result<Vec<PathBuf>> {
     if config.hf_dataset.is_empty() {
-        return Ok(vec![hub::data(&config.data, None, quiet)?]);
+        return Ok(vec![folder(&config.data, None, quiet)?]);
     }
-    let of = |dataset: &mlxnode_training::HubDataset| hub::data(&dataset.path, dataset.revision.as_deref(), quiet);
-    config.hf_dataset.iter().map(of).collect()
+    let datasets = config.hf_dataset.iter();
+    datasets.map(|dataset| folder(&dataset.path, dataset.revision.as_deref(), quiet)).collect()
+}
+
+/// The folder or file of this name, or the folder of a data set of the hub, downloaded if need be with a bar on stderr.
+fn folder(name: &str, revision: Option<&str>, quiet: bool) -> Result<PathBuf> {
+    let path = Path::new(name);
+    if path.exists() {
+        return Ok(path.to_owned());
+    }
+    let id = HubId::dataset(name, revision).with_context(|| {
+        format!("there is no folder or file {name}, nor is it the name of a data set of the hub (OWNER/NAME)")
+    })?;
+    let bar = Bar::new("downloading", quiet);
+    let folder = Hub::new(hub::options()).resolve_dataset(&id, &|progress| {
+        bar.say(progress.file);
+        bar.show(progress.done_bytes, progress.total_bytes);
+    })?;
+    Ok(folder)
 }
 
 /// Rows that were longer than the limit.

@@ -45,6 +45,8 @@ pub(crate) struct Attention {
     pub(crate) beside: Option<Beside>,
     /// Chooses the blocks of keys that queries see.
     pub(crate) blocks: Option<BlockIndexer>,
+    /// Some layers of the model choose blocks, so that files have a list for each.
+    pub(crate) listed: bool,
     pub(crate) core: SoftmaxAttention,
 }
 
@@ -145,6 +147,8 @@ impl Attention {
             window: self.core.window.or(self.core.chunk),
             chunk: self.core.chunk,
             indexer: self.blocks.is_some(),
+            narrow_index: self.blocks.is_some(),
+            listed: self.listed,
             ..Keeps::default()
         }
     }

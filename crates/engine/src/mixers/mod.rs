@@ -85,6 +85,10 @@ pub(crate) struct Keeps {
     pub(crate) chunk: Option<i32>,
     /// Keys of an indexer.
     pub(crate) indexer: bool,
+    /// Where a file has an indexer's values, these have no width; otherwise its keys stand there again. It has no values.
+    pub(crate) narrow_index: bool,
+    /// Files have the layer's cache in a list, although it may be alone there.
+    pub(crate) listed: bool,
     /// Where an indexer would keep its keys are the keys and values of a second attention.
     pub(crate) second: bool,
     /// States of a fixed size.

@@ -174,3 +174,56 @@ fn a_job_stands_still_goes_on_and_ends_as_it_is_told() -> Result<()> {
     assert_eq!(ids, ["four", "three", "two", "one"]);
     Ok(())
 }
+
+#[test]
+fn an_adapter_is_trained_by_the_cluster_and_asked_for_at_once() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let cluster = LocalCluster::start(2)?;
+    let node = cluster.first();
+    node.json(&["load", "demo"])?;
+    let rows: String = (10..26).map(|a| format!("{{\"text\": \"What is {a} + 2? {}\"}}\n", a + 2)).collect();
+    for name in ["train.jsonl", "valid.jsonl"] {
+        std::fs::write(folder.path().join(name), &rows)?;
+    }
+    let configuration = folder.path().join("lora.yaml");
+    let text = format!(
+        "model: demo\ndata: {}\niters: 8\nbatch_size: 2\nnum_layers: 2\nlearning_rate: 1e-3\nsteps_per_eval: 4\nval_batches: 1\n\
+         checkpoint_steps: 2\n",
+        folder.path().display()
+    );
+    std::fs::write(&configuration, &text)?;
+    let configuration = configuration.to_str().context("utf-8")?;
+    // Submitted elsewhere than where the coordinator is: the files travel from there.
+    let words = ["jobs", "submit", configuration, "--id", "poet", "--publish", "demo:poet"];
+    cluster.nodes[1].json(&words)?;
+    let seen = wait_for(node, "poet", "finished")?;
+    let losses = seen["losses"].as_array().context("losses")?;
+    ensure!(losses.iter().filter(|it| it["training"].is_f64()).count() == 8, "{seen}");
+    ensure!(losses.iter().any(|it| it["validation"].is_f64()), "{seen}");
+    let mut published = Value::Null;
+    eventually(PATIENCE, || {
+        published = job(node, "poet")?;
+        ensure!(published["publications"][0]["problem"] == "", "it is not served: {published}");
+        Ok(())
+    })?;
+    assert_eq!(published["served_as"][0], "demo:poet");
+    let checkpoint = published["checkpoints"].as_array().and_then(|all| all.last()).context("checkpoints")?;
+    assert_eq!(published["publications"][0]["hash"], checkpoint["hash"]);
+    let words = ["generate", "--model", "demo", "--adapter", "poet", "--prompt", "What is 17 + 2?"];
+    node.json(&[&words[..], &["--max-tokens", "4"]].concat())?;
+
+    // What was downloaded is an adapter as mlx-lm has them, and a picture of its losses can be drawn.
+    let to = folder.path().join("adapter");
+    node.json(&["jobs", "download", "poet", "--to", to.to_str().context("utf-8")?])?;
+    ensure!(to.join("adapters.safetensors").is_file() && to.join("adapter_config.json").is_file(), "{to:?}");
+    let picture = folder.path().join("losses.svg");
+    node.json(&["jobs", "show", "poet", "--plot", picture.to_str().context("utf-8")?])?;
+    ensure!(std::fs::read_to_string(&picture)?.starts_with("<svg"), "a picture");
+
+    // What is wrong with a configuration shows before anything is sent.
+    std::fs::write(folder.path().join("wrong.yaml"), text.replace("iters", "itres"))?;
+    let wrong = folder.path().join("wrong.yaml");
+    let refused = node.json(&["jobs", "submit", wrong.to_str().context("utf-8")?]);
+    ensure!(refused.is_err_and(|error| error.to_string().contains("itres")), "an unknown key");
+    Ok(())
+}

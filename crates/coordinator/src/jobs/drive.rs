@@ -285,7 +285,10 @@ impl Job {
                 Vec::new()
             }
             Err(error) if is_for_good(&error) => self.fail(error.to_string(), at),
-            Err(error @ (Error::Unavailable(_) | Error::TimedOut(_) | Error::Cancelled(_))) => {
+            Err(
+                error
+                @ (Error::Unavailable(_) | Error::TimedOut(_) | Error::Cancelled(_) | Error::TooMany(_)),
+            ) => {
                 self.forget_undurable();
                 self.moment.waits_for = Some(error.to_string());
                 self.moment.retry_at = Some(now + RETRY);

@@ -113,7 +113,12 @@ impl Peers {
             Error::Unavailable(format!("no node that can be reached has the file {}", input.name))
         })?;
         let (store, bytes) = (self.store.clone(), input.bytes);
-        let mut incoming = on_disk(&what, move || store.receive(hash, bytes, offset)).await?;
+        let receiving = on_disk(&what, move || store.receive(hash, bytes, offset)).await;
+        let mut incoming = receiving.map_err(|error| match error {
+            // It comes from somewhere else at this moment.
+            Error::Invalid(text) => Error::Unavailable(format!("{what}: {text}")),
+            other => other,
+        })?;
         let mut piece = first;
         while let Some(next) = piece {
             incoming = on_disk(&what, move || incoming.write(&next.data).map(|()| incoming)).await?;

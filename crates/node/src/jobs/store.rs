@@ -203,6 +203,15 @@ impl Store {
 /// The checkpoints that are wanted stay, and those after them: they may have just been made.
 fn tidy_job(folder: &Path, job: &Wanted) -> io::Result<()> {
     let newest = job.checkpoints.iter().map(|checkpoint| checkpoint.step).max().unwrap_or(0);
+    // What broken attempts left; a copy may be on its way.
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_str().unwrap_or_default();
+        if name.starts_with("new-") && !name.starts_with("new-copy-") {
+            fs::remove_dir_all(entry.path())?;
+        }
+    }
     for (manifest, hash) in bundle::list(folder) {
         let is_wanted = job.checkpoints.iter().any(|checkpoint| checkpoint.hash == hash);
         if !is_wanted && manifest.step <= newest {

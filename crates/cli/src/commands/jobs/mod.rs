@@ -13,6 +13,7 @@ use mlxnode_proto::v1::{
     GetJobRequest, Job, JobLogsRequest, JobState, ListJobsRequest, PublishJobRequest, WatchJobsRequest,
 };
 use serde_json::json;
+use std::path::PathBuf;
 
 /// Fine-tune models on the cluster while it goes on answering.
 ///
@@ -41,6 +42,9 @@ enum Action {
     Show {
         /// Its id.
         id: String,
+        /// Draw the curve of its losses into a file: .svg or .png.
+        #[arg(long, value_name = "FILE")]
+        plot: Option<PathBuf>,
     },
     /// Follow a job until it is over.
     Watch {
@@ -98,8 +102,11 @@ impl Jobs {
                 let listed = jobs.list(ListJobsRequest {}).await?.into_inner().jobs;
                 shown::list(&listed, global)
             }
-            Action::Show { id } => {
+            Action::Show { id, plot } => {
                 let job = jobs.get(GetJobRequest { id }).await?.into_inner();
+                if let Some(file) = plot {
+                    shown::plot(&job, &file)?;
+                }
                 shown::show(&job, global)
             }
             Action::Watch { id } => watch(&connection, &id, global).await,

@@ -2,11 +2,13 @@
 
 use crate::arguments::Global;
 use crate::output;
-use anyhow::Result;
+use anyhow::{Context as _, Result, bail};
 use mlxnode_api::jobs::shown;
 use mlxnode_compute::ByteCount;
-use mlxnode_proto::v1::{Job, JobCheckpoint, JobPublication, JobState};
+use mlxnode_proto::v1::{Job, JobCheckpoint, JobLoss, JobPublication, JobState};
+use mlxnode_training::Curve;
 use serde_json::{Value, json};
+use std::path::Path;
 
 /// A job as JSON.
 pub fn json(job: &Job) -> Value {
@@ -131,6 +133,21 @@ pub fn show(job: &Job, global: &Global) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// The curve of a job's losses as a picture; the ending says which kind.
+pub fn plot(job: &Job, file: &Path) -> Result<()> {
+    let losses = |of: fn(&JobLoss) -> Option<f64>| {
+        job.losses.iter().filter_map(|loss| Some((loss.step, of(loss)?))).collect()
+    };
+    let curve = Curve { train: losses(|loss| loss.training), valid: losses(|loss| loss.validation) };
+    let title = job.wish.clone().unwrap_or_default().id;
+    let bytes = match file.extension().and_then(|ending| ending.to_str()) {
+        Some("svg") => curve.svg(&title)?.into_bytes(),
+        Some("png") => curve.png(&title)?,
+        _ => bail!("{} has to end in .svg or .png", file.display()),
+    };
+    std::fs::write(file, bytes).with_context(|| format!("cannot write {}", file.display()))
 }
 
 #[cfg(test)]

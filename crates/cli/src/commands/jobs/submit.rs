@@ -2,10 +2,11 @@
 
 use crate::arguments::{Global, duration, within};
 use crate::connection::Connection;
-use crate::{output, progress};
+use crate::{output, progress, training};
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
 use mlxnode_proto::v1::{JobInput, SubmitJobRequest, UploadRequest, UploadedRequest};
+use mlxnode_training::{Settings, TrainingConfig};
 use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -39,15 +40,15 @@ pub struct Submit {
     /// Memory that it takes of its node, in bytes. Default: estimated from the model.
     #[arg(long, value_name = "BYTES")]
     memory: Option<u64>,
-    /// Save a checkpoint after so many steps.
-    #[arg(long, value_name = "N", value_parser = within(1..=1_000_000), default_value_t = 100)]
-    save_steps: u32,
-    /// Save a checkpoint after so long.
-    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "5m")]
-    save_time: Duration,
-    /// Keep so many of the newest checkpoints.
-    #[arg(long, value_name = "N", value_parser = within(1..=32), default_value_t = 3)]
-    keep: u32,
+    /// Save a checkpoint after so many steps. Default: the configuration's `checkpoint_steps`, or 100.
+    #[arg(long, value_name = "N", value_parser = within(1..=1_000_000))]
+    save_steps: Option<u32>,
+    /// Save a checkpoint after so long. Default: the configuration's `checkpoint_minutes`, or 5m.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    save_time: Option<Duration>,
+    /// Keep so many of the newest checkpoints. Default: the configuration's `keep_checkpoints`, or 3.
+    #[arg(long, value_name = "N", value_parser = within(1..=32))]
+    keep: Option<u32>,
     /// What it computes.
     #[arg(long, value_name = "KIND", default_value = "fine-tuning", value_parser = ["fine-tuning", "rehearsal"])]
     kind: String,
@@ -65,19 +66,16 @@ impl Submit {
         let shown = self.configuration.display();
         let configuration =
             fs::read_to_string(&self.configuration).with_context(|| format!("cannot read {shown}"))?;
-        let model = match self.model {
-            Some(model) => model,
-            None => scalar(&configuration, "model").unwrap_or_default(),
-        };
-        let mut data = self.data;
-        if data.is_empty()
-            && let Some(named) = scalar(&configuration, "data")
-        {
-            // As mlx-lm has it: seen from where the command runs.
-            data.push(PathBuf::from(named));
-        }
-        if data.is_empty() && self.kind == "fine-tuning" {
-            bail!("{shown} names no `data`; say where the rows are with --data");
+        let (mut model, mut data) = (self.model.unwrap_or_default(), self.data);
+        let mut saves = SavePolicy::default();
+        if self.kind == "fine-tuning" {
+            let asked = configured(&configuration, &shown.to_string(), &model)?;
+            model = asked.model.clone();
+            if data.is_empty() {
+                // As mlx-lm has it: seen from where the command runs.
+                data.push(PathBuf::from(&asked.data));
+            }
+            saves = SavePolicy::of(&asked);
         }
         let mut inputs = Vec::new();
         for path in files_of(&data)? {
@@ -102,9 +100,9 @@ impl Submit {
             memory_bytes: self.memory.unwrap_or_default(),
             share_percent: self.share,
             workers: self.workers,
-            save_steps: self.save_steps,
-            save_seconds: u32::try_from(self.save_time.as_secs()).unwrap_or(u32::MAX),
-            keep_checkpoints: self.keep,
+            save_steps: self.save_steps.unwrap_or(saves.steps),
+            save_seconds: self.save_time.map_or(saves.seconds, |time| narrow(time.as_secs())),
+            keep_checkpoints: self.keep.unwrap_or(saves.keep),
             publish_model,
             publish_adapter,
         };
@@ -119,14 +117,43 @@ impl Submit {
     }
 }
 
-/// The value of a key that stands at the beginning of a line. The trainer reads the file as a whole.
-fn scalar(yaml: &str, key: &str) -> Option<String> {
-    let value = yaml.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?.trim();
-    let value = match value.chars().next()? {
-        quote @ ('"' | '\'') => value[1..].split(quote).next()?,
-        _ => value.split(" #").next()?.trim_end(),
-    };
-    Some(value.to_owned()).filter(|value| !value.is_empty() && value != "null" && value != "~")
+/// What the configuration says of saving; 0: nothing.
+#[derive(Default)]
+struct SavePolicy {
+    steps: u32,
+    seconds: u32,
+    keep: u32,
+}
+
+impl SavePolicy {
+    fn of(config: &TrainingConfig) -> Self {
+        Self {
+            steps: config.checkpoint_steps.map(narrow).unwrap_or_default(),
+            seconds: config
+                .checkpoint_minutes
+                .map(|minutes| (minutes * 60.0).ceil() as u32)
+                .unwrap_or_default(),
+            keep: config.keep_checkpoints.min(32) as u32,
+        }
+    }
+}
+
+fn narrow(number: u64) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+/// The configuration as the trainer will read it: what is wrong with it shows here and not on a node.
+fn configured(text: &str, origin: &str, model: &str) -> Result<TrainingConfig> {
+    let mut flags = Settings::new();
+    if !model.is_empty() {
+        flags.set("model", model);
+    }
+    flags.set("train", true);
+    let asked = TrainingConfig::resolve(flags, Settings::from_yaml(text, origin)?)?;
+    if let Err(wrong) = training::job::configuration(text, &asked.model, Path::new(&asked.data)) {
+        bail!("{origin}: {wrong}");
+    }
+    Ok(asked)
 }
 
 /// A folder is made absolute: other processes read it.
@@ -213,11 +240,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_keys_that_the_command_needs_are_found() {
-        let yaml = "# lora\nmodel: \"mlx-community/x # y\"\ndata: ./rows  # here\nlora_parameters:\n  model: 3\nother: null\n";
-        assert_eq!(scalar(yaml, "model").as_deref(), Some("mlx-community/x # y"));
-        assert_eq!(scalar(yaml, "data").as_deref(), Some("./rows"));
-        assert_eq!((scalar(yaml, "other"), scalar(yaml, "iters")), (None, None));
+    fn the_configuration_is_read_before_anything_is_sent() {
+        let asked = configured("model: demo\ndata: ./rows\ncheckpoint_steps: 7\n", "lora.yaml", "").unwrap();
+        assert_eq!((asked.model.as_str(), asked.data.as_str()), ("demo", "./rows"));
+        assert_eq!(SavePolicy::of(&asked).steps, 7);
+        assert_eq!(configured("model: demo", "lora.yaml", "other").unwrap().model, "other");
+        let error = configured("itres: 7", "lora.yaml", "").unwrap_err().to_string();
+        assert!(error.contains("itres") && error.contains("lora.yaml"), "{error}");
     }
 
     #[test]

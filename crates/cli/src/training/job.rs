@@ -59,8 +59,9 @@ pub fn make(setup: &JobSetup, group: Option<&CollectiveEndpoint>) -> Result<Box<
     }
     if let Some(endpoint) = group {
         let values = job.trainer().parameters().iter().map(|parameter| parameter.len()).sum();
-        let micro_batches = u32::try_from(micro_batches)
-            .map_err(|_| JobError::Refused("grad_accumulation_steps is too large for several workers".into()))?;
+        let micro_batches = u32::try_from(micro_batches).map_err(|_| {
+            JobError::Refused("grad_accumulation_steps is too large for several workers".into())
+        })?;
         job = job.with_group(Box::new(endpoint.join(values, micro_batches)));
     }
     Ok(Box::new(job))

@@ -72,6 +72,16 @@ fn job_processes(node: &NodeProcess) -> Result<Vec<Pid>> {
     Ok(found.collect())
 }
 
+/// Starts a node again that was killed, once it is gone.
+fn restart(cluster: &mut LocalCluster, index: usize) -> Result<()> {
+    let setup = cluster.setup(index);
+    let killed = cluster.nodes.remove(index);
+    let data_dir = killed.data_dir().to_owned();
+    drop(killed);
+    cluster.nodes.insert(index, NodeProcess::start(&data_dir, &setup)?);
+    Ok(())
+}
+
 #[test]
 fn a_job_that_is_killed_at_every_phase_comes_to_the_same_result() -> Result<()> {
     let folder = tempfile::tempdir()?;
@@ -101,25 +111,20 @@ fn a_job_that_is_killed_at_every_phase_comes_to_the_same_result() -> Result<()> 
     wait_for_step(cluster.first(), "disturbed", 15)?;
     cluster.nodes[1].signal(Signal::SIGKILL)?;
     wait_for_step(cluster.first(), "disturbed", 25)?;
-    let setup = cluster.setup(1);
-    let data_dir = cluster.nodes[1].data_dir().to_owned();
-    cluster.nodes[1] = NodeProcess::start(&data_dir, &setup)?;
+    restart(&mut cluster, 1)?;
 
     // The coordinator.
     wait_for_step(cluster.first(), "disturbed", 35)?;
     cluster.nodes[0].signal(Signal::SIGKILL)?;
-    let (setup, data_dir) = (cluster.setup(0), cluster.nodes[0].data_dir().to_owned());
-    cluster.nodes[0] = NodeProcess::start(&data_dir, &setup)?;
+    restart(&mut cluster, 0)?;
 
     // All at once.
     wait_for_step(cluster.first(), "disturbed", 45)?;
     for node in &cluster.nodes {
         node.signal(Signal::SIGKILL)?;
     }
-    for index in 0..2 {
-        let (setup, data_dir) = (cluster.setup(index), cluster.nodes[index].data_dir().to_owned());
-        cluster.nodes[index] = NodeProcess::start(&data_dir, &setup)?;
-    }
+    restart(&mut cluster, 0)?;
+    restart(&mut cluster, 1)?;
 
     let seen = wait_for(cluster.first(), "disturbed", "finished")?;
     ensure!(seen["attempts"].as_u64() >= Some(3), "{seen}");

@@ -25,13 +25,23 @@ function curve(losses) {
   ];
 }
 
+function pace(job) {
+  const words = [];
+  if (job.node) words.push(`on ${job.node}`);
+  if (job.state === "running" && job.tokens_per_second > 0) words.push(`${Math.round(job.tokens_per_second).toLocaleString("en")} tokens/s`);
+  if (job.seconds_left) words.push(job.seconds_left < 90 ? `${Math.round(job.seconds_left)} s left` : `${Math.ceil(job.seconds_left / 60)} min left`);
+  if (job.served_as.length) words.push(`served as ${job.served_as.join(", ")}`);
+  return words.join(" · ");
+}
+
 function card(job) {
   const share = job.steps ? job.step / job.steps : 0;
   return el("article", { class: "card deployment" },
-    el("header", null, el("h2", null, `${job.kind} · ${job.model}`), el("span", { class: "badge" }, job.state)),
+    el("header", null, el("h2", null, [job.id, job.kind, job.model].filter(Boolean).join(" · ")), el("span", { class: "badge" }, job.state)),
     job.detail ? el("p", { class: job.state === "failed" ? "error" : "soft" }, job.detail) : null,
     job.steps ? el("p", { class: "soft" }, `step ${job.step.toLocaleString("en")} of ${job.steps.toLocaleString("en")}`) : null,
     job.steps ? meter(share, "Steps done") : null,
+    pace(job) ? el("p", { class: "soft" }, pace(job)) : null,
     ...curve(job.losses));
 }
 

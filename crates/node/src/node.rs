@@ -287,6 +287,7 @@ impl Node {
             store: jobs::Store::new(data_dir.jobs()),
             mesh: mesh.clone(),
             roster: roster.clone(),
+            fetching: Arc::default(),
         };
         workers.take_adapters_of_jobs_from(job_peers.clone());
         let place = (

@@ -27,6 +27,8 @@ pub(crate) struct Peers {
     pub(crate) store: Store,
     pub(crate) mesh: MeshHandle,
     pub(crate) roster: Arc<RosterStore>,
+    /// Checkpoints are fetched one at a time: who waits for the same one finds it here then.
+    pub(crate) fetching: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// A disk that failed, in words for whoever waits.
@@ -143,6 +145,7 @@ impl Peers {
         };
         let job = self.store.job(id).map_err(disk(&what))?;
         let hash = checkpoint.hash;
+        let _fetching = self.fetching.lock().await;
         let here = bundle::folder_of(&job, hash);
         let (folder, owner) = (here.clone(), id.to_owned());
         let verified = on_disk(&what, move || Ok(bundle::verify(&folder, &owner, hash))).await?;

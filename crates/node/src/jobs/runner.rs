@@ -445,6 +445,7 @@ impl Attempt {
         let saves = self.order.spec.saves;
         let mut meter = Meter { step: from, ..Meter::default() };
         let (mut saved_step, mut saved_at) = (from, Instant::now());
+        let mut saved = None;
         let mut is_running = false;
         let mut last_report = Instant::now();
         loop {
@@ -488,6 +489,9 @@ impl Attempt {
                 }
                 Advance::Finished => {
                     self.flush(&mut meter).await;
+                    if let Some(checkpoint) = saved.filter(|_| saved_step == meter.step) {
+                        return Ok(RunEnd::Finished(checkpoint));
+                    }
                     return match self.save_when_there_is_room(process, meter.step).await? {
                         Some(checkpoint) => Ok(RunEnd::Finished(checkpoint)),
                         None => Ok(RunEnd::Yielded),
@@ -503,7 +507,8 @@ impl Attempt {
             if meter.step > saved_step && (by_steps || by_time) {
                 self.flush(&mut meter).await;
                 if let Some(checkpoint) = self.save_when_there_is_room(process, meter.step).await? {
-                    self.say(Report::Checkpointed(checkpoint)).await;
+                    self.say(Report::Checkpointed(checkpoint.clone())).await;
+                    saved = Some(checkpoint);
                 }
                 (saved_step, saved_at) = (meter.step, Instant::now());
             }

@@ -36,6 +36,7 @@ const ALLOWED: [(&str, &[&str]); 21] = [
             "coordinator",
             "worker",
             "cluster",
+            "collective",
             "hub",
             "sandbox",
             "text",

@@ -1,7 +1,7 @@
 //! What the rounds tell the members: who they are now, and from which step they go on.
 
 /// One worker in a job, never used again for another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 pub struct MemberId(pub u64);
 
 impl std::fmt::Display for MemberId {

@@ -27,6 +27,7 @@ fn spec(id: &str) -> JobSpec {
         configuration: String::new(),
         inputs: Vec::new(),
         memory: Some(ByteCount(10)),
+        workers: 1,
         share: 25,
         saves: SavePolicy { keep: 2, ..SavePolicy::default() },
         publish: Some(PublishWish { deployment: "demo".into(), adapter: id.to_owned() }),

@@ -54,7 +54,7 @@ use mlxnode_proto::internal::v1::replica_server::ReplicaServer;
 use mlxnode_sandbox::{SandboxOptions, SandboxProcess};
 use mlxnode_traces::{Collector, Exporter, ExporterError};
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -290,7 +290,12 @@ impl Node {
             fetching: Arc::default(),
         };
         workers.take_adapters_of_jobs_from(job_peers.clone());
-        let job_runners = job_runners(&options, &workers, &schedulers, job_peers.clone());
+        let place = (
+            identity.clone(),
+            bound.ip(),
+            addresses::host(reachable.first().map_or("127.0.0.1", String::as_str)),
+        );
+        let job_runners = job_runners(&options, place, &workers, &schedulers, job_peers.clone());
         let nodes = ClusterNodes {
             own,
             mesh: mesh.clone(),
@@ -635,6 +640,7 @@ async fn start_coordinator(
 
 fn job_runners(
     options: &NodeOptions,
+    (identity, listen, advertised): (Arc<Identity>, IpAddr, &str),
     workers: &Workers,
     schedulers: &Schedulers,
     peers: jobs::Peers,
@@ -642,6 +648,9 @@ fn job_runners(
     let (busy_workers, busy_schedulers, hub_workers) = (workers.clone(), schedulers.clone(), workers.clone());
     let options = jobs::RunnersOptions {
         command: options.worker_command.clone(),
+        identity,
+        listen,
+        advertised: advertised.to_owned(),
         is_busy: Arc::new(move || busy_schedulers.busy() > 0 || busy_workers.open_sequences() > 0),
         fetch_model: Arc::new(move |source| {
             let workers = hub_workers.clone();

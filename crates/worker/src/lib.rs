@@ -9,7 +9,7 @@
 //! Child side: [`run`] is the process, [`LocalWorker`] the same within a process. Parent side: [`WorkerProcess`] starts, watches
 //! and ends one. Scheduler's side: [`DriveClient`]. A training job's side: [`CollectiveEndpoint`]. [`wire`] converts between the seam's types and the contract's messages.
 //!
-//! A job (training, quantization) runs in such a process too, without a network: [`run_job`] and [`JobProcess`].
+//! A job (training, quantization) runs in such a process too, with a network only for its gradients: [`run_job`] and [`JobProcess`].
 //!
 //! The node decides what a fault means; a worker that lost a neighbour or whose device failed just ends, with a reason.
 
@@ -44,7 +44,7 @@ pub use collective::{
 pub use compute_thread::{BlockRoom, Guessing, LoadFailure, LoadShard, StageFactory};
 pub use drive_client::{DriveClient, DriveError, DriveEvents};
 pub use error::{Fault, Side};
-pub use job::{JobCallError, JobFactory, JobProcess, JobSetup, Rehearsal, run_job};
+pub use job::{GroupPlace, JobCallError, JobFactory, JobProcess, JobSetup, Rehearsal, run_job};
 pub use message::{DriveCommand, DriveEvent, SampledToken, StageTimes};
 pub use process::{LoadProgress, ProcessError, ShardLoading, SpawnWorker, WorkerExit, WorkerProcess};
 pub use progress::ShardStats;

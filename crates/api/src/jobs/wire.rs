@@ -40,6 +40,7 @@ pub(super) fn spec(request: v1::SubmitJobRequest, owner: String) -> Result<JobSp
             0 => JobSpec::DEFAULT_SHARE,
             share => share,
         },
+        workers: request.workers.max(1),
         saves: SavePolicy {
             every_steps: or(request.save_steps, usual.every_steps),
             every_seconds: or(request.save_seconds, usual.every_seconds),
@@ -78,6 +79,7 @@ fn wish(spec: &JobSpec) -> v1::SubmitJobRequest {
         inputs: spec.inputs.iter().map(input).collect(),
         memory_bytes: spec.memory.unwrap_or_default().0,
         share_percent: spec.share,
+        workers: spec.workers,
         save_steps: narrow(spec.saves.every_steps),
         save_seconds: narrow(spec.saves.every_seconds),
         keep_checkpoints: spec.saves.keep,
@@ -222,6 +224,7 @@ mod tests {
             }],
             memory_bytes: 7,
             share_percent: 30,
+            workers: 2,
             save_steps: 10,
             save_seconds: 60,
             keep_checkpoints: 2,

@@ -7,7 +7,9 @@ use mlxnode_checkpoint::Checkpoint;
 use mlxnode_compute::{Job, JobError};
 use mlxnode_engine::{EngineStage, Model, Speculation, StageOptions};
 use mlxnode_traces::{Collector, Exporter};
-use mlxnode_worker::{Guessing, JobSetup, LoadFailure, LoadShard, Rehearsal, RunError, WorkerOptions};
+use mlxnode_worker::{
+    CollectiveEndpoint, Guessing, JobSetup, LoadFailure, LoadShard, Rehearsal, RunError, WorkerOptions,
+};
 use std::process::ExitCode;
 
 /// Run one shard for the node that started this process.
@@ -57,9 +59,9 @@ fn code(ended: Result<(), RunError>) -> ExitCode {
 }
 
 /// Makes the job of this process, on the thread that drives it.
-fn job(setup: &JobSetup) -> Result<Box<dyn Job>, JobError> {
+fn job(setup: &JobSetup, group: Option<&CollectiveEndpoint>) -> Result<Box<dyn Job>, JobError> {
     match setup.kind.as_str() {
-        "fine-tuning" => crate::training::job::make(setup),
+        "fine-tuning" => crate::training::job::make(setup, group),
         "rehearsal" => {
             let resume = setup.resume.as_deref();
             Ok(Box::new(Rehearsal::new(&setup.configuration, &setup.inputs, resume)?))

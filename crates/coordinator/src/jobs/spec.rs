@@ -16,6 +16,8 @@ pub const MAX_INPUTS: usize = 32;
 pub const MAX_INPUT_BYTES: u64 = 64 << 30;
 /// Longest name of a file.
 const MAX_FILE_NAME_BYTES: usize = 128;
+/// Most nodes that compute a job together.
+const MAX_WORKERS: u32 = mlxnode_collective::MOST_MEMBERS as u32;
 /// Most checkpoints that a job may keep.
 const MAX_KEPT: u32 = 32;
 
@@ -114,6 +116,9 @@ pub struct JobSpec {
     pub memory: Option<ByteCount>,
     /// Percent of the time that it may take of a node while that answers requests; 1 to 100.
     pub share: u32,
+    /// Nodes that compute it together, as far as there are so many.
+    #[serde(default = "one")]
+    pub workers: u32,
     /// When it saves.
     pub saves: SavePolicy,
     /// Where its result is served when it is finished.
@@ -122,6 +127,10 @@ pub struct JobSpec {
     /// Who submitted it: the name of a key; empty: this cluster's own people.
     #[serde(default)]
     pub owner: String,
+}
+
+fn one() -> u32 {
+    1
 }
 
 impl JobSpec {
@@ -164,6 +173,12 @@ impl JobSpec {
         }
         if !(1..=100).contains(&self.share) {
             return invalid(format!("share is {}, but must be 1 to 100 percent", self.share));
+        }
+        if !(1..=MAX_WORKERS).contains(&self.workers) {
+            return invalid(format!("workers is {}, but must be 1 to {MAX_WORKERS}", self.workers));
+        }
+        if self.workers > 1 && self.kind == JobKind::Rehearsal {
+            return invalid("a rehearsal has one worker".into());
         }
         if !(1..=MAX_KEPT).contains(&self.saves.keep) {
             return invalid(format!("saves.keep is {}, but must be 1 to {MAX_KEPT}", self.saves.keep));
@@ -220,6 +235,7 @@ mod tests {
             inputs: vec![InputFile { name: "train.jsonl".into(), hash: ContentHash::of(b""), bytes: 0 }],
             memory: None,
             share: 25,
+            workers: 1,
             saves: SavePolicy::default(),
             publish: None,
             owner: String::new(),

@@ -11,6 +11,7 @@
 //! | `bundle` | a checkpoint on the disk: written whole or not at all, checked by hashes |
 //! | `peer_client` | fetches both from other nodes |
 //! | `runner` | drives a job's process: pieces, reports, checkpoints, yielding to requests |
+//! | `team` | the other workers of a job that runs on several nodes: those this node leads, and those it runs for others |
 //! | `pace` | how long a job stands back for requests (pure) |
 //! | `client`, `service` | the coordinator's orders, given and taken |
 //! | `files` | what the API asks of the store |
@@ -25,6 +26,7 @@ mod peer_client;
 mod runner;
 pub(crate) mod service;
 mod store;
+mod team;
 
 pub(crate) use peer_client::Peers;
 pub(crate) use runner::{Runners, RunnersOptions};

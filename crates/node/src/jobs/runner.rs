@@ -6,6 +6,9 @@
 use super::bundle;
 use super::pace::pause_after;
 use super::peer_client::{Peers, on_disk};
+use super::team::{Helper, Place, Team};
+use mlxnode_cluster::{Identity, KeyPin};
+use mlxnode_collective::MemberId;
 use mlxnode_compute::{Advance, JobError, StepReport};
 use mlxnode_coordinator::Error;
 use mlxnode_coordinator::jobs::{
@@ -14,6 +17,7 @@ use mlxnode_coordinator::jobs::{
 use mlxnode_worker::{JobCallError, JobProcess, JobSetup};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -39,6 +43,11 @@ const NEWEST: f64 = 0.1;
 pub(crate) struct RunnersOptions {
     /// The executable: this node's own.
     pub(crate) command: PathBuf,
+    /// What this node is to its workers and to other nodes'.
+    pub(crate) identity: Arc<Identity>,
+    /// Where workers listen for other workers, and under which host other nodes reach them.
+    pub(crate) listen: IpAddr,
+    pub(crate) advertised: String,
     /// Does this node answer requests now?
     pub(crate) is_busy: Arc<dyn Fn() -> bool + Send + Sync>,
     /// Gets a model onto this machine and says where it is.
@@ -152,6 +161,7 @@ impl Runners {
             peers: self.shared.peers.clone(),
             command: self.shared.options.command.clone(),
             is_busy: self.shared.options.is_busy.clone(),
+            place: self.place(),
             told,
             reports,
             order,
@@ -178,6 +188,47 @@ impl Runners {
         let held = Held { epoch, will: will.clone(), over, _task: AbortOnDropHandle::new(task) };
         state.running.insert(id, held); // the older one, if it hangs, is killed with its task
         Ok(RunningJob { reports: receiver, end, will })
+    }
+
+    fn place(&self) -> Place {
+        let options = &self.shared.options;
+        Place {
+            identity: options.identity.clone(),
+            listen: options.listen,
+            advertised: options.advertised.clone(),
+        }
+    }
+
+    /// A further worker of a job that another node leads. Dropping it ends it.
+    ///
+    /// # Errors
+    /// When the node stops, or runs a worker of that job already.
+    pub(crate) fn help(&self, order: RunJob, member: MemberId, leader: KeyPin) -> Result<Helper, Error> {
+        let state = self.state();
+        if state.is_ending {
+            return Err(Error::Unavailable("the node stops".into()));
+        }
+        if state.running.contains_key(&order.spec.id) {
+            return Err(Error::Unavailable(format!("the job {} runs on this node already", order.spec.id)));
+        }
+        drop(state);
+        let (will, told) = watch::channel(Will::Run);
+        let (reports, _nobody) = mpsc::channel(1);
+        let attempt = Attempt {
+            shared: Arc::downgrade(&self.shared),
+            peers: self.shared.peers.clone(),
+            command: self.shared.options.command.clone(),
+            is_busy: self.shared.options.is_busy.clone(),
+            place: self.place(),
+            told,
+            reports,
+            order,
+        };
+        let fetch_model = self.shared.options.fetch_model.clone();
+        Ok(Helper::start(move |joined| async move {
+            let _running = will; // as long as the helper is wanted
+            attempt.help(fetch_model, member, leader, joined).await
+        }))
     }
 
     /// Has an attempt end.
@@ -242,6 +293,7 @@ struct Attempt {
     peers: Peers,
     command: PathBuf,
     is_busy: Arc<dyn Fn() -> bool + Send + Sync>,
+    place: Place,
     told: watch::Receiver<Will>,
     reports: mpsc::Sender<Report>,
     order: RunJob,
@@ -274,6 +326,37 @@ impl Attempt {
             Err(JobCallError::Job(error)) => Ok(RunEnd::Failed(error.to_string())),
             Err(JobCallError::Process(error)) => Err(Error::Failed(crate::error::chain(&error))),
         }
+    }
+
+    /// As one of several workers, until the job is through.
+    async fn help(
+        mut self,
+        fetch_model: FetchModel,
+        member: MemberId,
+        leader: KeyPin,
+        joined: tokio::sync::oneshot::Sender<(SocketAddr, KeyPin)>,
+    ) -> Result<(), Error> {
+        let (setup, _) = self.prepare(fetch_model).await?;
+        let arguments = [OsString::from("worker"), OsString::from("--job")];
+        let name = format!("job {}, worker {member}", self.order.spec.id);
+        let failed = |error: JobCallError| Error::Failed(crate::error::chain(&error));
+        let started = JobProcess::spawn(&self.command, &arguments, name).await;
+        let mut process = started.map_err(|error| Error::Failed(crate::error::chain(&error)))?;
+        let place = self.place.of(member, leader, &self.peers, &self.order).map_err(failed)?;
+        let listens = process.join(place).await.map_err(failed)?;
+        process.begin(setup).await.map_err(failed)?;
+        let _ = joined.send(listens); // whoever leads may be gone
+        let mut meter = Meter::default();
+        loop {
+            let started = Instant::now();
+            match process.advance().await.map_err(failed)? {
+                Advance::Finished => break,
+                Advance::Step(_) => self.stand_back(started.elapsed(), &mut meter).await,
+                _ => {}
+            }
+        }
+        // Others may need the last update's sum, or the leading one may still be writing: it ends this.
+        std::future::pending().await
     }
 
     async fn say(&self, report: Report) {
@@ -352,7 +435,13 @@ impl Attempt {
         from: u64,
     ) -> Result<RunEnd, JobCallError> {
         self.say(Report::Preparing("starting".into())).await;
-        process.begin(setup).await?;
+        let _team = match self.order.spec.workers {
+            0 | 1 => {
+                process.begin(setup).await?;
+                None
+            }
+            _ => Some(Team::lead(&self.place, &self.peers, &self.order, process, setup).await?),
+        };
         let saves = self.order.spec.saves;
         let mut meter = Meter { step: from, ..Meter::default() };
         let (mut saved_step, mut saved_at) = (from, Instant::now());

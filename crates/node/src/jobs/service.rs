@@ -5,12 +5,15 @@ use super::client::{json, parsed};
 use super::runner::Runners;
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
+use mlxnode_cluster::PeerKey;
+use mlxnode_collective::MemberId;
 use mlxnode_coordinator::Error;
 use mlxnode_coordinator::jobs::{Checkpoint, ContentHash};
 use mlxnode_proto::internal::v1::job_runner_server::JobRunner;
 use mlxnode_proto::internal::v1::{
-    ContentPiece, CopyCheckpointRequest, CopyCheckpointResponse, ReadCheckpointRequest, ReadContentRequest,
-    RunJobReport, RunJobRequest, StopJobRequest, StopJobResponse, TidyJobsRequest, TidyJobsResponse,
+    ContentPiece, CopyCheckpointRequest, CopyCheckpointResponse, HelpJobReport, HelpJobRequest,
+    ReadCheckpointRequest, ReadContentRequest, RunJobReport, RunJobRequest, StopJobRequest, StopJobResponse,
+    TidyJobsRequest, TidyJobsResponse,
 };
 use std::collections::VecDeque;
 use std::io::SeekFrom;
@@ -82,6 +85,7 @@ fn told(piece: std::io::Result<(usize, bytes::Bytes)>) -> Result<ContentPiece, S
 #[tonic::async_trait]
 impl JobRunner for JobRunnerService {
     type RunStream = BoxStream<'static, Result<RunJobReport, Status>>;
+    type HelpStream = BoxStream<'static, Result<HelpJobReport, Status>>;
     type ReadContentStream = BoxStream<'static, Result<ContentPiece, Status>>;
     type ReadCheckpointStream = BoxStream<'static, Result<ContentPiece, Status>>;
 
@@ -100,6 +104,26 @@ impl JobRunner for JobRunnerService {
                 Err(_) => Err(Error::Failed("the job's runner ended without a word".into())),
             };
             Some((end.map_err(status), None))
+        });
+        Ok(Response::new(messages.boxed()))
+    }
+
+    async fn help(&self, request: Request<HelpJobRequest>) -> Result<Response<Self::HelpStream>, Status> {
+        let leader = request.extensions().get::<PeerKey>().map(|peer| peer.pin);
+        let leader = leader.ok_or_else(|| Status::unauthenticated("the connection has no key"))?;
+        let HelpJobRequest { order, member } = request.into_inner();
+        let order = parsed(&order, "the order of a job").map_err(status)?;
+        let helper = self.runners.help(order, MemberId(member), leader).map_err(status)?;
+        let messages = futures::stream::unfold(Some(helper), |helper| async move {
+            let mut helper = helper?;
+            match helper.next().await {
+                Ok(Some((address, key_pin))) => {
+                    let key_pin = key_pin.as_bytes().to_vec().into();
+                    Some((Ok(HelpJobReport { address, key_pin }), Some(helper)))
+                }
+                Ok(None) => None,
+                Err(error) => Some((Err(status(error)), None)),
+            }
         });
         Ok(Response::new(messages.boxed()))
     }

@@ -4,7 +4,7 @@
 //! node: JobProcess ── Order (stdin) ──▶ mlxnode worker --job: run_job ──▶ dyn Job, on the process's only thread
 //!            ◀───────── Answer (stdout) ──────┘
 //! ```
-//! Each order is answered once. The process ends when its stdin closes, that is with its node, however that ends.
+//! Each order is answered once. Several workers of one job exchange gradients by themselves ([`crate::CollectiveEndpoint`]). The process ends when its stdin closes, that is with its node, however that ends.
 
 mod child;
 mod frames;
@@ -15,8 +15,11 @@ pub use child::{JobFactory, run_job};
 pub use parent::{JobCallError, JobProcess};
 pub use rehearsal::Rehearsal;
 
+use mlxnode_cluster::KeyPin;
+use mlxnode_collective::MemberId;
 use mlxnode_compute::{Advance, JobError};
 use serde::{Deserialize, Serialize};
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 /// What a job is made of, on this machine.
@@ -34,9 +37,23 @@ pub struct JobSetup {
     pub resume: Option<PathBuf>,
 }
 
+/// A worker's place among several of one job.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupPlace {
+    /// Never used before in this job.
+    pub member: MemberId,
+    /// The key of the node that says who the others are.
+    pub conductor: KeyPin,
+    /// The address to listen on.
+    pub listen: IpAddr,
+    /// A folder of this worker alone, for states on their way.
+    pub folder: PathBuf,
+}
+
 /// From the node.
 #[derive(Debug, Serialize, Deserialize)]
 enum Order {
+    Join(GroupPlace),
     Begin(JobSetup),
     Advance,
     Save(PathBuf),
@@ -47,6 +64,7 @@ enum Order {
 #[derive(Debug, Serialize, Deserialize)]
 enum Answer {
     Done,
+    Joined { address: SocketAddr, key_pin: KeyPin },
     Advanced(Advance),
     Failed(JobError),
 }

@@ -1,11 +1,13 @@
 //! The node's side of a job's process.
 
-use super::{Answer, JobSetup, Order, frames};
+use super::{Answer, GroupPlace, JobSetup, Order, frames};
 use crate::process::{Log, ProcessError, STARTING, WorkerExit};
+use mlxnode_cluster::KeyPin;
 use mlxnode_compute::{Advance, JobError};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -65,6 +67,18 @@ impl JobProcess {
         self.pid
     }
 
+    /// Makes it one worker of several, before the job is made: where it listens for them, and its key.
+    ///
+    /// # Errors
+    /// [`JobCallError`]
+    pub async fn join(&mut self, place: GroupPlace) -> Result<(SocketAddr, KeyPin), JobCallError> {
+        match self.ask(Order::Join(place)).await? {
+            Answer::Joined { address, key_pin } => Ok((address, key_pin)),
+            Answer::Failed(error) => Err(error.into()),
+            Answer::Done | Answer::Advanced(_) => Err(confused().into()),
+        }
+    }
+
     /// Makes the job.
     ///
     /// # Errors
@@ -78,7 +92,7 @@ impl JobProcess {
         match self.ask(Order::Advance).await? {
             Answer::Advanced(advance) => Ok(advance),
             Answer::Failed(error) => Err(error.into()),
-            Answer::Done => Err(confused().into()),
+            Answer::Done | Answer::Joined { .. } => Err(confused().into()),
         }
     }
 
@@ -108,7 +122,7 @@ impl JobProcess {
         match self.ask(order).await? {
             Answer::Done => Ok(()),
             Answer::Failed(error) => Err(error.into()),
-            Answer::Advanced(_) => Err(confused().into()),
+            Answer::Advanced(_) | Answer::Joined { .. } => Err(confused().into()),
         }
     }
 

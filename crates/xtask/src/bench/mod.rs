@@ -3,6 +3,7 @@
 //! - [`engine`]: one model in one process against mlx-lm
 //! - [`hop`]: one hop between two stages against bare TLS
 //! - [`pipeline`]: two stages on two cores against one on one; memory, start and answer times of nodes
+//! - [`reduce`]: a gradient of 100 MB added up between two processes, against bare TCP and TLS
 //! - [`serve`]: many clients against mlx_lm.server; overload
 //!
 //! What is compared runs in turns, so that a busy machine slows both. Medians and ratios go to stdout as a table, and with
@@ -13,6 +14,7 @@ mod hop;
 mod models;
 mod pipeline;
 mod process;
+mod reduce;
 mod report;
 mod serve;
 mod statistics;
@@ -50,6 +52,8 @@ enum Subject {
     Hop,
     /// Two nodes with a stage each on two cores, against one; memory of a stage, start of a node, status
     Pipeline,
+    /// A gradient of 100 MB added up between two processes, against bare TCP and TLS
+    Reduce,
     /// 1 to 16 clients over HTTP, pauses by long prompts, shared beginnings, overload, against mlx_lm.server
     Serve(serve::Options),
 }
@@ -71,11 +75,13 @@ impl Bench {
             Some(Subject::Engine(options)) => vec![engine::run(places, options, limits)?],
             Some(Subject::Hop) => vec![hop::run(places, limits)?],
             Some(Subject::Pipeline) => vec![pipeline::run(places, limits)?],
+            Some(Subject::Reduce) => vec![reduce::run(places, limits)?],
             Some(Subject::Serve(options)) => vec![serve::run(places, options, limits)?],
             None => vec![
                 engine::run(places, &engine::Options::all(), limits)?,
                 hop::run(places, limits)?,
                 pipeline::run(places, limits)?,
+                reduce::run(places, limits)?,
                 serve::run(places, &serve::Options::all(), limits)?,
             ],
         };

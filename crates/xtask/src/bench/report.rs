@@ -40,6 +40,7 @@ pub(super) struct Row {
 pub(super) enum Unit {
     TokensPerSecond,
     TokensPerCpuSecond,
+    MegabytesPerSecond,
     Milliseconds,
     Microseconds,
     Mebibytes,
@@ -152,6 +153,7 @@ impl Unit {
         match self {
             Self::TokensPerSecond => format!("{figure} tok/s"),
             Self::TokensPerCpuSecond => format!("{figure} tok/CPU-s"),
+            Self::MegabytesPerSecond => format!("{figure} MB/s"),
             Self::Milliseconds => format!("{figure} ms"),
             Self::Microseconds => format!("{figure} µs"),
             Self::Mebibytes => format!("{figure} MiB"),

@@ -34,6 +34,9 @@ pub struct Submit {
     /// Percent of a node's time that the job may take while that answers requests.
     #[arg(long, value_name = "PERCENT", value_parser = within(1..=100), default_value_t = 25)]
     share: u32,
+    /// Nodes that compute it together, as far as there are so many. They share an update's micro-batches (grad_accumulation_steps).
+    #[arg(long, value_name = "N", value_parser = within(1..=8), default_value_t = 1)]
+    workers: u32,
     /// Memory that it takes of its node, in bytes. Default: estimated from the model.
     #[arg(long, value_name = "BYTES")]
     memory: Option<u64>,
@@ -96,6 +99,7 @@ impl Submit {
             inputs,
             memory_bytes: self.memory.unwrap_or_default(),
             share_percent: self.share,
+            workers: self.workers,
             save_steps: self.save_steps.unwrap_or(saves.steps),
             save_seconds: self.save_time.map_or(saves.seconds, |time| narrow(time.as_secs())),
             keep_checkpoints: self.keep.unwrap_or(saves.keep),

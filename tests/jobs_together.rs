@@ -1,0 +1,114 @@
+//! A fine-tuning on three nodes: the same adapter as on one, bit by bit, also when a worker is killed on the way.
+
+use anyhow::{Context as _, Result, ensure};
+use mlxnode_testkit::cluster::LocalCluster;
+use mlxnode_testkit::eventually::eventually;
+use mlxnode_testkit::node::NodeProcess;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+const PATIENCE: Duration = Duration::from_secs(180);
+const UPDATES: u64 = 40;
+
+/// A data set and a configuration: six micro-batches in an update.
+fn write(folder: &Path) -> Result<()> {
+    let rows = folder.join("rows");
+    std::fs::create_dir_all(&rows)?;
+    for (name, count) in [("train", 24), ("valid", 4)] {
+        let words = ["red", "green", "blue", "cat", "dog", "sun"];
+        let row = |at: usize| {
+            let (word, other) = (words[at % 6], words[at / 2 % 6]);
+            json!({"prompt": format!("Say {word} twice."), "completion": format!("{word} {word} {other}")})
+                .to_string()
+        };
+        let text = (0..count).map(row).collect::<Vec<_>>().join("\n");
+        std::fs::write(rows.join(format!("{name}.jsonl")), text)?;
+    }
+    let configuration = format!(
+        "model: demo\nnum_layers: 2\nbatch_size: 2\ngrad_accumulation_steps: 6\niters: {}\nlearning_rate: 1e-3\n\
+         steps_per_eval: 10000\nval_batches: 1\nlora_parameters: {{rank: 4, dropout: 0.1, scale: 8.0}}\n",
+        6 * UPDATES
+    );
+    std::fs::write(folder.join("lora.yaml"), configuration)?;
+    Ok(())
+}
+
+fn submit(node: &NodeProcess, folder: &Path, id: &str, workers: &str) -> Result<Value> {
+    let (configuration, rows) = (folder.join("lora.yaml"), folder.join("rows"));
+    let text = |path: &Path| path.to_str().map(str::to_owned).context("a path in UTF-8");
+    let (configuration, rows) = (text(&configuration)?, text(&rows)?);
+    node.json(&["jobs", "submit", &configuration, "--data", &rows, "--id", id, "--workers", workers])
+}
+
+fn job(node: &NodeProcess, id: &str) -> Result<Value> {
+    node.json(&["jobs", "show", id])
+}
+
+fn finished(node: &NodeProcess, id: &str) -> Result<Value> {
+    let mut seen = Value::Null;
+    eventually(PATIENCE, || {
+        seen = job(node, id)?;
+        ensure!(seen["state"] == "finished", "{id} is {} ({})", seen["state"], seen["detail"]);
+        Ok(())
+    })?;
+    Ok(seen)
+}
+
+fn adapter(node: &NodeProcess, folder: &Path, id: &str) -> Result<Vec<u8>> {
+    let to = folder.join(id);
+    node.json(&["jobs", "download", id, "--to", to.to_str().context("utf-8")?])?;
+    Ok(std::fs::read(to.join("adapters.safetensors"))?)
+}
+
+/// Processes of jobs that this node has started.
+fn workers(node: &NodeProcess) -> Result<Vec<Pid>> {
+    let listed = Command::new("ps").args(["-axo", "pid=,ppid=,args="]).output()?;
+    let text = String::from_utf8_lossy(&listed.stdout).into_owned();
+    let own = node.pid().to_string();
+    let found = text.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        let (pid, parent) = (words.next()?, words.next()?);
+        (parent == own && line.contains("worker --job")).then(|| pid.parse().ok().map(Pid::from_raw))?
+    });
+    Ok(found.collect())
+}
+
+#[test]
+fn three_nodes_make_the_adapter_of_one_and_so_do_they_when_one_is_lost() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    write(folder.path())?;
+    let cluster = LocalCluster::start(3)?;
+    let node = cluster.first();
+    submit(node, folder.path(), "alone", "1")?;
+    finished(node, "alone")?;
+    let expected = adapter(node, folder.path(), "alone")?;
+
+    submit(node, folder.path(), "together", "3")?;
+    eventually(PATIENCE, || {
+        for node in &cluster.nodes {
+            ensure!(workers(node)?.len() == 1, "every node runs a worker");
+        }
+        let step = job(node, "together")?["step"].as_u64().unwrap_or_default();
+        ensure!(step >= 6, "step {step}");
+        Ok(())
+    })?;
+    // The leading one saves; killing another one costs no more than the update under way.
+    let leading = job(node, "together")?["node"].as_str().context("the node")?.to_owned();
+    let other = (0..3).find(|&index| cluster.setup(index).name != leading).context("another node")?;
+    for pid in workers(&cluster.nodes[other])? {
+        kill(pid, Signal::SIGKILL)?;
+    }
+    let seen = finished(node, "together")?;
+    assert_eq!(seen["attempts"], 1, "{seen}");
+    ensure!(adapter(node, folder.path(), "together")? == expected, "the adapters differ");
+    eventually(PATIENCE, || {
+        for node in &cluster.nodes {
+            ensure!(workers(node)?.is_empty(), "a worker runs still");
+        }
+        Ok(())
+    })
+}

@@ -1,8 +1,8 @@
 //! The words of the command line. Each command's own arguments stand beside the command.
 
 use crate::commands::{
-    adapters, benchmark, cache_prompt, chat, completions, forget, generate, invite, join, keys, leave, load,
-    models, perplexity, plan, sandbox, status, top, unload, worker,
+    adapters, benchmark, cache_prompt, chat, completions, forget, fuse, generate, invite, join, keys, leave,
+    load, models, perplexity, plan, sandbox, status, top, unload, worker,
 };
 use clap::builder::RangedI64ValueParser;
 use clap::{Args, Parser, Subcommand};
@@ -82,6 +82,7 @@ pub enum Command {
     CachePrompt(Box<cache_prompt::CachePrompt>),
     Benchmark(benchmark::Benchmark),
     Perplexity(perplexity::Perplexity),
+    Fuse(fuse::Fuse),
     Completions(completions::Completions),
     #[command(hide = true)]
     Sandbox(sandbox::Sandbox),

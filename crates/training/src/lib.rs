@@ -2,10 +2,14 @@
 //!
 //! - [`TrainingConfig`]: what a run is asked to do; [`Schedule`]: its learning rate
 //! - [`Dataset`]: rows as token ids; [`Batches`]: which of them go through the model together
+//! - [`Recorder`], [`Curve`]: what is left of a run's course, in figures and as a picture
+//! - [`fuse`]: an adapter becomes part of its base
 
 mod batches;
 mod config;
 mod data;
+mod fuse;
+mod records;
 mod schedule;
 
 pub use batches::{BatchError, BatchOptions, BatchRow, Batches, Block, MicroBatch, Sets};
@@ -14,4 +18,6 @@ pub use config::{
     OptimizerConfig, Preference, PreferenceLoss, Report, Settings, Split, TrainingConfig,
 };
 pub use data::{Cut, DataError, DataFolder, Dataset, Encoder, Row, Sequence};
+pub use fuse::{FuseError, Fused, fuse};
+pub use records::{ChartError, Curve, RecordError, Recorder, Trained, Validated};
 pub use schedule::{Schedule, Shape};

@@ -7,11 +7,12 @@
 //! first stage:  scheduler ═▶ driver ─▶ inbox …              … and from the last stage round the ring: tokens ═▶ driver
 //! ```
 //! Child side: [`run`] is the process, [`LocalWorker`] the same within a process. Parent side: [`WorkerProcess`] starts, watches
-//! and ends one. Scheduler's side: [`DriveClient`]. [`wire`] converts between the seam's types and the contract's messages.
+//! and ends one. Scheduler's side: [`DriveClient`]. A training job's side: [`CollectiveEndpoint`]. [`wire`] converts between the seam's types and the contract's messages.
 //!
 //! The node decides what a fault means; a worker that lost a neighbour or whose device failed just ends, with a reason.
 
 mod blocks_wire;
+mod collective;
 mod compute_thread;
 mod drive;
 mod drive_client;
@@ -33,6 +34,10 @@ mod spans;
 mod time_counts;
 pub mod wire;
 
+pub use collective::{
+    CollectiveEndpoint, CollectiveError, CollectiveOptions, ConductorEvent, Group, GroupClient,
+    GroupConductor, GroupError, GroupPeer, GroupReports, GroupWorker,
+};
 pub use compute_thread::{BlockRoom, Guessing, LoadFailure, LoadShard, StageFactory};
 pub use drive_client::{DriveClient, DriveError, DriveEvents};
 pub use error::{Fault, Side};

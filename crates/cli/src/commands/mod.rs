@@ -6,6 +6,7 @@ pub mod cache_prompt;
 pub mod chat;
 pub mod completions;
 pub mod forget;
+pub mod fuse;
 pub mod generate;
 pub mod invite;
 pub mod join;
@@ -47,6 +48,7 @@ pub fn run(arguments: Arguments) -> Result<ExitCode> {
         Command::Benchmark(command) => command.run(global)?,
         Command::Perplexity(command) => command.run(global)?,
         Command::CachePrompt(command) => command.run(global)?,
+        Command::Fuse(command) => command.run(global)?,
         Command::Completions(command) => command.run()?,
         Command::Sandbox(command) => command.run()?,
         Command::Worker(command) => return command.run(),

@@ -67,7 +67,10 @@ fn story_the_page_loads_a_model_and_chats_by_keyboard() -> Result<()> {
     click(&mut browser, "#load-pin")?;
     click(&mut browser, "#load-lookup")?;
     let excluded = "['#load-ttl', '#load-draft'].every((name) => document.querySelector(name).disabled)";
-    ensure!(browser.evaluate(excluded)? == json!(true), "a model that stays has no time to live, and one thing guesses");
+    ensure!(
+        browser.evaluate(excluded)? == json!(true),
+        "a model that stays has no time to live, and one thing guesses"
+    );
     click(&mut browser, "#do-load")?;
     browser.wait_for("/demo is ready/.test(document.querySelector('#load-result').innerText)")?;
     browser.wait_for("document.querySelectorAll('.deployment .layers li').length === 2")?;

@@ -119,7 +119,8 @@ fn a_loss_meanwhile_ends_what_was_asked() {
     let (_, _) = machine.deployments.load_adapter("a", adapter("poet")).unwrap();
     machine.kill("a");
     assert!(matches!(&machine.settled()[..], [Err(Error::Unavailable(_))]));
-    let late = Event::AdapterLoaded { attempt, node: node(0), adapter: "poet".into(), result: Ok(ByteCount(7)) };
+    let late =
+        Event::AdapterLoaded { attempt, node: node(0), adapter: "poet".into(), result: Ok(ByteCount(7)) };
     assert_eq!(machine.on(late), [], "it is of an attempt of the past");
     assert!(machine.view("a").adapters.is_empty());
 }

@@ -4,9 +4,7 @@
 mod facts;
 mod wire;
 
-pub use facts::{
-    Adapter, Budget, Coordinator, DeploymentFacts, Guessing, Link, NodeFacts, Plan, StageFacts,
-};
+pub use facts::{Adapter, Budget, Coordinator, DeploymentFacts, Guessing, Link, NodeFacts, Plan, StageFacts};
 pub(crate) use wire::deployment;
 pub use wire::{DeploymentPicture, NodePicture, StagePicture, picture};
 

@@ -378,7 +378,8 @@ fn layers(stage: &StagePicture) -> String {
 pub mod tests {
     use super::*;
     use mlxnode_api::picture::{
-        Coordinator, DeploymentFacts, Link, NodeFacts, NodePicture, StageFacts, StageFigures, StageRates, Totals,
+        Coordinator, DeploymentFacts, Link, NodeFacts, NodePicture, StageFacts, StageFigures, StageRates,
+        Totals,
     };
 
     /// Two nodes, two models; the second node does not say what it does.

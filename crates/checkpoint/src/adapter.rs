@@ -120,6 +120,56 @@ struct Found {
     magnitudes: Option<(String, Vec<usize>)>,
 }
 
+/// Families whose text model mlx-lm keeps within another one, and what its names begin with there.
+const WITHIN: [(&str, &[(&str, &str)]); 19] = [
+    ("gemma3", TEXT_PART),
+    ("gemma3n", &[("model", "model.language_model")]),
+    ("gemma4", TEXT_PART),
+    ("kimi_k25", TEXT_PART),
+    ("kimi_k3", TEXT_PART),
+    ("kimi_vl", TEXT_PART),
+    ("lfm2-vl", TEXT_PART),
+    ("llama4", TEXT_PART),
+    ("mamba", BACKBONE),
+    ("mamba2", BACKBONE),
+    ("minimax_m3_vl", TEXT_PART),
+    ("mistral3", TEXT_PART),
+    ("nemotron_h", BACKBONE),
+    ("pixtral", TEXT_PART),
+    ("qwen2_vl", TEXT_PART),
+    ("qwen3_5", TEXT_PART),
+    ("qwen3_5_moe", TEXT_PART),
+    ("qwen3_vl", TEXT_PART),
+    ("qwen3_vl_moe", TEXT_PART),
+];
+const TEXT_PART: &[(&str, &str)] =
+    &[("model", "language_model.model"), ("lm_head", "language_model.lm_head")];
+const BACKBONE: &[(&str, &str)] = &[
+    ("model.layers", "backbone.layers"),
+    ("model.embed_tokens", "backbone.embeddings"),
+    ("model.norm", "backbone.norm_f"),
+];
+
+impl Checkpoint {
+    /// mlx-lm's name for a module or a tensor of ours, as its adapters have it. [`Adapter::open`] takes both.
+    pub fn name_in_mlx_lm(&self, name: &str) -> String {
+        let Ok(architecture) = architectures::find(self.config()) else { return name.to_owned() };
+        let theirs = architecture.names.iter().find_map(|(theirs, ours)| {
+            let fit = Template::new(ours).fit(name)?;
+            Some(Template::new(theirs).fill(&fit.numbers, fit.rest))
+        });
+        let theirs = theirs.filter(|theirs| path_of(theirs, self) == name);
+        let theirs = theirs.unwrap_or_else(|| name.to_owned());
+        let within = WITHIN.iter().find(|(family, _)| *family == architecture.name);
+        let prefixes = within.map_or(&[][..], |(_, prefixes)| prefixes);
+        let replaced = prefixes.iter().find_map(|(ours, within)| {
+            let rest = theirs.strip_prefix(ours)?;
+            (rest.is_empty() || rest.starts_with('.')).then(|| format!("{within}{rest}"))
+        });
+        replaced.unwrap_or(theirs)
+    }
+}
+
 impl Adapter {
     /// Reads the config and the header of the adapter in `folder`, and checks both against the model.
     pub fn open(folder: &Path, checkpoint: &Checkpoint) -> Result<Self, AdapterError> {

@@ -2,7 +2,7 @@
 
 use crate::commands::{
     adapters, benchmark, cache_prompt, chat, completions, forget, fuse, generate, invite, join, keys, leave,
-    load, models, perplexity, plan, sandbox, status, top, unload, worker,
+    load, lora, models, perplexity, plan, sandbox, status, top, unload, worker,
 };
 use clap::builder::RangedI64ValueParser;
 use clap::{Args, Parser, Subcommand};
@@ -82,6 +82,7 @@ pub enum Command {
     CachePrompt(Box<cache_prompt::CachePrompt>),
     Benchmark(benchmark::Benchmark),
     Perplexity(perplexity::Perplexity),
+    Lora(Box<lora::Lora>),
     Fuse(fuse::Fuse),
     Completions(completions::Completions),
     #[command(hide = true)]

@@ -34,6 +34,24 @@ fn sandbox() -> Result<Arc<dyn Sandbox>> {
     Ok(Arc::new(mlxnode_text::InProcess::default()))
 }
 
+/// What turns text into a model's tokens, and the model itself, of which only what describes it was read.
+pub struct Opened {
+    pub tokenizer: Tokenizer,
+    pub template: Option<ChatTemplate>,
+    pub checkpoint: Checkpoint,
+}
+
+/// Reads all but the weights.
+pub fn open(folder: &Path) -> Result<Opened> {
+    let unusable = || format!("cannot use the model in {}", folder.display());
+    let files = TextFiles::read(folder).with_context(unusable)?;
+    let sandbox = sandbox()?;
+    let checkpoint = Checkpoint::open(folder).with_context(unusable)?;
+    let tokenizer = Tokenizer::from_files(&files).with_context(unusable)?;
+    let template = ChatTemplate::from_files(&files, &tokenizer, sandbox).with_context(unusable)?;
+    Ok(Opened { tokenizer, template, checkpoint })
+}
+
 /// Loads all of it, changed by an adapter if there is one, with a bar on stderr.
 pub fn load(folder: &Path, adapter: &AdapterFlag, quiet: bool) -> Result<Loaded> {
     let unusable = || format!("cannot use the model in {}", folder.display());

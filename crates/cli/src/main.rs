@@ -31,6 +31,7 @@ mod shape;
 mod shuffle;
 mod target;
 mod top;
+mod training;
 mod view;
 mod warnings;
 mod wire;

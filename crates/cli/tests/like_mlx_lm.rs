@@ -1,5 +1,5 @@
-//! The commands give what mlx-lm 0.32.2's commands give: the same perplexity on the same rows, and prompt cache files that either
-//! goes on from.
+//! The commands give what mlx-lm 0.32.2's commands give: the same perplexity on the same rows, the same fused models, and prompt cache
+//! files that either goes on from.
 
 #![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests are test code, too
 
@@ -48,6 +48,42 @@ fn write(folder: &Path, name: &str, records: &[Value]) -> PathBuf {
     let path = folder.join(name);
     std::fs::write(&path, lines.join("\n")).unwrap();
     path
+}
+
+#[test]
+fn fuse_takes_mlx_lms_flags_and_makes_its_model() {
+    let place = tempfile::tempdir().unwrap();
+    let folder = |name: &str| place.path().join(name).to_str().unwrap().to_owned();
+    let config: Value =
+        serde_json::from_slice(&std::fs::read(Path::new(&demo()).join("config.json")).unwrap()).unwrap();
+    let case = json!({
+        "config": config, "dtype": "float32", "quantize": {"group_size": 32, "bits": 4}, "kind": "lora", "layers": 2,
+        "parameters": {"rank": 4, "scale": 8.0, "dropout": 0.0}, "dequantize": true, "tokenizer": demo(),
+        "model": folder("model"), "adapter": folder("adapter"), "fused": folder("theirs"),
+    });
+    let request = folder("request.json");
+    std::fs::write(&request, json!({"cases": [case]}).to_string()).unwrap();
+    let Nothing {} = oracle::run("fuse.py", &[&request]).unwrap();
+    let (model, adapter, fused) = (folder("model"), folder("adapter"), folder("ours"));
+    let flags = ["fuse", "--model", &model, "--adapter-path", &adapter, "--save-path", &fused];
+    let said = ours(&[flags.as_slice(), &["--de-quantize", "--trust-remote-code", "--quiet"]].concat());
+    // Seven maps in each of two layers.
+    assert_eq!(said, json!({"folder": fused, "changed": 14, "packed_again": 0}));
+    let tensors = |folder: &str| {
+        let checkpoint = mlxnode_checkpoint::Checkpoint::open(Path::new(folder)).unwrap();
+        let read = |entry| checkpoint.read_tensor(entry).unwrap();
+        let tensors = checkpoint.tensors().map(|(name, entry)| (name.to_owned(), read(entry)));
+        tensors.collect::<Vec<(String, Vec<u8>)>>()
+    };
+    assert!(tensors(&fused) == tensors(&folder("theirs")), "other tensors than mlx-lm's");
+    for (flags, expected) in [
+        ([flags.as_slice(), &["--export-gguf"]].concat(), "GGUF files are not written"),
+        (flags.to_vec(), "has files already; name another folder, or empty it"),
+    ] {
+        let output = Command::new(env!("CARGO_BIN_EXE_mlxnode")).args(flags).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains(expected), "{said}");
+    }
 }
 
 #[test]

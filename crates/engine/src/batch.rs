@@ -22,6 +22,9 @@ pub(crate) struct Batch<'a> {
     pub(crate) projected: Vec<Array>,
     /// What blocks of layers before added, in a family that mixes over them.
     pub(crate) blocks: ResidualBlocks,
+    /// All rows are as long as each other, begin here and end here: what looks across tokens may work on all of them at once, and need
+    /// keep nothing.
+    pub(crate) abreast: bool,
 }
 
 /// One sequence's part of a batch; or that of several, whose caches lie side by side.
@@ -50,12 +53,21 @@ impl<'a> Batch<'a> {
             true => Some(Array::from_bytes(&positions, &[count as i32], Dtype::I32)?),
             false => None,
         };
-        Ok(Self { rows, positions, projected: Vec::new(), blocks: ResidualBlocks::default() })
+        let blocks = ResidualBlocks::default();
+        Ok(Self { rows, positions, projected: Vec::new(), blocks, abreast: false })
+    }
+
+    /// Several whole sequences, which are not continued.
+    pub(crate) fn whole(rows: Vec<Row<'a>>) -> Self {
+        let abreast = rows.windows(2).all(|pair| pair[0].tokens == pair[1].tokens);
+        let blocks = ResidualBlocks::default();
+        Self { rows, positions: None, projected: Vec::new(), blocks, abreast }
     }
 
     /// One sequence by itself.
     pub(crate) fn single(cache: &'a mut SequenceCache, tokens: i32) -> Self {
         let rows = vec![Row { tokens, cache }];
-        Self { rows, positions: None, projected: Vec::new(), blocks: ResidualBlocks::default() }
+        let blocks = ResidualBlocks::default();
+        Self { rows, positions: None, projected: Vec::new(), blocks, abreast: false }
     }
 }

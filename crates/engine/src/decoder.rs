@@ -128,6 +128,21 @@ impl Head {
 }
 
 impl Layer {
+    /// The same for a layer that takes nothing but hidden vectors from others, see [`Decoder::is_chain`]; this is layer `index` of the
+    /// range.
+    pub(crate) fn alone(
+        &self,
+        device: &Device,
+        hidden: Array,
+        index: usize,
+        widened: Widened,
+        batch: &mut Batch<'_>,
+    ) -> Result<Array> {
+        let vectors = hidden.clone();
+        let arrived = Arrived { vectors: &vectors, widened, shared: None };
+        self.forward(device, hidden, index, arrived, batch)
+    }
+
     /// `[1, tokens, hidden]` to the same, or several of them; this is layer `index` of the range.
     fn forward(
         &self,
@@ -327,6 +342,11 @@ impl Decoder {
         self.layers.iter().all(|layer| layer.mixer.joins())
     }
 
+    /// Do layers hand nothing but hidden vectors on to each other?
+    pub(crate) fn is_chain(&self) -> bool {
+        self.widened.is_plain() && self.layers.iter().all(|layer| layer.mixer.is_alone())
+    }
+
     /// `[1, tokens]` ids to what travels, `[1, tokens, width]`: the hidden vectors, and what a family has besides. The ids are below
     /// the vocabulary size, and those of `batch`, which goes through [`Self::forward`] next.
     pub(crate) fn embed(&self, device: &Device, ids: &Array, batch: &mut Batch<'_>) -> Result<Array> {
@@ -354,10 +374,7 @@ impl Decoder {
 
     /// What travels, `[1, tokens, width]`, through all layers.
     pub(crate) fn forward(&self, device: &Device, vectors: Array, batch: &mut Batch<'_>) -> Result<Array> {
-        let vectors = match &self.positions {
-            Some(positions) => device.add(&vectors, &positions.of(device, batch)?)?,
-            None => vectors,
-        };
+        let vectors = self.positioned(device, vectors, batch)?;
         let widened = self.widened;
         for row in &mut batch.rows {
             row.cache.prepare(device)?;
@@ -392,6 +409,14 @@ impl Decoder {
             row.cache.advance(row.tokens);
         }
         Ok(hidden)
+    }
+
+    /// With the vectors of the tokens' positions, in a family that has them, on the first stage.
+    pub(crate) fn positioned(&self, device: &Device, vectors: Array, batch: &Batch<'_>) -> Result<Array> {
+        match &self.positions {
+            Some(positions) => device.add(&vectors, &positions.of(device, batch)?),
+            None => Ok(vectors),
+        }
     }
 
     /// What blocks of layers on stages before added.

@@ -74,6 +74,9 @@ impl Matrices {
     /// `places` as [`Choices`] has them.
     fn forward(&self, device: &Device, x: &Array, choices: &Choices<'_>) -> Result<Array> {
         let results = self.unchanged(device, x, choices.experts, choices.sorted)?;
+        if let Some(trained) = self.changes.trained() {
+            return trained.apply(device, x, &results, choices.experts, choices.sorted);
+        }
         match &choices.tokens {
             Some(tokens) if !self.changes.is_idle() => {
                 let places = device.take(&self.changes.places(choices.count)?, tokens, 0)?;

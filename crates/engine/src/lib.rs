@@ -39,6 +39,7 @@ mod scoring;
 mod sequence;
 mod speculation;
 mod stage;
+pub mod tuning;
 mod turn;
 mod widening;
 

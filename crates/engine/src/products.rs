@@ -144,7 +144,7 @@ pub(crate) fn packed_product(device: &Device, x: &Array, matrix: &Quantized) -> 
 #[inline]
 fn tokens_of(device: &Device, x: &Array) -> i64 {
     match x.shape() {
-        [1, tokens, _] if *tokens > 1 && !device.fuses() => i64::from(*tokens),
+        [1, tokens, _] if *tokens > 1 && !device.fuses() && !device.is_tracing() => i64::from(*tokens),
         _ => 1,
     }
 }

@@ -38,7 +38,7 @@ impl Router {
             true => self.linear.forward(device, &device.cast(x, Dtype::F32)?)?,
             false => self.linear.forward(device, x)?,
         };
-        let (chosen, weights) = match device.fuses() && x.dim(1) <= MOST_COMPILED {
+        let (chosen, weights) = match device.fuses() && x.dim(1) <= MOST_COMPILED && !device.is_tracing() {
             true => self.compiled(&logits)?,
             false => self.choice.of(device, &logits, self.correction.as_ref())?,
         };

@@ -62,6 +62,7 @@ fn cases() -> Vec<Case> {
         case("three-convolutions-and-attention", random_model::parity_config("olmo_hybrid"), plain),
         case("three-convolutions-bounded", random_model::parity_config("bailing_moe_v3"), plain),
         case("three-convolutions-together", random_model::parity_config("kimi_k3"), plain),
+        Case { old_layout: false, ..case("blocks", random_model::parity_config("minimax_m3_vl"), plain) },
         case("linear", random_model::parity_config("bailing_hybrid"), plain),
         case("recurrent-by-channel", random_model::parity_config("mamba"), plain),
         case("hybrid-by-channel", random_model::parity_config("jamba"), plain),

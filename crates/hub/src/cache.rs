@@ -1,6 +1,7 @@
 //! The hub's cache on disk, in the layout of Python's huggingface_hub, so that both use each other's downloads:
 //!
 //! ```text
+//! models--OWNER--NAME/                       of data sets datasets--OWNER--NAME/
 //! models--OWNER--NAME/refs/REVISION          the commit that a branch or tag stood for
 //! models--OWNER--NAME/snapshots/COMMIT/FILE  a link to ../../blobs/ETAG
 //! models--OWNER--NAME/blobs/ETAG             a file's bytes; ETAG.incomplete while they come
@@ -9,7 +10,7 @@
 //! ```
 
 use crate::error::{HubError, disk};
-use crate::files::{ADAPTER_CONFIG, Wanted, is_adapter, is_safe_part, is_safe_path, is_weights};
+use crate::files::{ADAPTER_CONFIG, Wanted, is_adapter, is_data, is_safe_part, is_safe_path, is_weights};
 use crate::remote::RemoteFile;
 use crate::source::{HubId, ModelSource};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
@@ -18,6 +19,9 @@ use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+/// How deep data sets put their files.
+const DATA_DEPTH: usize = 6;
 
 /// A model that the cache has all files of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,7 +45,8 @@ pub(crate) struct RepoCache {
 
 impl RepoCache {
     pub(crate) fn new(cache: &Path, id: &HubId) -> Self {
-        let repo = Repo::with_revision(id.repository(), RepoType::Model, id.revision().to_owned());
+        let kind = if id.is_dataset() { RepoType::Dataset } else { RepoType::Model };
+        let repo = Repo::with_revision(id.repository(), kind, id.revision().to_owned());
         let name = repo.folder_name();
         Self {
             folder: cache.join(&name),
@@ -177,6 +182,11 @@ pub(crate) fn missing_files(snapshot: &Path, wanted: Wanted) -> Vec<String> {
         expect("adapters.safetensors", is_there);
         return missing.into_iter().collect();
     }
+    if wanted == Wanted::Data {
+        // Which files a data set has, only the hub knows; our own downloads note the revision when all have come.
+        expect("data", has_data(snapshot, DATA_DEPTH));
+        return missing.into_iter().collect();
+    }
     expect("config.json", has("config.json"));
     let tokenizers =
         ["tokenizer.json", "tekken.json", "tokenizer.model", "vocab.json", "tiktoken.model", "qwen.tiktoken"];
@@ -190,6 +200,18 @@ pub(crate) fn missing_files(snapshot: &Path, wanted: Wanted) -> Vec<String> {
         }
     }
     missing.into_iter().collect()
+}
+
+/// Does the folder hold a file of data, at most so many folders down?
+fn has_data(folder: &Path, depth: usize) -> bool {
+    let Ok(entries) = fs::read_dir(folder) else { return false };
+    entries.flatten().any(|entry| {
+        let path = entry.path();
+        match path.is_dir() {
+            true => depth > 0 && has_data(&path, depth - 1),
+            false => path.is_file() && entry.file_name().to_str().is_some_and(is_data),
+        }
+    })
 }
 
 /// All files of the commit that this is the snapshot of, if huggingface_hub noted them.

@@ -1,5 +1,6 @@
 //! Why a model could not be had.
 
+use crate::source::DATASETS;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -7,7 +8,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
     /// The hub has no such repository, or hides it.
-    #[error("{endpoint} has no model {id}; check the spelling, or set HF_TOKEN if it is private")]
+    #[error("{endpoint} has no {} {}; check the spelling, or set HF_TOKEN if it is private", if id.starts_with(DATASETS) { "data set" } else { "model" }, id.trim_start_matches(DATASETS))]
     NotFound {
         /// What was asked for.
         id: String,
@@ -55,6 +56,12 @@ pub enum HubError {
     /// The repository has no weights that we can read.
     #[error("{id} has no model*.safetensors; take a repository with weights in that format")]
     NoWeights {
+        /// The repository.
+        id: String,
+    },
+    /// The data set has no rows that we can read.
+    #[error("{id} has no .jsonl or .parquet file; take a data set in one of these formats")]
+    NoData {
         /// The repository.
         id: String,
     },

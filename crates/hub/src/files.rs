@@ -9,6 +9,8 @@ pub(crate) enum Wanted {
     Text,
     /// What changes a model: an adapter's config and tensors.
     Adapter,
+    /// Rows of a data set, and its description.
+    Data,
 }
 
 /// The files of an adapter, as mlx-lm and PEFT write them.
@@ -27,8 +29,17 @@ impl Wanted {
             Self::All => is_text(file) || is_weights(file),
             Self::Text => is_text(file),
             Self::Adapter => file == ADAPTER_CONFIG || is_adapter(file),
+            Self::Data => file == "README.md" || is_data(file),
         }
     }
+}
+
+/// Rows: JSON lines and Parquet.
+pub(crate) fn is_data(file: &str) -> bool {
+    const NOTES: [&str; 2] = ["dataset_infos.json", "dataset_info.json"];
+    let name = file.rsplit('/').next().unwrap_or(file);
+    let is_rows = [".jsonl", ".json", ".ndjson", ".parquet"].iter().any(|suffix| name.ends_with(suffix));
+    is_rows && !NOTES.contains(&name) && !file.split('/').any(|part| part.starts_with('.'))
 }
 
 /// Weights, at the top of the repository only.
@@ -90,6 +101,21 @@ mod tests {
         }
         for file in ["adapter_config.json", "adapters.safetensors", "adapter_model.safetensors"] {
             assert!(Wanted::Adapter.takes(file), "{file}");
+        }
+    }
+
+    #[test]
+    fn data_is_rows_and_their_description() {
+        for (file, expected) in [
+            ("data/train-00000-of-00001.parquet", true),
+            ("train.jsonl", true),
+            ("README.md", true),
+            ("dataset_infos.json", false),
+            (".huggingface/x.json", false),
+            ("script.py", false),
+            ("data/README.md", false),
+        ] {
+            assert_eq!(Wanted::Data.takes(file), expected, "{file}");
         }
     }
 

@@ -4,7 +4,7 @@ use crate::cache::{self, LocalModel, RepoCache};
 use crate::demo;
 use crate::download::Download;
 use crate::error::HubError;
-use crate::files::{Wanted, is_adapter, is_weights};
+use crate::files::{Wanted, is_adapter, is_data, is_weights};
 use crate::options::Options;
 use crate::remote::Remote;
 use crate::source::{HubId, ModelSource};
@@ -69,6 +69,14 @@ impl Hub {
         progress: &dyn Fn(Progress<'_>),
     ) -> Result<PathBuf, HubError> {
         self.resolve_files(source, Wanted::Adapter, progress)
+    }
+
+    /// The folder of a data set's rows ([`HubId::dataset`]), downloaded if need be: its JSON lines and Parquet files, and its description.
+    ///
+    /// # Errors
+    /// [`HubError`]
+    pub fn resolve_dataset(&self, id: &HubId, progress: &dyn Fn(Progress<'_>)) -> Result<PathBuf, HubError> {
+        self.resolve_id(id, Wanted::Data, progress)
     }
 
     /// Has this machine all files of the model already, without asking the network?
@@ -140,6 +148,9 @@ impl Hub {
         let listing = self.remote.list(id)?;
         if wanted == Wanted::All && !listing.files.iter().any(|file| is_weights(file)) {
             return Err(HubError::NoWeights { id: id.repository() });
+        }
+        if wanted == Wanted::Data && !listing.files.iter().any(|file| is_data(file)) {
+            return Err(HubError::NoData { id: id.path() });
         }
         if wanted == Wanted::Adapter && !listing.files.iter().any(|file| is_adapter(file)) {
             return Err(HubError::NotAnAdapter { id: id.repository() });

@@ -1,4 +1,4 @@
-//! Gets a model onto this Mac: Hugging Face, peers, local store; only the byte ranges a shard needs.
+//! Gets a model (or data to train on) onto this Mac: Hugging Face, peers, local store; only the byte ranges a shard needs.
 //!
 //! [`ModelSource`] is what people call a model; [`Hub::resolve`] makes a folder of it: the demo inside this program is written
 //! out, a folder is taken as it is, and a repository of the hub is downloaded into the cache that Python's huggingface_hub

@@ -68,7 +68,8 @@ impl Remote {
 
     /// The files of a repository and the commit that its revision stands for now.
     pub(crate) fn list(&self, id: &HubId) -> Result<Listing, HubError> {
-        let repo = Repo::with_revision(id.repository(), RepoType::Model, id.revision().to_owned());
+        let kind = if id.is_dataset() { RepoType::Dataset } else { RepoType::Model };
+        let repo = Repo::with_revision(id.repository(), kind, id.revision().to_owned());
         let url = format!("{}/api/{}", self.endpoint, repo.api_url());
         let mut response = self.call(&self.following, "GET", &url, None)?;
         if !response.status().is_success() {
@@ -150,7 +151,7 @@ impl Remote {
 
     /// Where a file is.
     pub(crate) fn file_url(&self, id: &HubId, commit: &str, file: &str) -> String {
-        format!("{}/{}/resolve/{commit}/{}", self.endpoint, id.repository(), escaped(file))
+        format!("{}/{}/resolve/{commit}/{}", self.endpoint, id.path(), escaped(file))
     }
 
     fn call(
@@ -181,7 +182,7 @@ impl Remote {
         url: &str,
         response: &Response<Body>,
     ) -> HubError {
-        let (endpoint, repository) = (self.endpoint.clone(), id.repository());
+        let (endpoint, repository) = (self.endpoint.clone(), id.path());
         let status = response.status().as_u16();
         match (header(response.headers(), "x-error-code").as_deref(), status, file) {
             (Some("GatedRepo"), ..) => HubError::Gated { id: repository, endpoint },

@@ -21,6 +21,8 @@ pub struct HubId {
     owner: String,
     name: String,
     revision: Option<String>,
+    /// Data, not a model: both may have the same name.
+    is_dataset: bool,
 }
 
 /// A text that names no model.
@@ -78,7 +80,26 @@ impl HubId {
             owner: owner.into(),
             name: name.into(),
             revision: revision.filter(|revision| *revision != MAIN).map(Into::into),
+            is_dataset: false,
         })
+    }
+
+    /// A data set by its name, "`OWNER/NAME[@REVISION]`"; None when it is not one. A revision beside the name wins.
+    pub fn dataset(text: &str, revision: Option<&str>) -> Option<Self> {
+        let named = Self::parse(text.trim())?;
+        let revision = revision.or(named.revision.as_deref());
+        let id = Self::new(&named.owner, &named.name, revision)?;
+        Some(Self { is_dataset: true, ..id })
+    }
+
+    pub(crate) fn is_dataset(&self) -> bool {
+        self.is_dataset
+    }
+
+    /// Where the hub has its pages and files, below the endpoint: "OWNER/NAME", "datasets/OWNER/NAME".
+    pub(crate) fn path(&self) -> String {
+        let kind = if self.is_dataset { DATASETS } else { "" };
+        format!("{kind}{}/{}", self.owner, self.name)
     }
 
     fn parse(text: &str) -> Option<Self> {
@@ -102,6 +123,8 @@ impl HubId {
 }
 
 const MAIN: &str = "main";
+/// In front of the names of data sets, where models have nothing.
+pub(crate) const DATASETS: &str = "datasets/";
 
 /// Letters, digits, dot, dash, underscore; no dot in front. No "--" and "..", as on the hub, whose cache folders use "--" for "/".
 fn is_part(part: &str) -> bool {
@@ -133,7 +156,7 @@ impl fmt::Display for ModelSource {
 
 impl fmt::Display for HubId {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(out, "{}/{}", self.owner, self.name)?;
+        out.write_str(&self.path())?;
         match &self.revision {
             Some(revision) => write!(out, "@{revision}"),
             None => Ok(()),
@@ -159,6 +182,18 @@ mod tests {
             assert_eq!(ModelSource::parse(text).unwrap().to_string(), text);
         }
         assert_eq!(ModelSource::parse(" o/n@main ").unwrap().to_string(), "o/n");
+    }
+
+    #[test]
+    fn data_sets_have_names_of_their_own() {
+        let id = HubId::dataset(" o/n@v1 ", None).unwrap();
+        assert_eq!((id.to_string().as_str(), id.revision()), ("datasets/o/n@v1", "v1"));
+        assert_eq!(HubId::dataset("o/n@v1", Some("v2")).unwrap().revision(), "v2");
+        assert_ne!(HubId::dataset("o/n", None), HubId::new("o", "n", None));
+        for text in ["n", "a/b/c", "../x", "a/b@"] {
+            assert_eq!(HubId::dataset(text, None), None, "{text}");
+        }
+        assert_eq!(HubId::dataset("a/b", Some("x/../y")), None);
     }
 
     #[test]

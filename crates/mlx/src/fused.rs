@@ -16,13 +16,30 @@ use std::rc::Rc;
 pub type Chain = fn(&Device, &[&Array]) -> Result<Array>;
 
 /// What a [`Function`] does.
-type Body = Box<dyn Fn(&Device, &[&Array]) -> Result<Vec<Array>>>;
+pub(crate) type Body = Box<dyn Fn(&Device, &[&Array]) -> Result<Vec<Array>>>;
+
+thread_local! {
+    /// Why the body that was traced last did not come to an end. MLX passes on only that it did not.
+    static FAILURE: RefCell<Option<Error>> = const { RefCell::new(None) };
+}
+
+/// The reason of the body of a call that failed, if it had one.
+pub(crate) fn failure_of_body() -> Option<Error> {
+    FAILURE.take()
+}
+
+/// Before a call: what an earlier one left is not its reason.
+pub(crate) fn forget_failure() {
+    FAILURE.set(None);
+}
 
 /// The chains that a device has compiled.
 #[derive(Default)]
 pub(crate) struct FusedChains {
     /// Set when somebody asked; else what the device is decides.
     asked: Cell<Option<bool>>,
+    /// Is a body being traced?
+    tracing: Cell<bool>,
     compiled: RefCell<HashMap<usize, Rc<Function>>>,
 }
 
@@ -53,6 +70,15 @@ impl Function {
         Self::compile(Box::new(body), false)
     }
 
+    /// Takes a closure over.
+    pub(crate) fn own(native: sys::mlx_closure) -> Self {
+        Self(native)
+    }
+
+    pub(crate) fn native(&self) -> sys::mlx_closure {
+        self.0
+    }
+
     /// What the function makes of `inputs`; one operation.
     ///
     /// # Errors
@@ -60,6 +86,7 @@ impl Function {
     /// MLX's, and those of the body while it is traced.
     pub fn apply(&self, inputs: &[&Array]) -> Result<Vec<Array>> {
         counts::operation();
+        forget_failure();
         let handles: Vec<sys::mlx_array> = inputs.iter().map(|input| input.handle()).collect();
         // SAFETY: valid handles; the vectors are made and freed here.
         unsafe {
@@ -68,7 +95,7 @@ impl Function {
             let status = sys::mlx_closure_apply(&mut made, self.0, given);
             let results = match status {
                 0 => Array::of_vector(made),
-                _ => Err(last()),
+                _ => Err(failure_of_body().unwrap_or_else(last)),
             };
             sys::mlx_vector_array_free(made);
             sys::mlx_vector_array_free(given);
@@ -77,22 +104,35 @@ impl Function {
     }
 
     fn compile(body: Body, any_shape: bool) -> Result<Self> {
-        let payload = Box::into_raw(Box::new(body)).cast::<c_void>();
-        // SAFETY: the closure owns the payload and frees it with `forget_body`; both closures are made here and freed once.
-        unsafe {
-            let plain = sys::mlx_closure_new_func_payload(Some(trace), payload, Some(forget_body));
-            if plain.ctx.is_null() {
-                return Err(last());
-            }
-            let plain = Self(plain);
-            let mut compiled = Self(sys::mlx_closure_new());
-            check(sys::mlx_compile(&mut compiled.0, plain.0, any_shape))?;
-            Ok(compiled)
-        }
+        let plain = closure(body)?;
+        let mut compiled = Self(sys::mlx_closure { ctx: std::ptr::null_mut() });
+        // SAFETY: an empty closure is filled; both are freed once.
+        check(unsafe { sys::mlx_compile(&mut compiled.0, plain.0, any_shape) })?;
+        Ok(compiled)
     }
 }
 
+/// `body` as MLX calls it.
+pub(crate) fn closure(body: Body) -> Result<Function> {
+    let payload = Box::into_raw(Box::new(body)).cast::<c_void>();
+    // SAFETY: the closure owns the payload and frees it with `forget_body`.
+    let plain = unsafe { sys::mlx_closure_new_func_payload(Some(trace), payload, Some(forget_body)) };
+    if plain.ctx.is_null() { Err(last()) } else { Ok(Function(plain)) }
+}
+
 impl Device {
+    /// Is the body of a [`Function`] or of a [`crate::Gradient`] being traced? Then nothing can be evaluated, and what has no gradient must
+    /// not be used.
+    #[inline]
+    pub fn is_tracing(&self) -> bool {
+        self.chains().tracing.get()
+    }
+
+    /// Returns what it was.
+    fn set_tracing(&self, tracing: bool) -> bool {
+        self.chains().tracing.replace(tracing)
+    }
+
     /// Runs `chain` on `inputs`, as one kernel when the device fuses. Element types and shapes of the inputs may differ from call to call.
     #[inline]
     pub fn fused(&self, chain: Chain, inputs: &[&Array]) -> Result<Array> {
@@ -146,7 +186,9 @@ unsafe extern "C" fn trace(
         // SAFETY: MLX gives a valid vector.
         let inputs = unsafe { Array::of_vector(inputs) }?;
         let before = device.counts();
+        let outer = device.set_tracing(true);
         let made = body(&device, &inputs.iter().collect::<Vec<_>>());
+        device.set_tracing(outer);
         counts::forget_since(before); // tracing is not running
         made
     };
@@ -156,7 +198,12 @@ unsafe extern "C" fn trace(
             // SAFETY: MLX gives a place for the result; the arrays are alive during the call.
             unsafe { sys::mlx_vector_array_set_data(result, handles.as_ptr(), handles.len()) }
         }
-        Err(_) => 1,
+        Err(error) => {
+            FAILURE.with_borrow_mut(|failure| {
+                failure.get_or_insert(error);
+            });
+            1
+        }
     }
 }
 

@@ -12,6 +12,7 @@ impl Device {
     /// `x[.., 1, inputs] @ matrices[index]` for each of `indices`, matrices `[count, inputs, outputs]`. Leading axes of `x` and
     /// `indices` broadcast. The indices must be below `count`; `sorted` promises that they never fall.
     pub fn gather_mm(&self, x: &Array, matrices: &Array, indices: &Array, sorted: bool) -> Result<Array> {
+        let indices = &*self.as_indices(indices)?;
         // SAFETY: valid handles; the empty one stands for "rows in order".
         self.run(|result, stream| unsafe {
             sys::mlx_gather_mm(result, x.handle(), matrices.handle(), NONE, indices.handle(), sorted, stream)
@@ -26,6 +27,7 @@ impl Device {
         indices: &Array,
         sorted: bool,
     ) -> Result<Array> {
+        let indices = &*self.as_indices(indices)?;
         let layout = matrices.layout;
         let biases = matrices.biases.as_ref().map_or(NONE, Array::handle);
         // SAFETY: valid handles, empty ones stand for "no biases" and "rows in order"; the mode is a NUL-terminated constant.

@@ -24,6 +24,11 @@ impl TensorFile {
         Ok(Self { path: path.to_owned(), tensors })
     }
 
+    /// The names of the tensors that were not taken yet.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
     /// Takes the tensor of this name out; it is read when it is evaluated.
     pub fn take(&mut self, name: &str) -> Result<Array> {
         self.tensors

@@ -140,6 +140,14 @@ impl Device {
         })
     }
 
+    /// `c + factor * (a @ b)`.
+    pub fn addmm_scaled(&self, c: &Array, a: &Array, b: &Array, factor: f32) -> Result<Array> {
+        // SAFETY: valid handles; the result is written to an empty handle.
+        self.run(|result, stream| unsafe {
+            sys::mlx_addmm(result, c.handle(), a.handle(), b.handle(), factor, 1.0, stream)
+        })
+    }
+
     /// The same elements in another shape; one size may be -1.
     #[inline]
     pub fn reshape(&self, a: &Array, shape: &[i32]) -> Result<Array> {
@@ -248,22 +256,26 @@ impl Device {
     /// The entries of `a` along `axis` that `indices` names. **Indices out of range are undefined behaviour of the device**:
     /// callers check token ids against the vocabulary first.
     pub fn take(&self, a: &Array, indices: &Array, axis: i32) -> Result<Array> {
+        let indices = &*self.as_indices(indices)?;
         self.through(|| a.native().take_axis(indices.native(), axis))
     }
 
     /// One entry per position of `indices` along `axis`. The same promise as [`Self::take`].
     pub fn take_along(&self, a: &Array, indices: &Array, axis: i32) -> Result<Array> {
+        let indices = &*self.as_indices(indices)?;
         self.through(|| a.native().take_along_axis(indices.native(), axis))
     }
 
     /// `a` with `values` (broadcast) put at `indices` along `axis`. The same promise as [`Self::take`].
     pub fn put_along(&self, a: &Array, indices: &Array, values: &Array, axis: i32) -> Result<Array> {
+        let indices = &*self.as_indices(indices)?;
         self.through(|| a.native().put_along_axis(indices.native(), values.native(), axis))
     }
 
     /// Adds `updates` to the entries of `a` along `axis` that `indices` names, repeated ones repeatedly. `updates` has the shape
     /// `indices.shape + a.shape` with 1 at `axis`. The same promise as [`Self::take`].
     pub fn scatter_add(&self, a: &Array, indices: &Array, updates: &Array, axis: i32) -> Result<Array> {
+        let indices = &*self.as_indices(indices)?;
         self.through(|| indexing::scatter_add_single(a.native(), indices.native(), updates.native(), axis))
     }
 

@@ -3,7 +3,8 @@
 //! MLX's generator is counter-based: a key is two 32-bit words, and splitting a key is a hash of it (Threefry-2x32 with 20 rounds,
 //! as in JAX). The hash is done here on the host, so that the chain of keys costs the device nothing and needs no waiting.
 
-use crate::{Array, Device, Result};
+use crate::{Array, Device, Dtype, Result};
+use mlx_sys as sys;
 
 /// A key: equal keys give equal draws.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -13,6 +14,16 @@ impl RandomKey {
     /// The key that `mx.random.seed(seed)` starts from.
     pub fn new(seed: u64) -> Self {
         Self([(seed >> 32) as u32, seed as u32])
+    }
+
+    /// The two words of it.
+    pub fn words(self) -> [u32; 2] {
+        self.0
+    }
+
+    /// The key of these words.
+    pub fn from_words(words: [u32; 2]) -> Self {
+        Self(words)
     }
 
     /// Two independent keys: by MLX's convention the first carries the chain on, the second is used up.
@@ -50,6 +61,41 @@ impl Device {
     pub fn categorical(&self, logits: &Array, key: RandomKey) -> Result<Array> {
         let key = key.array()?;
         self.through(|| mlx_rs::random::categorical(logits.native(), -1, None, key.native()))
+    }
+
+    /// Single-precision numbers of `shape`, uniform in `[low, high)`.
+    pub fn uniform_between(&self, low: f32, high: f32, shape: &[i32], key: RandomKey) -> Result<Array> {
+        let (low, high) = (Array::scalar(low, Dtype::F32)?, Array::scalar(high, Dtype::F32)?);
+        let key = key.array()?;
+        // SAFETY: valid handles and a slice with its length.
+        self.run(|result, stream| unsafe {
+            sys::mlx_random_uniform(
+                result,
+                low.handle(),
+                high.handle(),
+                shape.as_ptr(),
+                shape.len(),
+                Dtype::F32.raw(),
+                key.handle(),
+                stream,
+            )
+        })
+    }
+
+    /// True with probability `probability` in each place of `shape`. `key` is a key as [`RandomKey::array`] gives it.
+    pub fn bernoulli(&self, probability: f32, shape: &[i32], key: &Array) -> Result<Array> {
+        let probability = Array::scalar(probability, Dtype::F32)?;
+        // SAFETY: valid handles and a slice with its length.
+        self.run(|result, stream| unsafe {
+            sys::mlx_random_bernoulli(
+                result,
+                probability.handle(),
+                shape.as_ptr(),
+                shape.len(),
+                key.handle(),
+                stream,
+            )
+        })
     }
 
     /// A number without dimensions, uniform in `[0, 1)`.

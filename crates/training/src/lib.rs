@@ -2,6 +2,8 @@
 //!
 //! - [`TrainingConfig`]: what a run is asked to do; [`Schedule`]: its learning rate
 //! - [`Dataset`]: rows as token ids; [`Batches`]: which of them go through the model together
+//! - [`parameters`]: what of a model is trained; [`loss`]; [`optimizer`]
+//! - [`trainer`]: gradients of micro-batches, and updates; [`FineTuning`]: the whole run as a job
 //! - [`Recorder`], [`Curve`]: what is left of a run's course, in figures and as a picture
 //! - [`fuse`]: an adapter becomes part of its base
 
@@ -9,8 +11,13 @@ mod batches;
 mod config;
 mod data;
 mod fuse;
+mod job;
+pub mod loss;
+pub mod optimizer;
+pub mod parameters;
 mod records;
 mod schedule;
+pub mod trainer;
 
 pub use batches::{BatchError, BatchOptions, BatchRow, Batches, Block, MicroBatch, Sets};
 pub use config::{
@@ -19,5 +26,6 @@ pub use config::{
 };
 pub use data::{Cut, DataError, DataFolder, Dataset, Encoder, Row, Sequence};
 pub use fuse::{FuseError, Fused, fuse};
+pub use job::{ADAPTER_CONFIG, ADAPTER_FILE, CursorError, FineTuning, PrepareError};
 pub use records::{ChartError, Curve, RecordError, Recorder, Trained, Validated};
 pub use schedule::{Schedule, Shape};

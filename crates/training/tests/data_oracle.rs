@@ -339,3 +339,23 @@ fn long_rows_are_cut_and_counted() {
     assert_eq!((cut.rows, cut.without_targets), (1, 1));
     assert_eq!(cut.tokens + 8, cut.longest);
 }
+
+#[test]
+fn the_examples_can_be_trained_on() {
+    // A relative path, as people name it.
+    for (folder, file, rows) in
+        [("successor", "lora.yaml", [410, 40, 50]), ("preference", "orpo.yaml", [240, 32, 0])]
+    {
+        let data = Path::new("../../examples").join(folder);
+        let text = std::fs::read_to_string(data.join(file)).unwrap();
+        let config = TrainingConfig::from_yaml(&text, file).unwrap();
+        let place = tempfile::tempdir().unwrap();
+        let (tokenizer, template) = text_model(place.path(), None);
+        let encoder = Encoder::new(tokenizer, template, &config);
+        let sets = Sets::read(&config, &[data], &encoder, &|_| {}).unwrap();
+        assert_eq!([&sets.train, &sets.valid, &sets.test].map(|set| set.len()), rows, "{folder}");
+        assert_eq!(sets.train.cut().rows + sets.train.cut().without_targets, 0, "{folder}");
+        let mut batches = Batches::new(BatchOptions::from(&config), sets).unwrap();
+        assert!(batches.training(1).counted_tokens() > 0);
+    }
+}

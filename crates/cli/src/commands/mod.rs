@@ -13,6 +13,7 @@ pub mod join;
 pub mod keys;
 pub mod leave;
 pub mod load;
+pub mod lora;
 pub mod models;
 pub mod perplexity;
 pub mod plan;
@@ -48,6 +49,7 @@ pub fn run(arguments: Arguments) -> Result<ExitCode> {
         Command::Benchmark(command) => command.run(global)?,
         Command::Perplexity(command) => command.run(global)?,
         Command::CachePrompt(command) => command.run(global)?,
+        Command::Lora(command) => return command.run(global),
         Command::Fuse(command) => command.run(global)?,
         Command::Completions(command) => command.run()?,
         Command::Sandbox(command) => command.run()?,

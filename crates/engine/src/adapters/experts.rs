@@ -1,6 +1,7 @@
 //! What adapters add to the matrices of experts.
 
-use super::{Active, AdapterId};
+use super::low_rank::dropped;
+use super::{Active, AdapterId, Dropout};
 use mlxnode_mlx::{Array, Device, Dtype, Result};
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -19,6 +20,35 @@ struct Changes {
     /// `a` as `[experts, inputs, rank]` and `b` as `[experts, rank, outputs]`, the scale included.
     of: Vec<(AdapterId, Array, Array)>,
     stack: Option<Stack>,
+    /// The one change that is being trained. Then there are no others.
+    trained: Option<Trained>,
+}
+
+/// A change that every token goes with.
+#[derive(Clone)]
+pub(crate) struct Trained {
+    /// `[experts, inputs, rank]`.
+    pub(crate) a: Array,
+    /// `[experts, rank, outputs]`, the scale included.
+    pub(crate) b: Array,
+    pub(crate) dropout: Option<Dropout>,
+}
+
+impl Trained {
+    /// `y` is what the experts `chosen` made of `x`; `sorted` when they are in the order of the experts.
+    pub(crate) fn apply(
+        &self,
+        device: &Device,
+        x: &Array,
+        y: &Array,
+        chosen: &Array,
+        sorted: bool,
+    ) -> Result<Array> {
+        let x = device.cast(&dropped(device, self.dropout.as_ref(), x)?, Dtype::F32)?;
+        let narrow = device.gather_mm(&x, &self.a, chosen, sorted)?;
+        let added = device.gather_mm(&narrow, &self.b, chosen, sorted)?;
+        device.add(y, &device.cast(&added, y.dtype())?)
+    }
 }
 
 /// `[places * experts, inputs, rank]` and `[places * experts, rank, outputs]`.
@@ -38,6 +68,16 @@ impl ExpertSlot {
     #[inline]
     pub(crate) fn is_idle(&self) -> bool {
         self.active.is_idle() || self.changes.borrow().of.is_empty()
+    }
+
+    /// The change that is being trained.
+    pub(crate) fn trained(&self) -> Option<Trained> {
+        self.changes.borrow().trained.clone()
+    }
+
+    /// Has all tokens go with `trained` from now on, or with none.
+    pub(crate) fn train(&self, trained: Option<Trained>) {
+        self.changes.borrow_mut().trained = trained;
     }
 
     /// Does the running batch have a row with an adapter?

@@ -16,13 +16,43 @@ pub(crate) struct Change {
     pub(crate) factor: Option<Array>,
     /// The map's own bias, needed beside a factor.
     pub(crate) bias: Option<Array>,
+    /// In training.
+    pub(crate) dropout: Option<Dropout>,
+}
+
+/// Sets random numbers to zero, so that no change counts on any of them (Srivastava et al. 2014).
+#[derive(Clone)]
+pub(crate) struct Dropout {
+    /// The probability that a number stays.
+    pub(crate) kept: f32,
+    /// A random key `[2]`.
+    pub(crate) key: Array,
+}
+
+impl Dropout {
+    /// `x` with some numbers zero, and the others so much larger that the mean stays. In mlx's order.
+    pub(crate) fn apply(&self, device: &Device, x: &Array) -> Result<Array> {
+        let mask = device.bernoulli(self.kept, x.shape(), &self.key)?;
+        let grown = (1.0 / f64::from(self.kept)) as f32;
+        let mask = device.multiply(&Array::scalar(grown, x.dtype())?, &device.cast(&mask, x.dtype())?)?;
+        device.multiply(&mask, x)
+    }
+}
+
+/// `x`, through the dropout where there is one.
+pub(super) fn dropped(device: &Device, dropout: Option<&Dropout>, x: &Array) -> Result<Array> {
+    match dropout {
+        Some(dropout) => dropout.apply(device, x),
+        None => Ok(x.clone()),
+    }
 }
 
 impl Change {
     /// `y`, `[.., tokens, outputs]`, is what the map made of `x`; gives what the changed map makes of it. The product is computed in
     /// the adapter's precision and rounded to the model's, as in mlx-lm.
     fn apply(&self, device: &Device, x: &Array, y: &Array) -> Result<Array> {
-        let added = device.matmul(&device.matmul(x, &self.a)?, &self.b)?;
+        let x = dropped(device, self.dropout.as_ref(), x)?;
+        let added = device.matmul(&device.matmul(&x, &self.a)?, &self.b)?;
         let added = device.cast(&added, y.dtype())?;
         let Some(factor) = &self.factor else { return device.add(y, &added) };
         let factor = device.cast(factor, y.dtype())?;
@@ -122,6 +152,8 @@ pub(crate) struct EmbeddingChange {
     pub(crate) a: Array,
     /// `[rank, width]`, the scale included.
     pub(crate) b: Array,
+    /// In training, on what it adds.
+    pub(crate) dropout: Option<Dropout>,
 }
 
 impl Slot<EmbeddingChange> {
@@ -129,6 +161,7 @@ impl Slot<EmbeddingChange> {
     pub(crate) fn apply(&self, device: &Device, ids: &Array, vectors: Array) -> Result<Array> {
         self.changed(device, ids, &vectors, 0, |change, ids, vectors| {
             let added = device.matmul(&device.take(&change.a, ids, 0)?, &change.b)?;
+            let added = dropped(device, change.dropout.as_ref(), &added)?;
             device.add(vectors, &device.cast(&added, vectors.dtype())?)
         })
     }

@@ -11,10 +11,10 @@ mod low_rank;
 mod registry;
 
 pub(crate) use active::{Active, Segment};
-pub(crate) use experts::ExpertSlot;
-pub(crate) use low_rank::{Change, EmbeddingChange, EmbeddingSlot, Slot};
+pub(crate) use experts::{ExpertSlot, Trained};
+pub(crate) use low_rank::{Change, Dropout, EmbeddingChange, EmbeddingSlot, Slot};
 pub use registry::{AdapterLoadError, UnknownAdapter};
-pub(crate) use registry::{Part, Registry, Target};
+pub(crate) use registry::{Matrices, Part, Registry, Target};
 
 /// Names a loaded adapter within its model. Never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

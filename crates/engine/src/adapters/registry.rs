@@ -4,7 +4,7 @@
 //! another order, the embedding may be the head as well. The loader notes for each module where its outputs are; an adapter's
 //! changes are put together for each map from that.
 
-use super::{Active, AdapterId, Change, EmbeddingChange, EmbeddingSlot, ExpertSlot, Slot};
+use super::{Active, AdapterId, Change, Dropout, EmbeddingChange, EmbeddingSlot, ExpertSlot, Slot, Trained};
 use crate::linear::Weight;
 use mlxnode_checkpoint::{Adapter, Change as StoredChange, StoredMatrix};
 use mlxnode_mlx::{Array, Device, Dtype, Error, TensorFile};
@@ -79,11 +79,15 @@ pub(crate) struct Registry {
 }
 
 /// The matrices of one module's change, read; the scale is in `b`.
-struct Matrices {
-    a: Array,
-    b: Array,
-    magnitudes: Option<Array>,
+pub(crate) struct Matrices {
+    pub(crate) a: Array,
+    pub(crate) b: Array,
+    pub(crate) magnitudes: Option<Array>,
+    pub(crate) dropout: Option<Dropout>,
 }
+
+/// The id of the one change that is being trained, in a model that has no others.
+const TRAINED: AdapterId = AdapterId(u32::MAX);
 
 impl Registry {
     pub(crate) fn push(&mut self, target: Target) {
@@ -132,7 +136,7 @@ impl Registry {
             return Err(AdapterLoadError::Taken { name: name.to_owned() });
         }
         for path in changes.keys() {
-            if !self.targets.iter().any(|target| target.has(path)) {
+            if !self.has(path) {
                 return Err(AdapterLoadError::Fixed { path: (*path).to_owned() });
             }
         }
@@ -150,6 +154,60 @@ impl Registry {
         }
         self.loaded.insert(name.to_owned(), id);
         Ok(())
+    }
+
+    /// Is there a place for changes of this module?
+    pub(crate) fn has(&self, path: &str) -> bool {
+        self.targets.iter().any(|target| target.has(path))
+    }
+
+    /// Has everything that is computed from now on go with these changes, in a model without adapters: their arrays may be traced.
+    pub(crate) fn train(&self, device: &Device, changes: &BTreeMap<&str, Matrices>) -> Result<(), Error> {
+        self.active.set_all(Some(TRAINED));
+        self.targets.iter().try_for_each(|target| target.give(device, TRAINED, changes))
+    }
+
+    /// Ends [`Self::train`] for these modules. With none left, nothing is changed any more.
+    pub(crate) fn end_training<'p>(&self, modules: impl Iterator<Item = &'p str> + Clone) {
+        for target in &self.targets {
+            if !modules.clone().any(|path| target.has(path)) {
+                continue;
+            }
+            match target {
+                Target::Linear { slot, .. } | Target::TiedHead { slot, .. } => slot.remove(TRAINED),
+                Target::Embedding { slot, .. } => slot.remove(TRAINED),
+                Target::Experts { slot, .. } => slot.train(None),
+            }
+        }
+    }
+
+    /// The lengths of the rows of a module's matrix, `[outputs]` in single precision; None where the module is no map of its own.
+    pub(crate) fn row_lengths(&self, device: &Device, path: &str) -> Result<Option<Array>, Error> {
+        let mut pieces = Vec::new();
+        for target in &self.targets {
+            let Target::Linear { weight, parts, outputs, .. } = target else { continue };
+            let [part] = parts.as_slice() else { continue };
+            if part.path == path && part.count == *outputs {
+                let matrix = device.cast(&numbers(device, weight)?, Dtype::F32)?;
+                let squares = device.sum(&device.square(&matrix)?, 0, false)?;
+                pieces.push((part.rows.clone(), device.sqrt(&squares)?));
+            }
+        }
+        if let [(None, lengths)] = pieces.as_slice() {
+            return Ok(Some(lengths.clone()));
+        }
+        let (mut order, mut lengths) = (Vec::new(), Vec::new());
+        for (rows, piece) in &pieces {
+            let Some(rows) = rows else { return Ok(None) };
+            order.extend(rows.iter().copied());
+            lengths.push(piece.clone());
+        }
+        if lengths.is_empty() {
+            return Ok(None);
+        }
+        let order = Array::from_u32(&order, &[order.len() as i32])?;
+        let lengths = device.concatenate(&lengths, 0)?;
+        device.take(&lengths, &device.argsort(&order, 0)?, 0).map(Some)
     }
 
     /// Takes an adapter's changes out of all maps. One that is not there is fine.
@@ -196,7 +254,7 @@ impl Matrices {
         let (a, b) = (device.contiguous(&a)?, device.contiguous(&b)?);
         let magnitudes = change.magnitudes.as_deref().map(|name| file.take(name)).transpose()?;
         device.eval([&a, &b].into_iter().chain(&magnitudes))?;
-        Ok(Self { a, b, magnitudes })
+        Ok(Self { a, b, magnitudes, dropout: None })
     }
 }
 
@@ -221,20 +279,23 @@ impl Target {
                 }
             }
             Self::Embedding { slot, path } => {
-                if let Some(Matrices { a, b, .. }) = read.get(path.as_str()) {
-                    slot.insert(id, EmbeddingChange { a: a.clone(), b: b.clone() });
+                if let Some(Matrices { a, b, dropout, .. }) = read.get(path.as_str()) {
+                    slot.insert(id, EmbeddingChange { a: a.clone(), b: b.clone(), dropout: dropout.clone() });
                 }
             }
             Self::TiedHead { slot, path } => {
-                if let Some(Matrices { a, b, .. }) = read.get(path.as_str()) {
+                if let Some(Matrices { a, b, dropout, .. }) = read.get(path.as_str()) {
                     let (a, b) = (device.transpose(b, &[1, 0])?, device.transpose(a, &[1, 0])?);
-                    slot.insert(id, Change { a, b, factor: None, bias: None });
+                    slot.insert(id, Change { a, b, factor: None, bias: None, dropout: dropout.clone() });
                 }
             }
             Self::Experts { slot, path } => {
-                if let Some(Matrices { a, b, .. }) = read.get(path.as_str()) {
+                if let Some(Matrices { a, b, dropout, .. }) = read.get(path.as_str()) {
                     let (a, b) = (device.transpose(a, &[0, 2, 1])?, device.transpose(b, &[0, 2, 1])?);
-                    slot.insert(device, id, a, b)?;
+                    match id == TRAINED {
+                        true => slot.train(Some(Trained { a, b, dropout: dropout.clone() })),
+                        false => slot.insert(device, id, a, b)?,
+                    }
                 }
             }
         }
@@ -250,6 +311,12 @@ fn joined(
     bias: Option<&Array>,
     outputs: i32,
 ) -> Result<Change, Error> {
+    let dropout = found.iter().find_map(|(_, matrices)| matrices.dropout.clone());
+    if let [(Part { start: 0, rows: None, count, .. }, Matrices { a, b, magnitudes: None, .. })] = found
+        && *count == outputs
+    {
+        return Ok(Change { a: a.clone(), b: b.clone(), factor: None, bias: None, dropout });
+    }
     let (mut all_a, mut all_b, mut factors) = (Vec::new(), Vec::new(), Vec::new());
     let is_scaled = found.iter().any(|(_, matrices)| matrices.magnitudes.is_some());
     let mut end = 0;
@@ -278,7 +345,8 @@ fn joined(
             factors.push(match &matrices.magnitudes {
                 None => ones(device, part.count)?,
                 Some(magnitudes) => {
-                    let lengths = lengths(device, weight, part, &matrices.a, &b)?;
+                    // Their gradient is left out, as in mlx-lm (and in section 4.3 of the paper).
+                    let lengths = device.stop_gradient(&lengths(device, weight, part, &matrices.a, &b)?)?;
                     device.divide(&device.cast(&columns(magnitudes, 0)?, Dtype::F32)?, &lengths)?
                 }
             });
@@ -291,8 +359,10 @@ fn joined(
     let factor = if is_scaled { Some(device.concatenate(&factors, 0)?) } else { None };
     let (a, b) = (device.concatenate(&all_a, 1)?, device.concatenate(&all_b, 0)?);
     let bias = bias.filter(|_| is_scaled).cloned();
-    device.eval([&a, &b].into_iter().chain(&factor))?;
-    Ok(Change { a, b, factor, bias })
+    if !device.is_tracing() {
+        device.eval([&a, &b].into_iter().chain(&factor))?;
+    }
+    Ok(Change { a, b, factor, bias, dropout })
 }
 
 fn ones(device: &Device, count: i32) -> Result<Array, Error> {
@@ -301,8 +371,15 @@ fn ones(device: &Device, count: i32) -> Result<Array, Error> {
 
 /// Lengths of the rows of the changed matrix, `[count]`.
 fn lengths(device: &Device, weight: &Weight, part: &Part, a: &Array, b: &Array) -> Result<Array, Error> {
-    // `[inputs, outputs]`
-    let matrix = match weight {
+    let matrix = numbers(device, weight)?;
+    let own = device.slice_axis(&matrix, 1, part.start, part.start + part.count, 1)?;
+    let changed = device.add(&device.cast(&own, Dtype::F32)?, &device.matmul(a, b)?)?;
+    device.sqrt(&device.sum(&device.multiply(&changed, &changed)?, 0, false)?)
+}
+
+/// A map's matrix as numbers, `[inputs, outputs]`.
+fn numbers(device: &Device, weight: &Weight) -> Result<Array, Error> {
+    Ok(match weight {
         Weight::Dense(matrix) => matrix.view().clone(),
         // A turn back would change no length of a row, but it would the sum with what an adapter adds.
         Weight::Turned(packed, turn) => {
@@ -311,8 +388,5 @@ fn lengths(device: &Device, weight: &Weight, part: &Part, a: &Array, b: &Array) 
         Weight::Quantized(packed) | Weight::Rounded(packed) => {
             device.transpose(&device.dequantize(packed)?, &[1, 0])?
         }
-    };
-    let own = device.slice_axis(&matrix, 1, part.start, part.start + part.count, 1)?;
-    let changed = device.add(&device.cast(&own, Dtype::F32)?, &device.matmul(a, b)?)?;
-    device.sqrt(&device.sum(&device.multiply(&changed, &changed)?, 0, false)?)
+    })
 }

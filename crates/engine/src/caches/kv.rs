@@ -420,6 +420,14 @@ impl Default for Slots {
 }
 
 impl Seen {
+    /// Keys and values `[rows, heads, tokens, width]` of whole sequences, of which a token sees the last `limit`, or those of its own
+    /// chunk of so many tokens.
+    pub(crate) fn whole(keys: &Array, values: &Array, limit: Option<i32>, chunk: Option<i32>) -> Self {
+        let planes = Planes { arrays: vec![keys.clone(), values.clone()] };
+        let chunk = chunk.map(|size| Chunk { size, offset: 0 });
+        Self { planes, layout: None, before: 0, limit, chunk, taken: None }
+    }
+
     /// How many tokens in all.
     pub(crate) fn tokens(&self) -> i32 {
         self.planes.slots()

@@ -117,6 +117,10 @@ impl Source<'_> {
             value_factor: attention.value_factor,
             beside,
             blocks,
+            listed: spec
+                .layers
+                .iter()
+                .any(|layer| layer.mixer.attention().is_some_and(|it| it.blocks.is_some())),
             core: SoftmaxAttention {
                 scale: attention.scale,
                 window: attention.window.map(count),

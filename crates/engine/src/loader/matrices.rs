@@ -200,7 +200,7 @@ impl Source<'_> {
             (Some(one), Some(other)) => Rc::ptr_eq(one, other),
             (one, other) => one.is_none() && other.is_none(),
         });
-        if !same_turn || !self.stack_pays(parts) {
+        if self.given.is_some() || !same_turn || !self.stack_pays(parts) {
             let linears = parts.iter().map(|(path, _)| self.linear(path)).collect::<Result<_, _>>()?;
             return Ok(Stacked { whole: None, parts: linears });
         }
@@ -269,7 +269,8 @@ impl Source<'_> {
         };
         let parts: Vec<Part> = stored.iter().map(part).collect();
         let maps: Vec<Stored> = stored.into_iter().map(|(stored, _)| stored).collect();
-        let Some((matrix, bias)) = self.stack(&maps)? else {
+        let stacked = if self.given.is_some() { None } else { self.stack(&maps)? };
+        let Some((matrix, bias)) = stacked else {
             let mut linears = Vec::with_capacity(maps.len());
             for (Stored { matrix, bias, .. }, part) in maps.into_iter().zip(parts) {
                 self.queue(bias.iter());
@@ -356,7 +357,8 @@ impl Source<'_> {
         let parts: Vec<Part> = outputs.iter().map(part).collect();
         let views = self.views(&parts, &matrix, bias.as_ref())?;
         let all = vec![whole(path, matrix.outputs())];
-        let stacked = if pays { Some(self.linear_of(matrix, bias, all)?) } else { None };
+        let stacked =
+            if pays && self.given.is_none() { Some(self.linear_of(matrix, bias, all)?) } else { None };
         Ok(Stacked { whole: stacked, parts: views })
     }
 

@@ -25,7 +25,7 @@ mod widening;
 pub use weights::WeightReader;
 
 use crate::adapters::{Registry, Slot, Target};
-use crate::decoder::{Decoder, Head, Positions};
+use crate::decoder::{Decoder, Head, Layer, Positions};
 use crate::widening::{Blocks, Widened};
 use mlxnode_checkpoint::layout::{EMBEDDING, FINAL_NORM, HEAD, HEAD_GAIN, POSITIONS};
 use mlxnode_checkpoint::{
@@ -119,81 +119,161 @@ pub(crate) fn load(
     let shard = checkpoint.shard_tensors(layers)?;
     let mut source = Source::open(device, &shard, spec.dtype.into())?;
     source.kept = (spec.passes > 1).then(HashMap::new);
-    let total = shard.bytes().0;
+    source.decoder(spec, layers, progress)
+}
+
+/// All tensors of `shard`, computed, by our names for them. `progress` gets the bytes loaded so far and in all.
+pub(crate) fn tensors(
+    device: &Device,
+    shard: &ShardTensors,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<HashMap<String, Array>, LoadError> {
+    /// Read together.
+    const PORTION: u64 = 64 << 20;
+    let mut weights = WeightReader::open(device, shard.tensors.values())?;
+    let (total, mut loaded, mut waiting) = (shard.bytes().0, 0, 0);
     progress(0, total);
-    let embedding = match shard.tensors.contains_key(&format!("{EMBEDDING}.weight")) {
-        true => Some(source.embedding(EMBEDDING)?),
-        false => None,
-    };
-    let ngrams = if layers.is_first() { source.ngrams(spec)? } else { None };
-    let positions = match spec.positions.filter(|_| layers.is_first()) {
-        Some(rows) => Some(Positions { table: source.embedding(POSITIONS)?, rows: size(rows) }),
-        None => None,
-    };
-    let entrance = if layers.is_first() { source.entrance(spec)? } else { None };
-    source.advance()?;
-    let mut modules = Vec::with_capacity(layers.len());
-    for (index, layer) in spec.layers.iter().enumerate().take(layers.end).skip(layers.start) {
-        modules.push(source.layer(index, layer, spec)?);
-        progress(source.loaded, total);
-        source.advance()?;
-    }
-    let is_last = layers.is_last(spec.layer_count());
-    let head = match is_last {
-        false => None,
-        true => {
-            let mut norm = source.norm_of(spec.last_norm(), FINAL_NORM, spec.norm_eps)?;
-            norm.eps = spec.final_norm_eps.unwrap_or(norm.eps);
-            source.queue(norm.arrays());
-            let linear = match &embedding {
-                Some(embedding) if spec.tied_embeddings => {
-                    let changes = Slot::new(source.active());
-                    let target = Target::TiedHead { slot: changes.clone(), path: EMBEDDING.to_owned() };
-                    source.registry.borrow_mut().push(target);
-                    embedding.as_linear(device, changes)?
-                }
-                _ => source.linear(HEAD)?,
-            };
-            let exit = source.exit(spec)?;
-            let gain = match spec.logits {
-                Logits::Gained => Some(source.number(HEAD_GAIN)?),
-                _ => None,
-            };
-            let mixture = match spec.widening.block {
-                Some(_) => Some(source.mixture("model.output_attn_res", spec)?),
-                None => None,
-            };
-            Some(Head { exit, norm, linear, logits: spec.logits, gain, mixture })
+    let mut tensors = HashMap::new();
+    let mut portion = Vec::new();
+    for (name, tensor) in &shard.tensors {
+        let array = weights.compute(name, tensor)?;
+        portion.push(array.clone());
+        tensors.insert(name.clone(), array);
+        waiting += tensor.byte_count();
+        if waiting >= PORTION {
+            device.eval(&portion)?;
+            weights.check_reads()?;
+            portion.clear();
+            loaded += std::mem::take(&mut waiting);
+            progress(loaded, total);
         }
-    };
-    source.advance()?;
-    source.advance()?;
+    }
+    device.eval(&portion)?;
+    weights.check_reads()?;
     device.clear_cache()?;
     progress(total, total);
-    let decoder = Decoder {
-        embedding: embedding.filter(|_| layers.is_first()),
-        ngrams,
-        embedding_scale: spec.embedding_scale,
-        embedding_norm: spec.embedding_norm.then_some(spec.norm_eps),
-        positions,
-        entrance,
-        widened: Widened {
-            streams: size(spec.widening.streams),
-            hidden: size(spec.hidden),
-            input: spec.widening.layer_inputs.map_or(0, |inputs| size(inputs.width)),
-            embedding: spec.widening.embedding,
-            blocks: spec.widening.block.map(|block| Blocks {
-                before: size(layers.start.div_ceil(block.max(1))),
-                all: size(spec.layer_count().div_ceil(block.max(1))),
-                eps: spec.norm_eps,
-            }),
-            handed: size(spec.widening.handed),
-            first: size(layers.start),
-        },
-        layers: modules,
-        head,
+    Ok(tensors)
+}
+
+/// The modules of `layers` made of `given` tensors, by our names, every module a map of its own. Nothing is read or computed, so that
+/// the tensors may be traced.
+pub(crate) fn assemble(
+    device: &Device,
+    spec: &ModelSpec,
+    shard: &ShardTensors,
+    given: HashMap<String, Array>,
+) -> Result<(Decoder, Registry), LoadError> {
+    let source = Source::of(device, shard, spec.dtype.into(), given)?;
+    source.decoder(spec, shard.layers, &mut |_, _| {})
+}
+
+/// Layer `index` of the model, made of `given` tensors, which are its own at least.
+pub(crate) fn assemble_layer(
+    device: &Device,
+    spec: &ModelSpec,
+    shard: &ShardTensors,
+    given: HashMap<String, Array>,
+    index: usize,
+) -> Result<Layer, LoadError> {
+    let mut source = Source::of(device, shard, spec.dtype.into(), given)?;
+    let Some(layer) = spec.layers.get(index) else {
+        return Err(Error::Mlx(format!("the model has no layer {index}")).into());
     };
-    Ok((decoder, source.registry.take()))
+    source.layer(index, layer, spec)
+}
+
+impl Source<'_> {
+    fn decoder(
+        mut self,
+        spec: &ModelSpec,
+        layers: LayerRange,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<(Decoder, Registry), LoadError> {
+        let (device, shard) = (self.device, self.shard);
+        let source = &mut self;
+        let total = shard.bytes().0;
+        progress(0, total);
+        let embedding = match shard.tensors.contains_key(&format!("{EMBEDDING}.weight")) {
+            true => Some(source.embedding(EMBEDDING)?),
+            false => None,
+        };
+        let ngrams = if layers.is_first() { source.ngrams(spec)? } else { None };
+        let positions = match spec.positions.filter(|_| layers.is_first()) {
+            Some(rows) => Some(Positions { table: source.embedding(POSITIONS)?, rows: size(rows) }),
+            None => None,
+        };
+        let entrance = if layers.is_first() { source.entrance(spec)? } else { None };
+        source.advance()?;
+        let mut modules = Vec::with_capacity(layers.len());
+        for (index, layer) in spec.layers.iter().enumerate().take(layers.end).skip(layers.start) {
+            modules.push(source.layer(index, layer, spec)?);
+            progress(source.loaded, total);
+            source.advance()?;
+        }
+        let is_last = layers.is_last(spec.layer_count());
+        let head = match is_last {
+            false => None,
+            true => {
+                let mut norm = source.norm_of(spec.last_norm(), FINAL_NORM, spec.norm_eps)?;
+                norm.eps = spec.final_norm_eps.unwrap_or(norm.eps);
+                source.queue(norm.arrays());
+                let linear = match &embedding {
+                    Some(embedding) if spec.tied_embeddings => {
+                        let changes = Slot::new(source.active());
+                        let target = Target::TiedHead { slot: changes.clone(), path: EMBEDDING.to_owned() };
+                        source.registry.borrow_mut().push(target);
+                        embedding.as_linear(device, changes)?
+                    }
+                    _ => source.linear(HEAD)?,
+                };
+                let exit = source.exit(spec)?;
+                let gain = match spec.logits {
+                    Logits::Gained => Some(source.number(HEAD_GAIN)?),
+                    _ => None,
+                };
+                let mixture = match spec.widening.block {
+                    Some(_) => Some(source.mixture("model.output_attn_res", spec)?),
+                    None => None,
+                };
+                Some(Head { exit, norm, linear, logits: spec.logits, gain, mixture })
+            }
+        };
+        source.advance()?;
+        source.advance()?;
+        if source.given.is_none() {
+            device.clear_cache()?;
+        }
+        progress(total, total);
+        let decoder = Decoder {
+            embedding: embedding.filter(|_| layers.is_first()),
+            ngrams,
+            embedding_scale: spec.embedding_scale,
+            embedding_norm: spec.embedding_norm.then_some(spec.norm_eps),
+            positions,
+            entrance,
+            widened: widened(spec, layers),
+            layers: modules,
+            head,
+        };
+        Ok((decoder, source.registry.take()))
+    }
+}
+
+/// What travels between the layers of a range.
+pub(crate) fn widened(spec: &ModelSpec, layers: LayerRange) -> Widened {
+    Widened {
+        streams: size(spec.widening.streams),
+        hidden: size(spec.hidden),
+        input: spec.widening.layer_inputs.map_or(0, |inputs| size(inputs.width)),
+        embedding: spec.widening.embedding,
+        blocks: spec.widening.block.map(|block| Blocks {
+            before: size(layers.start.div_ceil(block.max(1))),
+            all: size(spec.layer_count().div_ceil(block.max(1))),
+            eps: spec.norm_eps,
+        }),
+        handed: size(spec.widening.handed),
+        first: size(layers.start),
+    }
 }
 
 /// What modules are made from.
@@ -215,9 +295,24 @@ struct Source<'a> {
     turns: Vec<turn::KnownTurn>,
     /// What was loaded, by name, of a model that goes through its layers several times: the weights exist once.
     kept: Option<HashMap<String, Array>>,
+    /// All tensors, where none is to be read.
+    given: Option<HashMap<String, Array>>,
 }
 
 impl<'a> Source<'a> {
+    /// Of these tensors, by our names.
+    fn of(
+        device: &'a Device,
+        shard: &'a ShardTensors,
+        dtype: Dtype,
+        given: HashMap<String, Array>,
+    ) -> Result<Self, LoadError> {
+        let weights = WeightReader::open(device, [])?;
+        let (registry, queued, started) = (RefCell::default(), RefCell::default(), Vec::new());
+        let (turns, kept, given) = (Vec::new(), None, Some(given));
+        Ok(Self { device, shard, weights, dtype, registry, queued, started, loaded: 0, turns, kept, given })
+    }
+
     fn open(device: &'a Device, shard: &'a ShardTensors, dtype: Dtype) -> Result<Self, LoadError> {
         let weights = WeightReader::open(device, shard.tensors.values())?;
         let (registry, queued, started) = (RefCell::default(), RefCell::default(), Vec::new());
@@ -232,6 +327,7 @@ impl<'a> Source<'a> {
             loaded: 0,
             turns: Vec::new(),
             kept: None,
+            given: None,
         })
     }
 
@@ -239,6 +335,9 @@ impl<'a> Source<'a> {
     fn tensor(&mut self, name: &str) -> Result<Array, LoadError> {
         if let Some(array) = self.kept.as_ref().and_then(|kept| kept.get(name)) {
             return Ok(array.clone());
+        }
+        if let Some(given) = &self.given {
+            return given.get(name).cloned().ok_or_else(|| self.missing(name));
         }
         let Some(tensor) = self.shard.tensors.get(name) else { return Err(self.missing(name)) };
         let array = self.weights.compute(name, tensor)?;
@@ -301,6 +400,9 @@ impl<'a> Source<'a> {
     /// only what it was asked for together, so that one layer is read while the last one is put together.
     fn advance(&mut self) -> Result<(), LoadError> {
         let queued = self.queued.take();
+        if self.given.is_some() {
+            return Ok(());
+        }
         self.device.async_eval(&queued)?;
         let started = std::mem::replace(&mut self.started, queued);
         self.device.eval(&started)?;

@@ -4,7 +4,7 @@
 use super::latent::growing;
 use super::{BlockIndexer, Keeps, SoftmaxAttention};
 use crate::batch::{Batch, Row};
-use crate::caches::{LayerCache, SequenceCache};
+use crate::caches::{LayerCache, Seen, SequenceCache};
 use crate::linear::{Linear, Stacked};
 use crate::norm::{Norm, apply};
 use crate::rope::RotaryEmbedding;
@@ -45,6 +45,8 @@ pub(crate) struct Attention {
     pub(crate) beside: Option<Beside>,
     /// Chooses the blocks of keys that queries see.
     pub(crate) blocks: Option<BlockIndexer>,
+    /// Some layers of the model choose blocks, so that files have a list for each.
+    pub(crate) listed: bool,
     pub(crate) core: SoftmaxAttention,
 }
 
@@ -145,6 +147,8 @@ impl Attention {
             window: self.core.window.or(self.core.chunk),
             chunk: self.core.chunk,
             indexer: self.blocks.is_some(),
+            narrow_index: self.blocks.is_some(),
+            listed: self.listed,
             ..Keeps::default()
         }
     }
@@ -171,6 +175,9 @@ impl Attention {
         batch: &mut Batch<'_>,
     ) -> Result<Array> {
         let (mixed, gate) = match batch.rows.as_mut_slice() {
+            rows if batch.abreast && self.goes_abreast() => {
+                self.forward_abreast(device, x, rows.len() as i32, &mut batch.projected)?
+            }
             [row] if row.cache.lanes() == 1 => {
                 let offset = row.cache.tokens();
                 let whole = self.projections.whole.as_ref().filter(|_| !self.projects_for_others);
@@ -199,6 +206,36 @@ impl Attention {
             None => mixed,
         };
         self.output.forward(device, &apply(device, self.result_norm.as_ref(), mixed)?)
+    }
+
+    /// Can whole sequences go through at once? Not where a layer sees another one's keys, or what a token does depends on its position
+    /// in ways that are written for one sequence.
+    pub(crate) fn goes_abreast(&self) -> bool {
+        self.goes_by_row() && self.is_alone()
+    }
+
+    /// Does it neither take anything from another layer nor hand anything on?
+    pub(crate) fn is_alone(&self) -> bool {
+        let is_alone = matches!(self.source, Source::Projections | Source::Keys) && !self.projects_for_others;
+        is_alone && self.beside.is_none() && !self.core.shown
+    }
+
+    /// `rows` whole sequences of one length, one behind the other, which nobody goes on with: what their tokens see,
+    /// `[1, tokens of all, heads * value_dim]`, and the gate on it.
+    fn forward_abreast(
+        &self,
+        device: &Device,
+        x: &Array,
+        rows: i32,
+        handed: &mut Vec<Array>,
+    ) -> Result<(Array, Option<Array>)> {
+        let (projected, gate) = self.project(device, x, handed)?;
+        let parts = self.arranged_rows(device, projected, 0, rows)?;
+        let Some((keys, values)) = &parts.keys_values else { return Err(wrong_projections()) };
+        let seen = Seen::whole(keys, values, self.core.window, self.core.chunk);
+        let mixed = self.core.attend(device, &parts.queries, &seen)?;
+        let mixed = device.transpose(&mixed, &[0, 2, 1, 3])?;
+        Ok((device.reshape(&mixed, &[1, x.dim(1), self.heads * self.value_dim])?, gate))
     }
 
     /// Several sequences, those with one token first and these at `positions`: what their tokens see,
@@ -536,16 +573,22 @@ impl Attention {
 
     /// Projections `[1, tokens, heads * head_dim]` to `[1, heads, tokens, head_dim]`, normed and rotated.
     fn arranged(&self, device: &Device, projected: Vec<Array>, offset: i32) -> Result<Parts> {
+        self.arranged_rows(device, projected, offset, 1)
+    }
+
+    /// The same of several sequences of one length, one behind the other, to `[rows, heads, tokens of one, head_dim]`.
+    fn arranged_rows(&self, device: &Device, projected: Vec<Array>, offset: i32, rows: i32) -> Result<Parts> {
         let norms = self.norms.as_ref();
         let arranged = |x: &Array, heads: i32, part: Part| {
-            let x = self.turned(device, x, heads, part)?;
+            let x = self.turned(device, x, heads, part, rows)?;
             let x = self.rotated(device, x, offset)?;
             match norms.filter(|norms| norms.after_rope) {
                 Some(norms) => norms.apply(device, &x, part),
                 None => Ok(x),
             }
         };
-        let heads = |x: &Array| device.reshape(x, &[1, x.dim(1), self.kv_heads, self.value_dim]);
+        let heads =
+            |x: &Array| device.reshape(x, &[rows, x.dim(1) / rows.max(1), self.kv_heads, self.value_dim]);
         let (queries, keys, values) = self.sorted(&projected)?;
         let queries = arranged(queries, self.heads, Part::Queries)?;
         let keys_values = match (keys, values) {
@@ -559,9 +602,9 @@ impl Attention {
         Ok(Parts { queries, keys_values })
     }
 
-    /// Queries or keys `[1, tokens, heads * head_dim]` to `[1, heads, tokens, head_dim]`, normed unless that comes later.
-    fn turned(&self, device: &Device, x: &Array, heads: i32, part: Part) -> Result<Array> {
-        let shape = [1, x.dim(1), heads, self.head_dim];
+    /// Queries or keys `[1, tokens, heads * head_dim]` to `[rows, heads, tokens of a row, head_dim]`, normed unless that comes later.
+    fn turned(&self, device: &Device, x: &Array, heads: i32, part: Part, rows: i32) -> Result<Array> {
+        let shape = [rows, x.dim(1) / rows.max(1), heads, self.head_dim];
         let x = match self.norms.as_ref().filter(|norms| !norms.after_rope) {
             Some(norms) if norms.kind == QkNormKind::Whole => {
                 device.reshape(&norms.apply(device, x, part)?, &shape)?

@@ -53,7 +53,10 @@ impl DeltaRule {
             None => device.zeros(&[inputs.values.dim(0), heads, value_dim, key_dim], Dtype::F32)?,
         };
         match &self.kernel {
-            Some(kernel) if key_dim % LANES == 0 => on_metal(device, kernel, inputs, &memory),
+            // A kernel has no gradient.
+            Some(kernel) if key_dim % LANES == 0 && !device.is_tracing() => {
+                on_metal(device, kernel, inputs, &memory)
+            }
             _ if tokens == 1 => step(device, inputs, &memory),
             _ => chunks(device, inputs, &memory),
         }

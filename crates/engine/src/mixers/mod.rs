@@ -85,6 +85,10 @@ pub(crate) struct Keeps {
     pub(crate) chunk: Option<i32>,
     /// Keys of an indexer.
     pub(crate) indexer: bool,
+    /// Where a file has an indexer's values, these have no width; otherwise its keys stand there again. It has no values.
+    pub(crate) narrow_index: bool,
+    /// Files have the layer's cache in a list, although it may be alone there.
+    pub(crate) listed: bool,
     /// Where an indexer would keep its keys are the keys and values of a second attention.
     pub(crate) second: bool,
     /// States of a fixed size.
@@ -135,6 +139,17 @@ impl Mixer {
             // Its rotation is of one sequence at a time.
             Self::ConvolvedAttention(_) | Self::Lightning(_) => false,
             Self::Linear(_) | Self::Absent => true,
+        }
+    }
+
+    /// Does it neither take anything from another layer nor hand anything on?
+    pub(crate) fn is_alone(&self) -> bool {
+        match self {
+            Self::Attention(attention) => attention.is_alone(),
+            Self::Mamba2AndAttention(both) => both.1.is_alone(),
+            // The first layer's values go to all.
+            Self::Rwkv7(_) => false,
+            _ => true,
         }
     }
 

@@ -55,6 +55,7 @@ impl StateSpace {
         let (lanes, count) = (inputs.x.dim(0), inputs.x.dim(1));
         if let (1, Some(state), Some(kernel)) = (count, state, &self.kernel)
             && state.dim(3) % LANES == 0
+            && !device.is_tracing()
         {
             return self.on_metal(device, kernel, inputs, &steps, state);
         }

@@ -45,7 +45,7 @@ impl Wkv {
             Some(memory) => memory.clone(),
             None => device.zeros(&[lanes, heads, head_dim, head_dim], inputs.receptance.dtype())?,
         };
-        if let Some(kernel) = self.kernel.as_ref().filter(|_| head_dim % LANES == 0) {
+        if let Some(kernel) = self.kernel.as_ref().filter(|_| head_dim % LANES == 0 && !device.is_tracing()) {
             return on_metal(device, kernel, inputs, &memory);
         }
         let mut read = Vec::with_capacity(count as usize);

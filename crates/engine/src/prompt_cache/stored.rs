@@ -485,13 +485,18 @@ pub(super) fn described(
         parts.push(("ArraysCache", Value::List(vec![Value::List(arrays), Value::Nothing, Value::Nothing])));
     }
     if keeps.kv {
-        parts.push(described_kv(device, &cache.kv, keeps, false)?);
+        parts.push(described_kv(device, &cache.kv, keeps, Beside::Values)?);
     }
     if keeps.indexer {
-        parts.push(described_kv(device, &cache.indexer, &Keeps::default(), !keeps.second)?);
+        let beside = match (keeps.second, keeps.narrow_index) {
+            (true, _) => Beside::Values,
+            (false, true) => Beside::Nothing,
+            (false, false) => Beside::Keys,
+        };
+        parts.push(described_kv(device, &cache.indexer, &Keeps::default(), beside)?);
     }
     Ok(match (parts.pop(), parts.is_empty()) {
-        (Some(only), true) => only,
+        (Some(only), true) if !keeps.listed => only,
         (last, _) => {
             let entry = |(class, state)| Value::List(vec![state, Value::Text(class)]);
             ("CacheList", Value::List(parts.into_iter().chain(last).map(entry).collect()))
@@ -499,11 +504,21 @@ pub(super) fn described(
     })
 }
 
+/// What a file has where values stand.
+#[derive(Clone, Copy)]
+enum Beside {
+    Values,
+    /// The keys a second time.
+    Keys,
+    /// As many values as there are keys, without width.
+    Nothing,
+}
+
 fn described_kv(
     device: &Device,
     cache: &KvCache,
     keeps: &Keeps,
-    is_indexer: bool,
+    beside: Beside,
 ) -> mlxnode_mlx::Result<(&'static str, Value)> {
     let Some(contents) = cache.contents(device)? else {
         return Ok(("KVCache", Value::List(vec![Value::Nothing, Value::Nothing, Value::Whole(0)])));
@@ -511,13 +526,17 @@ fn described_kv(
     let held = contents.planes.slots();
     let array =
         |place: usize| contents.planes.arrays.get(place).cloned().map_or(Value::Nothing, Value::Array);
-    let (mut state, is_packed) = match contents.layout {
-        Some(_) => {
+    let (mut state, is_packed) = match (contents.layout, beside, contents.planes.arrays.first()) {
+        (Some(_), ..) => {
             let three = |first: usize| Value::List((first..first + 3).map(array).collect());
             (vec![three(0), three(3)], true)
         }
-        None if is_indexer => (vec![array(0), array(0)], false),
-        None => (vec![array(0), array(1)], false),
+        (None, Beside::Keys, _) => (vec![array(0), array(0)], false),
+        (None, Beside::Nothing, Some(keys)) => {
+            let nothing = device.zeros(&[1, keys.dim(1), held, 0], keys.dtype())?;
+            (vec![array(0), Value::Array(nothing)], false)
+        }
+        (None, ..) => (vec![array(0), array(1)], false),
     };
     state.push(Value::Whole(contents.tokens));
     let ring = match &contents.order {

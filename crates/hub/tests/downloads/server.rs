@@ -190,13 +190,16 @@ fn serve(stream: TcpStream, address: SocketAddr, state: &Mutex<State>) -> std::i
         return respond(stream, &request, 307, &location, b"");
     }
     let name = if state.renamed { "new/name" } else { "o/n" };
-    if path.starts_with(&format!("/api/models/{name}/revision/")) {
+    // Data sets have the same files: which of them are taken is the question.
+    let api = ["models", "datasets"].map(|kind| format!("/api/{kind}/{name}/revision/"));
+    if api.iter().any(|api| path.starts_with(api)) {
         let siblings: Vec<_> =
             state.files.keys().map(|name| serde_json::json!({ "rfilename": name })).collect();
         let commit = state.commit.clone().unwrap_or_else(|| COMMIT.into());
         let list = serde_json::json!({ "id": name, "sha": commit, "siblings": siblings });
         return respond(stream, &request, 200, "", list.to_string().as_bytes());
     }
+    let path = path.strip_prefix("/datasets").unwrap_or(&path);
     let Some(file) = path.strip_prefix(&format!("/{name}/resolve/{COMMIT}/")) else {
         return respond(stream, &request, 404, "X-Error-Code: RepoNotFound\r\n", b"");
     };

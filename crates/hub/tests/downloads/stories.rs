@@ -1,7 +1,7 @@
-use crate::server::{COMMIT, Fault, Server, State, small_model};
+use crate::server::{COMMIT, Fault, Served, Server, State, small_model};
 use mlxnode_checkpoint::Checkpoint;
 use mlxnode_compute::LayerRange;
-use mlxnode_hub::{Hub, HubError, ModelSource, Options, Secret};
+use mlxnode_hub::{Hub, HubError, HubId, ModelSource, Options, Secret};
 use std::cell::RefCell;
 use std::fs;
 use std::path::Path;
@@ -207,6 +207,41 @@ fn local_models_are_those_with_all_files() {
     fs::remove_file(cache.path().join("models--o--n/refs/main")).unwrap();
     assert_eq!(hub.local_models()[0].source.to_string(), format!("o/n@{COMMIT}"));
     assert_eq!(hub.resolve(&hub.local_models()[0].source, &|_| {}).unwrap(), folder);
+}
+
+#[test]
+fn data_sets_come_with_their_rows_and_nothing_else() {
+    let (server, cache) = (Server::start(), tempfile::tempdir().unwrap());
+    let id = HubId::dataset("o/n", None).unwrap();
+    let hub_here = hub(&server, cache.path());
+    server.with(|state| {
+        let served = state.files["README.md"].clone();
+        for name in ["data/train-00000-of-00001.parquet", "valid.jsonl", "data/script.py"] {
+            let file = Served { etag: format!("{:040x}", name.len()), ..served.clone() };
+            state.files.insert(name.to_owned(), file);
+        }
+        state.files.retain(|name, _| !name.ends_with(".json"));
+    });
+    let folder = hub_here.resolve_dataset(&id, &|_| {}).unwrap();
+    assert_eq!(folder, cache.path().join("datasets--o--n/snapshots").join(COMMIT));
+    for name in ["data/train-00000-of-00001.parquet", "valid.jsonl", "README.md"] {
+        assert!(folder.join(name).is_file(), "{name}");
+    }
+    for name in ["data/script.py", "merges.txt", "model.safetensors"] {
+        assert!(!folder.join(name).exists(), "{name}");
+    }
+    assert!(server.requests().contains(&format!("GET /datasets/o/n/resolve/{COMMIT}/valid.jsonl")));
+    assert_eq!(offline(cache.path()).resolve_dataset(&id, &|_| {}).unwrap(), folder);
+    // A model of the same name is another thing.
+    assert!(offline(cache.path()).resolve(&source(), &|_| {}).is_err());
+    server.with(|state| state.files.retain(|name, _| name == "README.md"));
+    server.with(|state| state.commit = Some("89abcdef".to_owned()));
+    let error = hub_here.resolve_dataset(&id, &|_| {}).unwrap_err().to_string();
+    assert!(error.starts_with("datasets/o/n has no .jsonl or .parquet file"), "{error}");
+    server.with(|state| state.refuse = Some((404, "RepoNotFound")));
+    let other = HubId::dataset("o/other", None).unwrap();
+    let error = hub_here.resolve_dataset(&other, &|_| {}).unwrap_err().to_string();
+    assert!(error.contains(" has no data set o/other; check the spelling"), "{error}");
 }
 
 #[test]

@@ -36,8 +36,8 @@ impl DataFolder {
         }
         let mut splits = BTreeMap::new();
         for name in ["train", "valid", "test"] {
-            let file = path.join(format!("{name}.jsonl"));
-            if subset.is_none() && file.is_file() {
+            let file = PathBuf::from(format!("{name}.jsonl"));
+            if subset.is_none() && path.join(&file).is_file() {
                 splits.insert(name.to_owned(), vec![file]);
             }
         }

@@ -3,7 +3,7 @@
 use super::canvas::Canvas;
 use plotters::prelude::{
     ChartBuilder, DrawingBackend, IntoDrawingArea as _, IntoFont as _, LineSeries, PathElement, RGBColor,
-    SVGBackend, WHITE,
+    SVGBackend, SeriesLabelPosition, WHITE,
 };
 use plotters::style::{Color as _, TextStyle};
 use serde_json::{Map, Value};
@@ -103,6 +103,7 @@ impl Curve {
         let mut chart = ChartBuilder::on(&area)
             .caption(format!("{title}: loss by step"), letters(18))
             .margin(12)
+            .margin_right(28)
             .x_label_area_size(32)
             .y_label_area_size(64)
             .build_cartesian_2d(first..last.max(first + 1), least - margin..most + margin)
@@ -121,6 +122,7 @@ impl Curve {
         }
         let labels = chart
             .configure_series_labels()
+            .position(SeriesLabelPosition::UpperRight)
             .background_style(WHITE)
             .border_style(RGBColor(200, 200, 200))
             .label_font(letters(13))

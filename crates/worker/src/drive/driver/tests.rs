@@ -555,6 +555,29 @@ fn a_long_prompt_makes_the_others_wait_at_most_twice_as_long() {
 }
 
 #[test]
+fn short_prompts_that_come_together_are_answered_one_after_the_other_and_hold_up_nobody_for_long() {
+    let [fixed, row, token] = [10_000, 1_000, 1_000];
+    let mut pipeline = roomy_pipeline(&[[fixed, row, token]]);
+    let prompt = |seed: u64| (0..64).map(|at| ((at + seed) % 50) as u32).collect::<Vec<_>>();
+    // One that has been there for a while, then eight at once.
+    let mut openings = vec![(0, 100, prompt(9), spec(200, vec![]))];
+    let arrival = 2_000_000;
+    openings.extend((0..8_u64).map(|sequence| (arrival, sequence, prompt(sequence), spec(32, vec![]))));
+    let tokens = timed(&mut pipeline, openings);
+    let mut first: Vec<u64> = (0..8).map(|sequence| tokens[&sequence][0] - arrival).collect();
+    assert!(first.is_sorted(), "in the order in which they came: {first:?}");
+    first.sort_unstable();
+    let prompts = 8 * 64 * token;
+    assert!(first[3] < prompts * 3 / 4, "half of them wait for their own prompts and few more: {first:?}");
+    let end = (0..8).map(|sequence| *tokens[&sequence].last().unwrap()).max().unwrap() - arrival;
+    let work = prompts + 32 * (fixed + 9 * row);
+    assert!(end < work * 13 / 10, "{end} us, {work} us would do");
+    let pauses = tokens[&100].windows(2).map(|pair| pair[1] - pair[0]);
+    let longest = pauses.max().unwrap();
+    assert!(longest < 6 * (fixed + 9 * row), "{longest} us");
+}
+
+#[test]
 fn rows_go_together_and_split_only_where_that_is_faster() {
     // Tokens in the same time, with a pipeline that is nearly all weights and one that is nearly all rows.
     for (costs, most_batches) in [([10_000, 10, 10], 1), ([10, 1_000, 100], 4)] {

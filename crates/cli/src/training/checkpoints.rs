@@ -1,0 +1,103 @@
+//! Saved runs, beside the adapter: `checkpoints/NNNNNNN`, each whole or not there, the last ones kept.
+
+use anyhow::{Context as _, Result};
+use mlxnode_compute::Job as _;
+use mlxnode_training::{FineTuning, TrainingConfig};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Where the runs are saved, and when.
+pub struct Checkpoints {
+    folder: PathBuf,
+    kept: usize,
+    every: u64,
+    minutes: Option<f64>,
+    last: Instant,
+    /// The iteration that was saved last.
+    saved: u64,
+}
+
+impl Checkpoints {
+    pub fn new(config: &TrainingConfig) -> Self {
+        let every = match (config.checkpoint_steps, config.checkpoint_minutes) {
+            (Some(updates), _) => updates.saturating_mul(config.grad_accumulation_steps.max(1)),
+            // Minutes alone decide where they are given alone.
+            (None, Some(_)) => u64::MAX,
+            (None, None) => config.save_every,
+        };
+        Self {
+            folder: config.adapter_path.join("checkpoints"),
+            kept: config.keep_checkpoints,
+            every,
+            minutes: config.checkpoint_minutes,
+            last: Instant::now(),
+            saved: 0,
+        }
+    }
+
+    /// The last whole one.
+    pub fn newest(&self) -> Result<Option<PathBuf>> {
+        Ok(self.all()?.pop())
+    }
+
+    /// Is it time for one?
+    pub fn is_due(&self, job: &FineTuning) -> bool {
+        let by_steps = job.iteration() / self.every > self.saved / self.every;
+        let passed = |minutes: &f64| self.last.elapsed() >= Duration::from_secs_f64(minutes * 60.0);
+        by_steps || self.minutes.as_ref().is_some_and(passed)
+    }
+
+    /// Saves the run as it is, and lets go of the oldest ones. A run that goes down meanwhile leaves those before.
+    pub fn save(&mut self, job: &mut FineTuning) -> Result<PathBuf> {
+        let place = self.folder.join(format!("{:07}", job.iteration()));
+        let begun = self.folder.join("begun");
+        let saved = || format!("cannot save the run in {}", place.display());
+        match std::fs::remove_dir_all(&begun) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(saved);
+            }
+            _ => std::fs::create_dir_all(&begun).with_context(saved)?,
+        }
+        job.save(&begun).with_context(saved)?;
+        for file in std::fs::read_dir(&begun).with_context(saved)? {
+            File::open(file.with_context(saved)?.path())
+                .and_then(|file| file.sync_all())
+                .with_context(saved)?;
+        }
+        if place.exists() {
+            std::fs::remove_dir_all(&place).with_context(saved)?;
+        }
+        std::fs::rename(&begun, &place).with_context(saved)?;
+        File::open(&self.folder).and_then(|folder| folder.sync_all()).with_context(saved)?;
+        (self.last, self.saved) = (Instant::now(), job.iteration());
+        let all = self.all()?;
+        for old in all.iter().rev().skip(self.kept.max(1)) {
+            std::fs::remove_dir_all(old)
+                .with_context(|| format!("cannot remove the old checkpoint {}", old.display()))?;
+        }
+        Ok(place)
+    }
+
+    /// All of them, the oldest first.
+    fn all(&self) -> Result<Vec<PathBuf>> {
+        let entries = match std::fs::read_dir(&self.folder) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.with_context(|| format!("cannot read {}", self.folder.display()))?,
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let path = entry.with_context(|| format!("cannot read {}", self.folder.display()))?.path();
+            if let Some(iteration) = iteration(&path) {
+                found.push((iteration, path));
+            }
+        }
+        found.sort();
+        Ok(found.into_iter().map(|(_, path)| path).collect())
+    }
+}
+
+/// The iteration that a checkpoint's folder is named by.
+fn iteration(path: &Path) -> Option<u64> {
+    path.file_name()?.to_str()?.parse().ok()
+}

@@ -1,0 +1,10 @@
+//! What training on this machine needs around the trainer: data, files, checkpoints, figures.
+
+mod checkpoints;
+pub mod data;
+mod figures;
+mod files;
+
+pub use checkpoints::Checkpoints;
+pub use figures::Figures;
+pub use files::Files;

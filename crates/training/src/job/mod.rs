@@ -1,0 +1,337 @@
+//! Fine-tuning as a job: pieces of a few seconds, between which it can be saved and taken up again bit by bit the same.
+//!
+//! ```text
+//!   validation? ─▶ micro-batches of one update ─▶ update ─▶ … ─▶ test? ─▶ finished
+//! ```
+//!
+//! A piece is an update with all its micro-batches, or a measurement; so what is to be saved between two pieces is what is trained,
+//! what the optimizer remembers, and how many iterations are done: rows, learning rates and random keys follow from that number.
+//!
+//! With a [group](FineTuning::with_group) of workers each computes some of an update's micro-batches. Sums go along the same tree with
+//! one worker and with many, so that the adapter has the same bits.
+
+mod cursor;
+mod group;
+mod progress;
+
+pub use cursor::CursorError;
+
+use crate::parameters::{self, ParameterError};
+use crate::trainer::{MicroGradients, StateError, TrainError, Trainer, TrainerOptions, combine};
+use crate::{BatchError, BatchOptions, Batches, MicroBatch, Sets, TrainingConfig};
+use cursor::{Cursor, Fingerprint};
+use group::Together;
+use mlxnode_checkpoint::WriteError;
+use mlxnode_compute::{Advance, Job, JobError, Reduce, StepReport};
+use mlxnode_engine::tuning::{TuneError, Tuning};
+use progress::{Piece, Progress};
+use std::ops::RangeInclusive;
+use std::path::Path;
+use std::time::Instant;
+
+/// The adapter's file, as mlx-lm calls it.
+pub const ADAPTER_FILE: &str = "adapters.safetensors";
+/// Its configuration.
+pub const ADAPTER_CONFIG: &str = "adapter_config.json";
+/// What is trained and what the optimizer remembers, in a saved job.
+const STATE_FILE: &str = "state.safetensors";
+/// How far the job is, in a saved job.
+const CURSOR_FILE: &str = "cursor.json";
+
+/// A training that cannot begin.
+#[derive(Debug, thiserror::Error)]
+pub enum PrepareError {
+    /// What is to be trained.
+    #[error(transparent)]
+    Parameters(#[from] ParameterError),
+    /// The data.
+    #[error(transparent)]
+    Batches(#[from] BatchError),
+    /// Nothing to learn from.
+    #[error("the training set has no rows; check the data set's train split")]
+    NoRows,
+    /// Pairs without a loss on them, or the other way round.
+    #[error(
+        "training on pairs of answers needs both \"preference\" (dpo or orpo) and rows with \"chosen\" and \"rejected\""
+    )]
+    Preference,
+    /// The model.
+    #[error(transparent)]
+    Tune(#[from] TuneError),
+    /// A saved job that is not this one.
+    #[error(transparent)]
+    Cursor(#[from] CursorError),
+    /// A saved job whose state cannot be read.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// MLX refused.
+    #[error(transparent)]
+    Device(#[from] mlxnode_mlx::Error),
+}
+
+/// Fine-tuning of a model on a data set.
+pub struct FineTuning {
+    config: TrainingConfig,
+    trainer: Trainer,
+    batches: Batches,
+    fingerprint: Fingerprint,
+    progress: Progress,
+    /// Tokens that counted so far.
+    trained_tokens: u64,
+    /// The other workers of the job, where there may be some.
+    group: Option<Box<dyn Reduce>>,
+}
+
+impl FineTuning {
+    /// Puts a model and a data set together. `model` is the checkpoint's fingerprint: a saved job is not taken up with another one.
+    /// `compile` as in [`TrainerOptions`].
+    ///
+    /// # Errors
+    ///
+    /// When they do not fit each other or the configuration.
+    pub fn new(
+        tuning: Tuning,
+        config: TrainingConfig,
+        sets: Sets,
+        model: [u8; 32],
+        compile: bool,
+    ) -> Result<Self, PrepareError> {
+        if config.train && sets.train.is_empty() {
+            return Err(PrepareError::NoRows);
+        }
+        for set in [&sets.train, &sets.valid, &sets.test].into_iter().filter(|set| !set.is_empty()) {
+            if set.is_preference() != config.preference.is_some() {
+                return Err(PrepareError::Preference);
+            }
+        }
+        let plan = parameters::plan(&tuning, &config)?;
+        let tuner = tuning.tune(plan)?;
+        let tuner = if config.grad_checkpoint { tuner.with_checkpointing()? } else { tuner };
+        let mut beginning = parameters::begin(&tuner, u64::from(config.seed))?;
+        if let Some(file) = &config.resume_adapter_file {
+            beginning = parameters::resume(&tuner, beginning, file)?;
+        }
+        let options = TrainerOptions {
+            optimizer: config.optimizer,
+            clip: config.clip_grad_norm,
+            parity: config.parity,
+            preference: config.preference,
+            seed: u64::from(config.seed),
+            compile,
+        };
+        let trainer = Trainer::new(tuner, beginning, options)?;
+        let fingerprint = Fingerprint::of(model, &sets).with(&config);
+        let batches = Batches::new(BatchOptions::from(&config), sets)?;
+        let progress = Progress::new(&config);
+        Ok(Self { config, trainer, batches, fingerprint, progress, trained_tokens: 0, group: None })
+    }
+
+    /// The same with other workers, each of which has the same model, configuration and data. The group's steps have
+    /// `grad_accumulation_steps` micro-batches.
+    #[must_use]
+    pub fn with_group(mut self, group: Box<dyn Reduce>) -> Self {
+        self.group = Some(group);
+        self
+    }
+
+    /// Goes on where [`Job::save`] left off in `directory`.
+    ///
+    /// # Errors
+    ///
+    /// When what lies there is not whole, or another job's.
+    pub fn resume(&mut self, directory: &Path) -> Result<(), PrepareError> {
+        let cursor = Cursor::read(&directory.join(CURSOR_FILE))?;
+        let state = directory.join(STATE_FILE);
+        cursor.check(&self.fingerprint, &state)?;
+        self.trainer.read_state(&state, cursor.updates)?;
+        self.progress.go_to(cursor.iteration, cursor.validated, cursor.tested);
+        self.trained_tokens = cursor.trained_tokens;
+        Ok(())
+    }
+
+    /// The trainer.
+    pub fn trainer(&self) -> &Trainer {
+        &self.trainer
+    }
+
+    /// What was asked for.
+    pub fn config(&self) -> &TrainingConfig {
+        &self.config
+    }
+
+    /// Micro-batches done.
+    pub fn iteration(&self) -> u64 {
+        self.progress.iteration()
+    }
+
+    /// Tokens that counted so far.
+    pub fn trained_tokens(&self) -> u64 {
+        self.trained_tokens
+    }
+
+    /// Mean loss on held-back rows over their tokens.
+    fn measured(&self, batches: impl Iterator<Item = MicroBatch>) -> Result<f64, TrainError> {
+        let (mut sum, mut tokens) = (0.0, 0);
+        for batch in batches {
+            let (loss, counted) = self.trainer.loss(&batch)?;
+            sum += loss;
+            tokens += counted;
+            self.clear_cache()?;
+        }
+        Ok(sum / tokens.max(1) as f64)
+    }
+
+    fn update(&mut self, iterations: RangeInclusive<u64>) -> Result<Advance, JobError> {
+        let begun = Instant::now();
+        let (first, last) = (*iterations.start(), *iterations.end());
+        let micro_batches = last + 1 - first;
+        let step = self.progress.iteration() + 1;
+        // mlx-lm's last gradients go nowhere when they are too few for an update.
+        let is_lost = self.config.parity && micro_batches < self.config.grad_accumulation_steps;
+        let sum = match self.group.take().filter(|_| !is_lost) {
+            None => self.alone(iterations).map_err(|error| told(step, error))?,
+            Some(mut group) => {
+                let made = self.together(&mut *group);
+                self.group = Some(group);
+                match made? {
+                    Together::Sum(sum) => sum,
+                    Together::Other(words) => return Ok(Advance::Prepared(words)),
+                }
+            }
+        };
+        let learning_rate = self.config.schedule.at(self.trainer.updates());
+        let (loss, norm) = match is_lost {
+            true => (sum.mean(micro_batches, true), None),
+            false => {
+                let applied = self.trainer.apply(&sum, micro_batches, learning_rate);
+                let applied = applied.map_err(|error| told(step, error))?;
+                (applied.loss, Some(applied.gradient_norm))
+            }
+        };
+        let device = self.trainer.device();
+        let memory = self.clear_cache().and_then(|()| device.memory());
+        let peak_memory = memory.map_err(|error| JobError::Failed(error.to_string()))?.peak as u64;
+        self.progress.done(last);
+        self.trained_tokens += sum.tokens;
+        Ok(Advance::Step(StepReport {
+            step: last,
+            steps: self.config.iters,
+            loss,
+            tokens: sum.tokens,
+            learning_rate,
+            gradient_norm: norm,
+            seconds: begun.elapsed().as_secs_f64(),
+            peak_memory,
+        }))
+    }
+
+    /// The sum of these iterations' gradients, all computed here.
+    fn alone(&mut self, iterations: RangeInclusive<u64>) -> Result<MicroGradients, TrainError> {
+        let mut parts = Vec::new();
+        for iteration in iterations {
+            let batch = self.batches.training(iteration);
+            parts.push(self.trainer.gradients(&batch, iteration)?);
+        }
+        combine(self.trainer.device(), parts)?
+            .ok_or_else(|| mlxnode_mlx::Error::Mlx("an update without micro-batches".to_owned()).into())
+    }
+
+    /// As `clear_cache_threshold` asks for it.
+    fn clear_cache(&self) -> Result<(), mlxnode_mlx::Error> {
+        let threshold = self.config.clear_cache_threshold;
+        let device = self.trainer.device();
+        if threshold > 0 && device.memory()?.cache as u64 > threshold {
+            device.clear_cache()?;
+        }
+        Ok(())
+    }
+
+    fn piece(&mut self) -> Result<Advance, JobError> {
+        let step = self.progress.iteration() + 1;
+        let told = |error| told(step, error);
+        let validates = |iteration: u64| self.batches.validates(iteration);
+        match self.progress.next(validates) {
+            Piece::Validation(iteration) => {
+                let begun = Instant::now();
+                let blocks = self.batches.validation(iteration);
+                let batches = blocks.iter().map(|block| self.batches.valid_batch(block));
+                let loss = self.measured(batches).map_err(told)?;
+                self.progress.validated(iteration);
+                Ok(Advance::Validated {
+                    step: iteration.saturating_sub(1),
+                    loss,
+                    seconds: begun.elapsed().as_secs_f64(),
+                })
+            }
+            Piece::Update(iterations) => self.update(iterations),
+            Piece::Test => {
+                let blocks = self.batches.test(self.config.train);
+                let batches = blocks.iter().map(|block| self.batches.test_batch(block));
+                let loss = self.measured(batches).map_err(told)?;
+                self.progress.tested();
+                Ok(Advance::Tested { loss })
+            }
+            Piece::Nothing => Ok(Advance::Finished),
+        }
+    }
+}
+
+/// What went wrong in an update or a measurement, as the job says it.
+fn told(step: u64, error: TrainError) -> JobError {
+    match error {
+        TrainError::NotFinite { detail } => JobError::NotFinite { step, detail },
+        TrainError::Token { .. } => JobError::Refused(error.to_string()),
+        TrainError::Device(_) => JobError::Failed(error.to_string()),
+    }
+}
+
+impl Job for FineTuning {
+    fn advance(&mut self) -> Result<Advance, JobError> {
+        self.piece()
+    }
+
+    fn save(&mut self, directory: &Path) -> Result<(), JobError> {
+        let state = directory.join(STATE_FILE);
+        self.trainer.write_state(&state).map_err(written)?;
+        let (iteration, validated, tested) = self.progress.place();
+        let (updates, trained_tokens) = (self.trainer.updates(), self.trained_tokens);
+        let cursor = Cursor::new(
+            [iteration, updates, validated, trained_tokens],
+            tested,
+            self.fingerprint.clone(),
+            &state,
+        );
+        let cursor = cursor.map_err(io)?;
+        std::fs::write(directory.join(CURSOR_FILE), cursor.to_json()).map_err(io)
+    }
+
+    fn publish(&mut self, directory: &Path) -> Result<(), JobError> {
+        self.trainer.write_parameters(&directory.join(ADAPTER_FILE)).map_err(written)?;
+        std::fs::write(directory.join(ADAPTER_CONFIG), self.config.adapter_config()).map_err(io)
+    }
+}
+
+fn io(error: std::io::Error) -> JobError {
+    match error.kind() {
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+            JobError::NoRoom(error.to_string())
+        }
+        _ => JobError::Failed(error.to_string()),
+    }
+}
+
+fn written(error: StateError) -> JobError {
+    let StateError::Write(WriteError::Write { source, path }) = &error else {
+        return JobError::Failed(error.to_string());
+    };
+    let mut cause: Option<&dyn std::error::Error> = Some(source);
+    while let Some(error) = cause {
+        if let Some(found) = error.downcast_ref::<std::io::Error>()
+            && found.kind() == std::io::ErrorKind::StorageFull
+        {
+            return JobError::NoRoom(path.display().to_string());
+        }
+        cause = error.source();
+    }
+    JobError::Failed(format!("{error}: {source}"))
+}

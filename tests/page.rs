@@ -64,6 +64,13 @@ fn story_the_page_loads_a_model_and_chats_by_keyboard() -> Result<()> {
     browser.wait_for("/Fits: 2 stages/.test(document.querySelector('#load-result').innerText)")?;
     let plan = text(&mut browser, "#load-result")?;
     ensure!(plan.contains("node0") && plan.contains("node1") && plan.contains("llama"), "{plan}");
+    click(&mut browser, "#load-pin")?;
+    click(&mut browser, "#load-lookup")?;
+    let excluded = "['#load-ttl', '#load-draft'].every((name) => document.querySelector(name).disabled)";
+    ensure!(
+        browser.evaluate(excluded)? == json!(true),
+        "a model that stays has no time to live, and one thing guesses"
+    );
     click(&mut browser, "#do-load")?;
     browser.wait_for("/demo is ready/.test(document.querySelector('#load-result').innerText)")?;
     browser.wait_for("document.querySelectorAll('.deployment .layers li').length === 2")?;
@@ -94,7 +101,9 @@ fn story_the_page_loads_a_model_and_chats_by_keyboard() -> Result<()> {
         ensure!(stages.iter().all(|stage| stage["figures"]["steps"].as_u64() > Some(0)), "{picture}");
         Ok(picture)
     })?;
-    let stages = picture["body"]["deployments"][0]["stages"].as_array().context("stages")?;
+    let deployment = &picture["body"]["deployments"][0];
+    ensure!(deployment["pinned"] == true && deployment["guessing"]["prompt_lookup"] == 3, "{picture}");
+    let stages = deployment["stages"].as_array().context("stages")?;
     ensure!(stages.len() == 2, "{picture}");
     for stage in stages {
         let figures = &stage["figures"];

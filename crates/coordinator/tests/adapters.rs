@@ -9,7 +9,8 @@
 
 mod machine;
 
-use machine::{Machine, node};
+use machine::{ADAPTER, Machine, node};
+use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::Error;
 use mlxnode_coordinator::deployments::{
     AdapterWish, Deployments, Effect, Event, Loaded, MAX_ADAPTERS, Record, State,
@@ -37,9 +38,9 @@ fn an_adapter_is_recorded_once_every_node_has_it() {
         adapter: "poet".into(),
         result,
     };
-    assert_eq!(machine.on(answer(node(0), Ok(()))), []);
-    assert_eq!(machine.on(answer(node(0), Ok(()))), [], "an answer counts once");
-    let effects = machine.on(answer(node(1), Ok(())));
+    assert_eq!(machine.on(answer(node(0), Ok(ByteCount(7)))), []);
+    assert_eq!(machine.on(answer(node(0), Ok(ByteCount(7)))), [], "an answer counts once");
+    let effects = machine.on(answer(node(1), Ok(ByteCount(5))));
     assert!(matches!(&effects[..], [Effect::RecordAdapter { record: Record::AdapterAdded { .. }, .. }]));
     assert!(machine.view("a").adapters.is_empty(), "not before it is durable");
     machine.run(effects);
@@ -118,7 +119,8 @@ fn a_loss_meanwhile_ends_what_was_asked() {
     let (_, _) = machine.deployments.load_adapter("a", adapter("poet")).unwrap();
     machine.kill("a");
     assert!(matches!(&machine.settled()[..], [Err(Error::Unavailable(_))]));
-    let late = Event::AdapterLoaded { attempt, node: node(0), adapter: "poet".into(), result: Ok(()) };
+    let late =
+        Event::AdapterLoaded { attempt, node: node(0), adapter: "poet".into(), result: Ok(ByteCount(7)) };
     assert_eq!(machine.on(late), [], "it is of an attempt of the past");
     assert!(machine.view("a").adapters.is_empty());
 }
@@ -174,4 +176,25 @@ fn records_say_the_same_after_a_fold() {
     assert_eq!(names(&machine.deployments), ["poet", "sage"]);
     assert_eq!(names(&Deployments::restore(machine.log.clone())), ["poet", "sage"]);
     assert_eq!(names(&Deployments::restore(machine.deployments.records())), ["poet", "sage"]);
+}
+
+#[test]
+fn what_adapters_take_is_not_promised_to_others() {
+    let mut machine = Machine::new(2);
+    machine.load("a", Some(2));
+    let plain = [0, 1].map(|number| machine.deployments.reserved(node(number)).0);
+    let reserved = |machine: &Machine| {
+        [0, 1].map(|number| machine.deployments.reserved(node(number)).0 - plain[number as usize])
+    };
+    machine.load_adapter("a", adapter("poet"));
+    machine.load_adapter("a", adapter("clerk"));
+    assert_eq!(reserved(&machine), [2 * ADAPTER; 2]);
+    machine.kill("a"); // the next attempt reads them again
+    assert_eq!(reserved(&machine), [2 * ADAPTER; 2]);
+    let effects = machine.deployments.unload_adapter("a", "poet").unwrap();
+    machine.run(effects);
+    assert_eq!(reserved(&machine), [ADAPTER; 2]);
+    machine.fails = Some((node(1), Error::Refused("it is for another model".into())));
+    machine.load_adapter("a", adapter("third"));
+    assert_eq!(reserved(&machine), [ADAPTER; 2], "one that a node refused is taken out of the others");
 }

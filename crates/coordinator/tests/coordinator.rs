@@ -178,7 +178,7 @@ impl Nodes for FakeNodes {
         node: NodeId,
         attempt: Attempt,
         adapter: AdapterWish,
-    ) -> BoxFuture<'static, Result<(), Error>> {
+    ) -> BoxFuture<'static, Result<ByteCount, Error>> {
         let nodes = self.clone();
         async move {
             nodes.check(node)?;
@@ -187,7 +187,7 @@ impl Nodes for FakeNodes {
             }
             let key = (node.as_bytes()[0], attempt.epoch, adapter.key());
             nodes.with(|fakes| fakes.adapters.insert(key));
-            Ok(())
+            Ok(ByteCount(1 << 20))
         }
         .boxed()
     }

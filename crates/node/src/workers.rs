@@ -266,6 +266,7 @@ impl Workers {
     }
 
     /// Reads an adapter into the attempt's workers, in place of an earlier one of its name. When one of them cannot, none keeps it.
+    /// Answers with the memory that it takes here.
     ///
     /// # Errors
     /// [`WorkersError`].
@@ -273,7 +274,7 @@ impl Workers {
         &self,
         attempt: &Attempt,
         adapter: &AdapterWish,
-    ) -> Result<(), WorkersError> {
+    ) -> Result<ByteCount, WorkersError> {
         self.fence(attempt)?;
         let folder = self.fetch_adapter(&adapter.source).await?;
         let processes = self.processes_of(attempt)?;
@@ -288,7 +289,19 @@ impl Workers {
             // The coordinator hears why it was not loaded; that it was taken out again goes without saying.
             let _ = self.unload_adapter(attempt, key).await;
         }
-        Ok(loaded.map(drop)?)
+        loaded?;
+        Ok(self.share_of(attempt, adapter_bytes(&folder)))
+    }
+
+    /// Of what an adapter holds, what lies on this node: the layers that the attempt has here.
+    fn share_of(&self, attempt: &Attempt, bytes: u64) -> ByteCount {
+        let state = self.state();
+        let shards = state.held.iter().filter(|held| held.attempt == *attempt).map(|held| &held.shard);
+        let share = |shard: &Shard| {
+            let (own, all) = (shard.layers.len() as u128, shard.layer_count.max(1) as u128);
+            (u128::from(bytes) * own).div_ceil(all)
+        };
+        ByteCount(u64::try_from(shards.map(share).sum::<u128>()).unwrap_or(u64::MAX))
     }
 
     /// Takes an adapter out of the attempt's workers.
@@ -544,4 +557,11 @@ async fn watch(shared: std::sync::Weak<Shared>, attempt: Attempt, process: Arc<W
     let _ = shared.ended.send(WorkerEnded { attempt, pid: exit.pid, reason });
     let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
     state.held.retain(|held| held.process.pid() != exit.pid);
+}
+
+/// The weights in an adapter's folder, as they are kept in memory.
+fn adapter_bytes(folder: &std::path::Path) -> u64 {
+    let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let weights = files.filter(|file| file.path().extension().is_some_and(|ending| ending == "safetensors"));
+    weights.filter_map(|file| std::fs::metadata(file.path()).ok()).map(|metadata| metadata.len()).sum()
 }

@@ -1,13 +1,12 @@
 //! The cluster as one picture: its nodes, its models, and what each stage does now. The web page draws it, `mlxnode top` shows it, and
 //! `GET /api/v1/cluster` and `mlxnode top --json` write it down; the names of the fields are a contract.
 
+mod facts;
 mod wire;
 
+pub use facts::{Adapter, Budget, Coordinator, DeploymentFacts, Guessing, Link, NodeFacts, Plan, StageFacts};
 pub(crate) use wire::deployment;
-pub use wire::{
-    AdapterPicture, BudgetPicture, DeploymentPicture, NodePicture, PlanPicture, StagePicture, picture,
-    plan_picture,
-};
+pub use wire::{DeploymentPicture, NodePicture, StagePicture, picture};
 
 use serde::Serialize;
 
@@ -32,17 +31,6 @@ pub struct Picture {
     pub totals: Totals,
 }
 
-/// Who decides.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct Coordinator {
-    /// In hex.
-    pub node_id: String,
-    /// Its name; empty when it is not in the roster.
-    pub name: String,
-    /// False: what is said about models may be old.
-    pub reachable: bool,
-}
-
 /// Sums over the cluster.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Totals {
@@ -58,15 +46,6 @@ pub struct Totals {
     pub memory_budget_bytes: u64,
     /// What they use.
     pub memory_used_bytes: u64,
-}
-
-/// A link from a node.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct Link {
-    /// Id of the other node.
-    pub to: String,
-    /// `null` while nothing was measured.
-    pub rtt_seconds: Option<f64>,
 }
 
 /// What a stage does. Everything but what it holds counts from its start.

@@ -1,88 +1,29 @@
 //! The messages of `Cluster` as a picture: what each node says is put where it belongs.
 
-use super::{Coordinator, Link, Picture, StageFigures, StageRates, Totals};
+use super::facts::{Coordinator, DeploymentFacts, Link, NodeFacts, StageFacts};
+use super::{Picture, StageFigures, StageRates, Totals};
 use mlxnode_proto::v1;
 use serde::Serialize;
+use std::ops::Deref;
 
-/// A node.
+/// A node, as far as it answers.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct NodePicture {
-    /// In hex.
-    pub id: String,
-    /// Its name.
-    pub name: String,
-    /// HOST:PORT of its gRPC listener.
-    pub address: String,
-    /// "connecting", "alive", "suspect", "dead".
-    pub state: &'static str,
-    /// Of the machine, in bytes.
-    pub memory_total_bytes: u64,
-    /// What models may use.
-    pub memory_budget_bytes: u64,
-    /// What they use.
-    pub memory_used_bytes: u64,
-    /// Processor.
-    pub chip: String,
-    /// Release of mlxnode.
-    pub version: String,
-    /// As this node measures them; of other nodes only while they answer.
-    pub links: Vec<Link>,
-    /// Why there is no link to it; `null` while there is one.
-    pub problem: Option<String>,
+    /// What is known of it.
+    #[serde(flatten)]
+    pub facts: NodeFacts,
     /// Did it say what it does now?
     pub answers: bool,
 }
 
-/// How a deployment guesses tokens ahead.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct GuessingPicture {
-    /// `null` when what came before in the text says.
-    pub draft_model: Option<String>,
-    /// Most tokens that must have come before; `null` with a draft model.
-    pub prompt_lookup: Option<u32>,
-    /// At once.
-    pub num_draft_tokens: u32,
-}
-
-fn guessing(guessing: v1::Guessing) -> GuessingPicture {
-    GuessingPicture {
-        draft_model: Some(guessing.draft_model).filter(|draft| !draft.is_empty()),
-        prompt_lookup: Some(guessing.prompt_lookup).filter(|ngram| *ngram > 0),
-        num_draft_tokens: guessing.num_draft_tokens,
-    }
-}
-
-/// A deployment.
+/// A deployment and what it does.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct DeploymentPicture {
-    /// What requests call it.
-    pub model: String,
-    /// Which of the model's replicas (1, 2, …); each is an entry of the list.
-    pub replica: u32,
-    /// How many there are.
-    pub replicas: u32,
-    /// It stays until somebody unloads it.
-    pub pinned: bool,
-    /// It is unloaded when nobody asked for so long; `null`: it is not.
-    pub ttl_seconds: Option<u64>,
-    /// How tokens are guessed ahead; `null`: they are not.
-    pub guessing: Option<GuessingPicture>,
-    /// Where the weights come from.
-    pub source: String,
-    /// "llama", "qwen3" …
-    pub architecture: String,
-    /// Raised by every new plan.
-    pub epoch: u64,
-    /// "loading", "ready", "recovering", "failed", "unloading".
-    pub state: &'static str,
-    /// Why, when that needs saying.
-    pub detail: String,
+    /// What is known of it.
+    #[serde(flatten)]
+    pub facts: DeploymentFacts,
     /// In the order of layers.
     pub stages: Vec<StagePicture>,
-    /// What changes it for the requests that ask for `MODEL:ADAPTER`.
-    pub adapters: Vec<AdapterPicture>,
-    /// Longest sequence in tokens.
-    pub context_tokens: u32,
     /// Sequences at the same time.
     pub max_sequences: u32,
     /// Requests that generate.
@@ -97,91 +38,46 @@ pub struct DeploymentPicture {
     pub prompt_tokens_per_second: Option<f64>,
 }
 
-/// An adapter of a deployment.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct AdapterPicture {
-    /// Its name in the deployment.
-    pub name: String,
-    /// A folder, or a Hugging Face id.
-    pub source: String,
-    /// Why it cannot be used now; `null` while it can.
-    pub problem: Option<String>,
-}
-
-/// A stage of a deployment, or of a plan.
+/// A stage of a deployment and what it does.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct StagePicture {
-    /// Name of the node.
-    pub node: String,
-    /// In hex.
-    pub node_id: String,
-    /// First layer.
-    pub layer_start: u32,
-    /// The one after the last.
-    pub layer_end: u32,
-    /// Of the weights.
-    pub weight_bytes: u64,
-    /// Reserved for the KV cache.
-    pub kv_bytes: u64,
-    /// `null` while there is no worker.
-    pub worker_pid: Option<u32>,
+    /// What is known of it.
+    #[serde(flatten)]
+    pub facts: StageFacts,
     /// What it does; `null` while its node does not say.
     pub figures: Option<StageFigures>,
 }
 
-/// A plan, as `mlxnode plan --json` writes it.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct PlanPicture {
-    /// Is there room?
-    pub fits: bool,
-    /// Sentences for a person.
-    pub explanation: String,
-    /// The model's family.
-    pub architecture: String,
-    /// Its layers.
-    pub layers: u32,
-    /// Tokens of context.
-    pub context_tokens: u32,
-    /// All weights.
-    pub total_weight_bytes: u64,
-    /// All KV caches.
-    pub total_kv_bytes: u64,
-    /// `null` when nothing is known about the nodes' speed.
-    pub predicted_tokens_per_second: Option<f64>,
-    /// Where the layers would be.
-    pub stages: Vec<StagePicture>,
-    /// What each node brings.
-    pub budgets: Vec<BudgetPicture>,
+// A picture is read as what it adds to.
+impl Deref for NodePicture {
+    type Target = NodeFacts;
+
+    fn deref(&self) -> &NodeFacts {
+        &self.facts
+    }
 }
 
-/// What a node brings to a plan.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct BudgetPicture {
-    /// Name of the node.
-    pub node: String,
-    /// In hex.
-    pub node_id: String,
-    /// What models may use there.
-    pub budget_bytes: u64,
-    /// What they use.
-    pub used_bytes: u64,
-    /// What this plan would add.
-    pub planned_bytes: u64,
+impl Deref for DeploymentPicture {
+    type Target = DeploymentFacts;
+
+    fn deref(&self) -> &DeploymentFacts {
+        &self.facts
+    }
+}
+
+impl Deref for StagePicture {
+    type Target = StageFacts;
+
+    fn deref(&self) -> &StageFacts {
+        &self.facts
+    }
 }
 
 /// Puts the picture together.
 pub fn picture(figures: v1::ClusterFigures) -> Picture {
     let v1::ClusterFigures { status, nodes: seen } = figures;
     let status = status.unwrap_or_default();
-    let name_of = |id: &str| {
-        let node = status.nodes.iter().find(|node| node.id == id);
-        node.map(|node| node.name.clone()).unwrap_or_default()
-    };
-    let coordinator = Coordinator {
-        name: name_of(&status.coordinator_node_id),
-        node_id: status.coordinator_node_id.clone(),
-        reachable: status.coordinator_reachable,
-    };
+    let coordinator = Coordinator::of(&status);
     let deployments: Vec<_> =
         status.deployments.into_iter().map(|deployment| with_figures(deployment, &seen)).collect();
     let nodes: Vec<_> = status.nodes.into_iter().map(|node| with_links(node, &seen)).collect();
@@ -194,29 +90,6 @@ pub fn picture(figures: v1::ClusterFigures) -> Picture {
         totals: totals(&nodes, &deployments),
         nodes,
         deployments,
-    }
-}
-
-/// A plan.
-pub fn plan_picture(plan: v1::PlanResponse) -> PlanPicture {
-    let budget = |budget: v1::NodeBudget| BudgetPicture {
-        node: budget.node_name,
-        node_id: budget.node_id,
-        budget_bytes: budget.budget_bytes,
-        used_bytes: budget.used_bytes,
-        planned_bytes: budget.planned_bytes,
-    };
-    PlanPicture {
-        fits: plan.fits,
-        explanation: plan.explanation,
-        architecture: plan.architecture,
-        layers: plan.layers,
-        context_tokens: plan.context_tokens,
-        total_weight_bytes: plan.total_weight_bytes,
-        total_kv_bytes: plan.total_kv_bytes,
-        predicted_tokens_per_second: Some(plan.predicted_tokens_per_second).filter(|speed| *speed > 0.0),
-        stages: plan.stages.into_iter().map(stage).collect(),
-        budgets: plan.budgets.into_iter().map(budget).collect(),
     }
 }
 
@@ -245,55 +118,28 @@ fn sum(values: impl Iterator<Item = Option<f64>>) -> Option<f64> {
 
 fn with_links(node: v1::Node, seen: &[v1::NodeFigures]) -> NodePicture {
     let figures = seen.iter().find(|figures| figures.node_id == node.id);
-    let links = figures.map_or(&node.links, |figures| &figures.links);
-    NodePicture {
-        state: match node.state() {
-            v1::NodeState::Alive => "alive",
-            v1::NodeState::Suspect => "suspect",
-            v1::NodeState::Dead => "dead",
-            v1::NodeState::Connecting | v1::NodeState::Unspecified => "connecting",
-        },
-        links: links
-            .iter()
-            .map(|link| Link {
-                to: link.to_node_id.clone(),
-                rtt_seconds: Some(link.rtt_seconds).filter(|rtt| *rtt > 0.0),
-            })
-            .collect(),
-        problem: Some(node.problem).filter(|problem| !problem.is_empty()),
-        answers: figures.is_some(),
-        id: node.id,
-        name: node.name,
-        address: node.address,
-        memory_total_bytes: node.memory_total_bytes,
-        memory_budget_bytes: node.memory_budget_bytes,
-        memory_used_bytes: node.memory_used_bytes,
-        chip: node.chip,
-        version: node.version,
+    let mut facts = NodeFacts::from(node);
+    if let Some(figures) = figures {
+        facts.links = figures.links.iter().map(Link::from).collect();
     }
+    NodePicture { facts, answers: figures.is_some() }
 }
 
 fn with_figures(deployment: v1::Deployment, seen: &[v1::NodeFigures]) -> DeploymentPicture {
-    let state = match deployment.state() {
-        v1::DeploymentState::Loading | v1::DeploymentState::Unspecified => "loading",
-        v1::DeploymentState::Ready => "ready",
-        v1::DeploymentState::Recovering => "recovering",
-        v1::DeploymentState::Failed => "failed",
-        v1::DeploymentState::Unloading => "unloading",
-    };
+    let facts = DeploymentFacts::of(&deployment);
     let stages: Vec<StagePicture> = deployment
         .stages
         .into_iter()
         .map(|told| {
-            let stage = stage(told);
-            let layers = format!("{}-{}", stage.layer_start, stage.layer_end);
-            let node = seen.iter().find(|figures| figures.node_id == stage.node_id);
+            let facts = StageFacts::from(told);
+            let layers = format!("{}-{}", facts.layer_start, facts.layer_end);
+            let node = seen.iter().find(|figures| figures.node_id == facts.node_id);
             let figures = node.and_then(|node| {
                 node.stages
                     .iter()
                     .find(|figures| figures.model == deployment.name && figures.layers == layers)
             });
-            StagePicture { figures: figures.map(stage_figures), ..stage }
+            StagePicture { figures: figures.map(stage_figures), facts }
         })
         .collect();
     // A replica's scheduler is beside its first stage; other replicas of the model have theirs elsewhere.
@@ -310,47 +156,14 @@ fn with_figures(deployment: v1::Deployment, seen: &[v1::NodeFigures]) -> Deploym
         sum(first.map(|stage| stage.figures.as_ref()?.rates.as_ref().map(of)))
     };
     DeploymentPicture {
-        state,
+        facts,
         running: schedulers.iter().map(|scheduler| u64::from(scheduler.running)).sum(),
         waiting: schedulers.iter().map(|scheduler| u64::from(scheduler.waiting)).sum(),
         kv_usage: schedulers.iter().filter_map(|scheduler| scheduler.kv_usage).reduce(f64::max),
         tokens_per_second: rate(|rates| rates.tokens_per_second),
         prompt_tokens_per_second: rate(|rates| rates.prompt_tokens_per_second),
-        model: deployment.name,
-        replica: deployment.replica,
-        replicas: deployment.replicas,
-        pinned: deployment.pinned,
-        ttl_seconds: Some(deployment.ttl_seconds).filter(|seconds| *seconds > 0),
-        guessing: deployment.guessing.map(guessing),
-        source: deployment.source,
-        architecture: deployment.architecture,
-        epoch: deployment.epoch,
-        detail: deployment.detail,
-        adapters: deployment.adapters.into_iter().map(adapter).collect(),
         stages,
-        context_tokens: deployment.context_tokens,
         max_sequences: deployment.max_sequences,
-    }
-}
-
-fn adapter(adapter: v1::Adapter) -> AdapterPicture {
-    AdapterPicture {
-        name: adapter.name,
-        source: adapter.source,
-        problem: Some(adapter.problem).filter(|problem| !problem.is_empty()),
-    }
-}
-
-fn stage(stage: v1::Stage) -> StagePicture {
-    StagePicture {
-        node: stage.node_name,
-        node_id: stage.node_id,
-        layer_start: stage.layer_start,
-        layer_end: stage.layer_end,
-        weight_bytes: stage.weight_bytes,
-        kv_bytes: stage.kv_bytes,
-        worker_pid: Some(stage.worker_pid).filter(|pid| *pid != 0),
-        figures: None,
     }
 }
 

@@ -2,9 +2,10 @@
 
 use crate::arguments::Global;
 use crate::connection::Connection;
-use crate::{output, wire};
+use crate::output;
 use anyhow::{Context as _, Result};
 use clap::Args;
+use mlxnode_api::picture::NodeFacts;
 use mlxnode_proto::v1::ForgetRequest;
 
 /// Remove a node from the cluster.
@@ -26,7 +27,7 @@ impl Forget {
         let connection = Connection::open(global).await?;
         let request = ForgetRequest { node: self.node };
         let node = connection.cluster().forget(request).await?.into_inner().node;
-        let node = wire::node(node.context("the node's answer does not say whom it forgot")?);
+        let node = NodeFacts::from(node.context("the node's answer does not say whom it forgot")?);
         match global.json {
             true => output::json(&node),
             false => output::line(&format!(

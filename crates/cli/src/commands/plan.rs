@@ -3,7 +3,7 @@
 use crate::arguments::Global;
 use crate::connection::Connection;
 use crate::guessing::{GuessFlags, Guesses};
-use crate::{output, wire};
+use crate::output;
 use anyhow::Result;
 use clap::Args;
 use mlxnode_compute::ByteCount;
@@ -85,7 +85,9 @@ impl Wish {
 impl Plan {
     pub async fn run(self, global: &Global) -> Result<()> {
         let connection = Connection::open(global).await?;
-        let plan = wire::plan(connection.models().plan(self.wish.request()).await?.into_inner());
+        let plan = mlxnode_api::picture::Plan::from(
+            connection.models().plan(self.wish.request()).await?.into_inner(),
+        );
         if global.json {
             return output::json(&plan);
         }

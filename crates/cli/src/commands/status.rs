@@ -6,6 +6,7 @@ use crate::connection::Connection;
 use crate::{output, wire};
 use anyhow::Result;
 use clap::Args;
+use mlxnode_api::picture::NodeFacts;
 use mlxnode_compute::ByteCount;
 use mlxnode_proto::v1::StatusRequest;
 
@@ -69,7 +70,7 @@ impl Status {
     }
 }
 
-fn memory(node: &wire::Node) -> String {
+fn memory(node: &NodeFacts) -> String {
     format!("{} of {}", ByteCount(node.memory_used_bytes), ByteCount(node.memory_budget_bytes))
 }
 

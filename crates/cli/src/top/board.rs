@@ -377,20 +377,26 @@ fn layers(stage: &StagePicture) -> String {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use mlxnode_api::picture::{Coordinator, Link, NodePicture, StageFigures, StageRates, Totals};
+    use mlxnode_api::picture::{
+        Coordinator, DeploymentFacts, Link, NodeFacts, NodePicture, StageFacts, StageFigures, StageRates,
+        Totals,
+    };
 
     /// Two nodes, two models; the second node does not say what it does.
     pub fn example() -> Follow {
         let node = |id: &str, name: &str, state, used| NodePicture {
-            id: id.into(),
-            name: name.into(),
-            state,
-            memory_used_bytes: used,
-            memory_budget_bytes: 48_000_000_000,
-            chip: "Apple M4 Max".into(),
-            address: "10.0.0.7:7420".into(),
-            links: vec![Link { to: "b".into(), rtt_seconds: Some(0.000_4) }],
-            ..NodePicture::default()
+            facts: NodeFacts {
+                id: id.into(),
+                name: name.into(),
+                state,
+                memory_used_bytes: used,
+                memory_budget_bytes: 48_000_000_000,
+                chip: "Apple M4 Max".into(),
+                address: "10.0.0.7:7420".into(),
+                links: vec![Link { to: "b".into(), rtt_seconds: Some(0.000_4) }],
+                ..NodeFacts::default()
+            },
+            answers: false,
         };
         let figures = |busy| StageFigures {
             rates: Some(StageRates {
@@ -406,15 +412,16 @@ pub mod tests {
             ..StageFigures::default()
         };
         let stage = |node: &str, start, end, figures| StagePicture {
-            node: node.into(),
-            layer_start: start,
-            layer_end: end,
+            facts: StageFacts {
+                node: node.into(),
+                layer_start: start,
+                layer_end: end,
+                ..StageFacts::default()
+            },
             figures,
-            ..StagePicture::default()
         };
         let model = |name: &str, speed, stages| DeploymentPicture {
-            model: name.into(),
-            state: "ready",
+            facts: DeploymentFacts { model: name.into(), state: "ready", ..DeploymentFacts::default() },
             tokens_per_second: speed,
             running: 3,
             stages,

@@ -5,6 +5,7 @@ use crate::deployments::{AdapterWish, Attempt, Links, Shard, StartedWorker, Usag
 use crate::placement::{ModelCost, Offer};
 use crate::{Error, NodeId};
 use futures::future::BoxFuture;
+use mlxnode_compute::ByteCount;
 
 /// The nodes of the cluster, as the coordinator gives them orders.
 ///
@@ -41,13 +42,13 @@ pub trait Nodes: Send + Sync + 'static {
     /// Starts the replica's scheduler, beside the worker of its first stage.
     fn start_scheduler(&self, node: NodeId, order: StartScheduler) -> BoxFuture<'static, Result<(), Error>>;
 
-    /// Reads an adapter into the attempt's workers on a node, in place of an earlier one of its name.
+    /// Reads an adapter into the attempt's workers on a node, in place of an earlier one of its name. Answers with the memory that it takes.
     fn load_adapter(
         &self,
         node: NodeId,
         attempt: Attempt,
         adapter: AdapterWish,
-    ) -> BoxFuture<'static, Result<(), Error>>;
+    ) -> BoxFuture<'static, Result<ByteCount, Error>>;
 
     /// Takes an adapter out of the attempt's workers on a node. One that is not there is fine.
     fn unload_adapter(

@@ -13,6 +13,7 @@ use super::machine::{Deployments, Loaded};
 use super::name::{check_adapter_name, check_source};
 use super::{Attempt, DeploymentWish, Effect, Record};
 use crate::{Error, NodeId};
+use mlxnode_compute::ByteCount;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
@@ -246,9 +247,12 @@ impl Deployments {
         attempt: &Attempt,
         node: NodeId,
         adapter: &str,
-        result: Result<(), Error>,
+        result: Result<ByteCount, Error>,
     ) {
         let Some(entry) = self.current(attempt) else { return };
+        if let Ok(bytes) = result {
+            entry.adapter_bytes.insert((node, adapter.to_owned()), bytes);
+        }
         if let Phase::Adapting(waiting) = &mut entry.phase {
             if !waiting.remove(&(node, adapter.to_owned())) {
                 return;
@@ -323,6 +327,7 @@ impl Deployments {
         let mut orders = entry.adapter_orders.iter_mut();
         let Some((adapter, order)) = orders.find(|(_, order)| order.adapter.key() == key) else { return };
         let adapter = adapter.clone();
+        entry.adapter_bytes.remove(&(node, adapter.clone()));
         let Step::Unloading { waiting, problem } = &mut order.step else { return };
         waiting.remove(&node);
         if let Err(error) = result {
@@ -364,6 +369,7 @@ impl Deployments {
         if let (Phase::Ready, Some(replica)) = (&entry.phase, &entry.replica) {
             let (attempt, nodes) = (entry.attempt(), replica.nodes());
             let key = entry.adapter_orders.get(adapter).map(|order| order.adapter.key());
+            entry.adapter_bytes.retain(|(_, other), _| other != adapter);
             self.take_adapter_out(&attempt, &key.unwrap_or_default(), nodes);
         }
         self.settle_adapter(name, adapter, Err(error));

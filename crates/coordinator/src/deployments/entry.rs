@@ -7,6 +7,7 @@ use super::retry::Failures;
 use super::{AdapterWish, Attempt, DeploymentView, DeploymentWish, StageView, StartedWorker, State};
 use crate::placement::Plan;
 use crate::{Error, NodeId};
+use mlxnode_compute::ByteCount;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
@@ -35,6 +36,8 @@ pub(super) struct Deployment {
     pub(super) adapter_orders: BTreeMap<String, Order>,
     /// Why adapters that are wanted cannot be used in this attempt, by their names.
     pub(super) adapter_problems: BTreeMap<String, String>,
+    /// The memory that adapters take in this attempt, by node and name.
+    pub(super) adapter_bytes: BTreeMap<(NodeId, String), ByteCount>,
     /// When it was last asked something, as far as known.
     pub(super) last_used: Option<Instant>,
     /// [`super::Effect::AskUsage`] is under way.
@@ -114,6 +117,7 @@ impl Deployment {
             not_stopped: Vec::new(),
             adapter_orders: BTreeMap::new(),
             adapter_problems: BTreeMap::new(),
+            adapter_bytes: BTreeMap::new(),
             last_used: None,
             is_asked: false,
         }

@@ -32,6 +32,7 @@ impl Deployments {
         entry.replica = None;
         entry.is_asked = false;
         entry.touched.clear();
+        entry.adapter_bytes.clear();
         let record = Record::Wanted { deployment: entry.wish.clone(), epoch };
         let effect = Effect::Record { attempt: entry.attempt(), record };
         self.effects.push(effect);

@@ -243,6 +243,10 @@ impl Deployments {
             }
             let stages = entry.replica.iter().flat_map(|replica| &replica.plan.stages);
             bytes += stages.filter(|stage| stage.node == node).map(placement::PlannedStage::memory).sum();
+            if entry.replica.is_some() {
+                let adapters = entry.adapter_bytes.iter().filter(|((other, _), _)| *other == node);
+                bytes += adapters.map(|(_, bytes)| *bytes).sum();
+            }
         }
         for (_, orphan) in self.orphans.iter().filter(|((other, _), _)| *other == node) {
             bytes += orphan.memory;

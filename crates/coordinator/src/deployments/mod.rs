@@ -383,8 +383,8 @@ pub enum Event {
         node: NodeId,
         /// The adapter's name.
         adapter: String,
-        /// Done, or why not.
-        result: Result<(), Error>,
+        /// The memory that it takes there, or why it is not loaded.
+        result: Result<ByteCount, Error>,
     },
     /// Answers [`Effect::UnloadAdapter`].
     AdapterUnloaded {

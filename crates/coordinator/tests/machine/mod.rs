@@ -12,6 +12,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
+/// What every adapter takes on every node.
+pub(crate) const ADAPTER: u64 = 3 * MIB;
 
 pub(crate) fn node(number: u8) -> NodeId {
     NodeId::from_bytes([number; 32])
@@ -168,7 +170,7 @@ impl Machine {
             Effect::Link { attempt, stage, .. } => Event::Linked { attempt, stage, result: Ok(()) },
             Effect::LoadAdapter { attempt, node, adapter } => {
                 let failure = self.fails.as_ref().filter(|(failing, _)| *failing == node);
-                let result = failure.map_or(Ok(()), |(_, error)| Err(error.clone()));
+                let result = failure.map_or(Ok(ByteCount(ADAPTER)), |(_, error)| Err(error.clone()));
                 if result.is_ok() {
                     self.adapters.insert((node, attempt.epoch, adapter.key()));
                 }

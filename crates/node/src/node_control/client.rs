@@ -265,7 +265,7 @@ impl Nodes for ClusterNodes {
         node: NodeId,
         attempt: Attempt,
         adapter: AdapterWish,
-    ) -> BoxFuture<'static, Result<(), Error>> {
+    ) -> BoxFuture<'static, Result<ByteCount, Error>> {
         let nodes = self.clone();
         Box::pin(async move {
             if node == nodes.own {
@@ -280,7 +280,8 @@ impl Nodes for ClusterNodes {
                 load: adapter.load,
             };
             let loaded = nodes.client(node)?.load_adapter(request).await;
-            loaded.map(|_| ()).map_err(|status| nodes.failure(node, &status))
+            let loaded = loaded.map_err(|status| nodes.failure(node, &status))?.into_inner();
+            Ok(ByteCount(loaded.memory_bytes))
         })
     }
 

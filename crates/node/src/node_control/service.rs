@@ -133,8 +133,9 @@ impl NodeControl for NodeControlService {
     ) -> Result<Response<LoadNodeAdapterResponse>, Status> {
         let LoadNodeAdapterRequest { deployment, fence, name, source, load } = request.into_inner();
         let attempt = wire::attempt(deployment, fence)?;
-        self.workers.load_adapter(&attempt, &AdapterWish { name, source, load }).await.map_err(status)?;
-        Ok(Response::new(LoadNodeAdapterResponse {}))
+        let adapter = AdapterWish { name, source, load };
+        let memory = self.workers.load_adapter(&attempt, &adapter).await.map_err(status)?;
+        Ok(Response::new(LoadNodeAdapterResponse { memory_bytes: memory.0 }))
     }
 
     async fn unload_adapter(

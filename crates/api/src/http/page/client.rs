@@ -4,16 +4,16 @@ use super::models::Progress;
 use super::wire::refusal;
 use crate::http::ApiError;
 use crate::models::ModelsService;
-use crate::picture::{PlanPicture, deployment, plan_picture};
+use crate::picture::{Plan, deployment};
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
 use mlxnode_proto::v1::models_server::Models as _;
 use mlxnode_proto::v1::{LoadProgress, LoadRequest, PlanRequest, UnloadRequest};
 use tonic::{Request, Status};
 
-pub(super) async fn plan(models: &ModelsService, wish: PlanRequest) -> Result<PlanPicture, ApiError> {
+pub(super) async fn plan(models: &ModelsService, wish: PlanRequest) -> Result<Plan, ApiError> {
     let plan = models.plan(Request::new(wish)).await.map_err(|status| refusal(&status))?;
-    Ok(plan_picture(plan.into_inner()))
+    Ok(Plan::from(plan.into_inner()))
 }
 
 pub(super) async fn load(

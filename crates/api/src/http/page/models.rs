@@ -4,7 +4,7 @@ use super::{client, control, wire};
 use crate::http::body::JsonBody;
 use crate::http::events::{Events, Gone, stream};
 use crate::http::{ApiError, Dialect, ErrorKind, HttpServices};
-use crate::picture::{DeploymentPicture, PlanPicture};
+use crate::picture::{DeploymentPicture, Plan};
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 pub(in crate::http) async fn plan(
     State(services): State<HttpServices>,
     body: JsonBody,
-) -> Result<Json<PlanPicture>, ApiError> {
+) -> Result<Json<Plan>, ApiError> {
     let mut fields = body.fields;
     let request = wire::plan_request(&mut fields)?;
     fields.finish()?;

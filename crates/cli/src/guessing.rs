@@ -9,7 +9,6 @@ const LOOKUP_TOKENS: u8 = 8;
 
 /// How tokens are guessed.
 #[derive(Clone, Debug, Args)]
-#[command(next_help_heading = "Speed")]
 pub struct GuessFlags {
     /// A smaller model with the same tokenizer that guesses tokens ahead: the same answer, sooner.
     #[arg(long, value_name = "MODEL", conflicts_with = "prompt_lookup")]

@@ -33,7 +33,7 @@ pub struct Place {
 pub struct InProcess {
     #[command(flatten)]
     cache: CacheFlags,
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Speed (in this process)")]
     guesses: GuessFlags,
     #[command(flatten)]
     adapter: AdapterFlag,

@@ -103,6 +103,9 @@ fn every_help_teaches_by_example() {
         "cache-prompt",
         "benchmark",
         "perplexity",
+        "lora",
+        "fuse",
+        "jobs",
         "completions",
     ];
     let top = user.says(&["--help"]);

@@ -39,7 +39,7 @@ pub struct Wish {
     /// Sequences of that length to reserve memory for. Default: 4. Shorter ones share it, up to four times as many at the same time.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     sequences: Option<u32>,
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Speed")]
     guess: GuessFlags,
 }
 

@@ -160,7 +160,8 @@ fn a_job_stands_still_goes_on_and_ends_as_it_is_told() -> Result<()> {
     wait_for(node, "two", "finished")?;
     assert_eq!(result(node, "one", folder.path())?, result(node, "two", folder.path())?);
 
-    submit(node, "three", &slow)?;
+    let endless = rehearsal(folder.path(), 3000, 100)?;
+    submit(node, "three", &endless)?;
     wait_for(node, "three", "running")?;
     assert_eq!(node.json(&["jobs", "cancel", "three"])?["state"], "cancelled");
     eventually(PATIENCE, || {

@@ -48,5 +48,7 @@ pub use pin::{ClusterId, IdError, KeyPin, NodeId};
 pub use roster::{ClusterKey, MAX_NODES, Roster, RosterEntry, RosterError, SignedRoster};
 pub use roster_store::{ClusterAdmission, RosterStore, RosterStoreError};
 pub use tls::ExpectedKey;
-pub use transport::{ConnectError, ConnectOptions, Link, ServeError, ServeOptions, connect, dial, serve};
+pub use transport::{
+    ConnectError, ConnectOptions, Link, ServeError, ServeOptions, connect, dial, serve, server_builder,
+};
 pub use wire::signed_roster_to_wire;

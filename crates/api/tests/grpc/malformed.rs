@@ -21,8 +21,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 use tonic::transport::Channel;
 
-/// Refusals come at once; a busy machine gets a few more tries, and code that is not optimized more time.
-const SOON: Duration = Duration::from_millis(if cfg!(debug_assertions) { 250 } else { 50 });
+/// Refusals come at once; a busy machine gets a few more tries.
+const SOON: Duration = Duration::from_millis(50);
 const GENERATE: &str = "/mlxnode.v1.Inference/Generate";
 
 async fn services() -> Result<crate::raw::Rpcs> {

@@ -118,8 +118,7 @@ pub(crate) async fn start(role: Option<Role>, keys: KeysView) -> Result<Rpcs> {
     let router = routes.into_axum_router().layer(middleware::from_fn_with_state(peer, admit));
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
-    let server = tonic::transport::Server::builder()
-        .http2_max_header_list_size(16 * 1024)
+    let server = mlxnode_cluster::server_builder()
         .add_routes(Routes::from(router))
         .serve_with_incoming(tokio_stream::wrappers::TcpListenerStream::new(listener));
     let server = tokio::spawn(async move {

@@ -7,8 +7,8 @@ use serde_json::{Map, Value, json};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-/// Refusals come at once; a busy machine gets a few more tries, and code that is not optimized more time.
-const SOON: Duration = Duration::from_millis(if cfg!(debug_assertions) { 250 } else { 50 });
+/// Refusals come at once; a busy machine gets a few more tries.
+const SOON: Duration = Duration::from_millis(50);
 
 fn check(reply: &Reply, what: &str) -> Result<()> {
     ensure!((400..500).contains(&reply.status), "{what}: {reply:?}");

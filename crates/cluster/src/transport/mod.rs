@@ -9,7 +9,7 @@ mod serve;
 
 pub(crate) use connect::open_tls;
 pub use connect::{ConnectError, ConnectOptions, Link, connect, dial};
-pub use serve::{ServeError, ServeOptions, serve};
+pub use serve::{ServeError, ServeOptions, serve, server_builder};
 
 use std::time::Duration;
 

@@ -82,6 +82,15 @@ const MAX_JOINERS: usize = 8;
 /// A pairing conversation is four messages; the coordinator's signature may need a round trip to another node.
 const PAIRING_TIME: Duration = Duration::from_secs(20);
 
+/// A server with the windows, frames and headers that ours have.
+pub fn server_builder() -> tonic::transport::Server {
+    tonic::transport::Server::builder()
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(HTTP2_FRAME)
+        .http2_max_header_list_size(16 * 1024)
+}
+
 /// Serves `routes` on `listener` to the keys that `admission` lets in, until `shutdown` is cancelled and the calls under
 /// way ended or [`ServeOptions::grace`] ran out. Requests carry a [`PeerKey`] extension.
 ///
@@ -102,12 +111,8 @@ pub async fn serve(
     let _end_with_this_future = end_all.clone().drop_guard();
     let (admitted, incoming) = mpsc::channel(16);
 
-    let server = tonic::transport::Server::builder()
+    let server = server_builder()
         .max_concurrent_streams(options.max_streams)
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_frame_size(HTTP2_FRAME)
-        .http2_max_header_list_size(16 * 1024)
         .http2_max_pending_accept_reset_streams(Some(20))
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))

@@ -30,7 +30,7 @@ struct Arguments {
     /// Ask mlx-lm anew, write its answers into this folder, and say which of them changed
     #[arg(long, value_name = "DIR")]
     rebuild_golden: Option<PathBuf>,
-    /// Also every pipeline of up to three stages, and in single precision long prompts and more tokens
+    /// Also long prompts, more tokens, and every pipeline of up to three stages
     #[arg(long, conflicts_with = "sample")]
     full: bool,
     /// Only each architecture's first case, and little of it: what the tests run

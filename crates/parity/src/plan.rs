@@ -29,8 +29,7 @@ pub enum Depth {
     Sample,
     /// What the case file says.
     Normal,
-    /// Also every pipeline of up to three stages, and in single precision a long prompt and more tokens: half precision rounds apart
-    /// over hundreds of tokens wherever sums are taken in another order.
+    /// Also a long prompt, more tokens, and every pipeline of up to three stages.
     Full,
 }
 
@@ -124,14 +123,13 @@ impl Plan {
         if depth == Depth::Sample && lengths.iter().any(|length| *length <= LONGEST_SHARED_PROMPT) {
             lengths.retain(|length| *length <= LONGEST_SHARED_PROMPT);
         }
-        let is_long = depth == Depth::Full && case.dtype == "float32";
-        if is_long && !lengths.contains(&FULL_PROMPT) {
+        if depth == Depth::Full && !lengths.contains(&FULL_PROMPT) {
             lengths.push(FULL_PROMPT);
         }
         let count = |usual: usize| match depth {
             Depth::Sample => usual.min(SAMPLE_TOKENS),
-            Depth::Full if is_long => usual.max(FULL_TOKENS),
-            Depth::Normal | Depth::Full => usual,
+            Depth::Normal => usual,
+            Depth::Full => usual.max(FULL_TOKENS),
         };
         let (mut logits, mut runs) = (Vec::new(), Vec::new());
         for length in &lengths {

@@ -60,11 +60,11 @@ pub(crate) struct Driver {
 struct PromptRoom {
     /// Up to how many tokens of work a prompt is short.
     short: usize,
-    /// Short prompts join a batch with fewer tokens than that.
+    /// Tokens of short prompts: one joins while there are fewer.
     of_short: usize,
-    /// The same for long ones.
+    /// Tokens of long prompts, whatever the short ones take: they must not starve.
     of_long: usize,
-    /// What the first one may take.
+    /// What the first one of a batch may take.
     first: usize,
 }
 
@@ -430,16 +430,18 @@ impl Driver {
             }
             _ => 0,
         };
+        let tokens = tokens.min(chunk);
         if !has_short {
-            let tokens = tokens.min(chunk);
             return PromptRoom { short, of_short: tokens, of_long: tokens, first: tokens };
         }
-        // Long prompts go on beside short ones, but only by their own measure.
+        // Long prompts go on beside short ones, but only by their own measure, which is a part of the whole.
+        let has_long = self.prefilling.iter().any(|sequence| self.work(*sequence) > short);
         let of_long = match self.pace.room(decoding, count) {
-            Room::Along(long) | Room::Behind(long) => long.min(tokens),
+            Room::Along(long) | Room::Behind(long) if has_long => long.min(tokens),
+            _ => 0,
         };
-        let of_short = tokens.min(chunk);
-        PromptRoom { short, of_short, of_long: of_long.min(chunk), first: of_short }
+        let of_short = tokens - of_long;
+        PromptRoom { short, of_short, of_long, first: of_short }
     }
 
     /// Tokens of a prompt that need work, those that entered the pipeline included: the end of a long prompt is no short one.
@@ -466,8 +468,9 @@ impl Driver {
             }
         }
         let mut begun = Vec::new();
+        let (mut taken, has_short_rows) = (0, taken > 0);
         for sequence in long {
-            let most = if taken == 0 { room.first } else { room.of_long };
+            let most = if taken == 0 && !has_short_rows { room.first } else { room.of_long };
             let chunk = self.chunk(sequence, most.saturating_sub(taken), rows);
             taken += chunk;
             match self.left(sequence) {

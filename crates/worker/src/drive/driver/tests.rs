@@ -499,11 +499,16 @@ fn roomy() -> Limits {
 }
 
 fn roomy_pipeline(costs: &[[u64; 3]]) -> Pipeline {
+    pipeline_with(costs, roomy())
+}
+
+fn pipeline_with(costs: &[[u64; 3]], limits: Limits) -> Pipeline {
     let mut pipeline = Pipeline::new(costs.len(), 512);
-    pipeline.driver = Driver::new(roomy());
+    let max_sequences = limits.max_sequences;
+    pipeline.driver = Driver::new(limits);
     for (_, shard) in &mut pipeline.stages {
         let stage = SimulatedStage::new(shard.info().clone(), Duration::ZERO);
-        *shard = Shard::new(Box::new(stage), roomy().max_sequences);
+        *shard = Shard::new(Box::new(stage), max_sequences);
     }
     pipeline.costs = costs.to_vec();
     pipeline
@@ -575,6 +580,28 @@ fn short_prompts_that_come_together_are_answered_one_after_the_other_and_hold_up
     let pauses = tokens[&100].windows(2).map(|pair| pair[1] - pair[0]);
     let longest = pauses.max().unwrap();
     assert!(longest < 6 * (fixed + 9 * row), "{longest} us");
+}
+
+#[test]
+fn a_long_prompt_gets_on_while_short_ones_keep_coming() {
+    for costs in [&[[10_000, 1_000, 1_000]][..], &[[5_000, 500, 500]; 2]] {
+        let mut pipeline = pipeline_with(costs, Limits { max_sequences: 1024, ..roomy() });
+        let prompt =
+            |seed: u64, length: u64| (0..length).map(|at| ((at + seed) % 50) as u32).collect::<Vec<_>>();
+        // One that decodes all the time, a long prompt, and short ones faster than they can be computed: there is always one that waits.
+        let mut openings = vec![(0, 1000, prompt(9, 64), spec(1000, vec![]))];
+        openings.push((2_000_000, 1001, prompt(3, 700), spec(1, vec![])));
+        let arrivals = (0..200_u64)
+            .map(|number| (2_000_000 + number * 40_000, number, prompt(number, 64), spec(1, vec![])));
+        openings.extend(arrivals);
+        let tokens = timed(&mut pipeline, openings);
+        let loaded = tokens[&1001][0];
+        let last_short = tokens[&199][0];
+        assert!(
+            loaded < last_short,
+            "{costs:?}: it was done at {loaded} us, when no more came after {last_short} us"
+        );
+    }
 }
 
 #[test]

@@ -166,15 +166,14 @@ async fn three_nodes_see_each_other_and_what_they_say_of_themselves() {
     let told = Instant::now();
     let view = loop {
         let view = nodes[0].view_of(&nodes[1]).unwrap();
-        if view.rtt.is_some() && view.facts.as_ref().is_some_and(|facts| facts.chip == "Apple M9") {
+        // A heartbeat may meet a busy moment; the next ones do not.
+        let is_near = view.rtt.is_some_and(|rtt| !rtt.is_zero() && rtt < Duration::from_millis(200));
+        if is_near && view.facts.as_ref().is_some_and(|facts| facts.chip == "Apple M9") {
             break view;
         }
         assert!(told.elapsed() < Duration::from_secs(5), "{view:?}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     };
-    // How long it is is the machine's affair; a link whose heartbeats take longer than that would be dead.
-    let rtt = view.rtt.unwrap();
-    assert!(!rtt.is_zero() && rtt < TIMING.dead_after, "{view:?}");
     assert_ne!(view.incarnation, 0);
 
     let channel = nodes[0].mesh.channel(&nodes[2].identity.id()).unwrap();

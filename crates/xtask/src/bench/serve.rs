@@ -347,10 +347,10 @@ fn overload(ours: &Ours, model: &Model, options: &Options, limits: Limits) -> Re
     eprintln!("serve: overload for {} s", time.as_secs());
     let calm = closed(&ours.server, 1, 5, |number| question(20_000 + number, 0))?;
     let best = closed(&ours.server, clients, 3, |number| question(21_000 + number, 0))?;
-    // As many as are ever open at once: what they take was planned.
+    let before = ours.memory();
+    // As many as are ever open at once may be faster still.
     let full = closed(&ours.server, FULL_HOUSE * clients, 1, |number| question(22_000 + number, 0))?;
     let peak = best.tokens_per_second(ANSWER).max(full.tokens_per_second(ANSWER));
-    let before = ours.memory();
     let round =
         open(&ours.server, 10.0 * peak / ANSWER as f64, time, 11, |number| question(30_000 + number, 0))?;
     let after = ours.memory();

@@ -1,4 +1,4 @@
-//! The seam between the network and the arithmetic: plain data and the traits [`Stage`], [`Job`] and [`Reduce`].
+//! The seam between the network and the arithmetic: plain data and the traits [`Stage`], [`Job`], [`Reduce`] and [`StageLink`].
 //!
 //! The network side (worker) moves [`Activation`]s and token ids; the compute side (engine) turns one into the other.
 //! Neither knows the other: both know this crate. No IO, no async, no MLX here, so that the pipeline can be tested
@@ -9,6 +9,7 @@ mod blocks;
 mod cache_options;
 mod grammar;
 mod job;
+mod link;
 mod quantity;
 mod reduce;
 mod sampling;
@@ -24,6 +25,7 @@ pub use blocks::{
 pub use cache_options::{CacheOptions, CacheOptionsError};
 pub use grammar::{Grammar, GrammarError, Grammars, TokenConstraint};
 pub use job::{Advance, Job, JobError, StepReport};
+pub use link::{LinkError, StageLink, StageOrder, Way};
 pub use quantity::{ByteCount, LayerRange};
 pub use reduce::{
     Alone, Deal, MOST_MICRO_BATCHES, MicroBatches, Partial, Reduce, ReduceError, Reduced, StepError, Sum,

@@ -62,7 +62,8 @@ pub fn make(setup: &JobSetup, group: Option<&CollectiveEndpoint>) -> Result<Box<
         let micro_batches = u32::try_from(micro_batches).map_err(|_| {
             JobError::Refused("grad_accumulation_steps is too large for several workers".into())
         })?;
-        job = job.with_group(Box::new(endpoint.join(values, micro_batches)));
+        let group = Box::new(endpoint.join(values, micro_batches));
+        job = job.with_group(group).map_err(|error| refused(&error.into()))?;
     }
     Ok(Box::new(job))
 }

@@ -22,6 +22,7 @@ pub use optimizer::OptimizerConfig;
 pub use settings::Settings;
 
 use crate::schedule::{Schedule, Shape};
+use mlxnode_compute::MOST_MICRO_BATCHES;
 use serde_json::{Map, Value, json};
 use settings::Section;
 use std::path::PathBuf;
@@ -340,7 +341,9 @@ impl TrainingConfig {
             steps_per_report: count("steps_per_report", 10)?,
             steps_per_eval: count("steps_per_eval", 200)?,
             save_every: count("save_every", 100)?,
-            grad_accumulation_steps: count("grad_accumulation_steps", 1)?,
+            grad_accumulation_steps: root
+                .whole("grad_accumulation_steps", 1, i64::from(MOST_MICRO_BATCHES))?
+                .map_or(1, i64::unsigned_abs),
             grad_checkpoint: flag("grad_checkpoint")?,
             clear_cache_threshold: bytes(root, "clear_cache_threshold")?,
             resume_adapter_file: root.text("resume_adapter_file")?.map(PathBuf::from),

@@ -106,6 +106,8 @@ impl World {
                     .map(|node| JobOffer { node: *node, name: node.short(), free: ByteCount(100) })
                     .collect();
                 effects.extend(self.jobs.schedule(&offers, self.at, self.now));
+                let wake = self.jobs.next_wake(self.now);
+                assert!(wake.is_none_or(|wake| wake > self.now), "it would look again at once, for ever");
                 continue;
             };
             match effect {
@@ -519,6 +521,32 @@ fn what_cannot_run_anywhere_says_what_is_missing() {
     for words in ["8.0 GB", "2.0 GB", "desk"] {
         assert!(view.detail.contains(words), "{}", view.detail);
     }
+}
+
+#[test]
+fn what_is_due_and_cannot_be_done_does_not_wake_the_coordinator_at_once() {
+    let mut world = World::new();
+    world.lose_node(2, false);
+    world.submit("a");
+    (0..3).for_each(|_| world.advance(0));
+    assert_eq!(world.copies.len(), 1, "to the other node");
+    let running = world.runners[0].node;
+    let other = (0..2).find(|number| node(*number) != running).unwrap();
+    world.lose_node(other, false);
+    world.finish_copy(false);
+    // The pause after a copy that failed is over, and no node is there to copy to.
+    world.now += Duration::from_secs(60);
+    world.carry_out(Vec::new());
+    // A node that could not be asked, and then none is there.
+    let (id, epoch) = ("a".to_owned(), world.runners[0].epoch);
+    let result = Err(Error::Unavailable("the hub does not answer".into()));
+    world.runners.clear();
+    world.happen(Event::RunEnded { id, epoch, result });
+    world.alive.clear();
+    world.now += Duration::from_secs(60);
+    world.carry_out(Vec::new());
+    assert!(world.jobs.next_wake(world.now).is_some(), "it is looked at again, later");
+    world.settle();
 }
 
 #[test]

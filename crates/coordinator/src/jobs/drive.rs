@@ -1,6 +1,6 @@
 //! What happens to jobs, and which of them runs where.
 
-use super::table::{Aim, Job, Jobs, RunPhase, line, push_line};
+use super::table::{Aim, Job, Jobs, Moment, RunPhase, line, push_line};
 use super::view::Publication;
 use super::{COPIES, Checkpoint, Effect, Event, JobOffer, LossPoint, MAX_FAILURES, Record, Report, RunEnd};
 use crate::{Error, NodeId};
@@ -78,7 +78,8 @@ impl Jobs {
         let mut epoch = self.used_epoch;
         for id in order {
             let Some(job) = self.jobs.get_mut(&id) else { continue };
-            if job.is_waiting_to_run(now) {
+            job.moment.forget_due(now);
+            if job.is_waiting_to_run() {
                 match job.place(offers, &busy) {
                     Place::Weigh => {
                         job.moment.is_weighing = true;
@@ -94,7 +95,7 @@ impl Jobs {
                     Place::Nowhere(why) => job.moment.waits_for = Some(why),
                 }
             }
-            effects.extend(job.copy(offers, now));
+            effects.extend(job.copy(offers));
             effects.extend(job.serve());
         }
         effects
@@ -108,6 +109,16 @@ impl Jobs {
             run.into_iter().chain(job.moment.copy_after).min()
         };
         self.jobs.values().filter_map(wake).min()
+    }
+}
+
+impl Moment {
+    /// What was to wait until now waits no more. What is due and cannot be done is looked at again when something changes, or a
+    /// while later: a time that has passed and stayed would wake the coordinator without an end.
+    fn forget_due(&mut self, now: Instant) {
+        for after in [&mut self.retry_at, &mut self.copy_after] {
+            after.take_if(|at| *at <= now);
+        }
     }
 }
 
@@ -126,11 +137,11 @@ impl Job {
         self.moment.run.as_ref().map(|run| run.node)
     }
 
-    fn is_waiting_to_run(&self, now: Instant) -> bool {
+    fn is_waiting_to_run(&self) -> bool {
         self.stored.aim == Aim::Run
             && self.moment.run.is_none()
             && !self.moment.is_weighing
-            && self.moment.retry_at.is_none_or(|at| at <= now)
+            && self.moment.retry_at.is_none()
     }
 
     fn place(&mut self, offers: &[JobOffer], busy: &[NodeId]) -> Place {
@@ -169,8 +180,8 @@ impl Job {
     }
 
     /// A copy of the newest checkpoint for another node, where it has too few.
-    fn copy(&mut self, offers: &[JobOffer], now: Instant) -> Option<Effect> {
-        if self.moment.is_copying || self.moment.copy_after.is_some_and(|at| at > now) {
+    fn copy(&mut self, offers: &[JobOffer]) -> Option<Effect> {
+        if self.moment.is_copying || self.moment.copy_after.is_some() {
             return None;
         }
         let held = self.stored.checkpoints.last()?;
@@ -180,7 +191,7 @@ impl Job {
         }
         let others = offers.iter().filter(|offer| !held.holders.contains(&offer.node));
         let target = others.max_by_key(|offer| (offer.free, offer.node))?.node;
-        (self.moment.is_copying, self.moment.copy_after) = (true, None);
+        self.moment.is_copying = true;
         let spec = Box::new(self.stored.spec.clone());
         Some(Effect::Copy { spec, checkpoint: held.checkpoint.clone(), node: target })
     }

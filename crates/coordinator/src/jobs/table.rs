@@ -84,7 +84,7 @@ pub(super) struct Moment {
     pub(super) is_weighing: bool,
     /// A copy of a checkpoint is on its way.
     pub(super) is_copying: bool,
-    /// Not before; none: at once.
+    /// No other copy before; none: at once.
     pub(super) copy_after: Option<Instant>,
     pub(super) is_publishing: bool,
     /// Why no node can run it.

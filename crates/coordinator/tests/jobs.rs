@@ -68,6 +68,8 @@ struct World {
     acknowledged: BTreeSet<String>,
     cancelled: BTreeSet<String>,
     log_fails: bool,
+    /// Orders to stop do not arrive.
+    stops_are_lost: bool,
     now: Instant,
     at: u64,
 }
@@ -86,6 +88,7 @@ impl World {
             acknowledged: BTreeSet::new(),
             cancelled: BTreeSet::new(),
             log_fails: false,
+            stops_are_lost: false,
             now: Instant::now(),
             at: 1000,
         }
@@ -125,6 +128,7 @@ impl World {
                     let (id, epoch) = (order.spec.id.clone(), order.epoch);
                     self.runners.push(Runner { id, epoch, node, step, saves_and_ends: None });
                 }
+                Effect::Stop { .. } if self.stops_are_lost => {}
                 Effect::Stop { id, epoch, saves, .. } => {
                     for runner in &mut self.runners {
                         if runner.id == id && runner.epoch == epoch {
@@ -547,6 +551,28 @@ fn what_is_due_and_cannot_be_done_does_not_wake_the_coordinator_at_once() {
     world.carry_out(Vec::new());
     assert!(world.jobs.next_wake(world.now).is_some(), "it is looked at again, later");
     world.settle();
+}
+
+#[test]
+fn an_attempt_that_did_not_hear_that_it_is_to_stop_is_told_again() {
+    let mut world = World::new();
+    for (id, is_cancelled) in [("a", true), ("b", false)] {
+        world.submit(id);
+        let place = world.runners.iter().position(|runner| runner.id == id).unwrap();
+        world.stops_are_lost = true;
+        let decided = match is_cancelled {
+            true => world.jobs.cancel(id, 1),
+            false => world.jobs.pause(id, "ann", 1),
+        };
+        assert!(world.change(decided));
+        world.stops_are_lost = false;
+        world.carry_out(Vec::new());
+        assert_eq!(world.runners[place].saves_and_ends, None, "not at once again");
+        let wake = world.jobs.next_wake(world.now).expect("it looks again");
+        world.now = wake;
+        world.carry_out(Vec::new());
+        assert_eq!(world.runners[place].saves_and_ends, Some(!is_cancelled));
+    }
 }
 
 #[test]

@@ -13,6 +13,8 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// Before a node is asked again whose fault it was not: a missing file may come with another node.
 const RETRY: Duration = Duration::from_secs(3);
+/// Before an attempt that does not end is told once more: the order may have been lost.
+const STOP_AGAIN: Duration = Duration::from_secs(10);
 /// How much of the curve is told in a record at most, besides the thinning of [`super::Curve`].
 const POINTS_PER_RECORD: usize = 256;
 
@@ -95,6 +97,7 @@ impl Jobs {
                     Place::Nowhere(why) => job.moment.waits_for = Some(why),
                 }
             }
+            effects.extend(job.stop_again(now));
             effects.extend(job.copy(offers));
             effects.extend(job.serve());
         }
@@ -106,7 +109,8 @@ impl Jobs {
         let wake = |job: &Job| {
             let is_unplaced = job.stored.aim == Aim::Run && job.moment.run.is_none();
             let run = is_unplaced.then(|| job.moment.retry_at.unwrap_or(now + RETRY));
-            run.into_iter().chain(job.moment.copy_after).min()
+            let stop = job.moment.run.as_ref().and_then(|run| run.stop_again);
+            run.into_iter().chain(job.moment.copy_after).chain(stop).min()
         };
         self.jobs.values().filter_map(wake).min()
     }
@@ -177,6 +181,17 @@ impl Job {
         let free = fitting.into_iter().filter(|offer| !busy.contains(&offer.node));
         let best = free.max_by_key(|offer| (holders.contains(&offer.node), offer.free, offer.node));
         best.map_or(Place::Later, |offer| Place::On(offer.node))
+    }
+
+    /// An attempt that was told to end and goes on is told again.
+    fn stop_again(&mut self, now: Instant) -> Option<Effect> {
+        let run = self.moment.run.as_mut().filter(|run| run.is_stopping)?;
+        let is_due = run.stop_again.is_some_and(|at| at <= now);
+        if is_due || run.stop_again.is_none() {
+            run.stop_again = Some(now + STOP_AGAIN);
+        }
+        let (id, epoch, node) = (self.stored.spec.id.clone(), run.epoch, run.node);
+        is_due.then_some(Effect::Stop { id, epoch, node, saves: !self.stored.aim.is_over() })
     }
 
     /// A copy of the newest checkpoint for another node, where it has too few.

@@ -63,6 +63,9 @@ pub(super) struct Run {
     pub(super) epoch: u64,
     pub(super) node: NodeId,
     pub(super) phase: RunPhase,
+    /// Set once it was told to end: when it is told again.
+    pub(super) stop_again: Option<Instant>,
+    /// It was told to end: it may be any time until it does.
     pub(super) is_stopping: bool,
     /// Losses that are not durable yet.
     pub(super) points: Curve,
@@ -451,6 +454,7 @@ impl Job {
             epoch,
             node,
             phase: RunPhase::Preparing(String::new()),
+            stop_again: None,
             is_stopping: false,
             points: Curve::default(),
         });
@@ -494,7 +498,7 @@ impl Job {
 
     fn stop(&mut self, saves: bool) -> Vec<Effect> {
         let Some(run) = &mut self.moment.run else { return Vec::new() };
-        run.is_stopping = true;
+        (run.is_stopping, run.stop_again) = (true, None);
         let (id, epoch, node) = (self.stored.spec.id.clone(), run.epoch, run.node);
         vec![Effect::Stop { id, epoch, node, saves }]
     }

@@ -6,7 +6,8 @@ use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::Error;
 use mlxnode_coordinator::jobs::{
     Checkpoint, ContentHash, Effect, Event, JobKind, JobOffer, JobSpec, JobState, Jobs, LossPoint,
-    MAX_FAILURES, MAX_JOBS, Progress, PublishWish, Record, Report, RunEnd, SavePolicy, Wanted,
+    MAX_FAILURES, MAX_JOBS, Progress, Publication, PublishWish, Record, Report, RunEnd, SavePolicy, Wanted,
+    artifact_source,
 };
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -573,6 +574,127 @@ fn an_attempt_that_did_not_hear_that_it_is_to_stop_is_told_again() {
         world.carry_out(Vec::new());
         assert_eq!(world.runners[place].saves_and_ends, Some(!is_cancelled));
     }
+}
+
+fn published(id: &str, step: u64, adapter: &str, problem: Option<&str>) -> Record {
+    let hash = state_after(id, step);
+    let publication = Publication {
+        hash,
+        deployment: "demo".into(),
+        adapter: adapter.into(),
+        problem: problem.map(str::to_owned),
+    };
+    Record::Published { id: id.to_owned(), publication, at: 1 }
+}
+
+fn wants(jobs: &Jobs, id: &str, step: u64) -> bool {
+    let wanted = jobs.wanted();
+    let job = wanted.iter().find(|job| job.id == id);
+    job.is_some_and(|job| job.checkpoints.iter().any(|it| it.hash == state_after(id, step)))
+}
+
+/// A job `a` that has saved after 3 and 6 steps, and keeps 2 checkpoints.
+fn world_with_checkpoints() -> World {
+    let mut world = World::new();
+    world.submit("a");
+    (0..6).for_each(|_| world.advance(0));
+    assert!(wants(&world.jobs, "a", 3) && wants(&world.jobs, "a", 6));
+    world
+}
+
+#[test]
+fn what_is_served_stays_when_something_else_cannot_take_its_place() {
+    let mut world = world_with_checkpoints();
+    let _ = world.write(published("a", 3, "poet", None));
+    let _ = world.write(published("a", 6, "poet", Some("the name is taken")));
+    let view = world.jobs.view().remove(0);
+    let told: Vec<bool> = view.publications.iter().map(|it| it.problem.is_none()).collect();
+    assert_eq!(told, [true, false], "the one is served, the other is not");
+    (0..5).for_each(|_| world.advance(0));
+    assert!(wants(&world.jobs, "a", 3), "a node that starts again reads it");
+    // Failures make room for each other, not what is served.
+    for number in 0..40 {
+        let _ = world.write(published("a", 6, &format!("poet-{number}"), Some("no")));
+    }
+    assert!(wants(&world.jobs, "a", 3));
+    let _ = world.write(published("a", 9, "poet", None));
+    let publications = &world.jobs.view()[0].publications;
+    let of_poet: Vec<ContentHash> =
+        publications.iter().filter(|it| it.adapter == "poet").map(|it| it.hash).collect();
+    assert_eq!(of_poet, [state_after("a", 9)], "what is served in its place is all that counts");
+}
+
+#[test]
+fn what_deployments_serve_is_wanted_though_the_job_forgot_it() {
+    let mut world = world_with_checkpoints();
+    // A call to serve it is under way while the job goes on.
+    let source = artifact_source("a", state_after("a", 3));
+    let unrelated = ["/adapters/poet".to_owned(), artifact_source("gone", state_after("a", 3))];
+    world.jobs.pin(unrelated.iter().chain([&source]).map(String::as_str));
+    (0..6).for_each(|_| world.advance(0));
+    assert!(wants(&world.jobs, "a", 3), "it is about to be served");
+    world.jobs.pin([]);
+    assert!(!wants(&world.jobs, "a", 3), "and then it is not any more");
+}
+
+#[test]
+fn a_job_whose_result_is_served_is_not_forgotten_to_make_room() {
+    let mut jobs = Jobs::default();
+    for number in 0..MAX_JOBS as u64 {
+        jobs.apply(Record::Submitted { spec: Box::new(spec(&format!("job-{number}"))), at: number });
+    }
+    for id in ["job-3", "job-4"] {
+        let cancelled = jobs.cancel(id, 1).unwrap().unwrap();
+        jobs.apply(cancelled);
+    }
+    let source = artifact_source("job-3", state_after("job-3", 3));
+    jobs.pin([source.as_str()]);
+    let records = jobs.submit(spec("one-more"), 1).unwrap().unwrap();
+    assert_eq!(records[0], Record::Removed { id: "job-4".into() });
+    records.into_iter().for_each(|record| drop(jobs.apply(record)));
+    let refused = jobs.submit(spec("another"), 1).unwrap_err().to_string();
+    assert!(refused.contains("served"), "{refused}");
+}
+
+#[test]
+fn what_a_node_cannot_fetch_another_one_may_and_it_is_tried_without_an_end() {
+    let mut world = World::new();
+    world.submit("a");
+    let mut nodes = BTreeSet::new();
+    let mut pauses = Vec::new();
+    for _ in 0..20 {
+        let runner = world.runners.pop().expect("it is tried again");
+        nodes.insert(runner.node);
+        let result = Err(Error::Unavailable("the hub does not answer".into()));
+        world.happen(Event::RunEnded { id: runner.id, epoch: runner.epoch, result });
+        assert!(world.runners.is_empty(), "after a pause");
+        assert!(world.jobs.view()[0].detail.contains("the hub"), "{:?}", world.jobs.view()[0].detail);
+        let wake = world.jobs.next_wake(world.now).expect("it is tried again");
+        pauses.push(wake - world.now);
+        world.now = wake;
+        world.carry_out(Vec::new());
+    }
+    assert!(nodes.len() > 1, "another node is asked");
+    assert!(pauses.is_sorted() && pauses[19] > pauses[0] && pauses[19] <= Duration::from_secs(60));
+    world.settle();
+}
+
+#[test]
+fn a_job_goes_on_where_its_newest_checkpoint_is_unless_its_worker_dies_there_again() {
+    let mut world = World::new();
+    world.submit("a");
+    (0..4).for_each(|_| world.advance(0));
+    let first = world.runners[0].node;
+    let mut nodes = Vec::new();
+    for _ in 0..3 {
+        world.kill_worker(0);
+        world.now += Duration::from_secs(60);
+        world.carry_out(Vec::new());
+        nodes.push(world.runners[0].node);
+    }
+    assert_eq!(nodes[0], first);
+    assert!(nodes[1] != first, "{nodes:?}");
+    world.settle();
 }
 
 #[test]

@@ -6,7 +6,7 @@
 use super::Limits;
 use super::handle::PlanReport;
 use super::job_nodes::JobNodes;
-use super::job_orders::JobMessage;
+use super::job_orders::{Asked, JobMessage};
 use super::journal::{Decisions, Entry, Journal};
 use super::orders::{Orders, within};
 use crate::deployments::{
@@ -139,7 +139,7 @@ pub(super) struct Running {
     /// Attempts of jobs under way, by job and epoch.
     pub(super) job_runs: HashMap<(String, u64), AbortHandle>,
     /// Calls that wait for a job's result to be served, by job, model and adapter.
-    pub(super) job_publications: HashMap<(String, String, String), Vec<Reply<String>>>,
+    pub(super) job_publications: HashMap<Asked, Vec<Reply<String>>>,
     pub(super) job_timer: Option<AbortHandle>,
     journal: Journal,
     pub(super) orders: Orders,

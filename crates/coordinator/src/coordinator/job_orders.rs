@@ -6,7 +6,7 @@ use super::journal::Entry;
 use super::orders::within;
 use crate::Error;
 use crate::deployments::{self, AdapterWish};
-use crate::jobs::{Effect, Event, JobOffer, JobSpec, JobView, LogLine, PublishWish, Record};
+use crate::jobs::{ContentHash, Effect, Event, JobOffer, JobSpec, JobView, LogLine, PublishWish, Record};
 use crate::placement::{ModelCost, Offer};
 use mlxnode_compute::ByteCount;
 use ractor::ActorRef;
@@ -59,13 +59,16 @@ pub(super) enum JobMessage {
         /// Of which job.
         event: Event,
         /// What the call that asked for it named.
-        asked: (String, String, String),
+        asked: Asked,
         /// The model's name.
         served: Result<String, Error>,
     },
     /// It is time to look again.
     Tick,
 }
+
+/// What a call to serve something names: the job, its checkpoint, the deployment and the adapter.
+pub(super) type Asked = (String, ContentHash, String, String);
 
 /// What a person can do to a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,6 +87,7 @@ impl Running {
         let at = unix_now();
         match message {
             JobMessage::Submit { spec, reply } => {
+                self.jobs.pin(self.deployments.adapter_sources());
                 let id = spec.id.clone();
                 let decided = self.jobs.submit(*spec, at).map(Option::unwrap_or_default);
                 self.decide(myself, &id, decided, reply).await
@@ -97,11 +101,12 @@ impl Running {
                 let decided = decided.map(|record| record.into_iter().collect());
                 self.decide(myself, &id, decided, reply).await
             }
-            JobMessage::Publish { id, step, wish, reply } => match self.jobs.publish(&id, step, wish.clone())
-            {
+            JobMessage::Publish { id, step, wish, reply } => match self.jobs.publish(&id, step, wish) {
                 Ok(effect) => {
-                    let key = (id, wish.deployment, wish.adapter);
-                    self.job_publications.entry(key).or_default().push(reply);
+                    if let Effect::Publish { id, hash, wish, .. } = &effect {
+                        let asked = (id.clone(), *hash, wish.deployment.clone(), wish.adapter.clone());
+                        self.job_publications.entry(asked).or_default().push(reply);
+                    }
                     self.carry_out_jobs(myself, vec![effect]).await
                 }
                 Err(error) => {
@@ -235,6 +240,7 @@ impl Running {
                     });
                 }
                 Effect::Tidy => {
+                    self.jobs.pin(self.deployments.adapter_sources());
                     let work = self.job_nodes.tidy(self.jobs.wanted());
                     self.under_way.spawn(work);
                 }
@@ -252,7 +258,7 @@ impl Running {
         &mut self,
         myself: &ActorRef<Message>,
         id: String,
-        hash: crate::jobs::ContentHash,
+        hash: ContentHash,
         source: String,
         wish: PublishWish,
     ) -> Vec<deployments::Effect> {
@@ -263,7 +269,7 @@ impl Running {
         self.under_way.spawn(async move {
             let stopped = || Err(Error::Unavailable("the coordinator has stopped".into()));
             let loaded = answer.await.unwrap_or_else(|_| stopped());
-            let asked = (id.clone(), wish.deployment.clone(), wish.adapter.clone());
+            let asked = (id.clone(), hash, wish.deployment.clone(), wish.adapter.clone());
             let mut wish = wish;
             let served = loaded.map(|view| {
                 wish.deployment = view.name;

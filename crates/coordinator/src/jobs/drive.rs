@@ -48,7 +48,7 @@ impl Jobs {
             Event::NodeLost { node } => self.node_lost(node, at),
             Event::NodeJoined { .. } => {
                 for job in self.jobs.values_mut() {
-                    (job.moment.retry_at, job.moment.copy_after) = (None, None);
+                    (job.moment.retry_at, job.moment.copy_after, job.moment.tries) = (None, None, 0);
                 }
                 vec![Effect::Tidy]
             }
@@ -179,7 +179,10 @@ impl Job {
         }
         let holders = newest.map(|held| held.holders.as_slice()).unwrap_or_default();
         let free = fitting.into_iter().filter(|offer| !busy.contains(&offer.node));
-        let best = free.max_by_key(|offer| (holders.contains(&offer.node), offer.free, offer.node));
+        let best = free.max_by_key(|offer| {
+            let is_better = self.moment.avoids != Some(offer.node);
+            (is_better, holders.contains(&offer.node), offer.free, offer.node)
+        });
         best.map_or(Place::Later, |offer| Place::On(offer.node))
     }
 
@@ -252,6 +255,7 @@ impl Job {
             Report::Preparing(what) => run.phase = RunPhase::Preparing(line(&what)),
             Report::Running { step } => {
                 run.phase = RunPhase::Running;
+                (moment.tries, moment.avoids) = (0, None);
                 moment.curve.cut_after(step);
                 moment.progress.step = step;
                 let from = if step == 0 { "the beginning".to_owned() } else { format!("step {step}") };
@@ -317,7 +321,13 @@ impl Job {
             ) => {
                 self.forget_undurable();
                 self.moment.waits_for = Some(error.to_string());
-                self.moment.retry_at = Some(now + RETRY);
+                if matches!(run.phase, RunPhase::Preparing(_)) {
+                    // What this node could not fetch or read another one may. One that computed has the newest checkpoint.
+                    self.moment.avoids = Some(run.node);
+                }
+                let pause = RETRY.saturating_mul(1 << self.moment.tries.min(6));
+                self.moment.tries = self.moment.tries.saturating_add(1);
+                self.moment.retry_at = Some(now + pause.min(LONGEST_PAUSE));
                 Vec::new()
             }
             Err(error) => {
@@ -325,6 +335,8 @@ impl Job {
                 let reason = error.to_string();
                 let stumbled = Record::Stumbled { id: id.clone(), epoch, reason: reason.clone(), at };
                 let failures = self.stored.failures + 1;
+                // A single death is nobody's fault, and elsewhere the model may have to be fetched first.
+                self.moment.avoids = (failures > 1).then_some(run.node);
                 if failures >= MAX_FAILURES {
                     let reason = format!("{failures} workers in a row ended; the last one: {reason}");
                     return vec![Effect::Record(stumbled), Effect::Record(Record::Failed { id, reason, at })];

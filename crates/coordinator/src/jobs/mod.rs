@@ -13,7 +13,8 @@
 //! - An epoch is one attempt to run a job. Epochs rise over all jobs and are durable before they are used; what an older attempt still
 //!   reports changes nothing, so of two runners that both believe to be the one, one counts.
 //! - An attempt begins from the newest checkpoint that a node has. A job with checkpoints of which no node has one now waits: it does not begin anew.
-//! - A lost node or a stopped one is nobody's fault. A worker process that dies is tried again, with growing pauses, and after
+//! - A lost node or a stopped one is nobody's fault, nor is what a node cannot fetch now: that is tried again without an end, with growing
+//!   pauses, and on another node where one fits. A worker process that dies is tried again, with growing pauses, and after
 //!   [`MAX_FAILURES`] in a row without a new checkpoint the job has failed, until somebody resumes it.
 //! - What a job made is named by the hash of its checkpoint, which is in the record of its end: nothing else is ever published for it.
 

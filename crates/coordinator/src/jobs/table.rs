@@ -3,13 +3,13 @@
 use super::view::{HeldCheckpoint, JobState, JobView, LogLine, Progress, Publication};
 use super::{
     COPIES, Checkpoint, ContentHash, Curve, Effect, JobKind, JobSpec, LossPoint, MAX_JOBS, MAX_LOG_LINES,
-    PublishWish, Record, Wanted, artifact_source,
+    PublishWish, Record, Wanted, artifact_source, parse_artifact_source,
 };
 use crate::deployments::{check_adapter_name, check_name};
 use crate::{Error, NodeId};
 use mlxnode_compute::ByteCount;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Instant;
 
 /// Longest line of a log, in bytes: it may quote what a worker said.
@@ -94,6 +94,10 @@ pub(super) struct Moment {
     pub(super) waits_for: Option<String>,
     /// Not before.
     pub(super) retry_at: Option<Instant>,
+    /// Attempts in a row that a node could not begin.
+    pub(super) tries: u32,
+    /// Where the last attempt came to nothing: another node that fits is better.
+    pub(super) avoids: Option<NodeId>,
     pub(super) progress: Progress,
     /// The curve with what is not durable yet.
     pub(super) curve: Curve,
@@ -113,6 +117,8 @@ pub struct Jobs {
     pub(super) jobs: BTreeMap<String, Job>,
     pub(super) used_epoch: u64,
     next_order: u64,
+    /// What deployments serve or are about to: see [`Jobs::pin`].
+    pinned: BTreeSet<(String, ContentHash)>,
 }
 
 impl Jobs {
@@ -157,10 +163,12 @@ impl Jobs {
         let mut records = Vec::new();
         if self.jobs.len() >= MAX_JOBS {
             let over = self.jobs.values().filter(|job| job.stored.aim.is_over() && job.moment.run.is_none());
-            let oldest = over.min_by_key(|job| (job.stored.ended_at, job.stored.order));
+            let free = over.filter(|job| !self.pinned.iter().any(|(id, _)| *id == job.stored.spec.id));
+            let oldest = free.min_by_key(|job| (job.stored.ended_at, job.stored.order));
             let oldest = oldest.ok_or_else(|| {
                 Error::TooMany(format!(
-                    "the cluster has {MAX_JOBS} jobs that are not over, which is the most; cancel one, or wait"
+                    "the cluster has {MAX_JOBS} jobs, which is the most, and each is under way or served; cancel one, unload an \
+                     adapter that one made, or wait"
                 ))
             })?;
             records.push(Record::Removed { id: oldest.stored.spec.id.clone() });
@@ -339,7 +347,7 @@ impl Jobs {
                 job.stored.aim = Aim::Run;
                 job.stored.ended_at = None;
                 job.stored.failures = 0;
-                job.moment.retry_at = None;
+                (job.moment.retry_at, job.moment.tries) = (None, 0);
                 Vec::new()
             }),
             Record::Finished { id, epoch, checkpoint, node, points, at } => self.of(&id, |job| {
@@ -370,14 +378,7 @@ impl Jobs {
                         Some(problem) => format!("not served as {deployment}:{adapter}: {problem}"),
                     },
                 );
-                let is_other = |other: &Publication| {
-                    other.deployment != publication.deployment || other.adapter != publication.adapter
-                };
-                job.stored.publications.retain(is_other);
-                job.stored.publications.push(publication);
-                if job.stored.publications.len() > MAX_PUBLICATIONS {
-                    job.stored.publications.remove(0);
-                }
+                job.stored.publish(publication);
                 Vec::new()
             }),
         }
@@ -387,12 +388,28 @@ impl Jobs {
         self.jobs.get_mut(id).map(change).unwrap_or_default()
     }
 
+    /// These adapters of deployments are served now or about to be, by their sources: what those name stays wanted, and their jobs are
+    /// not forgotten. Said anew whenever that has changed.
+    pub fn pin<'a>(&mut self, sources: impl IntoIterator<Item = &'a str>) {
+        let named = sources.into_iter().filter_map(parse_artifact_source);
+        self.pinned = named.map(|(id, hash)| (id.to_owned(), hash)).collect();
+    }
+
     /// What of jobs is still wanted on the nodes.
     pub fn wanted(&self) -> Vec<Wanted> {
-        let wanted = |job: &Job| Wanted {
-            id: job.stored.spec.id.clone(),
-            checkpoints: job.stored.checkpoints.iter().map(|held| held.checkpoint.clone()).collect(),
-            inputs: job.stored.spec.inputs.iter().map(|input| input.hash).collect(),
+        let wanted = |job: &Job| {
+            let stored = &job.stored;
+            let mut checkpoints: Vec<Checkpoint> =
+                stored.checkpoints.iter().map(|held| held.checkpoint.clone()).collect();
+            let pinned = self.pinned.iter().filter(|(id, _)| *id == stored.spec.id);
+            for (_, hash) in pinned {
+                if !checkpoints.iter().any(|checkpoint| checkpoint.hash == *hash) {
+                    // How many steps it had is not known any more; it is older than those that are.
+                    checkpoints.push(Checkpoint { step: 0, hash: *hash, bytes: 0 });
+                }
+            }
+            let inputs = stored.spec.inputs.iter().map(|input| input.hash).collect();
+            Wanted { id: stored.spec.id.clone(), checkpoints, inputs }
         };
         self.jobs.values().map(wanted).collect()
     }
@@ -425,6 +442,21 @@ impl Jobs {
 impl StoredJob {
     pub(super) fn log(&mut self, at: u64, text: String) {
         push_line(&mut self.log, at, &text);
+    }
+
+    /// Remembers what became of a wish to serve something. What is served stays served when another checkpoint could not take its
+    /// place.
+    fn publish(&mut self, publication: Publication) {
+        let failed = publication.problem.is_some();
+        self.publications.retain(|other| {
+            let is_same = (&other.deployment, &other.adapter) == (&publication.deployment, &publication.adapter);
+            !is_same || (failed && other.problem.is_none() && other.hash != publication.hash)
+        });
+        self.publications.push(publication);
+        if self.publications.len() > MAX_PUBLICATIONS {
+            let failed = self.publications.iter().position(|other| other.problem.is_some());
+            self.publications.remove(failed.unwrap_or(0));
+        }
     }
 
     /// What may go: all but the last few, the newest that two nodes have, and what is served.

@@ -6,7 +6,9 @@ use super::journal::Entry;
 use super::orders::within;
 use crate::Error;
 use crate::deployments::{self, AdapterWish};
-use crate::jobs::{ContentHash, Effect, Event, JobOffer, JobSpec, JobView, LogLine, PublishWish, Record};
+use crate::jobs::{
+    ContentHash, Effect, Event, JobOffer, JobSpec, JobView, LogLine, PublishWish, Record, Tidied,
+};
 use crate::placement::{ModelCost, Offer};
 use mlxnode_compute::ByteCount;
 use ractor::ActorRef;
@@ -70,6 +72,27 @@ pub(super) enum JobMessage {
 /// What a call to serve something names: the job, its checkpoint, the deployment and the adapter.
 pub(super) type Asked = (String, ContentHash, String, String);
 
+/// Whether nodes are being told what is wanted: once at a time, so that nobody hears of it in another order.
+#[derive(Debug, Default)]
+pub(super) struct Tidying {
+    is_under_way: bool,
+    again: bool,
+}
+
+impl Tidying {
+    /// It is due: does it begin now? If not, it does when the one under way is over.
+    fn begins(&mut self) -> bool {
+        self.again = self.is_under_way;
+        !std::mem::replace(&mut self.is_under_way, true)
+    }
+
+    /// Is it due again?
+    fn over(&mut self) -> bool {
+        self.is_under_way = false;
+        std::mem::take(&mut self.again)
+    }
+}
+
 /// What a person can do to a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum JobChange {
@@ -122,7 +145,11 @@ impl Running {
                 if let Event::RunEnded { id, epoch, .. } = &event {
                     self.job_runs.remove(&(id.clone(), *epoch));
                 }
-                let effects = self.jobs.on(event, at, now());
+                let tidies = matches!(event, Event::Tidied { .. }) && self.job_tidy.over();
+                let mut effects = self.jobs.on(event, at, now());
+                if tidies {
+                    effects.push(Effect::Tidy);
+                }
                 self.carry_out_jobs(myself, effects).await
             }
             JobMessage::Served { event, asked, served } => {
@@ -240,9 +267,21 @@ impl Running {
                     });
                 }
                 Effect::Tidy => {
-                    self.jobs.pin(self.deployments.adapter_sources());
-                    let work = self.job_nodes.tidy(self.jobs.wanted());
-                    self.under_way.spawn(work);
+                    if self.job_tidy.begins() {
+                        self.jobs.pin(self.deployments.adapter_sources());
+                        let asked = self.jobs.holders();
+                        let work = self.job_nodes.tidy(self.jobs.wanted());
+                        let limit = self.limits.copy;
+                        self.spawn_job(myself, async move {
+                            let work = async { Ok(work.await) };
+                            let tidied =
+                                within(limit, "tidying up after jobs", work).await.unwrap_or_else(|error| {
+                                    warn!(%error, "nodes were not told what of jobs is wanted");
+                                    Tidied::default()
+                                });
+                            Event::Tidied { asked, tidied }
+                        });
+                    }
                 }
                 Effect::Publish { id, hash, source, wish } => {
                     for_deployments.extend(self.serve(myself, id, hash, source, wish));

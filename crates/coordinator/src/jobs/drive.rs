@@ -1,10 +1,14 @@
 //! What happens to jobs, and which of them runs where.
 
 use super::table::{Aim, Job, Jobs, Moment, RunPhase, line, push_line};
-use super::view::Publication;
-use super::{COPIES, Checkpoint, Effect, Event, JobOffer, LossPoint, MAX_FAILURES, Record, Report, RunEnd};
+use super::view::{HeldCheckpoint, Publication};
+use super::{
+    COPIES, Checkpoint, ContentHash, Effect, Event, JobOffer, LossPoint, MAX_FAILURES, Record, Report,
+    RunEnd, Tidied,
+};
 use crate::{Error, NodeId};
 use mlxnode_compute::ByteCount;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 /// After the first worker that died; doubles with each.
@@ -45,6 +49,7 @@ impl Jobs {
                 let publication = Publication { hash, deployment, adapter, problem };
                 vec![Effect::Record(Record::Published { id, publication, at })]
             }),
+            Event::Tidied { asked, tidied } => self.tidied(&asked, &tidied),
             Event::NodeLost { node } => self.node_lost(node, at),
             Event::NodeJoined { .. } => {
                 for job in self.jobs.values_mut() {
@@ -67,7 +72,32 @@ impl Jobs {
             job.forget_undurable();
             effects.push(Effect::Abandon { id: id.clone(), epoch: run.epoch });
         }
+        // It may have left the cluster, with what it has.
+        effects.push(Effect::Tidy);
         effects
+    }
+
+    /// What is known of copies follows what the nodes say. `asked`: what was known when they were asked; a node does not answer for what it
+    /// got since.
+    fn tidied(&self, asked: &BTreeMap<ContentHash, BTreeSet<NodeId>>, tidied: &Tidied) -> Vec<Effect> {
+        let Tidied { held: found, members } = tidied;
+        let mut records = Vec::new();
+        for (id, job) in &self.jobs {
+            for HeldCheckpoint { checkpoint, holders, .. } in &job.stored.checkpoints {
+                let (id, hash) = (id.clone(), checkpoint.hash);
+                let has_left = |node: &NodeId| !members.is_empty() && !members.contains(node);
+                let was_asked = |node: &NodeId| asked.get(&hash).is_some_and(|then| then.contains(node));
+                let lacks = |node: &NodeId| found.get(node).is_some_and(|found| !found.contains(&hash));
+                let lost = holders.iter().filter(|node| has_left(node) || (was_asked(node) && lacks(node)));
+                records.extend(lost.map(|node| Record::Lost { id: id.clone(), hash, node: *node }));
+                let has = found.iter().filter(|(node, found)| found.contains(&hash) && !has_left(node));
+                let new = has.filter(|(node, _)| !holders.contains(node));
+                records.extend(new.map(|(node, _)| Record::Copied { id: id.clone(), hash, node: *node }));
+            }
+        }
+        // What a node has comes first: a checkpoint that is on another one now is not lost meanwhile.
+        records.sort_by_key(|record| matches!(record, Record::Lost { .. }));
+        records.into_iter().map(Effect::Record).collect()
     }
 
     /// Gives jobs to nodes, oldest first, one for each node; copies checkpoints; serves what is finished. Called after every change
@@ -174,6 +204,10 @@ impl Job {
                 .collect();
             holders.sort();
             holders.dedup();
+            if holders.is_empty() {
+                let why = "no node has any of its checkpoints any more: bring a node back that has one, or cancel the job and submit it again";
+                return Place::Nowhere(why.to_owned());
+            }
             let holders = holders.join(", ");
             return Place::Nowhere(format!("its checkpoints are on nodes that are not there: {holders}"));
         }
@@ -279,6 +313,10 @@ impl Job {
                 run.phase = RunPhase::Running;
             }
             Report::Said(text) => push_line(&mut moment.said, at, &text),
+            Report::Helped(mut nodes) => {
+                nodes.truncate(self.stored.spec.workers as usize);
+                run.helpers = nodes;
+            }
             Report::Checkpointed(checkpoint) => {
                 let points = take_points(&mut run.points);
                 let node = run.node;

@@ -62,6 +62,8 @@ pub struct StoredJob {
 pub(super) struct Run {
     pub(super) epoch: u64,
     pub(super) node: NodeId,
+    /// Other nodes that work at it.
+    pub(super) helpers: Vec<NodeId>,
     pub(super) phase: RunPhase,
     /// Set once it was told to end: when it is told again.
     pub(super) stop_again: Option<Instant>,
@@ -330,6 +332,10 @@ impl Jobs {
                 }
                 Vec::new()
             }),
+            Record::Lost { id, hash, node } => self.of(&id, |job| {
+                job.stored.lose(hash, node);
+                Vec::new()
+            }),
             Record::Stumbled { id, epoch, reason, at } => self.of(&id, |job| {
                 if epoch == job.stored.epoch {
                     job.stored.failures += 1;
@@ -414,9 +420,16 @@ impl Jobs {
         self.jobs.values().map(wanted).collect()
     }
 
+    /// Who has which checkpoint, as far as known.
+    pub fn holders(&self) -> BTreeMap<ContentHash, BTreeSet<NodeId>> {
+        let held = self.jobs.values().flat_map(|job| &job.stored.checkpoints);
+        held.map(|held| (held.checkpoint.hash, held.holders.iter().copied().collect())).collect()
+    }
+
     /// What running jobs take of a node's memory.
     pub fn reserved(&self, node: NodeId) -> ByteCount {
-        let here = |job: &&Job| job.moment.run.as_ref().is_some_and(|run| run.node == node);
+        let is_here = |run: &Run| run.node == node || run.helpers.contains(&node);
+        let here = |job: &&Job| job.moment.run.as_ref().is_some_and(is_here);
         self.jobs.values().filter(here).filter_map(|job| job.moment.need).sum()
     }
 
@@ -449,13 +462,27 @@ impl StoredJob {
     fn publish(&mut self, publication: Publication) {
         let failed = publication.problem.is_some();
         self.publications.retain(|other| {
-            let is_same = (&other.deployment, &other.adapter) == (&publication.deployment, &publication.adapter);
+            let is_same =
+                (&other.deployment, &other.adapter) == (&publication.deployment, &publication.adapter);
             !is_same || (failed && other.problem.is_none() && other.hash != publication.hash)
         });
         self.publications.push(publication);
         if self.publications.len() > MAX_PUBLICATIONS {
             let failed = self.publications.iter().position(|other| other.problem.is_some());
             self.publications.remove(failed.unwrap_or(0));
+        }
+    }
+
+    /// A node does not have a checkpoint any more. One that nobody has is of no use where another one can be gone on from; the result
+    /// of a job stays in its record.
+    fn lose(&mut self, hash: ContentHash, node: NodeId) {
+        let Some(held) = self.checkpoints.iter_mut().find(|held| held.checkpoint.hash == hash) else {
+            return;
+        };
+        held.holders.retain(|holder| *holder != node);
+        let is_gone = held.holders.is_empty() && self.aim != Aim::Finished;
+        if is_gone && self.checkpoints.iter().any(|held| !held.holders.is_empty()) {
+            self.checkpoints.retain(|held| held.checkpoint.hash != hash);
         }
     }
 
@@ -481,10 +508,12 @@ impl Job {
         stored.started_at.get_or_insert(at);
         stored.log(at, format!("attempt {} begins on {}", stored.attempts, node.short()));
         let checkpoints = stored.checkpoints.iter().rev().map(|held| held.checkpoint.clone()).collect();
-        let order = super::RunJob { spec: stored.spec.clone(), epoch, checkpoints };
+        let memory = self.moment.need.unwrap_or_default();
+        let order = super::RunJob { spec: stored.spec.clone(), epoch, checkpoints, memory };
         self.moment.run = Some(Run {
             epoch,
             node,
+            helpers: Vec::new(),
             phase: RunPhase::Preparing(String::new()),
             stop_again: None,
             is_stopping: false,

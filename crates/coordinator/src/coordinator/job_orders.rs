@@ -414,3 +414,19 @@ fn memory_for_training(cost: &ModelCost) -> ByteCount {
 fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nodes_are_told_what_is_wanted_once_at_a_time() {
+        let mut tidy = Tidying::default();
+        assert!(tidy.begins());
+        assert!(!tidy.over(), "nothing has changed meanwhile");
+        assert!(tidy.begins());
+        assert!(!tidy.begins() && !tidy.begins());
+        assert!(tidy.over(), "once more for all that changed");
+        assert!(tidy.begins());
+    }
+}

@@ -31,6 +31,8 @@ pub(crate) mod service;
 mod stops;
 mod store;
 mod team;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use peer_client::Peers;
 pub(crate) use runner::{Runners, RunnersOptions};

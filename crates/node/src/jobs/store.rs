@@ -195,7 +195,7 @@ impl Store {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        fs::create_dir(&folder)?;
+        fs::create_dir_all(&folder)?;
         for (name, hash) in inputs {
             mlxnode_coordinator::jobs::check_file_name(name).map_err(|error| invalid(error.to_string()))?;
             let file = self.prove(*hash)?.ok_or_else(|| {

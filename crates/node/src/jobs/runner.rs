@@ -459,6 +459,7 @@ impl Attempt {
         let setup = JobSetup {
             kind: spec.kind.name().to_owned(),
             model,
+            model_name: spec.model.clone(),
             configuration: spec.configuration.clone(),
             inputs,
             resume: resume.map(|folder| folder.join(bundle::STATE)),

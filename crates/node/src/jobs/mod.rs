@@ -8,6 +8,8 @@
 //! | module | one line |
 //! |---|---|
 //! | `store` | files by their content, under a quota, and what of them is still wanted |
+//! | `named` | files that somebody gave a name, and that stay until they are forgotten |
+//! | `checking` | configuration and rows, looked through before a job is submitted |
 //! | `bundle` | a checkpoint on the disk: written whole or not at all, checked by hashes |
 //! | `peer_client` | fetches both from other nodes |
 //! | `runner` | drives a job's process: pieces, reports, checkpoints, yielding to requests |
@@ -18,9 +20,11 @@
 //! | `mirror` | the jobs as this node shows them |
 
 mod bundle;
+mod checking;
 pub(crate) mod client;
 pub(crate) mod files;
 pub(crate) mod mirror;
+mod named;
 mod pace;
 mod peer_client;
 mod runner;
@@ -28,6 +32,8 @@ pub(crate) mod service;
 mod store;
 mod team;
 
+pub use checking::JobReader;
+pub(crate) use checking::Checker;
 pub(crate) use peer_client::Peers;
 pub(crate) use runner::{Runners, RunnersOptions};
 pub(crate) use store::Store;

@@ -4,6 +4,9 @@
 //! jobs/
 //!   files/HASH          a file whose content has this hash
 //!   files/HASH.part     one that is not all here yet
+//!   files/upload-…      one whose content is not known yet; nothing is left of it when its upload breaks
+//!   named/ID.json       a file that somebody gave a name: see `named`
+//!   checks/…            what is looked through before a job is submitted
 //!   ID/inputs/NAME      what a job reads, by the names it knows
 //!   ID/checkpoints/…    see `bundle`
 //! ```
@@ -22,6 +25,14 @@ use std::time::{Duration, SystemTime};
 const GRACE: Duration = Duration::from_secs(24 * 3600);
 /// Room on the disk that files of jobs leave free.
 const RESERVE: ByteCount = ByteCount(1 << 30);
+/// An upload that nobody writes to is over after so long.
+const UPLOAD_GRACE: Duration = Duration::from_secs(60);
+/// How names of such files begin.
+const UPLOAD: &str = "upload-";
+/// Folders that are no job's.
+const NO_JOBS: [&str; 3] = ["files", "named", "checks"];
+/// Room is looked for anew after so many bytes of a file whose length is not known.
+const ROOM_STEP: u64 = 64 << 20;
 /// Most bytes of a node's files of jobs.
 const QUOTA: ByteCount = ByteCount(256 << 30);
 
@@ -42,7 +53,18 @@ pub(crate) struct Incoming {
     target: PathBuf,
 }
 
-fn invalid(text: String) -> io::Error {
+/// A file that comes in and has no name before it is whole. Dropping it removes it.
+pub(crate) struct Unnamed {
+    store: Store,
+    part: PathBuf,
+    file: File,
+    hasher: blake3::Hasher,
+    received: u64,
+    has_room_for: u64,
+    is_done: bool,
+}
+
+pub(super) fn invalid(text: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, text)
 }
 
@@ -56,11 +78,15 @@ impl Store {
         self.root.join("files")
     }
 
+    pub(super) fn named(&self) -> PathBuf {
+        self.root.join("named")
+    }
+
     /// Where a job's own things are. The id was checked by the coordinator and is checked again: it is part of a path.
     pub(super) fn job(&self, id: &str) -> io::Result<PathBuf> {
         mlxnode_coordinator::jobs::check_id(id).map_err(|error| invalid(error.to_string()))?;
-        if id == "files" {
-            return Err(invalid("a job cannot be called \"files\"".to_owned()));
+        if NO_JOBS.contains(&id) {
+            return Err(invalid(format!("a job cannot be called {id:?}")));
         }
         Ok(self.root.join(id))
     }
@@ -121,6 +147,24 @@ impl Store {
         Ok(Incoming { hash, bytes, received: offset, hasher, file, part, target })
     }
 
+    /// Takes in a file whose content is not known before.
+    pub(super) fn take_in(&self) -> io::Result<Unnamed> {
+        fs::create_dir_all(self.files())?;
+        self.check_room(ROOM_STEP)?;
+        let part = self.files().join(format!("{UPLOAD}{:032x}", rand::random::<u128>()));
+        let file = File::options().create_new(true).write(true).open(&part)?;
+        file.lock()?; // who tidies up sees that it is being written
+        Ok(Unnamed {
+            store: self.clone(),
+            part,
+            file,
+            hasher: blake3::Hasher::new(),
+            received: 0,
+            has_room_for: ROOM_STEP,
+            is_done: false,
+        })
+    }
+
     fn check_room(&self, bytes: u64) -> io::Result<()> {
         let full = |text: String| io::Error::new(io::ErrorKind::StorageFull, text);
         let free = nix::sys::statvfs::statvfs(&self.files()).map_err(io::Error::from)?;
@@ -144,6 +188,16 @@ impl Store {
     /// Gives a job its files under the names it knows; all have to be here.
     pub(super) fn lay_out(&self, id: &str, inputs: &[(String, ContentHash)]) -> io::Result<PathBuf> {
         let folder = self.job(id)?.join("inputs");
+        self.lay_out_in(folder, inputs)
+    }
+
+    /// The same to look at, until the folder is dropped.
+    pub(super) fn lay_out_to_check(&self, inputs: &[(String, ContentHash)]) -> io::Result<Checked> {
+        let folder = self.root.join("checks").join(format!("{:032x}", rand::random::<u128>()));
+        Ok(Checked(self.lay_out_in(folder, inputs)?))
+    }
+
+    fn lay_out_in(&self, folder: PathBuf, inputs: &[(String, ContentHash)]) -> io::Result<PathBuf> {
         match fs::remove_dir_all(&folder) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -171,7 +225,7 @@ impl Store {
         for entry in entries {
             let entry = entry?;
             let Some(id) = entry.file_name().to_str().map(str::to_owned) else { continue };
-            if id == "files" || !entry.file_type()?.is_dir() {
+            if NO_JOBS.contains(&id.as_str()) || !entry.file_type()?.is_dir() {
                 continue;
             }
             match wanted.iter().find(|job| job.id == id) {
@@ -180,8 +234,9 @@ impl Store {
                 None => fs::remove_dir_all(entry.path())?,
             }
         }
-        let named: BTreeSet<String> =
+        let mut named: BTreeSet<String> =
             wanted.iter().flat_map(|job| &job.inputs).map(ContentHash::to_string).collect();
+        named.extend(self.kept()?.iter().map(|file| file.hash.to_string()));
         let entries = match fs::read_dir(self.files()) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -190,13 +245,81 @@ impl Store {
         let now = SystemTime::now();
         for entry in entries {
             let entry = entry?;
-            let is_named = entry.file_name().to_str().is_some_and(|name| named.contains(name));
-            let age = entry.metadata()?.modified().ok().and_then(|at| now.duration_since(at).ok());
-            if !is_named && age.is_some_and(|age| age > GRACE) {
+            let name = entry.file_name();
+            let name = name.to_str().unwrap_or_default();
+            let age = match entry.metadata().and_then(|it| it.modified()) {
+                Ok(at) => now.duration_since(at).unwrap_or_default(),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            let is_over = match name.starts_with(UPLOAD) {
+                true => age > UPLOAD_GRACE && File::open(entry.path())?.try_lock().is_ok(),
+                false => age > GRACE && !named.contains(name),
+            };
+            if is_over {
                 fs::remove_file(entry.path())?;
             }
         }
+        if let Ok(entries) = fs::read_dir(self.root.join("checks")) {
+            for entry in entries {
+                let entry = entry?;
+                let made = entry.metadata()?.modified()?;
+                if now.duration_since(made).is_ok_and(|age| age > GRACE) {
+                    fs::remove_dir_all(entry.path())?;
+                }
+            }
+        }
         Ok(())
+    }
+}
+
+/// Files by the names that a job would know them by, for as long as this lives.
+pub(super) struct Checked(pub(super) PathBuf);
+
+impl Drop for Checked {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+impl Unnamed {
+    /// The next bytes.
+    pub(super) fn write(&mut self, data: &[u8]) -> io::Result<()> {
+        let received = self.received.saturating_add(data.len() as u64);
+        if received > mlxnode_coordinator::jobs::MAX_INPUT_BYTES {
+            let most = ByteCount(mlxnode_coordinator::jobs::MAX_INPUT_BYTES);
+            return Err(io::Error::new(
+                io::ErrorKind::FileTooLarge,
+                format!("a file of a job has at most {most}"),
+            ));
+        }
+        while received > self.has_room_for {
+            self.store.check_room(ROOM_STEP)?;
+            self.has_room_for += ROOM_STEP;
+        }
+        self.file.write_all(data)?;
+        self.hasher.update(data);
+        self.received = received;
+        Ok(())
+    }
+
+    /// It is whole: what it is called from now on, and its bytes.
+    pub(super) fn finish(mut self) -> io::Result<(ContentHash, u64)> {
+        self.file.sync_all()?;
+        let hash = ContentHash::from_bytes(*self.hasher.finalize().as_bytes());
+        // The same content that was here before is replaced by itself, and is as new as this.
+        fs::rename(&self.part, self.store.files().join(hash.to_string()))?;
+        self.is_done = true;
+        File::open(self.store.files())?.sync_all()?;
+        Ok((hash, self.received))
+    }
+}
+
+impl Drop for Unnamed {
+    fn drop(&mut self) {
+        if !self.is_done {
+            let _ = fs::remove_file(&self.part);
+        }
     }
 }
 
@@ -284,6 +407,35 @@ mod tests {
         assert_eq!(incoming.finish().unwrap(), (bytes, true));
         assert_eq!(store.received(hash), (bytes, true));
         assert_eq!(fs::read(store.find(hash).unwrap()).unwrap(), content);
+    }
+
+    #[test]
+    fn a_file_without_a_name_is_whole_or_nothing() {
+        let (_folder, store) = store();
+        let left = || fs::read_dir(store.files()).unwrap().count();
+        let mut broken = store.take_in().unwrap();
+        broken.write(b"half").unwrap();
+        let part = broken.part.clone();
+        File::options().write(true).open(&part).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        store.tidy(&[], &BTreeSet::new()).unwrap();
+        assert!(part.exists(), "it is still coming");
+        drop(broken);
+        assert_eq!(left(), 0);
+        for _ in 0..2 {
+            let mut whole = store.take_in().unwrap();
+            whole.write(b"one ").unwrap();
+            whole.write(b"row").unwrap();
+            assert_eq!(whole.finish().unwrap(), (ContentHash::of(b"one row"), 7));
+            assert_eq!((left(), store.received(ContentHash::of(b"one row"))), (1, (7, true)));
+        }
+        // One whose process died.
+        let abandoned = store.files().join("upload-1");
+        fs::write(&abandoned, "half").unwrap();
+        store.tidy(&[], &BTreeSet::new()).unwrap();
+        assert!(abandoned.exists(), "it may have just begun");
+        File::options().write(true).open(&abandoned).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        store.tidy(&[], &BTreeSet::new()).unwrap();
+        assert!(!abandoned.exists());
     }
 
     #[test]

@@ -250,6 +250,46 @@ mod tests {
         assert_eq!(ids(known.news(Vec::new())), Some((String::new(), vec!["a".into(), "c".into()])));
     }
 
+    struct Nowhere;
+
+    impl crate::route::CoordinatorRoute for Nowhere {
+        fn route(&self) -> Result<crate::route::Route, Status> {
+            Err(Status::unavailable("nowhere"))
+        }
+    }
+
+    fn watching(jobs: Receiver<Views>, id: &str) -> Watching {
+        let service = JobsService::new(Arc::new(Nowhere), Arc::new(crate::jobs::NoJobFiles));
+        let mut jobs = jobs;
+        jobs.mark_changed();
+        let (known, waiting) = (Known::default(), VecDeque::new());
+        Watching { jobs, service, id: id.into(), known, waiting, is_over: false }
+    }
+
+    #[tokio::test]
+    async fn a_watch_ends_well_only_when_its_job_is_over() {
+        let (sender, jobs) = tokio::sync::watch::channel(vec![view("a", 0)]);
+        let (mut one, mut all, mut other) =
+            (watching(jobs.clone(), "a"), watching(jobs.clone(), ""), watching(jobs, "a"));
+        let told = one.next().await.unwrap().unwrap();
+        assert_eq!(told.jobs[0].wish.as_ref().unwrap().configuration.len(), 32 << 10, "one job is told whole");
+        let told = all.next().await.unwrap().unwrap();
+        assert!(told.jobs[0].wish.as_ref().unwrap().configuration.is_empty());
+        other.next().await.unwrap().unwrap();
+        sender.send_replace(vec![view("b", 0)]);
+        assert_eq!(other.next().await.unwrap().unwrap_err().code(), tonic::Code::NotFound);
+        assert!(other.next().await.is_none());
+        assert_eq!(all.next().await.unwrap().unwrap().removed, ["a"]);
+        let over = JobView { state: JobState::Finished, ..(*view("a", 0)).clone() };
+        sender.send_replace(vec![Arc::new(over)]);
+        assert_eq!(one.next().await.unwrap().unwrap().jobs.len(), 1);
+        assert!(one.next().await.is_none(), "it is over");
+        drop(sender);
+        all.next().await.unwrap().unwrap();
+        assert_eq!(all.next().await.unwrap().unwrap_err().code(), tonic::Code::Unavailable);
+        assert!(all.next().await.is_none());
+    }
+
     #[test]
     fn messages_are_of_bounded_size() {
         use prost::Message as _;

@@ -334,21 +334,21 @@ mod tests {
             let (text, _) = read(more).unwrap().configuration(&examined).unwrap();
             text.lines().map(str::to_owned).collect()
         };
-        assert_eq!(lines(json!({}), examined(10, &[])), ["batch_size: 4", "iters: 9", "learning_rate: 1e-5"]);
-        assert_eq!(lines(json!({}), examined(2, &[])), ["batch_size: 2", "iters: 3", "learning_rate: 1e-5"]);
+        assert_eq!(lines(json!({}), examined(10, &[])), ["batch_size: 4", "iters: 9", "learning_rate: 0.00001"]);
+        assert_eq!(lines(json!({}), examined(2, &[])), ["batch_size: 2", "iters: 3", "learning_rate: 0.00001"]);
         let chosen = json!({"n_epochs": 2, "batch_size": 5, "learning_rate_multiplier": 2});
         assert_eq!(
             lines(json!({"hyperparameters": chosen, "seed": 7}), examined(10, &[])),
-            ["batch_size: 5", "iters: 4", "learning_rate: 2e-5", "seed: 7"]
+            ["batch_size: 5", "iters: 4", "learning_rate: 0.00002", "seed: 7"]
         );
         let dpo = json!({"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.5, "n_epochs": "auto"}}});
         assert_eq!(
             lines(json!({"method": dpo}), examined(4, &[])),
-            ["preference: dpo", "batch_size: 4", "iters: 3", "learning_rate: 1e-5", "beta: 0.5"]
+            ["preference: dpo", "batch_size: 4", "iters: 3", "learning_rate: 0.00001", "beta: 0.5"]
         );
         assert_eq!(
             lines(json!({"configuration": {"batch_size": 2, "num_layers": 2}}), examined(10, &["batch_size", "num_layers"])),
-            ["iters: 15", "learning_rate: 1e-5", "\"batch_size\": 2", "\"num_layers\": 2"]
+            ["iters: 15", "learning_rate: 0.00001", "\"batch_size\": 2", "\"num_layers\": 2"]
         );
         assert_eq!(
             lines(json!({"configuration": "iters: 3"}), examined(10, &["iters", "batch_size", "learning_rate"])),

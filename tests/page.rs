@@ -220,10 +220,12 @@ fn story_the_page_submits_watches_and_serves_a_job() -> Result<()> {
     browser.tab_to("#do-train", 8)?;
     browser.press(Key::Enter)?;
     browser.wait_for("/is submitted/.test(document.querySelector('#train-result').innerText)")?;
-    let badge = |state: &str| format!("document.querySelector('[data-job] .badge').innerText.trim() === '{state}'");
+    let badge =
+        |state: &str| format!("document.querySelector('[data-job] .badge').innerText.trim() === '{state}'");
     browser.wait_for(&badge("running"))?;
     browser.wait_for("/step \\d+ of/.test(document.querySelector('[data-job]').innerText)")?;
-    browser.wait_for("document.querySelector('[data-job] .curve .training')?.getAttribute('d').includes('L')")?;
+    browser
+        .wait_for("document.querySelector('[data-job] .curve .training')?.getAttribute('d').includes('L')")?;
     browser.evaluate("document.querySelector('[data-change=pause]').focus()")?;
     browser.press(Key::Enter)?;
     browser.wait_for(&badge("paused"))?;

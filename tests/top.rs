@@ -110,7 +110,17 @@ fn story_top_shows_the_cluster_and_gives_the_terminal_back() -> Result<()> {
     std::fs::write(&rows, "{\"text\": \"one row\"}\n")?;
     let path = |path: &std::path::Path| path.to_str().map(str::to_owned).context("a path in UTF-8");
     let (configuration, rows) = (path(&configuration)?, path(&rows)?);
-    node.json(&["jobs", "submit", &configuration, "--kind", "rehearsal", "--data", &rows, "--id", "endless"])?;
+    node.json(&[
+        "jobs",
+        "submit",
+        &configuration,
+        "--kind",
+        "rehearsal",
+        "--data",
+        &rows,
+        "--id",
+        "endless",
+    ])?;
     eventually(BOUND, || {
         let look = node.json(&["top", "--once", "--every", "0.5"])?;
         let job = &look["jobs"][0];
@@ -129,7 +139,20 @@ fn story_top_shows_the_cluster_and_gives_the_terminal_back() -> Result<()> {
     }
     let text = node.output(&["top", "--once", "--every", "0.5"])?;
     let text = String::from_utf8(text.stdout)?;
-    for words in ["NODES", "node0", "node1", "MODELS", "demo", "JOBS", "endless", "of 100000", "STAGES", "compute", "wait", "send"] {
+    for words in [
+        "NODES",
+        "node0",
+        "node1",
+        "MODELS",
+        "demo",
+        "JOBS",
+        "endless",
+        "of 100000",
+        "STAGES",
+        "compute",
+        "wait",
+        "send",
+    ] {
         ensure!(text.contains(words), "no {words} in {text}");
     }
     let piped = node.output(&["top"])?;

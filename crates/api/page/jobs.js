@@ -49,7 +49,7 @@ const CHANGES = {
 // A card stays the same element while its job is there: buttons keep the focus, and what is open stays open.
 function card(id) {
   const parts = {
-    title: el("h2"),
+    title: el("h2", { tabindex: "-1" }),
     state: el("span", { class: "badge" }),
     detail: el("p"),
     step: el("p", { class: "soft" }),
@@ -111,7 +111,11 @@ function update(parts, job) {
     write(parts.pace, pace(job));
     parts.curve.replaceChildren(...curve(job.losses));
   }
+  const buttons = Object.values(parts.changes);
+  const pressed = buttons.find((button) => button === document.activeElement);
   for (const [change, { in: states }] of Object.entries(CHANGES)) parts.changes[change].hidden = !isAdmin || !states.includes(job.state);
+  // A button that goes gives the focus to what can be done now.
+  if (pressed?.hidden) (buttons.find((button) => !button.hidden) ?? parts.title).focus();
   parts.publish.hidden = !isAdmin || job.checkpoints.length === 0;
   choose(parts.checkpoint, job.checkpoints.map(({ step, bytes: size }) => [step, `step ${step.toLocaleString("en")}, ${bytes(size)}`]).reverse());
   choose(parts.model, models.map((model) => [model, model]));
@@ -131,8 +135,6 @@ async function tell(id, parts, change) {
     say(parts, true, error.message);
   }
   await refresh();
-  // The button that was pressed may be gone.
-  if (parts.changes[change].hidden) Object.values(parts.changes).find((button) => !button.hidden)?.focus();
 }
 
 async function publish(id, parts) {

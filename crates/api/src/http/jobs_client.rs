@@ -95,6 +95,7 @@ pub(super) async fn log(
     id: &str,
 ) -> Result<Vec<JobLogLine>, ApiError> {
     let request = JobLogsRequest { id: id.to_owned(), follow: false };
-    let lines: Vec<_> = service.logs(asked(caller, request)).await.map_err(told)?.into_inner().collect().await;
+    let lines: Vec<_> =
+        service.logs(asked(caller, request)).await.map_err(told)?.into_inner().collect().await;
     lines.into_iter().collect::<Result<_, Status>>().map_err(told)
 }

@@ -82,7 +82,10 @@ impl Page {
                 let place = all.iter().position(|entry| id(entry) == after.as_str());
                 let unknown = || {
                     let shown = shortened(after);
-                    ApiError::field("after", format!("after is {shown:?}, but nothing in the list is called so"))
+                    ApiError::field(
+                        "after",
+                        format!("after is {shown:?}, but nothing in the list is called so"),
+                    )
                 };
                 place.ok_or_else(unknown)? + 1
             }
@@ -130,7 +133,9 @@ mod tests {
         let all = || ["a", "b", "c", "d", "e"].map(str::to_owned).to_vec();
         let cut = |after: Option<&str>, limit| {
             let page = Page { after: after.map(str::to_owned), limit };
-            page.cut(all(), |entry| entry).map(|(data, more)| (data.concat(), more)).map_err(|error| error.message)
+            page.cut(all(), |entry| entry)
+                .map(|(data, more)| (data.concat(), more))
+                .map_err(|error| error.message)
         };
         assert_eq!(cut(None, 2), Ok(("ab".into(), true)));
         assert_eq!(cut(Some("b"), 3), Ok(("cde".into(), false)));

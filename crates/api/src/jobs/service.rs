@@ -148,12 +148,13 @@ impl Jobs for JobsService {
 
     async fn list(&self, request: Request<ListJobsRequest>) -> Result<Response<ListJobsResponse>, Status> {
         match self.route.route()? {
-            Route::There(channel) => {
-                jobs_client(channel).list(onward(request)?).await.map_err(not_answered)
-            }
+            Route::There(channel) => jobs_client(channel).list(onward(request)?).await.map_err(not_answered),
             Route::Here(coordinator) => {
                 let views = coordinator.jobs().borrow().clone();
-                let jobs = views.iter().map(|view| Job { losses: Vec::new(), ..wire::in_brief(self.job(view)) }).collect();
+                let jobs = views
+                    .iter()
+                    .map(|view| Job { losses: Vec::new(), ..wire::in_brief(self.job(view)) })
+                    .collect();
                 Ok(Response::new(ListJobsResponse { jobs, ..Default::default() }))
             }
         }
@@ -161,9 +162,7 @@ impl Jobs for JobsService {
 
     async fn get(&self, request: Request<GetJobRequest>) -> Result<Response<Job>, Status> {
         match self.route.route()? {
-            Route::There(channel) => {
-                jobs_client(channel).get(onward(request)?).await.map_err(not_answered)
-            }
+            Route::There(channel) => jobs_client(channel).get(onward(request)?).await.map_err(not_answered),
             Route::Here(coordinator) => {
                 Ok(Response::new(self.job(&*self.find(&coordinator, &request.into_inner().id)?)))
             }
@@ -220,9 +219,7 @@ impl Jobs for JobsService {
 
     async fn pause(&self, request: Request<GetJobRequest>) -> Result<Response<Job>, Status> {
         match self.route.route()? {
-            Route::There(channel) => {
-                jobs_client(channel).pause(onward(request)?).await.map_err(not_answered)
-            }
+            Route::There(channel) => jobs_client(channel).pause(onward(request)?).await.map_err(not_answered),
             Route::Here(coordinator) => {
                 let by = match whose(&request).as_str() {
                     "" => "a person".to_owned(),

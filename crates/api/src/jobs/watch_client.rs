@@ -50,7 +50,9 @@ mod tests {
     #[test]
     fn what_is_new_comes_first_and_what_is_known_keeps_its_place() {
         let mut watched = WatchedJobs::default();
-        let ids = |jobs: Option<&[JobView]>| jobs.map(|jobs| jobs.iter().map(|job| job.id.as_str()).collect::<String>());
+        let ids = |jobs: Option<&[JobView]>| {
+            jobs.map(|jobs| jobs.iter().map(|job| job.id.as_str()).collect::<String>())
+        };
         assert_eq!(ids(watched.take(message("dc", &[], true))), None);
         assert_eq!(ids(watched.take(message("ba", &[], false))).as_deref(), Some("dcba"));
         assert_eq!(ids(watched.take(message("ec", &["b"], false))).as_deref(), Some("edca"));

@@ -61,7 +61,11 @@ fn messages(news: News, job: impl Fn(&JobView) -> Job) -> VecDeque<ListJobsRespo
     let mut messages: VecDeque<ListJobsResponse> = news
         .changed
         .chunks(JOBS_OF_A_MESSAGE)
-        .map(|some| ListJobsResponse { jobs: some.iter().map(|view| job(view)).collect(), more: true, removed: Vec::new() })
+        .map(|some| ListJobsResponse {
+            jobs: some.iter().map(|view| job(view)).collect(),
+            more: true,
+            removed: Vec::new(),
+        })
         .collect();
     if messages.is_empty() {
         messages.push_back(ListJobsResponse::default());
@@ -130,14 +134,8 @@ pub(super) fn watch(
 ) -> impl Stream<Item = Result<ListJobsResponse, Status>> + use<> {
     let mut jobs = coordinator.jobs();
     jobs.mark_changed(); // the first message comes at once
-    let watching = Watching {
-        jobs,
-        service,
-        id,
-        known: Known::default(),
-        waiting: VecDeque::new(),
-        is_over: false,
-    };
+    let watching =
+        Watching { jobs, service, id, known: Known::default(), waiting: VecDeque::new(), is_over: false };
     futures::stream::unfold(watching, |mut watching| async move {
         let next = watching.next().await?;
         Some((next, watching))
@@ -171,33 +169,38 @@ pub(super) fn follow_log(
     id: String,
 ) -> impl Stream<Item = Result<JobLogLine, Status>> {
     let state = (service, coordinator, id, Told::default(), VecDeque::new(), false);
-    futures::stream::unfold(state, |(service, coordinator, id, mut told, mut waiting, is_broken)| async move {
-        if is_broken {
-            return None;
-        }
-        loop {
-            if let Some(line) = waiting.pop_front() {
-                let line = Ok(wire::line_to_proto(line));
-                return Some((line, (service, coordinator, id, told, waiting, false)));
+    futures::stream::unfold(
+        state,
+        |(service, coordinator, id, mut told, mut waiting, is_broken)| async move {
+            if is_broken {
+                return None;
             }
-            // The state first: a job that is over logs no more.
-            let looked = async {
-                let is_over = service.find(&coordinator, &id)?.state.is_over();
-                Ok::<_, Status>((is_over, coordinator.job_log(id.clone()).await.map_err(status)?))
-            };
-            let (is_over, lines) = match looked.await {
-                Ok(looked) => looked,
-                Err(status) => return Some((Err(status), (service, coordinator, id, told, waiting, true))),
-            };
-            waiting.extend(told.news(lines));
-            if waiting.is_empty() {
-                if is_over {
-                    return None;
+            loop {
+                if let Some(line) = waiting.pop_front() {
+                    let line = Ok(wire::line_to_proto(line));
+                    return Some((line, (service, coordinator, id, told, waiting, false)));
                 }
-                tokio::time::sleep(LOG_PERIOD).await;
+                // The state first: a job that is over logs no more.
+                let looked = async {
+                    let is_over = service.find(&coordinator, &id)?.state.is_over();
+                    Ok::<_, Status>((is_over, coordinator.job_log(id.clone()).await.map_err(status)?))
+                };
+                let (is_over, lines) = match looked.await {
+                    Ok(looked) => looked,
+                    Err(status) => {
+                        return Some((Err(status), (service, coordinator, id, told, waiting, true)));
+                    }
+                };
+                waiting.extend(told.news(lines));
+                if waiting.is_empty() {
+                    if is_over {
+                        return None;
+                    }
+                    tokio::time::sleep(LOG_PERIOD).await;
+                }
             }
-        }
-    })
+        },
+    )
 }
 
 #[cfg(test)]
@@ -241,7 +244,9 @@ mod tests {
     fn only_what_has_changed_is_told() {
         let mut known = Known::default();
         let ids = |news: Option<News>| {
-            news.map(|news| (news.changed.iter().map(|view| view.spec.id.clone()).collect::<String>(), news.removed))
+            news.map(|news| {
+                (news.changed.iter().map(|view| view.spec.id.clone()).collect::<String>(), news.removed)
+            })
         };
         assert_eq!(ids(known.news(Vec::new())), Some((String::new(), vec![])), "the first look is told");
         assert_eq!(ids(known.news(vec![view("b", 0), view("a", 0)])), Some(("ba".into(), vec![])));
@@ -272,7 +277,11 @@ mod tests {
         let (mut one, mut all, mut other) =
             (watching(jobs.clone(), "a"), watching(jobs.clone(), ""), watching(jobs, "a"));
         let told = one.next().await.unwrap().unwrap();
-        assert_eq!(told.jobs[0].wish.as_ref().unwrap().configuration.len(), 32 << 10, "one job is told whole");
+        assert_eq!(
+            told.jobs[0].wish.as_ref().unwrap().configuration.len(),
+            32 << 10,
+            "one job is told whole"
+        );
         let told = all.next().await.unwrap().unwrap();
         assert!(told.jobs[0].wish.as_ref().unwrap().configuration.is_empty());
         other.next().await.unwrap().unwrap();
@@ -295,8 +304,11 @@ mod tests {
         use prost::Message as _;
         let changed: Views = (0..256).map(|number| view(&format!("job-{number}"), 0)).collect();
         let all = messages(News { changed, removed: vec!["x".into()] }, |view| {
-            let losses = (0..512)
-                .map(|step| mlxnode_proto::v1::JobLoss { step: step + 1_000_000, training: Some(1.5), validation: Some(2.5) });
+            let losses = (0..512).map(|step| mlxnode_proto::v1::JobLoss {
+                step: step + 1_000_000,
+                training: Some(1.5),
+                validation: Some(2.5),
+            });
             let job = wire::job_to_wire(view, &|_| String::new());
             wire::in_brief(Job { losses: losses.collect(), ..job })
         });

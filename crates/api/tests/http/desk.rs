@@ -66,7 +66,8 @@ impl Desk {
 
     /// With jobs, and a gate.
     pub(crate) async fn with_jobs_behind(jobs: Arc<dyn JobTable>, gate: Gate) -> Result<Self> {
-        Self::made(HttpOptions::local(), Duration::ZERO, |services| services.behind(gate).running_jobs(jobs)).await
+        Self::made(HttpOptions::local(), Duration::ZERO, |services| services.behind(gate).running_jobs(jobs))
+            .await
     }
 
     /// That takes jobs and their files.

@@ -10,8 +10,8 @@ use futures::stream::BoxStream;
 use futures::{FutureExt as _, StreamExt as _};
 use mlxnode_api::http::HttpOptions;
 use mlxnode_api::jobs::{
-    ContentHash, Examined, FilePiece, InputFile, JobFiles, JobsService, NamedFile, Received, Receiving, TakingIn,
-    Unfit,
+    ContentHash, Examined, FilePiece, InputFile, JobFiles, JobsService, NamedFile, Received, Receiving,
+    TakingIn, Unfit,
 };
 use mlxnode_api::{CoordinatorRoute, Route};
 use mlxnode_cluster::NodeId;
@@ -83,7 +83,12 @@ impl JobFiles for Memory {
         none()
     }
 
-    fn receive(&self, _: ContentHash, _: u64, _: u64) -> BoxFuture<'static, Result<Box<dyn Receiving>, Error>> {
+    fn receive(
+        &self,
+        _: ContentHash,
+        _: u64,
+        _: u64,
+    ) -> BoxFuture<'static, Result<Box<dyn Receiving>, Error>> {
         none()
     }
 
@@ -109,7 +114,8 @@ impl JobFiles for Memory {
     }
 
     fn content(&self, file: InputFile) -> BoxStream<'static, Result<Bytes, Error>> {
-        let found = self.held(|held| held.contents.iter().find(|it| ContentHash::of(it) == file.hash).cloned());
+        let found =
+            self.held(|held| held.contents.iter().find(|it| ContentHash::of(it) == file.hash).cloned());
         futures::stream::iter(found.into_iter().map(Ok)).boxed()
     }
 
@@ -291,7 +297,10 @@ async fn what_is_wrong_is_answered_at_once_by_a_typed_error() -> Result<()> {
         (json!({"hyperparameters": {"batch_size": 1025}}), "hyperparameters.batch_size"),
         (json!({"hyperparameters": {"batch_size": 4}}), "batch_size"),
         (json!({"hyperparameters": {"typo": 4}}), "hyperparameters.typo"),
-        (json!({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}), "method.dpo.hyperparameters.beta"),
+        (
+            json!({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}),
+            "method.dpo.hyperparameters.beta",
+        ),
         (json!({"method": "dpo"}), "method"),
         (json!({"seed": 1.5}), "seed"),
         (json!({"metadata": {"a": null}}), "metadata"),
@@ -309,7 +318,11 @@ async fn what_is_wrong_is_answered_at_once_by_a_typed_error() -> Result<()> {
     let key = format!("idempotency-key: {}\r\n", "x".repeat(256));
     let reply = ask(desk.address, "POST", "/v1/fine_tuning/jobs", &key, &body(json!({}))).await?;
     ensure!(reply.json()?["error"]["param"] == "Idempotency-Key", "{reply:?}");
-    refused(&post(desk.address, "/v1/fine_tuning/jobs", &serde_json::from_str(&body(json!({})))?).await?, 503, "")?;
+    refused(
+        &post(desk.address, "/v1/fine_tuning/jobs", &serde_json::from_str(&body(json!({})))?).await?,
+        503,
+        "",
+    )?;
     refused(&raw(desk.address, b"POST /v1/files HTTP/1.0\r\nhost: localhost\r\n\r\n").await?, 400, "")?;
     desk.stop().await
 }

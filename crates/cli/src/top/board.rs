@@ -572,9 +572,20 @@ pub mod tests {
     #[test]
     fn a_look_as_text_has_every_row() {
         let text = text(&example());
-        for words in
-            ["JOBS", "poet", "30 of 200", "1.235", "13 min", "failed: the loss is not finite", "Desk · coordinator studio · 81.0 tokens/s", "mini", "9..36", "12.00 ms", "300 µs", "dead"]
-        {
+        for words in [
+            "JOBS",
+            "poet",
+            "30 of 200",
+            "1.235",
+            "13 min",
+            "failed: the loss is not finite",
+            "Desk · coordinator studio · 81.0 tokens/s",
+            "mini",
+            "9..36",
+            "12.00 ms",
+            "300 µs",
+            "dead",
+        ] {
             assert!(text.contains(words), "no {words} in\n{text}");
         }
     }

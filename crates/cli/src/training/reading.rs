@@ -58,7 +58,10 @@ mod tests {
         let path = folder.path().display().to_string();
         let read = |text: &str| TrainingReader.examine(text, "demo", folder.path());
         let empty = read("iters: 3").unwrap_err();
-        assert!(matches!(&empty, Unfit::Rows { text } if !text.contains(&path) && text.contains("no data")), "{empty}");
+        assert!(
+            matches!(&empty, Unfit::Rows { text } if !text.contains(&path) && text.contains("no data")),
+            "{empty}"
+        );
         std::fs::write(folder.path().join("train.jsonl"), "{\"text\": \"a\"}\n{\"text\": 7}\n").unwrap();
         let wrong = read("iters: 3").unwrap_err();
         assert_eq!(wrong, Unfit::Rows { text: "train.jsonl line 2: \"text\" is not a text".into() });

@@ -263,7 +263,10 @@ mod tests {
         let again = spec().inputs[0].clone();
         type Change = Box<dyn Fn(&mut JobSpec)>;
         let cases: [(Change, &str); 11] = [
-            (Box::new(|spec| spec.labels = (0..99).map(|it| (it.to_string(), String::new())).collect()), "labels"),
+            (
+                Box::new(|spec| spec.labels = (0..99).map(|it| (it.to_string(), String::new())).collect()),
+                "labels",
+            ),
             (Box::new(|spec| spec.labels = BTreeMap::from([("a".into(), "x".repeat(99_999))])), "labels"),
             (Box::new(|spec| spec.id = "../x".into()), "id"),
             (Box::new(|spec| spec.id = "-x".into()), "id"),

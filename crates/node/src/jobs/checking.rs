@@ -40,7 +40,8 @@ impl Checker {
         inputs: Vec<InputFile>,
     ) -> Result<Examined, Unfit> {
         let reader = self.reader.clone();
-        let reader = reader.ok_or_else(|| Unfit::NotHere("this node cannot look into files of jobs".into()))?;
+        let reader =
+            reader.ok_or_else(|| Unfit::NotHere("this node cannot look into files of jobs".into()))?;
         for input in &inputs {
             mlxnode_coordinator::jobs::check_file_name(&input.name).map_err(Unfit::Failed)?;
             match peers.fetch_input(input).await {

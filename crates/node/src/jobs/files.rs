@@ -1,9 +1,9 @@
 //! What the API asks of the store.
 
 use super::bundle::{self, BundleFile};
+use super::checking::Checker;
 use super::peer_client::{Peers, on_disk};
 use super::service::pieces;
-use super::checking::Checker;
 use super::store::{Incoming, Unnamed};
 use bytes::Bytes;
 use futures::future::BoxFuture;

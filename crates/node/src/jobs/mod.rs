@@ -32,8 +32,8 @@ pub(crate) mod service;
 mod store;
 mod team;
 
-pub use checking::JobReader;
 pub(crate) use checking::Checker;
+pub use checking::JobReader;
 pub(crate) use peer_client::Peers;
 pub(crate) use runner::{Runners, RunnersOptions};
 pub(crate) use store::Store;

@@ -1,9 +1,9 @@
 //! Fetches files and checkpoints from whichever node has them.
 
 use super::bundle::{self, Manifest};
+use super::client::parsed;
 use super::store::Store;
 use futures::StreamExt as _;
-use super::client::parsed;
 use mlxnode_api::jobs::NamedFile;
 use mlxnode_cluster::{MeshHandle, NodeId, RosterStore};
 use mlxnode_coordinator::Error;

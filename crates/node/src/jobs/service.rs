@@ -13,9 +13,9 @@ use mlxnode_coordinator::jobs::{Checkpoint, ContentHash};
 use mlxnode_proto::internal::v1::job_runner_server::JobRunner;
 use mlxnode_proto::internal::v1::{
     ContentPiece, CopyCheckpointRequest, CopyCheckpointResponse, ForgetFileRequest, ForgetFileResponse,
-    HelpJobReport, HelpJobRequest, KeptFilesRequest, KeptFilesResponse,
-    ReadCheckpointRequest, ReadContentRequest, RunJobReport, RunJobRequest, StopJobRequest, StopJobResponse,
-    TidyJobsRequest, TidyJobsResponse,
+    HelpJobReport, HelpJobRequest, KeptFilesRequest, KeptFilesResponse, ReadCheckpointRequest,
+    ReadContentRequest, RunJobReport, RunJobRequest, StopJobRequest, StopJobResponse, TidyJobsRequest,
+    TidyJobsResponse,
 };
 use std::collections::VecDeque;
 use std::io::SeekFrom;

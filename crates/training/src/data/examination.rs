@@ -68,7 +68,8 @@ mod tests {
     #[test]
     fn rows_are_counted_or_named() {
         let pair = r#"{"prompt": "a", "completion": "b"}"#;
-        let chat = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#;
+        let chat =
+            r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#;
         let preferred = r#"{"prompt": "a", "chosen": "b", "rejected": "c"}"#;
         let counted = |training, validation| Ok(Examination { training, validation });
         let twice = format!("{pair}\n{pair}\n");
@@ -89,7 +90,11 @@ mod tests {
         let error = examined("", &[("train.jsonl", pair), ("valid.jsonl", r#"{"messages": [{"role": 1}]}"#)]);
         assert!(error.unwrap_err().starts_with("valid.jsonl line 1: message 0"), "the other file too");
         assert!(examined("", &[("train.jsonl", "\n")]).unwrap_err().contains("nothing to learn from"));
-        assert!(examined("mask_prompt: true", &[("train.jsonl", r#"{"text": "a"}"#)]).unwrap_err().contains("masked"));
+        assert!(
+            examined("mask_prompt: true", &[("train.jsonl", r#"{"text": "a"}"#)])
+                .unwrap_err()
+                .contains("masked")
+        );
         assert!(examined("text_feature: words", &[("train.jsonl", r#"{"words": "a"}"#)]).is_ok());
     }
 }

@@ -110,12 +110,15 @@ fn base(services: &HttpServices, caller: &Caller, asked: &Asked, job: &str) -> R
         let is_own = |source: &str| source.starts_with(&format!("job:{job}/"));
         let taken = loaded.adapters.iter().find(|known| known.name == adapter);
         if taken.is_some_and(|known| !is_own(&known.source)) {
-            let message = format!("{model} has an adapter {adapter:?} already; take another suffix, or unload it");
+            let message =
+                format!("{model} has an adapter {adapter:?} already; take another suffix, or unload it");
             return Err(ApiError::field("suffix", message));
         }
         return Ok(Base { source: loaded.source.clone(), publish: Some((loaded.name.clone(), adapter)) });
     }
-    let is_adapter = |name: &str| deployments.iter().any(|it| name.strip_prefix(&it.name).is_some_and(|rest| rest.starts_with(':')));
+    let is_adapter = |name: &str| {
+        deployments.iter().any(|it| name.strip_prefix(&it.name).is_some_and(|rest| rest.starts_with(':')))
+    };
     if is_adapter(model) {
         let message = "a model with an adapter cannot be trained further; name the model itself";
         return Err(ApiError::field("model", message));

@@ -169,8 +169,11 @@ impl Asked {
             }
         }
         let mut lines = self.preference();
-        let mut labels: BTreeMap<String, String> =
-            self.metadata.iter().map(|(name, text)| (format!("{}{name}", label::METADATA), text.clone())).collect();
+        let mut labels: BTreeMap<String, String> = self
+            .metadata
+            .iter()
+            .map(|(name, text)| (format!("{}{name}", label::METADATA), text.clone()))
+            .collect();
         let mut note = |name: &str, text: String| drop(labels.insert(name.to_owned(), text));
         let mut key = |name: &str, value: Value| lines.push_str(&format!("{name}: {value}\n"));
         let batch = match has("batch_size") {
@@ -296,7 +299,8 @@ fn whole(fields: &mut Fields, name: &str, most: u64) -> Result<Option<u64>, ApiE
     let number = value.as_u64().filter(|number| (1..=most).contains(number));
     let path = fields.path(name);
     number.map(Some).ok_or_else(|| {
-        let text = format!("{path} is {}, but must be \"auto\" or 1 to {most}", shortened(&value.to_string()));
+        let text =
+            format!("{path} is {}, but must be \"auto\" or 1 to {most}", shortened(&value.to_string()));
         ApiError::field(path, text)
     })
 }
@@ -307,7 +311,10 @@ fn positive(fields: &mut Fields, name: &str) -> Result<Option<f64>, ApiError> {
     let path = fields.path(name);
     number.map(Some).ok_or_else(|| {
         let shown = shortened(&value.to_string());
-        ApiError::field(path.clone(), format!("{path} is {shown}, but must be \"auto\" or above 0, up to 1000000"))
+        ApiError::field(
+            path.clone(),
+            format!("{path} is {shown}, but must be \"auto\" or above 0, up to 1000000"),
+        )
     })
 }
 
@@ -334,8 +341,14 @@ mod tests {
             let (text, _) = read(more).unwrap().configuration(&examined).unwrap();
             text.lines().map(str::to_owned).collect()
         };
-        assert_eq!(lines(json!({}), examined(10, &[])), ["batch_size: 4", "iters: 9", "learning_rate: 0.00001"]);
-        assert_eq!(lines(json!({}), examined(2, &[])), ["batch_size: 2", "iters: 3", "learning_rate: 0.00001"]);
+        assert_eq!(
+            lines(json!({}), examined(10, &[])),
+            ["batch_size: 4", "iters: 9", "learning_rate: 0.00001"]
+        );
+        assert_eq!(
+            lines(json!({}), examined(2, &[])),
+            ["batch_size: 2", "iters: 3", "learning_rate: 0.00001"]
+        );
         let chosen = json!({"n_epochs": 2, "batch_size": 5, "learning_rate_multiplier": 2});
         assert_eq!(
             lines(json!({"hyperparameters": chosen, "seed": 7}), examined(10, &[])),
@@ -347,21 +360,31 @@ mod tests {
             ["preference: dpo", "batch_size: 4", "iters: 3", "learning_rate: 0.00001", "beta: 0.5"]
         );
         assert_eq!(
-            lines(json!({"configuration": {"batch_size": 2, "num_layers": 2}}), examined(10, &["batch_size", "num_layers"])),
+            lines(
+                json!({"configuration": {"batch_size": 2, "num_layers": 2}}),
+                examined(10, &["batch_size", "num_layers"])
+            ),
             ["iters: 15", "learning_rate: 0.00001", "\"batch_size\": 2", "\"num_layers\": 2"]
         );
         assert_eq!(
-            lines(json!({"configuration": "iters: 3"}), examined(10, &["iters", "batch_size", "learning_rate"])),
+            lines(
+                json!({"configuration": "iters: 3"}),
+                examined(10, &["iters", "batch_size", "learning_rate"])
+            ),
             ["iters: 3"]
         );
     }
 
     #[test]
     fn what_was_asked_is_noted() {
-        let asked = read(json!({"metadata": {"who": "ann"}, "suffix": "poet", "validation_file": "file-2"})).unwrap();
+        let asked =
+            read(json!({"metadata": {"who": "ann"}, "suffix": "poet", "validation_file": "file-2"})).unwrap();
         let labels = asked.configuration(&examined(10, &["iters"])).unwrap().1;
         assert_eq!(labels["metadata.who"], "ann");
-        assert_eq!((labels[label::SUFFIX].as_str(), labels[label::VALIDATION_FILE].as_str()), ("poet", "file-2"));
+        assert_eq!(
+            (labels[label::SUFFIX].as_str(), labels[label::VALIDATION_FILE].as_str()),
+            ("poet", "file-2")
+        );
         assert!(!labels.contains_key(label::EPOCHS), "iters were given");
     }
 
@@ -373,9 +396,15 @@ mod tests {
             (json!({"hyperparameters": {"n_epochs": 0}}), "hyperparameters.n_epochs"),
             (json!({"hyperparameters": {"n_epochs": 1.5}}), "hyperparameters.n_epochs"),
             (json!({"hyperparameters": {"batch_size": "many"}}), "hyperparameters.batch_size"),
-            (json!({"hyperparameters": {"learning_rate_multiplier": -1}}), "hyperparameters.learning_rate_multiplier"),
+            (
+                json!({"hyperparameters": {"learning_rate_multiplier": -1}}),
+                "hyperparameters.learning_rate_multiplier",
+            ),
             (json!({"hyperparameters": {"beta": 1}}), "hyperparameters.beta"),
-            (json!({"hyperparameters": {}, "method": {"type": "supervised", "supervised": {"hyperparameters": {}}}}), "hyperparameters"),
+            (
+                json!({"hyperparameters": {}, "method": {"type": "supervised", "supervised": {"hyperparameters": {}}}}),
+                "hyperparameters",
+            ),
             (json!({"method": {"type": "reinforcement"}}), "method.type"),
             (json!({"method": {}}), "method.type"),
             (json!({"method": {"type": "dpo", "supervised": {}}}), "method.supervised"),
@@ -394,7 +423,11 @@ mod tests {
         for (more, examined, param) in [
             (json!({"hyperparameters": {"n_epochs": 1}}), examined(10, &["iters"]), "n_epochs"),
             (json!({"seed": 1}), examined(10, &["seed"]), "seed"),
-            (json!({"hyperparameters": {"learning_rate_multiplier": 1}}), examined(10, &["lr_schedule"]), "learning_rate_multiplier"),
+            (
+                json!({"hyperparameters": {"learning_rate_multiplier": 1}}),
+                examined(10, &["lr_schedule"]),
+                "learning_rate_multiplier",
+            ),
             (json!({"hyperparameters": {"batch_size": 11}}), examined(10, &[]), "batch_size"),
             (json!({}), Examined { packing: true, ..examined(10, &[]) }, "configuration.iters"),
         ] {

@@ -4,9 +4,7 @@ use super::request::{Asked, Method, label};
 use super::{Base, TRAINING, VALIDATION};
 use crate::http::unix_time;
 use crate::jobs::{ContentHash, Examined, InputFile};
-use mlxnode_proto::v1::{
-    Job, JobCheckpoint, JobInput, JobLogLine, JobState, SubmitJobRequest,
-};
+use mlxnode_proto::v1::{Job, JobCheckpoint, JobInput, JobLogLine, JobState, SubmitJobRequest};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, HashMap};
 
@@ -118,7 +116,8 @@ fn error(detail: &str) -> Value {
 }
 
 fn hyperparameters(labels: &HashMap<String, String>, method: Method) -> Value {
-    let number = |name: &str| match labels.get(name).and_then(|text| text.parse::<serde_json::Number>().ok()) {
+    let number = |name: &str| match labels.get(name).and_then(|text| text.parse::<serde_json::Number>().ok())
+    {
         Some(number) => Value::Number(number),
         None => json!("auto"),
     };
@@ -258,11 +257,17 @@ mod tests {
         let told = shown(&finished);
         assert_eq!(told["fine_tuned_model"], "demo:poet");
         assert_eq!((&told["model"], &told["training_file"]), (&json!("demo"), &json!("file-1")));
-        assert_eq!(told["hyperparameters"], json!({"n_epochs": 3, "batch_size": "auto", "learning_rate_multiplier": "auto"}));
+        assert_eq!(
+            told["hyperparameters"],
+            json!({"n_epochs": 3, "batch_size": "auto", "learning_rate_multiplier": "auto"})
+        );
         assert_eq!(told["metadata"], json!({"who": "ann"}));
         let checkpoints = checkpoints(&finished);
         assert_eq!(checkpoints[0]["fine_tuned_model_checkpoint"], "demo:poet");
-        assert_eq!((&checkpoints[1]["step_number"], &checkpoints[1]["metrics"]["train_loss"]), (&json!(5), &json!(2.0)));
+        assert_eq!(
+            (&checkpoints[1]["step_number"], &checkpoints[1]["metrics"]["train_loss"]),
+            (&json!(5), &json!(2.0))
+        );
     }
 
     #[test]
@@ -287,9 +292,18 @@ mod tests {
         let words: Vec<&str> = all.iter().filter_map(|event| event["message"].as_str()).collect();
         assert_eq!(
             words,
-            ["step 10 of 10, training loss 1.0000", "finished", "again", "again", "step 5 of 10, training loss 2.0000", "submitted"]
+            [
+                "step 10 of 10, training loss 1.0000",
+                "finished",
+                "again",
+                "again",
+                "step 5 of 10, training loss 2.0000",
+                "submitted"
+            ]
         );
-        let ids = |events: &[Value]| events.iter().map(|event| event["id"].to_string()).collect::<std::collections::BTreeSet<_>>();
+        let ids = |events: &[Value]| {
+            events.iter().map(|event| event["id"].to_string()).collect::<std::collections::BTreeSet<_>>()
+        };
         assert_eq!(ids(&all).len(), all.len());
         assert!(ids(&events(&job, &log[1..])).is_subset(&ids(&all)), "a log that lost its beginning");
     }

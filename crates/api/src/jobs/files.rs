@@ -163,6 +163,9 @@ pub trait JobFiles: Send + Sync + 'static {
     /// Which of these files no node has that can be reached.
     fn missing(&self, hashes: Vec<ContentHash>) -> BoxFuture<'static, Vec<ContentHash>>;
 
+    /// Has this file so many bytes? `None`: no node has it that can be reached.
+    fn has_length(&self, hash: ContentHash, bytes: u64) -> BoxFuture<'static, Option<bool>>;
+
     /// What a job made, or (`state`) all that it would go on from, from whichever node has it.
     fn download(
         &self,
@@ -199,6 +202,10 @@ impl JobFiles for NoJobFiles {
 
     fn take_in(&self) -> BoxFuture<'static, Result<Box<dyn TakingIn>, Error>> {
         async { Err(none()) }.boxed()
+    }
+
+    fn has_length(&self, _: ContentHash, _: u64) -> BoxFuture<'static, Option<bool>> {
+        async { None }.boxed()
     }
 
     fn keep(&self, _: NamedFile) -> BoxFuture<'static, Result<(), Error>> {

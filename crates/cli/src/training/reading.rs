@@ -12,7 +12,7 @@ pub struct TrainingReader;
 
 impl JobReader for TrainingReader {
     fn examine(&self, text: &str, model: &str, folder: &Path) -> Result<Examined, Unfit> {
-        let config = configuration(text, model, folder).map_err(Unfit::Configuration)?;
+        let config = configuration(text, model).map_err(Unfit::Configuration)?;
         let given = Settings::from_yaml(text, "the configuration");
         let given = given.map_err(|error| Unfit::Configuration(error.to_string()))?;
         let rows = examine(&config, folder).map_err(|error| Unfit::Rows { text: told(&error, folder) })?;
@@ -21,7 +21,7 @@ impl JobReader for TrainingReader {
             keys: given.keys().map(str::to_owned).collect(),
             batch_size: config.batch_size as u64,
             packing: config.packing,
-            save_steps: config.checkpoint_steps.map(narrow),
+            save_steps: config.checkpoint_every().map(narrow),
             save_seconds: seconds_of_saves(&config),
             keep_checkpoints: config.keep_checkpoints.min(32) as u32,
         })

@@ -4,7 +4,8 @@ use super::bundle::{self, BundleFile};
 use super::checking::Checker;
 use super::peer_client::{Peers, on_disk};
 use super::service::pieces;
-use super::store::{Incoming, Unnamed};
+use super::store::Incoming;
+use super::unnamed::Unnamed;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
@@ -100,6 +101,11 @@ impl JobFiles for NodeJobFiles {
     fn missing(&self, hashes: Vec<ContentHash>) -> BoxFuture<'static, Vec<ContentHash>> {
         let peers = self.peers.clone();
         async move { peers.missing(hashes).await }.boxed()
+    }
+
+    fn has_length(&self, hash: ContentHash, bytes: u64) -> BoxFuture<'static, Option<bool>> {
+        let peers = self.peers.clone();
+        async move { peers.has_length(hash, bytes).await }.boxed()
     }
 
     fn take_in(&self) -> BoxFuture<'static, Result<Box<dyn TakingIn>, Error>> {

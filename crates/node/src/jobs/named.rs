@@ -74,7 +74,7 @@ impl Store {
 mod tests {
     use super::*;
     use mlxnode_api::jobs::ContentHash;
-    use std::collections::BTreeSet;
+    use std::collections::BTreeMap;
     use std::time::SystemTime;
 
     #[test]
@@ -106,11 +106,11 @@ mod tests {
         };
         age();
         store.forget(&named('a').id).unwrap();
-        store.tidy(&[], &BTreeSet::new()).unwrap();
+        store.tidy(&[], &BTreeMap::new(), false).unwrap();
         assert_eq!(store.kept().unwrap(), [named('b')]);
         store.forget(&named('b').id).unwrap();
         store.forget(&named('b').id).unwrap();
-        store.tidy(&[], &BTreeSet::new()).unwrap();
+        store.tidy(&[], &BTreeMap::new(), false).unwrap();
         assert_eq!((store.kept().unwrap(), store.find(hash)), (vec![], None));
     }
 }

@@ -11,7 +11,6 @@ mod update;
 pub use gradients::MicroGradients;
 pub use state::StateError;
 pub(crate) use tree::add;
-pub use tree::combine;
 pub use update::Applied;
 
 use crate::optimizer::Optimizer;

@@ -2,6 +2,7 @@
 
 use anyhow::{Context as _, Result, bail, ensure};
 use mlxnode_testkit::cluster::LocalCluster;
+use mlxnode_testkit::eventually::eventually;
 use mlxnode_testkit::node::NodeProcess;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -103,6 +104,30 @@ fn story_top_shows_the_cluster_and_gives_the_terminal_back() -> Result<()> {
     let node = cluster.first();
     node.json(&["load", "demo", "--stages", "2"])?;
     node.output(&["generate", "--prompt", "What is 17 + 25?"])?;
+    let folder = tempfile::tempdir()?;
+    let (configuration, rows) = (folder.path().join("rehearsal.yaml"), folder.path().join("train.jsonl"));
+    std::fs::write(&configuration, "steps: 100000\nmillis: 20\n")?;
+    std::fs::write(&rows, "{\"text\": \"one row\"}\n")?;
+    let path = |path: &std::path::Path| path.to_str().map(str::to_owned).context("a path in UTF-8");
+    let (configuration, rows) = (path(&configuration)?, path(&rows)?);
+    node.json(&[
+        "jobs",
+        "submit",
+        &configuration,
+        "--kind",
+        "rehearsal",
+        "--data",
+        &rows,
+        "--id",
+        "endless",
+    ])?;
+    eventually(BOUND, || {
+        let look = node.json(&["top", "--once", "--every", "0.5"])?;
+        let job = &look["jobs"][0];
+        ensure!(job["id"] == "endless" && job["state"] == "running", "{look}");
+        ensure!(job["step"].as_u64() > Some(0) && job["losses"][0]["training"].is_number(), "{look}");
+        Ok(())
+    })?;
 
     // For scripts: a look with rates, of both nodes' stages.
     let look = node.json(&["top", "--once", "--every", "0.5"])?;
@@ -114,7 +139,20 @@ fn story_top_shows_the_cluster_and_gives_the_terminal_back() -> Result<()> {
     }
     let text = node.output(&["top", "--once", "--every", "0.5"])?;
     let text = String::from_utf8(text.stdout)?;
-    for words in ["NODES", "node0", "node1", "MODELS", "demo", "STAGES", "compute", "wait", "send"] {
+    for words in [
+        "NODES",
+        "node0",
+        "node1",
+        "MODELS",
+        "demo",
+        "JOBS",
+        "endless",
+        "of 100000",
+        "STAGES",
+        "compute",
+        "wait",
+        "send",
+    ] {
         ensure!(text.contains(words), "no {words} in {text}");
     }
     let piped = node.output(&["top"])?;
@@ -124,7 +162,7 @@ fn story_top_shows_the_cluster_and_gives_the_terminal_back() -> Result<()> {
     // Keys.
     let mut top = Terminal::start(node, &["top"])?;
     top.shows(TAKEN)?;
-    for words in ["Nodes", "node1", "Models", "demo", "Stages"] {
+    for words in ["Nodes", "node1", "Models", "demo", "Jobs", "endless", "running", "Stages"] {
         top.shows(words)?;
     }
     ensure!(!top.modes()?.local_modes.contains(LocalModes::ICANON), "keys come at once");

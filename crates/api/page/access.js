@@ -17,12 +17,15 @@ export class Refusal extends Error {
   }
 }
 
-async function send(path, { body, signal } = {}) {
-  const headers = {};
+/** `body` goes as JSON, `form` as it is (files), and without both something is asked; `headers` come besides. */
+async function send(path, { body, form, method, signal, headers: more } = {}) {
+  const headers = { ...more };
   if (key()) headers.authorization = `Bearer ${key()}`;
   if (body !== undefined) headers["content-type"] = "application/json";
-  const request = { method: body === undefined ? "GET" : "POST", headers, signal, cache: "no-store", credentials: "omit" };
+  const tells = body !== undefined || form !== undefined;
+  const request = { method: method ?? (tells ? "POST" : "GET"), headers, signal, cache: "no-store", credentials: "omit" };
   if (body !== undefined) request.body = JSON.stringify(body);
+  if (form !== undefined) request.body = form;
   let answer;
   try {
     answer = await fetch(path, request);

@@ -78,6 +78,7 @@ async function follow() {
       const session = await ask("/api/v1/session", { signal });
       byId("key").textContent = session.key ? `Key: ${session.key}` : "API key";
       models.session(session);
+      jobs.session(session);
       for await (const { name, data } of events("/api/v1/events", { signal })) {
         if (name === "cluster") picture(JSON.parse(data));
       }

@@ -1,6 +1,6 @@
 //! For whom a request is. Whoever checks keys puts a [`Caller`] into the request; without one it is the cluster's own people.
 
-use crate::keys::KeyEntry;
+use crate::keys::{KeyEntry, KeyRole};
 use mlxnode_compute::TraceContext;
 use std::sync::Arc;
 
@@ -16,6 +16,16 @@ pub struct Caller {
 }
 
 impl Caller {
+    /// May the caller look at what the key of this name made? Everybody sees their own; those who administer the cluster see all.
+    pub fn may_see(&self, owner: &str) -> bool {
+        self.key.as_ref().is_none_or(|key| key.role == KeyRole::Admin || key.name == owner)
+    }
+
+    /// Name of the key; empty without one.
+    pub fn name(&self) -> String {
+        self.key.as_ref().map(|key| key.name.clone()).unwrap_or_default()
+    }
+
     /// May the caller use this deployment?
     pub fn may_use(&self, model: &str) -> bool {
         self.key.as_ref().is_none_or(|key| key.may_ask(model))

@@ -20,6 +20,8 @@ pub struct ApiError {
     pub param: Option<String>,
     /// When it is worth trying again.
     pub retry_after: Option<Duration>,
+    /// A word for programs where the kind says too little.
+    pub code: Option<&'static str>,
 }
 
 /// What kind of trouble.
@@ -35,6 +37,8 @@ pub enum ErrorKind {
     NoRoute,
     /// 404: no such model.
     NoModel,
+    /// 404: nothing else of this name.
+    NotFound,
     /// 405: the path has other methods.
     Method,
     /// 408: the request came too slowly.
@@ -58,7 +62,7 @@ pub enum ErrorKind {
 impl ApiError {
     /// An error of this kind.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), param: None, retry_after: None }
+        Self { kind, message: message.into(), param: None, retry_after: None, code: None }
     }
 
     /// A field is wrong: 400.
@@ -80,6 +84,12 @@ impl ApiError {
             }
             _ => self,
         }
+    }
+
+    /// With a word for programs.
+    #[must_use]
+    pub(crate) fn coded(self, code: &'static str) -> Self {
+        Self { code: Some(code), ..self }
     }
 
     /// With the time after which it is worth trying again.

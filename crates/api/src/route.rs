@@ -23,7 +23,7 @@ pub trait CoordinatorRoute: Send + Sync + 'static {
     fn route(&self) -> Result<Route, Status>;
 }
 
-const FORWARDED: &str = "mlxnode-forwarded";
+pub(crate) const FORWARDED: &str = "mlxnode-forwarded";
 
 /// The call for another node's coordinator. A call is handed on once: two nodes that take each other for the coordinator (one has an
 /// older roster) must not send it back and forth.

@@ -46,7 +46,7 @@ impl Connection {
 
     /// `mlxnode.v1.Jobs`
     pub fn jobs(&self) -> JobsClient<Channel> {
-        JobsClient::new(self.channel.clone())
+        mlxnode_api::jobs::jobs_client(self.channel.clone())
     }
 
     /// `mlxnode.v1.Keys`

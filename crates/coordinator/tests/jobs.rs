@@ -33,6 +33,7 @@ fn spec(id: &str) -> JobSpec {
         saves: SavePolicy { keep: 2, ..SavePolicy::default() },
         publish: Some(PublishWish { deployment: "demo".into(), adapter: id.to_owned() }),
         owner: String::new(),
+        labels: Default::default(),
     }
 }
 
@@ -519,6 +520,8 @@ fn the_same_id_is_the_same_job_or_an_error() {
     let mut world = World::new();
     world.submit("a");
     assert_eq!(world.jobs.submit(spec("a"), 5), Ok(None));
+    let again = JobSpec { owner: "ann".into(), ..spec("a") };
+    assert_eq!(world.jobs.submit(again, 5), Ok(None), "whoever asks");
     let other = JobSpec { configuration: "iters: 2".into(), ..spec("a") };
     assert!(matches!(world.jobs.submit(other, 5), Err(Error::NameTaken { .. })));
     assert!(matches!(world.jobs.cancel("b", 5), Err(Error::NotFound(_))));

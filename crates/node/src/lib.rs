@@ -38,6 +38,7 @@ mod workers;
 
 pub use client::{ClientError, connect_to_local_node};
 pub use data_dir::{DataDir, DataDirError, RunningNode};
+pub use jobs::JobReader;
 pub use mlxnode_api::http::HttpOptions;
 pub use node::{Node, NodeError};
 pub use options::NodeOptions;

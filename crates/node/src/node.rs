@@ -384,7 +384,10 @@ impl Node {
         let panorama = Panorama::new(Arc::new(sight));
         let models = ModelsService::new(route.clone(), view.clone(), busy.clone());
         let members = ClusterService::new(household.clone(), route.clone(), view, busy, panorama);
-        let job_files = Arc::new(jobs::files::NodeJobFiles { peers: job_peers });
+        let job_files = Arc::new(jobs::files::NodeJobFiles {
+            peers: job_peers,
+            checker: jobs::Checker::new(options.job_reader.clone()),
+        });
         let jobs_service = JobsService::new(route.clone(), job_files);
         let public = PublicServices {
             inference: InferenceService::new(front.clone()),
@@ -434,7 +437,8 @@ impl Node {
                 .behind(gate)
                 .showing(metrics, observer)
                 .controlling(members, models)
-                .running_jobs(Arc::new(JobsView(jobs_view)));
+                .running_jobs(Arc::new(JobsView(jobs_view)))
+                .taking_jobs(jobs_service);
             let names = addresses::http_names(&name, http.address(), &reachable);
             let router = http.router(services, &names);
             let (address, moved) = (http.address(), http.moved());

@@ -1,9 +1,11 @@
 //! What a node needs to know before it starts. The command line fills it; nothing here reads the environment.
 
+use crate::jobs::JobReader;
 use mlxnode_api::http::HttpOptions;
 use mlxnode_compute::ByteCount;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Settings of one node.
@@ -41,6 +43,8 @@ pub struct NodeOptions {
     pub load_on_demand: Option<Duration>,
     /// `http://HOST:PORT` of an OpenTelemetry collector that takes spans of requests; nothing is sent when absent.
     pub otlp_endpoint: Option<String>,
+    /// Looks through what fine-tunings would read before they are submitted; none: what is wrong shows when they start.
+    pub job_reader: Option<Arc<dyn JobReader>>,
     /// How long a stopping node waits for running requests.
     pub drain: Duration,
     /// How long an answer that lost its replica waits while nobody forms another one, see `mlxnode_api::front::Front::resuming_within`.
@@ -71,6 +75,7 @@ impl NodeOptions {
             hub,
             load_on_demand: None,
             otlp_endpoint: None,
+            job_reader: None,
             drain: Self::DEFAULT_DRAIN,
             resume_within: Self::DEFAULT_RESUME_WITHIN,
         }

@@ -25,7 +25,7 @@ pub use config::{
     AdapterConfig, ConfigError, Count, Features, FineTuneType, HubDataset, Layers, LoraParameters, Mask,
     OptimizerConfig, Preference, PreferenceLoss, Report, Settings, Split, TrainingConfig,
 };
-pub use data::{Cut, DataError, DataFolder, Dataset, Encoder, Row, Sequence};
+pub use data::{Cut, DataError, DataFolder, Dataset, Encoder, Examination, Row, Sequence, examine};
 pub use fuse::{FuseError, Fused, fuse};
 pub use job::{ADAPTER_CONFIG, ADAPTER_FILE, CursorError, FineTuning, PrepareError, StagedFineTuning};
 pub use records::{

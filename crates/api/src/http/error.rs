@@ -30,7 +30,7 @@ impl ErrorKind {
             Self::Invalid => StatusCode::BAD_REQUEST,
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::Forbidden => StatusCode::FORBIDDEN,
-            Self::NoRoute | Self::NoModel => StatusCode::NOT_FOUND,
+            Self::NoRoute | Self::NoModel | Self::NotFound => StatusCode::NOT_FOUND,
             Self::Method => StatusCode::METHOD_NOT_ALLOWED,
             Self::TooSlow => StatusCode::REQUEST_TIMEOUT,
             Self::Conflict => StatusCode::CONFLICT,
@@ -49,6 +49,7 @@ impl ErrorKind {
             Self::Forbidden => ("invalid_request_error", Some("forbidden")),
             Self::NoRoute => ("invalid_request_error", Some("unknown_url")),
             Self::NoModel => ("invalid_request_error", Some("model_not_found")),
+            Self::NotFound => ("invalid_request_error", Some("not_found")),
             Self::Method => ("invalid_request_error", Some("method_not_allowed")),
             Self::TooSlow => ("invalid_request_error", Some("request_timeout")),
             Self::Conflict => ("invalid_request_error", Some("conflict")),
@@ -67,7 +68,7 @@ impl ErrorKind {
             Self::Invalid | Self::Method | Self::TooSlow | Self::Conflict => "invalid_request_error",
             Self::Unauthorized => "authentication_error",
             Self::Forbidden => "permission_error",
-            Self::NoRoute | Self::NoModel => "not_found_error",
+            Self::NoRoute | Self::NoModel | Self::NotFound => "not_found_error",
             Self::TooLarge => "request_too_large",
             Self::RateLimited => "rate_limit_error",
             Self::Internal => "api_error",
@@ -82,6 +83,7 @@ impl ApiError {
         match dialect {
             Dialect::OpenAi => {
                 let (kind, code) = self.kind.openai();
+                let code = self.code.or(code);
                 json!({"error": {"message": self.message, "type": kind, "param": self.param, "code": code}})
             }
             Dialect::Anthropic => {

@@ -13,10 +13,11 @@
 //! | `requests` | every request has an id and a trace |
 //! | `entrance` | the gate at every route: keys, roles, limits |
 //! | `caller` | for whom a request is, for handlers |
-//! | `error`, `body` | how a client hears of what it got wrong |
+//! | `error`, `body`, `query` | how a client hears of what it got wrong |
 //! | `tools` | the functions that a request offers, in OpenAI's notation |
 //! | `events` | an answer in pieces (server-sent events) |
 //! | `openai`, `anthropic` | the endpoints |
+//! | `jobs_client` | jobs on behalf of who asks |
 //! | `page` | the web page, and the endpoints under `/api/v1` that it lives on |
 //! | `openapi` | the description of all of them for programs |
 //!
@@ -30,10 +31,12 @@ mod error;
 mod events;
 mod guard;
 mod health;
+mod jobs_client;
 mod metrics;
 mod openai;
 mod openapi;
 mod page;
+mod query;
 mod requests;
 pub mod routes;
 mod server;
@@ -50,7 +53,7 @@ use crate::conversation::{self, Conversation, Model, find_model};
 use crate::fields;
 use crate::front::{Front, Prepared};
 use crate::gate::Gate;
-use crate::jobs::JobTable;
+use crate::jobs::{JobTable, JobsService};
 use crate::metrics::{Metrics, Observer};
 use crate::models::ModelsService;
 use std::hash::{BuildHasher as _, RandomState};
@@ -72,6 +75,9 @@ pub struct HttpServices {
     observer: Option<Arc<dyn Observer>>,
     control: Option<Control>,
     jobs: Option<Arc<dyn JobTable>>,
+    jobs_service: Option<JobsService>,
+    /// Files that come in now.
+    uploads: Arc<Semaphore>,
     /// Unix time of the start.
     started: u64,
 }
@@ -86,6 +92,9 @@ struct Control {
 /// All bodies together; a request that finds no room is asked to come back.
 const BODIES_KIB: usize = 64 << 10;
 
+/// Uploads at once: each writes to the disk as fast as it can.
+const UPLOADS: usize = 8;
+
 impl HttpServices {
     /// Serves what `front` can reach, until `stopping`.
     pub fn new(front: Front, stopping: CancellationToken) -> Self {
@@ -93,7 +102,19 @@ impl HttpServices {
         let (gate, metrics) = (Gate::open(), Arc::new(Metrics::default()));
         let front = front.counting(metrics.clone(), Some(gate.clone()));
         let bodies = Arc::new(Semaphore::new(BODIES_KIB));
-        Self { front, bodies, stopping, gate, metrics, observer: None, control: None, jobs: None, started }
+        Self {
+            front,
+            bodies,
+            stopping,
+            gate,
+            metrics,
+            observer: None,
+            control: None,
+            jobs: None,
+            jobs_service: None,
+            uploads: Arc::new(Semaphore::new(UPLOADS)),
+            started,
+        }
     }
 
     /// Lets in only whom the gate lets in.
@@ -122,6 +143,12 @@ impl HttpServices {
     #[must_use]
     pub fn controlling(self, cluster: ClusterService, models: ModelsService) -> Self {
         Self { control: Some(Control { cluster, models }), ..self }
+    }
+
+    /// Takes jobs and their files.
+    #[must_use]
+    pub fn taking_jobs(self, service: JobsService) -> Self {
+        Self { jobs_service: Some(service), ..self }
     }
 
     /// Shows these jobs.

@@ -11,7 +11,7 @@ use axum::extract::Request;
 use axum::http::Method;
 use axum::middleware::{self, Next};
 use axum::response::Response;
-use axum::routing::{MethodRouter, get, post};
+use axum::routing::{MethodRouter, delete, get, post};
 use std::sync::Arc;
 
 /// One route.
@@ -46,12 +46,31 @@ pub fn routes() -> Vec<Route> {
         post_("/v1/messages/count_tokens", post(anthropic::messages::count_tokens)),
         change("/v1/load_lora_adapter", post(openai::adapters::load)),
         change("/v1/unload_lora_adapter", post(openai::adapters::unload)),
+        change("/v1/files", post(openai::files::upload)),
+        get_("/v1/files", Access::Admin, get(openai::files::list)),
+        get_("/v1/files/{id}", Access::Admin, get(openai::files::one)),
+        Route {
+            path: "/v1/files/{id}",
+            method: Method::DELETE,
+            access: Access::Admin,
+            handler: delete(openai::files::delete),
+        },
+        get_("/v1/files/{id}/content", Access::Admin, get(openai::files::content)),
+        change("/v1/fine_tuning/jobs", post(openai::fine_tuning::create)),
+        get_("/v1/fine_tuning/jobs", Access::Admin, get(openai::fine_tuning::list)),
+        get_("/v1/fine_tuning/jobs/{id}", Access::Admin, get(openai::fine_tuning::one)),
+        get_("/v1/fine_tuning/jobs/{id}/events", Access::Admin, get(openai::fine_tuning::events)),
+        get_("/v1/fine_tuning/jobs/{id}/checkpoints", Access::Admin, get(openai::fine_tuning::checkpoints)),
+        change("/v1/fine_tuning/jobs/{id}/cancel", post(openai::fine_tuning::cancel)),
+        change("/v1/fine_tuning/jobs/{id}/pause", post(openai::fine_tuning::pause)),
+        change("/v1/fine_tuning/jobs/{id}/resume", post(openai::fine_tuning::resume)),
         get_("/", Access::Open, get(page::files::index)),
         get_("/page/{file}", Access::Open, get(page::files::file)),
         get_("/api/v1/session", Access::Read, get(page::cluster::session)),
         get_("/api/v1/cluster", Access::Read, get(page::cluster::cluster)),
         get_("/api/v1/events", Access::Read, get(page::cluster::events)),
         get_("/api/v1/jobs", Access::Read, get(page::jobs::jobs)),
+        change("/api/v1/jobs/{id}/publish", post(page::jobs::publish)),
         change("/api/v1/plan", post(page::models::plan)),
         change("/api/v1/load", post(page::models::load)),
         change("/api/v1/unload", post(page::models::unload)),

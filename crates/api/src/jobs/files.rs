@@ -6,7 +6,9 @@ use futures::stream::BoxStream;
 use futures::{FutureExt as _, StreamExt as _};
 use mlxnode_cluster::NodeId;
 use mlxnode_coordinator::Error;
-use mlxnode_coordinator::jobs::{Checkpoint, ContentHash};
+use mlxnode_coordinator::jobs::{Checkpoint, ContentHash, InputFile};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 
 /// How much of a file is here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,6 +28,84 @@ pub trait Receiving: Send {
     ///
     /// Refused when all bytes are here and do not have the hash; then none is kept.
     fn finish(self: Box<Self>) -> BoxFuture<'static, Result<Received, Error>>;
+}
+
+/// A file on its way in whose content is not known before. Dropping it leaves nothing.
+pub trait TakingIn: Send {
+    /// Takes the next bytes.
+    fn write(&mut self, data: Bytes) -> BoxFuture<'_, Result<(), Error>>;
+
+    /// No more come: what it is called by its content, and its bytes.
+    fn finish(self: Box<Self>) -> BoxFuture<'static, Result<(ContentHash, u64), Error>>;
+}
+
+/// A file that somebody gave a name, and that stays until it is forgotten.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamedFile {
+    /// "file-" and 24 letters and digits.
+    pub id: String,
+    /// What it holds.
+    pub hash: ContentHash,
+    /// How much.
+    pub bytes: u64,
+    /// For people; no path.
+    pub name: String,
+    /// Name of the key that it came with; empty: this cluster's own people.
+    pub owner: String,
+    /// When it came, in seconds since 1970.
+    pub created_unix: u64,
+}
+
+/// Is this an id of a [`NamedFile`]? It is part of paths.
+///
+/// # Errors
+/// [`Error::Invalid`]
+pub fn check_file_id(id: &str) -> Result<(), Error> {
+    let rest = id.strip_prefix("file-").unwrap_or_default();
+    if rest.len() == 24 && rest.bytes().all(|byte| byte.is_ascii_digit() || byte.is_ascii_lowercase()) {
+        return Ok(());
+    }
+    let shown: String = id.chars().take(64).collect();
+    Err(Error::Invalid(format!("{shown:?} is no id of a file; upload it to /v1/files first")))
+}
+
+/// A fine-tuning's configuration and rows, looked through.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Examined {
+    /// Rows to learn from.
+    pub rows: u64,
+    /// Keys that the configuration gives.
+    pub keys: BTreeSet<String>,
+    /// Rows of a micro-batch.
+    pub batch_size: u64,
+    /// Short rows are put together: how many batches there are depends on their tokens.
+    pub packing: bool,
+    /// A checkpoint after so many steps, and seconds, when it says so.
+    pub save_steps: Option<u32>,
+    /// See `save_steps`.
+    pub save_seconds: Option<u32>,
+    /// So many of the newest checkpoints are kept.
+    pub keep_checkpoints: u32,
+}
+
+/// Why nothing can be learned as somebody wishes.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum Unfit {
+    /// The configuration is wrong: the text names line and key.
+    #[error("{0}")]
+    Configuration(String),
+    /// A row is wrong, or there are none.
+    #[error("{text}")]
+    Rows {
+        /// Begins with file and line.
+        text: String,
+    },
+    /// A file that no node has that can be reached.
+    #[error("{0}")]
+    NotHere(String),
+    /// It could not be found out.
+    #[error(transparent)]
+    Failed(Error),
 }
 
 /// A part of a job's result.
@@ -57,14 +137,34 @@ pub trait JobFiles: Send + Sync + 'static {
         offset: u64,
     ) -> BoxFuture<'static, Result<Box<dyn Receiving>, Error>>;
 
+    /// Takes in a file whose content is not known before. Refused when there is no room.
+    fn take_in(&self) -> BoxFuture<'static, Result<Box<dyn TakingIn>, Error>>;
+
+    /// Keeps a file that this node has until it is forgotten.
+    fn keep(&self, file: NamedFile) -> BoxFuture<'static, Result<(), Error>>;
+
+    /// The files that this node and all that can be reached keep.
+    fn kept(&self) -> BoxFuture<'static, Result<Vec<NamedFile>, Error>>;
+
+    /// A file need not be kept any longer, on any node. Jobs that name its content have it still.
+    fn forget(&self, id: String) -> BoxFuture<'static, Result<(), Error>>;
+
+    /// What a file holds, in pieces of at most 1 MiB, wherever it is.
+    fn content(&self, file: InputFile) -> BoxStream<'static, Result<Bytes, Error>>;
+
+    /// Looks through a fine-tuning's configuration and rows.
+    fn check(
+        &self,
+        configuration: String,
+        model: String,
+        inputs: Vec<InputFile>,
+    ) -> BoxFuture<'static, Result<Examined, Unfit>>;
+
     /// Which of these files no node has that can be reached.
     fn missing(&self, hashes: Vec<ContentHash>) -> BoxFuture<'static, Vec<ContentHash>>;
 
     /// Has this file so many bytes? `None`: no node has it that can be reached.
     fn has_length(&self, hash: ContentHash, bytes: u64) -> BoxFuture<'static, Option<bool>>;
-
-    /// The whole content of a small file, wherever it is.
-    fn read(&self, hash: ContentHash, at_most: u64) -> BoxFuture<'static, Result<Bytes, Error>>;
 
     /// What a job made, or (`state`) all that it would go on from, from whichever node has it.
     fn download(
@@ -100,16 +200,36 @@ impl JobFiles for NoJobFiles {
         async { Err(none()) }.boxed()
     }
 
-    fn missing(&self, hashes: Vec<ContentHash>) -> BoxFuture<'static, Vec<ContentHash>> {
-        async { hashes }.boxed()
+    fn take_in(&self) -> BoxFuture<'static, Result<Box<dyn TakingIn>, Error>> {
+        async { Err(none()) }.boxed()
     }
 
     fn has_length(&self, _: ContentHash, _: u64) -> BoxFuture<'static, Option<bool>> {
         async { None }.boxed()
     }
 
-    fn read(&self, _: ContentHash, _: u64) -> BoxFuture<'static, Result<Bytes, Error>> {
+    fn keep(&self, _: NamedFile) -> BoxFuture<'static, Result<(), Error>> {
         async { Err(none()) }.boxed()
+    }
+
+    fn kept(&self) -> BoxFuture<'static, Result<Vec<NamedFile>, Error>> {
+        async { Err(none()) }.boxed()
+    }
+
+    fn forget(&self, _: String) -> BoxFuture<'static, Result<(), Error>> {
+        async { Err(none()) }.boxed()
+    }
+
+    fn content(&self, _: InputFile) -> BoxStream<'static, Result<Bytes, Error>> {
+        futures::stream::once(async { Err(none()) }).boxed()
+    }
+
+    fn check(&self, _: String, _: String, _: Vec<InputFile>) -> BoxFuture<'static, Result<Examined, Unfit>> {
+        async { Err(Unfit::NotHere(none().to_string())) }.boxed()
+    }
+
+    fn missing(&self, hashes: Vec<ContentHash>) -> BoxFuture<'static, Vec<ContentHash>> {
+        async { hashes }.boxed()
     }
 
     fn download(&self, _: String, _: Checkpoint, _: bool) -> BoxStream<'static, Result<FilePiece, Error>> {

@@ -1,15 +1,15 @@
-//! `Jobs`: wishes go to the coordinator, wherever it is; files are taken in and handed out by the node that is called.
+//! `Jobs`: wishes go to the coordinator, wherever it is; files are taken in, checked and handed out by the node that is called.
 
-use super::files::{FilePiece, JobFiles};
+use super::files::{FilePiece, JobFiles, Unfit};
+use super::onward_client::{is_handed_on, jobs_client, onward, whose};
+use super::watch_service::{follow_log, watch};
 use super::wire;
 use crate::models::wire::status;
-use crate::route::{CoordinatorRoute, Route, forwarded, not_answered};
-use crate::rpc::caller;
+use crate::route::{CoordinatorRoute, Route, not_answered};
 use futures::stream::BoxStream;
 use futures::{StreamExt as _, TryStreamExt as _};
 use mlxnode_coordinator::coordinator::CoordinatorHandle;
-use mlxnode_coordinator::jobs::{Checkpoint, JobView, PublishWish};
-use mlxnode_proto::v1::jobs_client::JobsClient;
+use mlxnode_coordinator::jobs::{Checkpoint, JobKind, JobView, PublishWish};
 use mlxnode_proto::v1::jobs_server::Jobs;
 use mlxnode_proto::v1::{
     DownloadJobRequest, GetJobRequest, Job, JobFilePiece, JobLogLine, JobLogsRequest, ListJobsRequest,
@@ -20,10 +20,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use tonic::{Request, Response, Status, Streaming};
 
-/// Between two messages of a watch.
-const WATCH_PERIOD: Duration = Duration::from_millis(250);
-/// Between two looks at a log that is followed.
-const LOG_PERIOD: Duration = Duration::from_millis(500);
 /// Nothing comes of an upload for so long: it broke.
 const UPLOAD_STANDSTILL: Duration = Duration::from_secs(60);
 /// Largest piece of a file.
@@ -42,21 +38,41 @@ impl JobsService {
         Self { route, files }
     }
 
-    fn job(&self, view: &JobView) -> Job {
+    /// The files of jobs.
+    pub(crate) fn files(&self) -> &Arc<dyn JobFiles> {
+        &self.files
+    }
+
+    pub(super) fn job(&self, view: &JobView) -> Job {
         wire::job_to_wire(view, &|node| self.files.node_name(node))
     }
 
-    fn without_curve(&self, view: &JobView) -> Job {
-        Job { losses: Vec::new(), ..self.job(view) }
-    }
-
-    fn find(&self, coordinator: &CoordinatorHandle, id: &str) -> Result<Arc<JobView>, Status> {
+    pub(super) fn find(&self, coordinator: &CoordinatorHandle, id: &str) -> Result<Arc<JobView>, Status> {
         let jobs = coordinator.jobs();
         let found = jobs.borrow().iter().find(|view| view.spec.id == id).cloned();
         found.ok_or_else(|| {
             let shown: String = id.chars().take(64).collect();
             Status::not_found(format!("there is no job {shown:?}; `mlxnode jobs list` shows all"))
         })
+    }
+}
+
+impl JobsService {
+    /// Looks through a fine-tuning's configuration and rows, as far as this node can get them: what is wrong with them is told to who
+    /// submits them, with file and line, and not by a job that fails.
+    async fn check(&self, request: &SubmitJobRequest) -> Result<(), Status> {
+        let spec = wire::spec(request.clone(), String::new())?;
+        spec.check().map_err(status)?;
+        if spec.kind != JobKind::FineTuning {
+            return Ok(());
+        }
+        match self.files.check(spec.configuration, spec.model, spec.inputs).await {
+            Ok(_) => Ok(()),
+            Err(Unfit::Configuration(text) | Unfit::Rows { text, .. }) => Err(Status::invalid_argument(text)),
+            // Whether any node has the files, the coordinator finds out.
+            Err(Unfit::NotHere(_)) => Ok(()),
+            Err(Unfit::Failed(error)) => Err(status(error)),
+        }
     }
 }
 
@@ -106,12 +122,15 @@ impl Jobs for JobsService {
     }
 
     async fn submit(&self, request: Request<SubmitJobRequest>) -> Result<Response<Job>, Status> {
+        if !is_handed_on(&request) {
+            self.check(request.get_ref()).await?;
+        }
         match self.route.route()? {
             Route::There(channel) => {
-                JobsClient::new(channel).submit(forwarded(request)?).await.map_err(not_answered)
+                jobs_client(channel).submit(onward(request)?).await.map_err(not_answered)
             }
             Route::Here(coordinator) => {
-                let owner = caller(&request).key.map(|key| key.name.clone()).unwrap_or_default();
+                let owner = whose(&request);
                 let spec = wire::spec(request.into_inner(), owner)?;
                 spec.check().map_err(status)?;
                 let missing = self.files.missing(spec.inputs.iter().map(|input| input.hash).collect()).await;
@@ -138,22 +157,21 @@ impl Jobs for JobsService {
 
     async fn list(&self, request: Request<ListJobsRequest>) -> Result<Response<ListJobsResponse>, Status> {
         match self.route.route()? {
-            Route::There(channel) => {
-                JobsClient::new(channel).list(forwarded(request)?).await.map_err(not_answered)
-            }
+            Route::There(channel) => jobs_client(channel).list(onward(request)?).await.map_err(not_answered),
             Route::Here(coordinator) => {
                 let views = coordinator.jobs().borrow().clone();
-                let jobs = views.iter().map(|view| self.without_curve(view)).collect();
-                Ok(Response::new(ListJobsResponse { jobs }))
+                let jobs = views
+                    .iter()
+                    .map(|view| Job { losses: Vec::new(), ..wire::in_brief(self.job(view)) })
+                    .collect();
+                Ok(Response::new(ListJobsResponse { jobs, ..Default::default() }))
             }
         }
     }
 
     async fn get(&self, request: Request<GetJobRequest>) -> Result<Response<Job>, Status> {
         match self.route.route()? {
-            Route::There(channel) => {
-                JobsClient::new(channel).get(forwarded(request)?).await.map_err(not_answered)
-            }
+            Route::There(channel) => jobs_client(channel).get(onward(request)?).await.map_err(not_answered),
             Route::Here(coordinator) => {
                 Ok(Response::new(self.job(&*self.find(&coordinator, &request.into_inner().id)?)))
             }
@@ -163,7 +181,7 @@ impl Jobs for JobsService {
     async fn watch(&self, request: Request<WatchJobsRequest>) -> Result<Response<Self::WatchStream>, Status> {
         match self.route.route()? {
             Route::There(channel) => {
-                let watched = JobsClient::new(channel).watch(forwarded(request)?).await;
+                let watched = jobs_client(channel).watch(onward(request)?).await;
                 let watched = watched.map_err(not_answered)?.into_inner();
                 Ok(Response::new(watched.map_err(not_answered).boxed()))
             }
@@ -172,32 +190,7 @@ impl Jobs for JobsService {
                 if !id.is_empty() {
                     self.find(&coordinator, &id)?;
                 }
-                let mut jobs = coordinator.jobs();
-                jobs.mark_changed(); // the first message comes at once
-                let state = (jobs, self.clone(), id, None::<Vec<Job>>, false);
-                let messages =
-                    futures::stream::unfold(state, |(mut jobs, service, id, mut last, is_last)| async move {
-                        if is_last {
-                            return None;
-                        }
-                        loop {
-                            if last.is_some() {
-                                tokio::time::sleep(WATCH_PERIOD).await;
-                            }
-                            jobs.changed().await.ok()?;
-                            let views = jobs.borrow_and_update().clone();
-                            let meant = views.iter().filter(|view| id.is_empty() || view.spec.id == id);
-                            let now: Vec<Job> = meant.map(|view| service.job(view)).collect();
-                            if last.as_ref() == Some(&now) {
-                                continue;
-                            }
-                            let is_last = !id.is_empty() && now.iter().all(|job| wire::is_over(job.state));
-                            let message = ListJobsResponse { jobs: now.clone() };
-                            last = Some(now);
-                            return Some((Ok(message), (jobs, service, id, last, is_last)));
-                        }
-                    });
-                Ok(Response::new(messages.boxed()))
+                Ok(Response::new(watch(self.clone(), &coordinator, id).boxed()))
             }
         }
     }
@@ -205,7 +198,7 @@ impl Jobs for JobsService {
     async fn logs(&self, request: Request<JobLogsRequest>) -> Result<Response<Self::LogsStream>, Status> {
         match self.route.route()? {
             Route::There(channel) => {
-                let lines = JobsClient::new(channel).logs(forwarded(request)?).await;
+                let lines = jobs_client(channel).logs(onward(request)?).await;
                 let lines = lines.map_err(not_answered)?.into_inner();
                 Ok(Response::new(lines.map_err(not_answered).boxed()))
             }
@@ -224,7 +217,7 @@ impl Jobs for JobsService {
     async fn cancel(&self, request: Request<GetJobRequest>) -> Result<Response<Job>, Status> {
         match self.route.route()? {
             Route::There(channel) => {
-                JobsClient::new(channel).cancel(forwarded(request)?).await.map_err(not_answered)
+                jobs_client(channel).cancel(onward(request)?).await.map_err(not_answered)
             }
             Route::Here(coordinator) => {
                 let view = coordinator.cancel_job(request.into_inner().id).await.map_err(status)?;
@@ -235,12 +228,12 @@ impl Jobs for JobsService {
 
     async fn pause(&self, request: Request<GetJobRequest>) -> Result<Response<Job>, Status> {
         match self.route.route()? {
-            Route::There(channel) => {
-                JobsClient::new(channel).pause(forwarded(request)?).await.map_err(not_answered)
-            }
+            Route::There(channel) => jobs_client(channel).pause(onward(request)?).await.map_err(not_answered),
             Route::Here(coordinator) => {
-                let by = caller(&request).key.map(|key| format!("the key {}", key.name));
-                let by = by.unwrap_or_else(|| "a person".to_owned());
+                let by = match whose(&request).as_str() {
+                    "" => "a person".to_owned(),
+                    key => format!("the key {key}"),
+                };
                 let view = coordinator.pause_job(request.into_inner().id, by).await.map_err(status)?;
                 Ok(Response::new(self.job(&view)))
             }
@@ -250,7 +243,7 @@ impl Jobs for JobsService {
     async fn resume(&self, request: Request<GetJobRequest>) -> Result<Response<Job>, Status> {
         match self.route.route()? {
             Route::There(channel) => {
-                JobsClient::new(channel).resume(forwarded(request)?).await.map_err(not_answered)
+                jobs_client(channel).resume(onward(request)?).await.map_err(not_answered)
             }
             Route::Here(coordinator) => {
                 let view = coordinator.resume_job(request.into_inner().id).await.map_err(status)?;
@@ -265,7 +258,7 @@ impl Jobs for JobsService {
     ) -> Result<Response<PublishJobResponse>, Status> {
         match self.route.route()? {
             Route::There(channel) => {
-                JobsClient::new(channel).publish(forwarded(request)?).await.map_err(not_answered)
+                jobs_client(channel).publish(onward(request)?).await.map_err(not_answered)
             }
             Route::Here(coordinator) => {
                 let PublishJobRequest { id, step, model, adapter } = request.into_inner();
@@ -308,35 +301,4 @@ impl Jobs for JobsService {
         });
         Ok(Response::new(pieces.boxed()))
     }
-}
-
-/// The lines of a job until it is over. A log keeps its last lines: what went by between two looks is missing then.
-fn follow_log(
-    service: JobsService,
-    coordinator: CoordinatorHandle,
-    id: String,
-) -> impl futures::Stream<Item = Result<JobLogLine, Status>> {
-    let state = (service, coordinator, id, Vec::new(), std::collections::VecDeque::new());
-    futures::stream::unfold(state, |(service, coordinator, id, mut told, mut waiting)| async move {
-        loop {
-            if let Some(line) = waiting.pop_front() {
-                return Some((Ok(wire::line_to_proto(line)), (service, coordinator, id, told, waiting)));
-            }
-            let is_over = service.find(&coordinator, &id).ok()?.state.is_over();
-            let lines = coordinator.job_log(id.clone()).await.ok()?;
-            // Where what was told ends in what there is now.
-            let known = (0..=told.len())
-                .map(|cut| &told[cut..])
-                .find(|rest| lines.starts_with(rest))
-                .map_or(0, <[_]>::len);
-            waiting.extend(lines[known..].iter().cloned());
-            told = lines;
-            if waiting.is_empty() {
-                if is_over {
-                    return None;
-                }
-                tokio::time::sleep(LOG_PERIOD).await;
-            }
-        }
-    })
 }

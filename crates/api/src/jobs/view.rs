@@ -46,6 +46,28 @@ pub struct JobView {
     pub served_as: Vec<String>,
     /// The curve so far, in the order of steps.
     pub losses: Vec<LossPoint>,
+    /// What can be gone on from, and served, the newest last.
+    pub checkpoints: Vec<CheckpointView>,
+    /// Name of the API key it was submitted with; empty: this cluster's own people.
+    pub owner: String,
+}
+
+impl JobView {
+    /// The last loss that was measured on what is learned from.
+    pub fn last_loss(&self) -> Option<f64> {
+        self.losses.iter().rev().find_map(|point| point.training)
+    }
+}
+
+/// What a job saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct CheckpointView {
+    /// After so many steps.
+    pub step: u64,
+    /// How much it takes.
+    pub bytes: u64,
+    /// When, in seconds since 1970.
+    pub saved_unix: i64,
 }
 
 /// What the loss was at a step.

@@ -1,6 +1,6 @@
 //! `Jobs` messages to the coordinator's types and back.
 
-use super::view::{JobView as Shown, LossPoint};
+use super::view::{CheckpointView, JobView as Shown, LossPoint};
 use mlxnode_cluster::NodeId;
 use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::jobs::{
@@ -51,6 +51,7 @@ pub(super) fn spec(request: v1::SubmitJobRequest, owner: String) -> Result<JobSp
         },
         publish,
         owner,
+        labels: request.labels.into_iter().collect(),
     })
 }
 
@@ -85,6 +86,7 @@ fn wish(spec: &JobSpec) -> v1::SubmitJobRequest {
         keep_checkpoints: spec.saves.keep,
         publish_model,
         publish_adapter,
+        labels: spec.labels.clone().into_iter().collect(),
     }
 }
 
@@ -154,6 +156,15 @@ pub fn job_to_wire(view: &JobView, name: &dyn Fn(NodeId) -> String) -> v1::Job {
     }
 }
 
+/// A job in a list, without what makes lists long.
+pub(super) fn in_brief(mut job: v1::Job) -> v1::Job {
+    if let Some(wish) = &mut job.wish {
+        wish.configuration.clear();
+        wish.labels.clear();
+    }
+    job
+}
+
 pub(super) fn line_to_proto(line: LogLine) -> v1::JobLogLine {
     v1::JobLogLine { at_unix: i64::try_from(line.at).unwrap_or(i64::MAX), text: line.text }
 }
@@ -173,14 +184,6 @@ pub(crate) fn state_name(state: i32) -> &'static str {
     }
 }
 
-/// Does it change no more by itself?
-pub(super) fn is_over(state: i32) -> bool {
-    matches!(
-        v1::JobState::try_from(state),
-        Ok(v1::JobState::Finished | v1::JobState::Failed | v1::JobState::Cancelled)
-    )
-}
-
 /// A job as it is shown.
 pub fn shown(job: v1::Job) -> Shown {
     let wish = job.wish.unwrap_or_default();
@@ -188,6 +191,11 @@ pub fn shown(job: v1::Job) -> Shown {
         step: loss.step,
         training: loss.training,
         validation: loss.validation,
+    };
+    let checkpoint = |held: &v1::JobCheckpoint| CheckpointView {
+        step: held.step,
+        bytes: held.bytes,
+        saved_unix: held.saved_unix,
     };
     let served = job.publications.iter().filter(|it| it.problem.is_empty());
     Shown {
@@ -203,6 +211,8 @@ pub fn shown(job: v1::Job) -> Shown {
         seconds_left: Some(job.seconds_left).filter(|seconds| *seconds > 0.0),
         served_as: served.map(|it| format!("{}:{}", it.model, it.adapter)).collect(),
         losses: job.losses.into_iter().map(loss).collect(),
+        checkpoints: job.checkpoints.iter().map(checkpoint).collect(),
+        owner: job.owner,
     }
 }
 
@@ -230,6 +240,7 @@ mod tests {
             keep_checkpoints: 2,
             publish_model: "demo".into(),
             publish_adapter: "poet".into(),
+            labels: [("who".to_owned(), "ann".to_owned())].into(),
         };
         let read = spec(asked.clone(), "ann".into()).unwrap();
         assert_eq!(read.check(), Ok(()));

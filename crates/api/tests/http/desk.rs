@@ -9,7 +9,7 @@ use mlxnode_api::deployments::{AdapterView, DeploymentView, DeploymentsView, Sta
 use mlxnode_api::front::{Front, Replicas, RunEvents};
 use mlxnode_api::gate::Gate;
 use mlxnode_api::http::{HttpOptions, HttpServer, HttpServices};
-use mlxnode_api::jobs::JobTable;
+use mlxnode_api::jobs::{JobTable, JobsService};
 use mlxnode_compute::{ByteCount, Candidate, Output, Sampled, SequenceEnd};
 use mlxnode_coordinator::scheduler::{RunError, RunEvent, RunRequest};
 use mlxnode_text::{InProcess, TextFiles, Tokenizer};
@@ -62,6 +62,17 @@ impl Desk {
     /// With jobs.
     pub(crate) async fn with_jobs(jobs: Arc<dyn JobTable>) -> Result<Self> {
         Self::made(HttpOptions::local(), Duration::ZERO, |services| services.running_jobs(jobs)).await
+    }
+
+    /// With jobs, and a gate.
+    pub(crate) async fn with_jobs_behind(jobs: Arc<dyn JobTable>, gate: Gate) -> Result<Self> {
+        Self::made(HttpOptions::local(), Duration::ZERO, |services| services.behind(gate).running_jobs(jobs))
+            .await
+    }
+
+    /// That takes jobs and their files.
+    pub(crate) async fn with_service(options: HttpOptions, service: JobsService) -> Result<Self> {
+        Self::made(options, Duration::ZERO, |services| services.taking_jobs(service)).await
     }
 
     async fn made(

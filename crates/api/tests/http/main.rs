@@ -8,6 +8,7 @@ mod completions;
 mod constraints;
 mod demand;
 mod desk;
+mod fine_tuning;
 mod gate;
 mod malformed;
 mod page;

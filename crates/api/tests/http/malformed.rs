@@ -77,13 +77,15 @@ async fn every_documented_field_is_known_and_checked() -> Result<()> {
         ("/api/v1/plan", "PlanWish", json!({})),
         ("/api/v1/load", "LoadWish", json!({})),
         ("/api/v1/unload", "UnloadWish", json!({})),
+        ("/v1/fine_tuning/jobs", "FineTuningRequest", json!({"training_file": "file-x"})),
+        ("/api/v1/jobs/x/publish", "PublishWish", json!({})),
     ];
     let mut cases = 0;
     for (path, schema, mut good) in bodies {
         good["model"] = "demo".into();
         // The first request of a model reads its tokenizer.
         // There is no cluster behind this listener, which is told to those whose wish is sound.
-        let sound = if path.starts_with("/api/") { 503 } else { 200 };
+        let sound = if path.starts_with("/api/") || path.contains("fine_tuning") { 503 } else { 200 };
         let reply = post(desk.address, path, &good).await?;
         ensure!(reply.status == sound, "{path}: {reply:?}");
         let schema = &document["components"]["schemas"][schema];

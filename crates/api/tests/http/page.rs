@@ -3,9 +3,12 @@
 use crate::client::{Reply, ask, get};
 use crate::desk::Desk;
 use anyhow::{Context as _, Result};
+use mlxnode_api::gate::{Gate, GateOptions};
 use mlxnode_api::jobs::{JobTable, JobView, LossPoint};
+use mlxnode_api::keys::{KeyEntry, KeyLimits, KeyRole, KeyText, KeysView};
 use serde_json::{Value, json};
 use std::sync::Arc;
+use tokio::sync::watch;
 
 fn header<'a>(reply: &'a Reply, name: &str) -> Result<&'a str> {
     let line = reply.headers.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
@@ -79,9 +82,32 @@ impl JobTable for Table {
             step: 10,
             steps: 100,
             losses,
+            owner: "ann".into(),
             ..JobView::default()
         }]
     }
+}
+
+/// A key sees its own jobs, one that administers the cluster all.
+#[tokio::test]
+async fn jobs_are_shown_to_whom_they_belong() -> Result<()> {
+    let entry = |name: &str, byte: u8, role| {
+        let text = KeyText::new(&[byte; 32]);
+        let (hash, limits) = (text.hash(), KeyLimits::default());
+        (text, KeyEntry { name: name.into(), hash, role, models: Vec::new(), limits, created_unix: 0 })
+    };
+    let keys = [("ann", KeyRole::User), ("bob", KeyRole::User), ("root", KeyRole::Admin)];
+    let keys: Vec<_> = keys.iter().zip(1..).map(|((name, role), byte)| entry(name, byte, *role)).collect();
+    let view = KeysView { keys: keys.iter().map(|(_, entry)| entry.clone()).collect(), is_known: true };
+    let (_sender, view) = watch::channel(view);
+    let gate = Gate::new(view, GateOptions::default());
+    let desk = Desk::with_jobs_behind(Arc::new(Table), gate).await?;
+    for ((text, entry), seen) in keys.iter().zip([1, 0, 1]) {
+        let header = format!("authorization: Bearer {}\r\n", text.reveal());
+        let listed = ask(desk.address, "GET", "/api/v1/jobs", &header, "").await?.json()?;
+        assert_eq!(listed["jobs"].as_array().map(Vec::len), Some(seen), "{}: {listed}", entry.name);
+    }
+    desk.stop().await
 }
 
 #[tokio::test]

@@ -3,12 +3,14 @@
 use crate::arguments::{Global, duration};
 use crate::commands::data_dir;
 use crate::output;
+use crate::training::TrainingReader;
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use mlxnode_compute::ByteCount;
 use mlxnode_node::{HttpOptions, Node, NodeOptions};
 use serde::Serialize;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs as _};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -134,6 +136,7 @@ impl Join {
         });
         options.name = self.name;
         options.otlp_endpoint = self.otlp_endpoint;
+        options.job_reader = Some(Arc::new(TrainingReader));
         options.cluster_name = self.cluster_name;
         options.invite = self.invite;
         options.peers = self.peers;

@@ -6,15 +6,19 @@ use crate::top::{self, Follow};
 use crate::{output, wire};
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
+use mlxnode_api::jobs::{JobView, WatchedJobs};
 use mlxnode_api::picture::Picture;
+use mlxnode_proto::v1::WatchJobsRequest;
+use serde::Serialize;
 use std::io::IsTerminal as _;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::Streaming;
 
-/// Watch the cluster: nodes, memory, models, what each stage does.
+/// Watch the cluster: nodes, memory, models, jobs, what each stage does.
 ///
 /// Shows how fast tokens come, who waits, and for each stage how long a step computes, waits and sends. Keys: q ends, ? explains.
 #[derive(Debug, Args)]
@@ -42,19 +46,30 @@ impl Top {
         let period = Duration::from_secs_f64(self.every);
         let request = wire::figures_request(period);
         let mut figures = connection.cluster().figures(request).await?.into_inner();
+        let (jobs_sender, mut jobs) = watch::channel(None);
+        let _watching = AbortOnDropHandle::new(tokio::spawn(watch_jobs(connection.clone(), jobs_sender)));
         if self.once {
             // Rates are means between two looks.
             next(&mut figures).await?;
             let picture = next(&mut figures).await?;
-            return if global.json { output::json(&picture) } else { output::text(&top::text(&picture)) };
+            // Without a coordinator nobody knows of jobs.
+            let _ = tokio::time::timeout(JOBS_PATIENCE, jobs.wait_for(Option::is_some)).await;
+            let jobs = jobs.borrow().clone().unwrap_or_default();
+            if global.json {
+                return output::json(&Look { picture: &picture, jobs: &jobs });
+            }
+            return output::text(&top::text(&Follow { picture, jobs, lost: None }));
         }
         if global.json {
             loop {
-                output::json(&next(&mut figures).await?)?;
+                let picture = next(&mut figures).await?;
+                let jobs = jobs.borrow().clone().unwrap_or_default();
+                output::json(&Look { picture: &picture, jobs: &jobs })?;
             }
         }
         let first = next(&mut figures).await?;
-        let (sender, pictures) = watch::channel(Follow { picture: first, lost: None });
+        let now = jobs.borrow().clone().unwrap_or_default();
+        let (sender, pictures) = watch::channel(Follow { picture: first, jobs: now, lost: None });
         let stop = CancellationToken::new();
         let screen = tokio::task::spawn_blocking({
             let stop = stop.clone();
@@ -62,7 +77,7 @@ impl Top {
         });
         tokio::select! {
             shown = screen => return shown.context("the screen ended badly")?,
-            () = follow(connection, period, figures, sender) => {}
+            () = follow(connection, period, figures, jobs, sender) => {}
             () = told_to_end() => {}
         }
         // A signal: the screen is put back before the process ends.
@@ -79,12 +94,16 @@ async fn follow(
     connection: Connection,
     period: Duration,
     mut figures: Streaming<mlxnode_proto::v1::ClusterFigures>,
+    jobs: watch::Receiver<Option<Vec<JobView>>>,
     sender: watch::Sender<Follow>,
 ) {
     loop {
         let lost = loop {
             match next(&mut figures).await {
-                Ok(picture) => sender.send_replace(Follow { picture, lost: None }),
+                Ok(picture) => {
+                    let jobs = jobs.borrow().clone().unwrap_or_default();
+                    sender.send_replace(Follow { picture, jobs, lost: None })
+                }
                 Err(error) => break error,
             };
         };
@@ -95,6 +114,34 @@ async fn follow(
                 break again.into_inner();
             }
         };
+    }
+}
+
+/// A look for programs: the picture's fields, and the jobs.
+#[derive(Serialize)]
+struct Look<'a> {
+    #[serde(flatten)]
+    picture: &'a Picture,
+    jobs: &'a [JobView],
+}
+
+/// How long one look waits for the jobs.
+const JOBS_PATIENCE: Duration = Duration::from_secs(3);
+/// Before the jobs are asked for again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Keeps the jobs current, for ever; while nobody tells them they stay as they were.
+async fn watch_jobs(connection: Connection, sender: watch::Sender<Option<Vec<JobView>>>) {
+    loop {
+        if let Ok(messages) = connection.jobs().watch(WatchJobsRequest::default()).await {
+            let (mut messages, mut watched) = (messages.into_inner(), WatchedJobs::default());
+            while let Ok(Some(message)) = messages.message().await {
+                if let Some(jobs) = watched.take(message) {
+                    sender.send_replace(Some(jobs.to_vec()));
+                }
+            }
+        }
+        tokio::time::sleep(RETRY).await;
     }
 }
 

@@ -1,7 +1,8 @@
 //! What `mlxnode top` shows: tables made of the picture, in the order that the person wants, and what keys do to them.
 
 use super::Follow;
-use super::words::{bytes, rate, share, time};
+use super::words::{bytes, loss, rate, share, span, time};
+use mlxnode_api::jobs::JobView;
 use mlxnode_api::picture::{DeploymentPicture, Picture, StagePicture};
 use std::cmp::Ordering;
 use std::collections::VecDeque;
@@ -11,16 +12,18 @@ use std::collections::VecDeque;
 pub enum Pane {
     Nodes,
     Models,
+    Jobs,
     Stages,
 }
 
 impl Pane {
-    pub const ALL: [Self; 3] = [Self::Nodes, Self::Models, Self::Stages];
+    pub const ALL: [Self; 4] = [Self::Nodes, Self::Models, Self::Jobs, Self::Stages];
 
     pub fn title(self) -> &'static str {
         match self {
             Self::Nodes => "Nodes",
             Self::Models => "Models",
+            Self::Jobs => "Jobs",
             Self::Stages => "Stages",
         }
     }
@@ -30,6 +33,7 @@ impl Pane {
         match self {
             Self::Nodes => &NODES,
             Self::Models => &MODELS,
+            Self::Jobs => &JOBS,
             Self::Stages => &STAGES,
         }
     }
@@ -53,6 +57,16 @@ const MODELS: [Column; 8] = [
     Column::figure("waiting"),
     Column::figure("KV"),
     Column::words("layers"),
+];
+const JOBS: [Column; 8] = [
+    Column::words("job"),
+    Column::words("state"),
+    Column::figure("step"),
+    Column::figure("loss"),
+    Column::figure("tokens/s"),
+    Column::figure("time left"),
+    Column::words("node"),
+    Column::words("model"),
 ];
 const STAGES: [Column; 10] = [
     Column::words("model"),
@@ -145,8 +159,8 @@ const HISTORY: usize = 120;
 pub struct Board {
     pub follow: Follow,
     pub focus: usize,
-    pub selected: [usize; 3],
-    pub sorting: [Sorting; 3],
+    pub selected: [usize; 4],
+    pub sorting: [Sorting; 4],
     pub shows_help: bool,
     /// Generated tokens per second, the newest last.
     pub history: VecDeque<u64>,
@@ -198,7 +212,7 @@ impl Board {
 
     /// A table in its order.
     pub fn rows(&self, pane: Pane) -> Vec<Row> {
-        let mut rows = rows(&self.follow.picture, pane);
+        let mut rows = rows(&self.follow, pane);
         let sorting = Pane::ALL.iter().position(|other| *other == pane).map(|index| self.sorting[index]);
         let Some(Sorting { column, is_reversed }) = sorting else { return rows };
         if let Some(column) = column {
@@ -212,17 +226,17 @@ impl Board {
 
     fn keep_selections(&mut self) {
         for (index, pane) in Pane::ALL.into_iter().enumerate() {
-            let most = rows(&self.follow.picture, pane).len().saturating_sub(1);
+            let most = rows(&self.follow, pane).len().saturating_sub(1);
             self.selected[index] = self.selected[index].min(most);
         }
     }
 }
 
 /// All tables as text, for `--once`.
-pub fn text(picture: &Picture) -> String {
-    let mut text = format!("{}\n", summary(picture));
+pub fn text(follow: &Follow) -> String {
+    let mut text = format!("{}\n", summary(&follow.picture));
     for pane in Pane::ALL {
-        let rows = rows(picture, pane);
+        let rows = rows(follow, pane);
         text.push_str(&format!("\n{}\n", pane.title().to_uppercase()));
         let columns = pane.columns();
         let width = |column: usize| {
@@ -263,8 +277,10 @@ pub fn summary(picture: &Picture) -> String {
     )
 }
 
-fn rows(picture: &Picture, pane: Pane) -> Vec<Row> {
+fn rows(follow: &Follow, pane: Pane) -> Vec<Row> {
+    let picture = &follow.picture;
     match pane {
+        Pane::Jobs => jobs(&follow.jobs),
         Pane::Nodes => nodes(picture),
         Pane::Models => models(picture),
         Pane::Stages => stages(picture),
@@ -326,6 +342,39 @@ fn models(picture: &Picture) -> Vec<Row> {
     picture.deployments.iter().map(row).collect()
 }
 
+fn jobs(jobs: &[JobView]) -> Vec<Row> {
+    let row = |job: &JobView| {
+        let is_running = job.state == "running";
+        let state = match job.detail.as_str() {
+            "" => job.state.clone(),
+            detail => format!("{}: {detail}", job.state),
+        };
+        let step = match job.steps {
+            0 => Cell::figure("–".into(), None),
+            steps => Cell::figure(format!("{} of {steps}", job.step), Some(job.step as f64)),
+        };
+        let speed = Some(job.tokens_per_second).filter(|speed| is_running && *speed > 0.0);
+        let model = match job.served_as.as_slice() {
+            [] => job.model.clone(),
+            names => format!("{} → {}", job.model, names.join(", ")),
+        };
+        Row {
+            cells: vec![
+                Cell::words(&job.id),
+                Cell::words(state),
+                step,
+                Cell::figure(loss(job.last_loss()), job.last_loss()),
+                Cell::figure(rate(speed), speed),
+                Cell::figure(span(job.seconds_left), job.seconds_left),
+                Cell::words(&job.node),
+                Cell::words(model),
+            ],
+            is_well: !matches!(job.state.as_str(), "failed" | "waiting for nodes"),
+        }
+    };
+    jobs.iter().map(row).collect()
+}
+
 fn stages(picture: &Picture) -> Vec<Row> {
     let mut rows = Vec::new();
     for deployment in &picture.deployments {
@@ -377,6 +426,7 @@ fn layers(stage: &StagePicture) -> String {
 #[cfg(test)]
 pub mod tests {
     use super::*;
+    use mlxnode_api::jobs::LossPoint;
     use mlxnode_api::picture::{
         Coordinator, DeploymentFacts, Link, NodeFacts, NodePicture, StageFacts, StageFigures, StageRates,
         Totals,
@@ -450,7 +500,19 @@ pub mod tests {
             },
             ..Picture::default()
         };
-        Follow { picture, lost: None }
+        let job = |id: &str, state: &str| JobView {
+            id: id.into(),
+            model: "demo".into(),
+            state: state.into(),
+            step: 30,
+            steps: 200,
+            tokens_per_second: 512.0,
+            losses: vec![LossPoint { step: 30, training: Some(1.234_56), validation: None }],
+            ..JobView::default()
+        };
+        let running = JobView { node: "mini".into(), seconds_left: Some(754.0), ..job("poet", "running") };
+        let failed = JobView { detail: "the loss is not finite".into(), ..job("other", "failed") };
+        Follow { picture, jobs: vec![running, failed], lost: None }
     }
 
     fn column(board: &Board, pane: Pane, column: usize) -> Vec<String> {
@@ -488,14 +550,14 @@ pub mod tests {
         for _ in 0..9 {
             board.wish(Wish::Down);
         }
-        assert_eq!(board.selected, [0, 0, 0]);
+        assert_eq!(board.selected, [0, 0, 0, 0]);
         board.update(example());
         for _ in 0..9 {
             board.wish(Wish::Down);
         }
-        assert_eq!(board.selected, [1, 0, 0]);
+        assert_eq!(board.selected, [1, 0, 0, 0]);
         board.update(Follow::default());
-        assert_eq!(board.selected, [0, 0, 0], "a table that shrinks takes it along");
+        assert_eq!(board.selected, [0, 0, 0, 0], "a table that shrinks takes it along");
         assert_eq!(board.history.len(), 2);
     }
 
@@ -509,10 +571,21 @@ pub mod tests {
 
     #[test]
     fn a_look_as_text_has_every_row() {
-        let text = text(&example().picture);
-        for words in
-            ["Desk · coordinator studio · 81.0 tokens/s", "mini", "9..36", "12.00 ms", "300 µs", "dead"]
-        {
+        let text = text(&example());
+        for words in [
+            "JOBS",
+            "poet",
+            "30 of 200",
+            "1.235",
+            "13 min",
+            "failed: the loss is not finite",
+            "Desk · coordinator studio · 81.0 tokens/s",
+            "mini",
+            "9..36",
+            "12.00 ms",
+            "300 µs",
+            "dead",
+        ] {
             assert!(text.contains(words), "no {words} in\n{text}");
         }
     }

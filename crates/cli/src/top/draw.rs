@@ -55,13 +55,21 @@ fn head(frame: &mut Frame<'_>, board: &Board, area: Rect) {
 fn tables(frame: &mut Frame<'_>, board: &Board, area: Rect) {
     let wanted = Pane::ALL.map(|pane| u16::try_from(board.rows(pane).len()).unwrap_or(u16::MAX).max(1));
     let all = wanted.iter().fold(0u16, |sum, rows| sum.saturating_add(rows.saturating_add(FRAME)));
+    // As many rows of each other table as leave room for a few of this one; at least its name.
+    let others = (0..=2_u16).rev().find(|rows| {
+        let sizes = wanted.iter().enumerate().map(|(index, wanted)| match index == board.focus {
+            true => FRAME + 2,
+            false => FRAME + wanted.min(rows),
+        });
+        sizes.sum::<u16>() <= area.height
+    });
     let constraints = Pane::ALL.iter().enumerate().map(|(index, _)| {
         let is_last = index + 1 == Pane::ALL.len();
         match (all <= area.height, index == board.focus) {
             (true, _) if is_last => Constraint::Min(FRAME),
             (true, _) => Constraint::Length(wanted[index].saturating_add(FRAME)),
             (false, true) => Constraint::Min(FRAME + 2),
-            (false, false) => Constraint::Length(FRAME + wanted[index].min(2)),
+            (false, false) => Constraint::Length(others.map_or(1, |rows| FRAME + wanted[index].min(rows))),
         }
     });
     let areas = Layout::vertical(constraints.collect::<Vec<_>>()).split(area);
@@ -132,6 +140,7 @@ fn table(frame: &mut Frame<'_>, board: &Board, index: usize, pane: Pane, area: R
 fn empty(pane: Pane) -> &'static str {
     match pane {
         Pane::Nodes => "none",
+        Pane::Jobs => "there is no job; `mlxnode jobs submit lora.yaml` submits one",
         Pane::Models | Pane::Stages => "no model is loaded; `mlxnode load MODEL` loads one",
     }
 }
@@ -149,6 +158,7 @@ fn help(frame: &mut Frame<'_>, area: Rect) {
         "compute    of one step",
         "wait       of a batch before its step",
         "send       of what a step made, to the next stage",
+        "loss       the last of what a job learns from",
         "KV         promised part of the reserved memory",
         "–          not known",
     ];
@@ -176,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn a_usual_screen_has_all_three_tables() {
+    fn a_usual_screen_has_all_tables() {
         let mut board = Board::default();
         board.update(example());
         let screen = shown(&board, 120, 30);
@@ -184,6 +194,10 @@ mod tests {
             "Desk · coordinator studio",
             "Nodes",
             "Models",
+            "Jobs",
+            "poet",
+            "30 of 200",
+            "13 min",
             "Stages",
             "qwen",
             "mini",

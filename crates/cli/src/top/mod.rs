@@ -2,7 +2,7 @@
 //!
 //! | module | one line |
 //! |---|---|
-//! | [`board`] | what is shown: three tables of rows, which one has the focus, what keys do; plain |
+//! | [`board`] | what is shown: four tables of rows, which one has the focus, what keys do; plain |
 //! | [`draw`] | the board on a screen |
 //! | [`mod@screen`] | the terminal: taken, written, read, given back |
 //! | [`words`] | figures as people read them |
@@ -17,12 +17,15 @@ mod words;
 pub use board::text;
 pub use screen::{is_restored, screen};
 
+use mlxnode_api::jobs::JobView;
 use mlxnode_api::picture::Picture;
 
 /// The newest picture, and whether there will be more.
 #[derive(Clone, Debug, Default)]
 pub struct Follow {
     pub picture: Picture,
+    /// The newest first.
+    pub jobs: Vec<JobView>,
     /// Why there is nothing newer; then the picture is old.
     pub lost: Option<String>,
 }

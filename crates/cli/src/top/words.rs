@@ -23,6 +23,20 @@ pub fn time(seconds: Option<f64>) -> String {
     }
 }
 
+pub fn loss(loss: Option<f64>) -> String {
+    loss.map_or_else(|| UNKNOWN.to_owned(), |loss| format!("{loss:.3}"))
+}
+
+/// What people wait for: whole seconds, minutes, hours.
+pub fn span(seconds: Option<f64>) -> String {
+    match seconds.map(|seconds| seconds.max(0.0).round() as u64) {
+        None => UNKNOWN.to_owned(),
+        Some(seconds @ 0..90) => format!("{seconds} s"),
+        Some(seconds @ 90..5400) => format!("{} min", seconds.div_ceil(60)),
+        Some(seconds) => format!("{} h {:02} min", seconds / 3600, seconds % 3600 / 60),
+    }
+}
+
 pub fn share(part: Option<f64>) -> String {
     part.map_or_else(|| UNKNOWN.to_owned(), |part| format!("{:.0} %", part * 100.0))
 }
@@ -43,6 +57,9 @@ mod tests {
         );
         let times = [0.0, 0.000_25, 0.0123, 0.25, 2.0].map(|seconds| time(Some(seconds)));
         assert_eq!(times, ["0", "250 µs", "12.30 ms", "250 ms", "2.0 s"]);
+        let spans = [0.4, 89.0, 754.0, 7384.0].map(|seconds| span(Some(seconds)));
+        assert_eq!(spans, ["0 s", "89 s", "13 min", "2 h 03 min"]);
+        assert_eq!((loss(Some(1.234_56)), span(None)), ("1.235".into(), "–".into()));
         assert_eq!((share(Some(0.256)), time(None)), ("26 %".into(), "–".into()));
     }
 }

@@ -5,7 +5,9 @@ pub mod data;
 mod figures;
 mod files;
 pub mod job;
+mod reading;
 
 pub use checkpoints::Checkpoints;
 pub use figures::Figures;
 pub use files::Files;
+pub use reading::TrainingReader;

@@ -30,8 +30,8 @@ mod view;
 pub use content::{ContentHash, NotAHash};
 pub use curve::{Curve, LossPoint, MAX_POINTS};
 pub use spec::{
-    InputFile, JobKind, JobSpec, MAX_CONFIGURATION_BYTES, MAX_INPUT_BYTES, MAX_INPUTS, PublishWish,
-    SavePolicy, check_file_name, check_id,
+    InputFile, JobKind, JobSpec, MAX_CONFIGURATION_BYTES, MAX_INPUT_BYTES, MAX_INPUTS, MAX_WORKERS,
+    PublishWish, SavePolicy, check_file_name, check_id,
 };
 pub use table::{Jobs, StoredJob};
 pub use view::{HeldCheckpoint, JobState, JobView, LogLine, Progress, Publication};

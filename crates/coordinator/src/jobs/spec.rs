@@ -5,6 +5,7 @@ use crate::Error;
 use crate::deployments::{check_adapter_name, check_name};
 use mlxnode_compute::ByteCount;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Longest id.
 const MAX_ID_BYTES: usize = 64;
@@ -17,7 +18,10 @@ pub const MAX_INPUT_BYTES: u64 = 64 << 30;
 /// Longest name of a file.
 const MAX_FILE_NAME_BYTES: usize = 128;
 /// Most nodes that compute a job together.
-const MAX_WORKERS: u32 = mlxnode_collective::MOST_MEMBERS as u32;
+pub const MAX_WORKERS: u32 = mlxnode_collective::MOST_MEMBERS as u32;
+/// Most labels of a job, and how long they are all together.
+const MAX_LABELS: usize = 32;
+const MAX_LABEL_BYTES: usize = 16 << 10;
 /// Most checkpoints that a job may keep.
 const MAX_KEPT: u32 = 32;
 
@@ -127,6 +131,9 @@ pub struct JobSpec {
     /// Who submitted it: the name of a key; empty: this cluster's own people.
     #[serde(default)]
     pub owner: String,
+    /// What the submitter notes about it; kept and told again.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
 }
 
 fn one() -> u32 {
@@ -186,6 +193,13 @@ impl JobSpec {
         if self.owner.len() > MAX_FILE_NAME_BYTES {
             return invalid(format!("owner is longer than {MAX_FILE_NAME_BYTES} bytes"));
         }
+        if self.labels.len() > MAX_LABELS {
+            return invalid(format!("labels has {} entries, but may have {MAX_LABELS}", self.labels.len()));
+        }
+        let bytes: usize = self.labels.iter().map(|(name, text)| name.len() + text.len()).sum();
+        if bytes > MAX_LABEL_BYTES {
+            return invalid(format!("labels have {bytes} bytes together, but may have {MAX_LABEL_BYTES}"));
+        }
         if let Some(publish) = &self.publish {
             check_name(&publish.deployment)?;
             check_adapter_name(&publish.adapter)?;
@@ -239,6 +253,7 @@ mod tests {
             saves: SavePolicy::default(),
             publish: None,
             owner: String::new(),
+            labels: BTreeMap::new(),
         }
     }
 
@@ -247,7 +262,12 @@ mod tests {
         assert_eq!(spec().check(), Ok(()));
         let again = spec().inputs[0].clone();
         type Change = Box<dyn Fn(&mut JobSpec)>;
-        let cases: [(Change, &str); 9] = [
+        let cases: [(Change, &str); 11] = [
+            (
+                Box::new(|spec| spec.labels = (0..99).map(|it| (it.to_string(), String::new())).collect()),
+                "labels",
+            ),
+            (Box::new(|spec| spec.labels = BTreeMap::from([("a".into(), "x".repeat(99_999))])), "labels"),
             (Box::new(|spec| spec.id = "../x".into()), "id"),
             (Box::new(|spec| spec.id = "-x".into()), "id"),
             (Box::new(|spec| spec.model = " ".into()), "model"),

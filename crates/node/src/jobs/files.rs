@@ -1,14 +1,18 @@
 //! What the API asks of the store.
 
 use super::bundle::{self, BundleFile};
+use super::checking::Checker;
 use super::peer_client::{Peers, on_disk};
 use super::service::pieces;
 use super::store::Incoming;
+use super::unnamed::Unnamed;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use futures::{FutureExt as _, StreamExt as _};
-use mlxnode_api::jobs::{ContentHash, FilePiece, JobFiles, Received, Receiving};
+use mlxnode_api::jobs::{
+    ContentHash, Examined, FilePiece, JobFiles, NamedFile, Received, Receiving, TakingIn, Unfit,
+};
 use mlxnode_cluster::NodeId;
 use mlxnode_coordinator::Error;
 use mlxnode_coordinator::jobs::{Checkpoint, InputFile};
@@ -17,6 +21,7 @@ use mlxnode_coordinator::jobs::{Checkpoint, InputFile};
 #[derive(Clone)]
 pub(crate) struct NodeJobFiles {
     pub(crate) peers: Peers,
+    pub(crate) checker: Checker,
 }
 
 struct Upload(Option<Incoming>);
@@ -41,6 +46,28 @@ impl Receiving for Upload {
             let incoming = self.0.take().ok_or_else(gone)?;
             let (bytes, is_complete) = on_disk("taking a file in", move || incoming.finish()).await?;
             Ok(Received { bytes, is_complete })
+        }
+        .boxed()
+    }
+}
+
+struct NewFile(Option<Unnamed>);
+
+impl TakingIn for NewFile {
+    fn write(&mut self, data: Bytes) -> BoxFuture<'_, Result<(), Error>> {
+        async move {
+            let mut incoming = self.0.take().ok_or_else(gone)?;
+            let written = move || incoming.write(&data).map(|()| incoming);
+            self.0 = Some(on_disk("taking a file in", written).await?);
+            Ok(())
+        }
+        .boxed()
+    }
+
+    fn finish(mut self: Box<Self>) -> BoxFuture<'static, Result<(ContentHash, u64), Error>> {
+        async move {
+            let incoming = self.0.take().ok_or_else(gone)?;
+            on_disk("taking a file in", move || incoming.finish()).await
         }
         .boxed()
     }
@@ -81,24 +108,67 @@ impl JobFiles for NodeJobFiles {
         async move { peers.has_length(hash, bytes).await }.boxed()
     }
 
-    fn read(&self, hash: ContentHash, at_most: u64) -> BoxFuture<'static, Result<Bytes, Error>> {
-        let peers = self.peers.clone();
+    fn take_in(&self) -> BoxFuture<'static, Result<Box<dyn TakingIn>, Error>> {
+        let store = self.peers.store.clone();
         async move {
-            let input = InputFile { name: format!("file {hash}"), hash, bytes: at_most };
-            if peers.store.find(hash).is_none() {
-                peers.fetch_input(&input).await?;
-            }
-            let store = peers.store.clone();
-            on_disk("reading a file", move || {
-                use std::io::Read as _;
-                let path = store.find(hash).ok_or(std::io::ErrorKind::NotFound)?;
-                let mut bytes = Vec::new();
-                std::fs::File::open(path)?.take(at_most).read_to_end(&mut bytes)?;
-                Ok(Bytes::from(bytes))
-            })
-            .await
+            let incoming = on_disk("taking a file in", move || store.take_in()).await?;
+            Ok(Box::new(NewFile(Some(incoming))) as Box<dyn TakingIn>)
         }
         .boxed()
+    }
+
+    fn keep(&self, file: NamedFile) -> BoxFuture<'static, Result<(), Error>> {
+        let store = self.peers.store.clone();
+        async move { on_disk("keeping a file", move || store.keep(&file)).await }.boxed()
+    }
+
+    fn kept(&self) -> BoxFuture<'static, Result<Vec<NamedFile>, Error>> {
+        let peers = self.peers.clone();
+        async move {
+            let store = peers.store.clone();
+            let own = on_disk("looking for files", move || store.kept()).await?;
+            Ok(own.into_iter().chain(peers.kept().await).collect())
+        }
+        .boxed()
+    }
+
+    fn forget(&self, id: String) -> BoxFuture<'static, Result<(), Error>> {
+        let peers = self.peers.clone();
+        async move {
+            let (store, own) = (peers.store.clone(), id.clone());
+            on_disk("forgetting a file", move || store.forget(&own)).await?;
+            peers.forget(&id).await
+        }
+        .boxed()
+    }
+
+    fn content(&self, file: InputFile) -> BoxStream<'static, Result<Bytes, Error>> {
+        let peers = self.peers.clone();
+        let opened = async move {
+            peers.fetch_input(&file).await?;
+            let path = peers.store.find(file.hash);
+            path.ok_or_else(|| Error::Unavailable(format!("{} has just gone", file.name)))
+        };
+        let stream = futures::stream::once(opened).flat_map(|opened| match opened {
+            Ok(path) => pieces([path], 0)
+                .map(|piece| match piece {
+                    Ok((_, data)) => Ok(data),
+                    Err(error) => Err(Error::Failed(format!("reading a file: {error}"))),
+                })
+                .boxed(),
+            Err(error) => futures::stream::once(async move { Err(error) }).boxed(),
+        });
+        stream.boxed()
+    }
+
+    fn check(
+        &self,
+        configuration: String,
+        model: String,
+        inputs: Vec<InputFile>,
+    ) -> BoxFuture<'static, Result<Examined, Unfit>> {
+        let (checker, peers) = (self.checker.clone(), self.peers.clone());
+        async move { checker.check(&peers, configuration, model, inputs).await }.boxed()
     }
 
     fn download(

@@ -2,7 +2,7 @@
 
 use super::peer_client::Peers;
 use crate::coordination::{RETRY, RosterRoute};
-use mlxnode_api::jobs::{JobView, job_to_wire, shown};
+use mlxnode_api::jobs::{JobView, WatchedJobs, job_to_wire, jobs_client, shown};
 use mlxnode_api::{CoordinatorRoute as _, Route};
 use mlxnode_coordinator::coordinator::CoordinatorHandle;
 use mlxnode_proto::v1::WatchJobsRequest;
@@ -36,7 +36,7 @@ pub(crate) async fn follow(route: Arc<RosterRoute>, view: watch::Sender<Vec<JobV
     let mut peers = route.mesh.watch();
     loop {
         if let Ok(Route::There(channel)) = route.route()
-            && let Err(status) = follow_once(JobsClient::new(channel), &view).await
+            && let Err(status) = follow_once(jobs_client(channel), &view).await
         {
             debug!(reason = status.message(), "the coordinator's jobs cannot be followed");
         }
@@ -50,8 +50,11 @@ async fn follow_once(
     view: &watch::Sender<Vec<JobView>>,
 ) -> Result<(), Status> {
     let mut lists = client.watch(WatchJobsRequest::default()).await?.into_inner();
-    while let Some(list) = lists.message().await? {
-        view.send_replace(list.jobs.into_iter().map(shown).collect());
+    let mut watched = WatchedJobs::default();
+    while let Some(message) = lists.message().await? {
+        if let Some(jobs) = watched.take(message) {
+            view.send_replace(jobs.to_vec());
+        }
     }
     Ok(())
 }

@@ -8,6 +8,9 @@
 //! | module | one line |
 //! |---|---|
 //! | `store` | files by their content, under a quota, and what of them is still wanted |
+//! | `named` | files that somebody gave a name, and that stay until they are forgotten |
+//! | `checking` | configuration and rows, looked through before a job is submitted |
+//! | `unnamed` | files that come in before anybody knows what they are called |
 //! | `room` | what is announced counts as taken |
 //! | `bundle` | a checkpoint on the disk: written whole or not at all, checked by hashes |
 //! | `peer_client` | fetches both from other nodes |
@@ -20,9 +23,11 @@
 //! | `mirror` | the jobs as this node shows them |
 
 mod bundle;
+mod checking;
 pub(crate) mod client;
 pub(crate) mod files;
 pub(crate) mod mirror;
+mod named;
 mod pace;
 mod peer_client;
 mod room;
@@ -33,7 +38,10 @@ mod store;
 mod team;
 #[cfg(test)]
 mod tests;
+mod unnamed;
 
+pub(crate) use checking::Checker;
+pub use checking::JobReader;
 pub(crate) use peer_client::Peers;
 pub(crate) use runner::{Runners, RunnersOptions};
 pub(crate) use store::Store;

@@ -1,13 +1,17 @@
 //! Fetches files and checkpoints from whichever node has them.
 
 use super::bundle::{self, Manifest};
+use super::client::parsed;
 use super::store::{Store, copy_name};
 use futures::StreamExt as _;
+use mlxnode_api::jobs::NamedFile;
 use mlxnode_cluster::{MeshHandle, NodeId, RosterStore};
 use mlxnode_coordinator::Error;
 use mlxnode_coordinator::jobs::{Checkpoint, ContentHash, InputFile};
 use mlxnode_proto::internal::v1::job_runner_client::JobRunnerClient;
-use mlxnode_proto::internal::v1::{ContentPiece, ReadCheckpointRequest, ReadContentRequest};
+use mlxnode_proto::internal::v1::{
+    ContentPiece, ForgetFileRequest, KeptFilesRequest, ReadCheckpointRequest, ReadContentRequest,
+};
 use std::collections::BTreeSet;
 use std::io;
 use std::path::PathBuf;
@@ -36,7 +40,7 @@ pub(crate) struct Peers {
 pub(super) fn disk(what: &str) -> impl FnOnce(io::Error) -> Error {
     let what = what.to_owned();
     move |error| match error.kind() {
-        io::ErrorKind::InvalidInput => Error::Invalid(error.to_string()),
+        io::ErrorKind::InvalidInput | io::ErrorKind::FileTooLarge => Error::Invalid(error.to_string()),
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             Error::TooMany(format!("{what}: {error}"))
         }
@@ -94,6 +98,34 @@ impl Peers {
             }
         }
         missing
+    }
+
+    /// What the other nodes keep, as far as they answer.
+    pub(super) async fn kept(&self) -> Vec<NamedFile> {
+        let asked = self.clients().into_iter().map(|(_, mut client)| async move {
+            let answer = tokio::time::timeout(ANSWER, client.kept_files(KeptFilesRequest {})).await;
+            let files = answer.ok()?.ok()?.into_inner().files;
+            parsed::<Vec<NamedFile>>(&files, "what another node keeps").ok()
+        });
+        futures::future::join_all(asked).await.into_iter().flatten().flatten().collect()
+    }
+
+    /// Has the other nodes forget a file.
+    ///
+    /// # Errors
+    /// When one does not answer: it may keep it still.
+    pub(super) async fn forget(&self, id: &str) -> Result<(), Error> {
+        let asked = self.clients().into_iter().map(|(node, mut client)| async move {
+            let request = ForgetFileRequest { id: id.to_owned() };
+            match tokio::time::timeout(ANSWER, client.forget_file(request)).await {
+                Ok(Ok(_)) => Ok(()),
+                _ => Err(Error::Unavailable(format!(
+                    "{} does not answer and may keep the file; delete it again in a moment",
+                    self.name(node)
+                ))),
+            }
+        });
+        futures::future::join_all(asked).await.into_iter().collect()
     }
 
     /// Is this the length of a file, as the first node says that has it? `None`: no node has it that can be reached.

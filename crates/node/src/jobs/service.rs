@@ -2,6 +2,7 @@
 
 use super::bundle;
 use super::client::{json, parsed};
+use super::peer_client::on_disk;
 use super::runner::Runners;
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
@@ -11,9 +12,10 @@ use mlxnode_coordinator::Error;
 use mlxnode_coordinator::jobs::{Checkpoint, ContentHash};
 use mlxnode_proto::internal::v1::job_runner_server::JobRunner;
 use mlxnode_proto::internal::v1::{
-    ContentPiece, CopyCheckpointRequest, CopyCheckpointResponse, HelpJobReport, HelpJobRequest,
-    ReadCheckpointRequest, ReadContentRequest, RunJobReport, RunJobRequest, StopJobRequest, StopJobResponse,
-    TidyJobsRequest, TidyJobsResponse,
+    ContentPiece, CopyCheckpointRequest, CopyCheckpointResponse, ForgetFileRequest, ForgetFileResponse,
+    HelpJobReport, HelpJobRequest, KeptFilesRequest, KeptFilesResponse, ReadCheckpointRequest,
+    ReadContentRequest, RunJobReport, RunJobRequest, StopJobRequest, StopJobResponse, TidyJobsRequest,
+    TidyJobsResponse,
 };
 use std::collections::VecDeque;
 use std::io::SeekFrom;
@@ -150,6 +152,24 @@ impl JobRunner for JobRunnerService {
         let held = self.runners.tidy(wanted).await.map_err(status)?;
         let held = held.iter().map(|hash| hash.as_bytes().to_vec().into()).collect();
         Ok(Response::new(TidyJobsResponse { held }))
+    }
+
+    async fn kept_files(
+        &self,
+        _request: Request<KeptFilesRequest>,
+    ) -> Result<Response<KeptFilesResponse>, Status> {
+        let store = self.runners.peers().store.clone();
+        let kept = on_disk("looking for files", move || store.kept()).await.map_err(status)?;
+        Ok(Response::new(KeptFilesResponse { files: json(&kept).map_err(status)? }))
+    }
+
+    async fn forget_file(
+        &self,
+        request: Request<ForgetFileRequest>,
+    ) -> Result<Response<ForgetFileResponse>, Status> {
+        let (store, id) = (self.runners.peers().store.clone(), request.into_inner().id);
+        on_disk("forgetting a file", move || store.forget(&id)).await.map_err(status)?;
+        Ok(Response::new(ForgetFileResponse {}))
     }
 
     async fn read_content(

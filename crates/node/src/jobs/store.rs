@@ -4,6 +4,9 @@
 //! jobs/
 //!   files/HASH          a file whose content has this hash
 //!   files/HASH.part     one that is not all here yet
+//!   files/upload-…      one whose content is not known yet; nothing is left of it when its upload breaks
+//!   named/ID.json       a file that somebody gave a name: see `named`
+//!   checks/…            what is looked through before a job is submitted
 //!   ID/inputs/NAME      what a job reads, by the names it knows
 //!   ID/checkpoints/…    see `bundle`
 //! ```
@@ -12,6 +15,7 @@
 
 use super::bundle;
 use super::room::{Promise, Room};
+use super::unnamed;
 use mlxnode_collective::MemberId;
 use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::jobs::{ContentHash, Wanted};
@@ -24,6 +28,10 @@ use std::time::{Duration, SystemTime};
 
 /// A file that no job names stays for so long: its job may be about to be submitted.
 const GRACE: Duration = Duration::from_secs(24 * 3600);
+/// An upload that nobody writes to is over after so long.
+const UPLOAD_GRACE: Duration = Duration::from_secs(60);
+/// Folders that are no job's.
+const NO_JOBS: [&str; 3] = ["files", "named", "checks"];
 /// Most bytes of a node's files of jobs.
 const QUOTA: ByteCount = ByteCount(256 << 30);
 
@@ -72,7 +80,7 @@ pub(super) fn copy_name(hash: ContentHash) -> String {
     format!("{COPY}{hash}")
 }
 
-fn invalid(text: String) -> io::Error {
+pub(super) fn invalid(text: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, text)
 }
 
@@ -86,15 +94,19 @@ impl Store {
         Self { root, room: Arc::default(), proved: Arc::default() }
     }
 
-    fn files(&self) -> PathBuf {
+    pub(super) fn files(&self) -> PathBuf {
         self.root.join("files")
+    }
+
+    pub(super) fn named(&self) -> PathBuf {
+        self.root.join("named")
     }
 
     /// Where a job's own things are. The id was checked by the coordinator and is checked again: it is part of a path.
     pub(super) fn job(&self, id: &str) -> io::Result<PathBuf> {
         mlxnode_coordinator::jobs::check_id(id).map_err(|error| invalid(error.to_string()))?;
-        if id == "files" {
-            return Err(invalid("a job cannot be called \"files\"".to_owned()));
+        if NO_JOBS.contains(&id) {
+            return Err(invalid(format!("a job cannot be called {id:?}")));
         }
         Ok(self.root.join(id))
     }
@@ -178,7 +190,12 @@ impl Store {
         Ok(Incoming { hash, bytes, received: offset, hasher, promise, proved, file, part, target })
     }
 
-    fn promise_file(&self, bytes: u64) -> io::Result<Promise> {
+    /// This file is what it is called.
+    pub(super) fn is_proved(&self, hash: ContentHash) {
+        locked(&self.proved).insert(hash);
+    }
+
+    pub(super) fn promise_file(&self, bytes: u64) -> io::Result<Promise> {
         let mut used = 0_u64;
         for entry in fs::read_dir(self.files())? {
             used = used.saturating_add(entry?.metadata()?.len());
@@ -190,7 +207,17 @@ impl Store {
     pub(super) fn lay_out(&self, id: &str, inputs: &[(String, ContentHash)]) -> io::Result<PathBuf> {
         let job = self.job(id)?;
         bundle::make_folder(&job)?;
-        let folder = job.join("inputs");
+        self.lay_out_in(job.join("inputs"), inputs)
+    }
+
+    /// The same to look at, until the folder is dropped.
+    pub(super) fn lay_out_to_check(&self, inputs: &[(String, ContentHash)]) -> io::Result<Checked> {
+        let folder = Checked(self.root.join("checks").join(format!("{:032x}", rand::random::<u128>())));
+        self.lay_out_in(folder.0.clone(), inputs)?;
+        Ok(folder)
+    }
+
+    fn lay_out_in(&self, folder: PathBuf, inputs: &[(String, ContentHash)]) -> io::Result<PathBuf> {
         match fs::remove_dir_all(&folder) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -225,7 +252,7 @@ impl Store {
         for entry in entries {
             let entry = entry?;
             let Some(id) = entry.file_name().to_str().map(str::to_owned) else { continue };
-            if id == "files" || !entry.file_type()?.is_dir() {
+            if NO_JOBS.contains(&id.as_str()) || !entry.file_type()?.is_dir() {
                 continue;
             }
             let at_work = at_work.get(&id);
@@ -240,8 +267,9 @@ impl Store {
                 None => fs::remove_dir_all(entry.path())?,
             }
         }
-        let named: BTreeSet<String> =
+        let mut named: BTreeSet<String> =
             wanted.iter().flat_map(|job| &job.inputs).map(ContentHash::to_string).collect();
+        named.extend(self.kept()?.iter().map(|file| file.hash.to_string()));
         let entries = match fs::read_dir(self.files()) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(held),
@@ -250,13 +278,40 @@ impl Store {
         let now = SystemTime::now();
         for entry in entries {
             let entry = entry?;
-            let is_named = entry.file_name().to_str().is_some_and(|name| named.contains(name));
-            let age = entry.metadata()?.modified().ok().and_then(|at| now.duration_since(at).ok());
-            if !is_named && age.is_some_and(|age| age > GRACE) {
+            let name = entry.file_name();
+            let name = name.to_str().unwrap_or_default();
+            let age = match entry.metadata().and_then(|it| it.modified()) {
+                Ok(at) => now.duration_since(at).unwrap_or_default(),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            let is_over = match name.starts_with(unnamed::BEGIN) {
+                true => age > UPLOAD_GRACE && File::open(entry.path())?.try_lock().is_ok(),
+                false => age > GRACE && !named.contains(name),
+            };
+            if is_over {
                 fs::remove_file(entry.path())?;
             }
         }
+        if let Ok(entries) = fs::read_dir(self.root.join("checks")) {
+            for entry in entries {
+                let entry = entry?;
+                let made = entry.metadata()?.modified()?;
+                if now.duration_since(made).is_ok_and(|age| age > GRACE) {
+                    fs::remove_dir_all(entry.path())?;
+                }
+            }
+        }
         Ok(held)
+    }
+}
+
+/// Files by the names that a job would know them by, for as long as this lives.
+pub(super) struct Checked(pub(super) PathBuf);
+
+impl Drop for Checked {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
     }
 }
 

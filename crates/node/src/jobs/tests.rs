@@ -63,6 +63,7 @@ fn order(id: &str, epoch: u64) -> RunJob {
         saves: SavePolicy::default(),
         publish: None,
         owner: String::new(),
+        labels: Default::default(),
     };
     RunJob { spec, epoch, checkpoints: Vec::new(), memory: ByteCount(60) }
 }

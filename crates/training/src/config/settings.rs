@@ -45,6 +45,11 @@ impl Settings {
         }
     }
 
+    /// The keys that are given.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.values.keys().map(String::as_str)
+    }
+
     /// A key's value.
     pub(crate) fn get(&self, key: &str) -> Option<&Value> {
         self.values.get(key)

@@ -29,6 +29,104 @@ pub(super) enum Shape {
     Preferences,
 }
 
+impl Shape {
+    /// What the rows are, by the first of them.
+    pub(super) fn of(
+        first: &Record,
+        features: &Features,
+        mask: Mask,
+        is_preference: bool,
+    ) -> Result<Self, DataError> {
+        let has = |field: &str| first.fields.contains_key(field);
+        let wrong = |problem: String| DataError::Row { place: first.place.clone(), problem };
+        if is_preference {
+            return match has("chosen") && has("rejected") {
+                true => Ok(Self::Preferences),
+                false => Err(wrong(
+                    "preference training needs \"chosen\" and \"rejected\" in each row, and mostly \"prompt\"".to_owned(),
+                )),
+            };
+        }
+        if has(&features.prompt) && has(&features.completion) {
+            Ok(Self::Completions)
+        } else if has(&features.chat) {
+            Ok(Self::Conversations)
+        } else if has(&features.text) {
+            match mask {
+                Mask::None => Ok(Self::Texts),
+                _ => Err(wrong(
+                    "rows of plain text have no prompt that could be masked: take mask_prompt and mask_turns out".to_owned(),
+                )),
+            }
+        } else {
+            let Features { prompt, completion, chat, text } = features;
+            let found: Vec<&str> = first.fields.keys().take(8).map(String::as_str).collect();
+            Err(wrong(format!(
+                "a row needs {prompt:?} and {completion:?}, or {chat:?}, or {text:?}, but has {found:?}; other names can be given \
+                 (prompt_feature, completion_feature, chat_feature, text_feature)"
+            )))
+        }
+    }
+}
+
+/// What a record says, before any tokenizer.
+pub(super) enum Content<'a> {
+    Text(&'a str),
+    Conversation { messages: Vec<Message>, tools: Option<Vec<Value>>, opens_answer: bool },
+    Pair { before: Vec<Message>, chosen: Vec<Message>, rejected: Vec<Message>, tools: Option<Vec<Value>> },
+}
+
+impl<'a> Content<'a> {
+    /// Of a record of this shape.
+    pub(super) fn of(record: &'a Record, shape: Shape, features: &Features) -> Result<Self, DataError> {
+        let fields = Fields(record);
+        Ok(match shape {
+            Shape::Texts => Self::Text(fields.words(&features.text)?),
+            Shape::Completions => {
+                let messages = vec![
+                    fields.message("user", &features.prompt)?,
+                    fields.message("assistant", &features.completion)?,
+                ];
+                Self::Conversation { messages, tools: fields.tools()?, opens_answer: true }
+            }
+            Shape::Conversations => {
+                let messages = fields.messages(&features.chat)?;
+                let opens_answer = messages.last().is_some_and(|last| last.role == "assistant");
+                Self::Conversation { messages, tools: fields.tools()?, opens_answer }
+            }
+            Shape::Preferences => Self::pair(record, &features.prompt)?,
+        })
+    }
+
+    /// A prompt with a better and a worse answer: texts, or messages; the prompt may also be what both conversations begin with.
+    fn pair(record: &'a Record, prompt: &str) -> Result<Self, DataError> {
+        let fields = Fields(record);
+        let tools = fields.tools()?;
+        let mut before = match record.fields.get(prompt) {
+            None | Some(Value::Null) => Vec::new(),
+            Some(Value::String(_)) => vec![fields.message("user", prompt)?],
+            Some(_) => fields.messages(prompt)?,
+        };
+        let answer = |name: &str| match record.fields.get(name) {
+            Some(Value::String(_)) => Ok(vec![fields.message("assistant", name)?]),
+            _ => fields.messages(name),
+        };
+        let (mut chosen, mut rejected) = (answer("chosen")?, answer("rejected")?);
+        if before.is_empty() {
+            let shared = chosen.iter().zip(&rejected).take_while(|(one, other)| one == other).count();
+            before.extend(chosen.drain(..shared));
+            rejected.drain(..shared);
+        }
+        if before.is_empty() || chosen.is_empty() || rejected.is_empty() {
+            return Err(fields.wrong(
+                "there is no prompt: name one, or let \"chosen\" and \"rejected\" begin with the same messages and end with others"
+                    .to_owned(),
+            ));
+        }
+        Ok(Self::Pair { before, chosen, rejected, tools })
+    }
+}
+
 /// A conversation and what its template is given beside it.
 pub(super) struct Conversation<'a> {
     pub(super) messages: &'a [Message],
@@ -50,63 +148,26 @@ impl Encoder {
 
     /// What the rows are, by the first of them.
     pub(super) fn shape(&self, first: &Record, features: &Features) -> Result<Shape, DataError> {
-        let has = |field: &str| first.fields.contains_key(field);
-        let wrong = |problem: String| DataError::Row { place: first.place.clone(), problem };
-        if self.is_preference {
-            return match has("chosen") && has("rejected") {
-                true => Ok(Shape::Preferences),
-                false => Err(wrong(
-                    "preference training needs \"chosen\" and \"rejected\" in each row, and mostly \"prompt\"".to_owned(),
-                )),
-            };
-        }
-        if has(&features.prompt) && has(&features.completion) {
-            Ok(Shape::Completions)
-        } else if has(&features.chat) {
-            Ok(Shape::Conversations)
-        } else if has(&features.text) {
-            match self.mask {
-                Mask::None => Ok(Shape::Texts),
-                _ => Err(wrong(
-                    "rows of plain text have no prompt that could be masked: take mask_prompt and mask_turns out".to_owned(),
-                )),
-            }
-        } else {
-            let Features { prompt, completion, chat, text } = features;
-            let found: Vec<&str> = first.fields.keys().take(8).map(String::as_str).collect();
-            Err(wrong(format!(
-                "a row needs {prompt:?} and {completion:?}, or {chat:?}, or {text:?}, but has {found:?}; other names can be given \
-                 (prompt_feature, completion_feature, chat_feature, text_feature)"
-            )))
-        }
+        Shape::of(first, features, self.mask, self.is_preference)
     }
 
     /// A record's tokens.
     pub(super) fn row(&self, record: &Record, shape: Shape, features: &Features) -> Result<Row, DataError> {
-        let fields = Fields(record);
-        let row = match shape {
-            Shape::Texts => Row::Single(self.text(&fields, &features.text)?),
-            Shape::Completions => {
-                let messages = [
-                    fields.message("user", &features.prompt)?,
-                    fields.message("assistant", &features.completion)?,
-                ];
-                let conversation = Conversation { messages: &messages, tools: fields.tools()? };
-                Row::Single(self.conversation(record, &conversation, true)?)
+        Ok(match Content::of(record, shape, features)? {
+            Content::Text(text) => Row::Single(self.text(record, text, &features.text)?),
+            Content::Conversation { messages, tools, opens_answer } => {
+                let conversation = Conversation { messages: &messages, tools };
+                Row::Single(self.conversation(record, &conversation, opens_answer)?)
             }
-            Shape::Conversations => {
-                let messages = fields.messages(&features.chat)?;
-                let is_answer = messages.last().is_some_and(|last| last.role == "assistant");
-                let conversation = Conversation { messages: &messages, tools: fields.tools()? };
-                Row::Single(self.conversation(record, &conversation, is_answer)?)
+            Content::Pair { before, chosen, rejected, tools } => {
+                let sequence = |answer| self.answer(record, &before, answer, &tools);
+                Row::Pair { chosen: sequence(chosen)?, rejected: sequence(rejected)? }
             }
-            Shape::Preferences => self.preference(record, &fields, &features.prompt)?,
-        };
-        Ok(row)
+        })
     }
 
-    fn text(&self, fields: &Fields<'_>, name: &str) -> Result<Sequence, DataError> {
-        let text = fields.words(name)?;
+    fn text(&self, record: &Record, text: &str, name: &str) -> Result<Sequence, DataError> {
+        let fields = Fields(record);
         let encoded = self.tokenizer.encode(text, true);
         let mut tokens = encoded.map_err(|source| fields.unencoded(source))?;
         if tokens.is_empty() {
@@ -154,43 +215,24 @@ impl Encoder {
         }
     }
 
-    /// A prompt with a better and a worse answer: texts, or messages; the prompt may also be what both conversations begin with.
-    fn preference(&self, record: &Record, fields: &Fields<'_>, prompt: &str) -> Result<Row, DataError> {
-        let tools = fields.tools()?;
-        let mut before = match record.fields.get(prompt) {
-            None | Some(Value::Null) => Vec::new(),
-            Some(Value::String(_)) => vec![fields.message("user", prompt)?],
-            Some(_) => fields.messages(prompt)?,
+    /// One of two answers to what was before.
+    fn answer(
+        &self,
+        record: &Record,
+        before: &[Message],
+        answer: Vec<Message>,
+        tools: &Option<Vec<Value>>,
+    ) -> Result<Sequence, DataError> {
+        let messages: Vec<Message> = before.iter().cloned().chain(answer).collect();
+        let conversation = Conversation { messages: &messages, tools: tools.clone() };
+        let encoded = |count: usize, opens: bool| {
+            let text = self.render(&conversation, count, opens)?;
+            self.tokenizer.encode(&text, false)
         };
-        let answer = |name: &str| match record.fields.get(name) {
-            Some(Value::String(_)) => Ok(vec![fields.message("assistant", name)?]),
-            _ => fields.messages(name),
-        };
-        let (mut chosen, mut rejected) = (answer("chosen")?, answer("rejected")?);
-        if before.is_empty() {
-            let shared = chosen.iter().zip(&rejected).take_while(|(one, other)| one == other).count();
-            before.extend(chosen.drain(..shared));
-            rejected.drain(..shared);
-        }
-        if before.is_empty() || chosen.is_empty() || rejected.is_empty() {
-            return Err(fields.wrong(
-                "there is no prompt: name one, or let \"chosen\" and \"rejected\" begin with the same messages and end with others"
-                    .to_owned(),
-            ));
-        }
-        let sequence = |answer: Vec<Message>| -> Result<Sequence, DataError> {
-            let length = before.len();
-            let messages: Vec<Message> = before.iter().cloned().chain(answer).collect();
-            let conversation = Conversation { messages: &messages, tools: tools.clone() };
-            let encoded = |count: usize, opens: bool| {
-                let text = self.render(&conversation, count, opens)?;
-                self.tokenizer.encode(&text, false)
-            };
-            let tokens = encoded(messages.len(), false).map_err(|source| fields.unencoded(source))?;
-            let offset = encoded(length, true).map_err(|source| fields.unencoded(source))?.len();
-            Ok(counted_from(tokens, offset))
-        };
-        Ok(Row::Pair { chosen: sequence(chosen)?, rejected: sequence(rejected)? })
+        let unencoded = |source| Fields(record).unencoded(source);
+        let tokens = encoded(messages.len(), false).map_err(unencoded)?;
+        let offset = encoded(before.len(), true).map_err(unencoded)?.len();
+        Ok(counted_from(tokens, offset))
     }
 
     /// What the template makes of the first `count` messages.
@@ -222,7 +264,7 @@ fn counted_from(tokens: Vec<u32>, offset: usize) -> Sequence {
 /// Reading a record's fields.
 struct Fields<'a>(&'a Record);
 
-impl Fields<'_> {
+impl<'a> Fields<'a> {
     fn wrong(&self, problem: String) -> DataError {
         DataError::Row { place: self.0.place.clone(), problem }
     }
@@ -231,12 +273,12 @@ impl Fields<'_> {
         DataError::Encode { place: self.0.place.clone(), source }
     }
 
-    fn get(&self, name: &str) -> Result<&Value, DataError> {
+    fn get(&self, name: &str) -> Result<&'a Value, DataError> {
         let value = self.0.fields.get(name).filter(|value| !value.is_null());
         value.ok_or_else(|| self.wrong(format!("there is no {name:?}")))
     }
 
-    fn words(&self, name: &str) -> Result<&str, DataError> {
+    fn words(&self, name: &str) -> Result<&'a str, DataError> {
         let text = self.get(name)?.as_str();
         let text = text.ok_or_else(|| self.wrong(format!("{name:?} is not a text")))?;
         match text.is_empty() {

@@ -11,6 +11,7 @@
 mod dataset;
 mod encoder;
 mod error;
+mod examination;
 mod folder;
 mod parquet;
 mod records;
@@ -19,6 +20,7 @@ mod turns;
 pub use dataset::{Cut, Dataset, Row, Sequence};
 pub use encoder::Encoder;
 pub use error::DataError;
+pub use examination::{Examination, examine};
 pub use folder::DataFolder;
 
 use crate::batches::Sets;

@@ -4,6 +4,8 @@ pub(super) mod adapters;
 pub(super) mod chat;
 pub(super) mod completions;
 pub(super) mod embeddings;
+pub(super) mod files;
+pub(super) mod fine_tuning;
 mod format;
 mod logprobs;
 pub(super) mod messages;

@@ -30,7 +30,7 @@ macro_rules! files {
 }
 
 const INDEX: File = File { name: "", kind: HTML, text: include_str!("../../../page/index.html") };
-const FILES: [File; 13] = files! {
+const FILES: [File; 14] = files! {
     "style.css": STYLE,
     "icon.svg": IMAGE,
     "app.js": SCRIPT,
@@ -43,6 +43,7 @@ const FILES: [File; 13] = files! {
     "map.js": SCRIPT,
     "markdown.js": SCRIPT,
     "models.js": SCRIPT,
+    "training.js": SCRIPT,
     "words.js": SCRIPT,
 };
 

@@ -15,6 +15,8 @@ pub(super) mod jobs;
 pub(super) mod models;
 mod wire;
 
+pub(super) use wire::refusal;
+
 use crate::http::{ApiError, Control, ErrorKind, HttpServices};
 
 /// The cluster behind this listener.

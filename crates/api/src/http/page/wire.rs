@@ -56,8 +56,18 @@ pub(super) fn unload_request(fields: &mut Fields) -> Result<v1::UnloadRequest, A
     Ok(v1::UnloadRequest { name: fields.needed_string("model")? })
 }
 
+pub(super) fn publish_request(id: String, fields: &mut Fields) -> Result<v1::PublishJobRequest, ApiError> {
+    let step = fields.integer("step", 0..=i64::MAX)?.unwrap_or_default();
+    Ok(v1::PublishJobRequest {
+        id,
+        step: u64::try_from(step).unwrap_or_default(),
+        model: fields.string("model")?.unwrap_or_default(),
+        adapter: fields.string("adapter")?.unwrap_or_default(),
+    })
+}
+
 /// Why an order was not carried out.
-pub(super) fn refusal(status: &Status) -> ApiError {
+pub(in crate::http) fn refusal(status: &Status) -> ApiError {
     let kind = match status.code() {
         Code::InvalidArgument | Code::OutOfRange => ErrorKind::Invalid,
         Code::NotFound => ErrorKind::NoModel,

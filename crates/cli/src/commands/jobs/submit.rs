@@ -105,6 +105,7 @@ impl Submit {
             keep_checkpoints: self.keep.unwrap_or(saves.keep),
             publish_model,
             publish_adapter,
+            ..SubmitJobRequest::default()
         };
         let job = connection.jobs().submit(request).await?.into_inner();
         if self.watch {

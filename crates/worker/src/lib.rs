@@ -46,7 +46,9 @@ pub use collective::{
 pub use compute_thread::{BlockRoom, Guessing, LoadFailure, LoadShard, StageFactory};
 pub use drive_client::{DriveClient, DriveError, DriveEvents};
 pub use error::{Fault, Side};
-pub use job::{GroupPlace, JobCallError, JobFactory, JobProcess, JobSetup, Rehearsal, run_job};
+pub use job::{
+    GroupPlace, JobCallError, JobFactory, JobProcess, JobSetup, LinePlace, Others, Rehearsal, StagePlace, run_job,
+};
 pub use listening::CollectiveError;
 pub use message::{DriveCommand, DriveEvent, SampledToken, StageTimes};
 pub use process::{LoadProgress, ProcessError, ShardLoading, SpawnWorker, WorkerExit, WorkerProcess};

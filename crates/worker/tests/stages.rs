@@ -306,7 +306,7 @@ async fn who_says_nothing_is_given_up_and_what_is_not_due_is_refused() {
     type Call = fn(&mut dyn StageLink) -> Result<(), LinkError>;
     // What stage 0 does, what stage 1 does, and what becomes of stage 0.
     let idle: Call = |_| {
-        std::thread::sleep(Duration::from_secs(2));
+        std::thread::sleep(Duration::from_secs(1));
         Ok(())
     };
     let cases: [(Call, Call, &str); 8] = [
@@ -331,7 +331,12 @@ async fn who_says_nothing_is_given_up_and_what_is_not_due_is_refused() {
         let mut stages = Stages::start(2, Duration::from_secs(1));
         let mut line = stages.form().await;
         let (one, zero) = (stages.endpoints.pop().unwrap(), stages.endpoints.pop().unwrap());
-        let other = std::thread::spawn(move || drop(second(&mut one.link())));
+        let other = std::thread::spawn(move || {
+            let mut link = one.link();
+            let _ = second(&mut link);
+            // Its process goes on until its node ends it.
+            std::thread::sleep(Duration::from_secs(2));
+        });
         let error = joined(std::thread::spawn(move || {
             let mut link = zero.link();
             let error = first(&mut link).unwrap_err();

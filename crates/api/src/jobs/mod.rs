@@ -16,4 +16,4 @@ pub use files::{FilePiece, JobFiles, NoJobFiles, Received, Receiving};
 pub use mlxnode_coordinator::jobs::ContentHash;
 pub use service::JobsService;
 pub use view::{JobTable, JobView, JobsView, LossPoint};
-pub use wire::{job_to_wire, shown};
+pub use wire::{demand_to_proto, job_to_wire, shown};

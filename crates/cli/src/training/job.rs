@@ -4,7 +4,7 @@ use crate::loading;
 use mlxnode_compute::{Job, JobError, LayerRange};
 use mlxnode_engine::tuning::Tuning;
 use mlxnode_training::{Encoder, FineTuning, Sets, Settings, TrainingConfig};
-use mlxnode_worker::{CollectiveEndpoint, JobSetup};
+use mlxnode_worker::{JobSetup, Others};
 use std::path::Path;
 
 /// A job's configuration, with the places of its files.
@@ -33,11 +33,11 @@ pub fn configuration(text: &str, model: &str, data: &Path) -> Result<TrainingCon
     Ok(config)
 }
 
-/// Makes the job, on the thread that drives it; with `group`, one worker of several.
+/// Makes the job, on the thread that drives it; with `others`, one worker of several.
 ///
 /// # Errors
 /// [`JobError::Refused`] for what is wrong with the configuration, the rows or the model.
-pub fn make(setup: &JobSetup, group: Option<&CollectiveEndpoint>) -> Result<Box<dyn Job>, JobError> {
+pub fn make(setup: &JobSetup, others: Others<'_>) -> Result<Box<dyn Job>, JobError> {
     let folder = setup.model.as_deref();
     let folder = folder.ok_or_else(|| JobError::Refused("fine-tuning needs a model".to_owned()))?;
     let config = configuration(&setup.configuration, &folder.display().to_string(), &setup.inputs);
@@ -46,6 +46,9 @@ pub fn make(setup: &JobSetup, group: Option<&CollectiveEndpoint>) -> Result<Box<
     let encoder = Encoder::new(opened.tokenizer, opened.template, &config);
     let sets = Sets::read(&config, std::slice::from_ref(&setup.inputs), &encoder, &|_| {});
     let sets = sets.map_err(|error| refused(&error.into()))?;
+    if others.line.is_some() {
+        return Err(JobError::Refused("this release does not train a model that is divided".to_owned()));
+    }
     let layers = LayerRange::new(0, opened.checkpoint.spec().layer_count());
     let tuning = Tuning::load(&opened.checkpoint, layers, &mut |_, _| {});
     let tuning = tuning.map_err(|error| refused(&error.into()))?;
@@ -57,7 +60,7 @@ pub fn make(setup: &JobSetup, group: Option<&CollectiveEndpoint>) -> Result<Box<
     if let Some(state) = &setup.resume {
         job.resume(state).map_err(|error| refused(&error.into()))?;
     }
-    if let Some(endpoint) = group {
+    if let Some(endpoint) = others.group {
         let values = job.trainer().parameters().iter().map(|parameter| parameter.len()).sum();
         let micro_batches = u32::try_from(micro_batches).map_err(|_| {
             JobError::Refused("grad_accumulation_steps is too large for several workers".into())

@@ -20,12 +20,15 @@
 mod content;
 mod curve;
 mod drive;
+mod plan;
 mod spec;
 mod table;
 mod view;
 
 pub use content::{ContentHash, NotAHash};
 pub use curve::{Curve, LossPoint, MAX_POINTS};
+pub use mlxnode_checkpoint::{TrainedPart, TrainingDemand};
+pub use plan::{MAX_STAGES, Need, PlannedStage};
 pub use spec::{
     InputFile, JobKind, JobSpec, MAX_CONFIGURATION_BYTES, MAX_INPUT_BYTES, MAX_INPUTS, PublishWish,
     SavePolicy, check_file_name, check_id,
@@ -74,8 +77,11 @@ pub enum Record {
         id: String,
         /// Of the attempt.
         epoch: u64,
-        /// Where.
+        /// Where; of several nodes the one that leads.
         node: NodeId,
+        /// What each node computes of it.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        stages: Vec<PlannedStage>,
         /// When.
         at: u64,
     },
@@ -257,6 +263,9 @@ pub struct RunJob {
     pub epoch: u64,
     /// What it may go on from, the newest first. Empty: from the beginning.
     pub checkpoints: Vec<Checkpoint>,
+    /// Which nodes have which layers, when they are divided; the first one leads.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stages: Vec<PlannedStage>,
 }
 
 /// What was done, or happened.
@@ -266,8 +275,8 @@ pub enum Event {
     Weighed {
         /// Which job.
         id: String,
-        /// What it takes of a node's memory.
-        result: Result<ByteCount, Error>,
+        /// What it takes of nodes' memory.
+        result: Result<Need, Error>,
     },
     /// An attempt reports.
     Reported {

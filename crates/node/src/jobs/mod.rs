@@ -12,6 +12,7 @@
 //! | `peer_client` | fetches both from other nodes |
 //! | `runner` | drives a job's process: pieces, reports, checkpoints, yielding to requests |
 //! | `team` | the other workers of a job that runs on several nodes: those this node leads, and those it runs for others |
+//! | `line` | the stages of a model that is divided among several nodes, likewise |
 //! | `pace` | how long a job stands back for requests (pure) |
 //! | `client`, `service` | the coordinator's orders, given and taken |
 //! | `files` | what the API asks of the store |
@@ -20,6 +21,7 @@
 mod bundle;
 pub(crate) mod client;
 pub(crate) mod files;
+mod line;
 pub(crate) mod mirror;
 mod pace;
 mod peer_client;

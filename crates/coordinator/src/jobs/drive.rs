@@ -6,6 +6,7 @@ use super::{
     COPIES, Checkpoint, Effect, Event, JobOffer, LossPoint, MAX_FAILURES, Need, PlannedStage, Record, Report, RunEnd,
 };
 use crate::{Error, NodeId};
+use mlxnode_compute::ByteCount;
 use std::time::{Duration, Instant};
 
 /// After the first worker that died; doubles with each.
@@ -152,8 +153,14 @@ impl Job {
         let Some(need) = self.moment.need.clone().or_else(|| self.known_need()) else { return Place::Weigh };
         let need = self.moment.need.insert(need);
         let spec = &self.stored.spec;
+        // Asked again with every event: nothing has changed then, mostly.
+        let rooms: Vec<(NodeId, ByteCount)> = offers.iter().map(|offer| (offer.node, offer.free)).collect();
+        if let Some((_, missing)) = self.moment.nowhere.as_ref().filter(|(known, _)| *known == rooms) {
+            return Place::Nowhere(missing.clone());
+        }
         let everywhere: Vec<&JobOffer> = offers.iter().collect();
         if let Err(missing) = need.plan(spec, &everywhere, &|_| false) {
+            self.moment.nowhere = Some((rooms, missing.clone()));
             return Place::Nowhere(missing);
         }
         // Another node can copy from one that has a checkpoint: somebody there must have one.

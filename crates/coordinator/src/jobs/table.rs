@@ -91,6 +91,8 @@ pub(super) struct Moment {
     pub(super) is_publishing: bool,
     /// Why no node can run it.
     pub(super) waits_for: Option<String>,
+    /// With this free memory of the nodes there was no room for it, and why.
+    pub(super) nowhere: Option<(Vec<(NodeId, ByteCount)>, String)>,
     /// Not before.
     pub(super) retry_at: Option<Instant>,
     pub(super) progress: Progress,

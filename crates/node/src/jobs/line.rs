@@ -216,6 +216,8 @@ fn lost(name: &str, stage: usize, ended: Result<(), Status>) -> Error {
     let told = |reason: &str| format!("stage {stage} on {name}: {reason}");
     match ended {
         Ok(()) => Error::Unavailable(told("its node let go of it")),
+        // A connection that broke has a cause of its own; what the other node said has none.
+        Err(status) if std::error::Error::source(&status).is_some() => Error::Unavailable(told(status.message())),
         Err(status) => match status.code() {
             Code::InvalidArgument => Error::Invalid(told(status.message())),
             Code::Internal => Error::Failed(told(status.message())),

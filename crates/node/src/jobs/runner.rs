@@ -237,6 +237,7 @@ impl Runners {
             older.cancel();
         }
         drop(state);
+        let forgets = Forgets { shared: Arc::downgrade(&self.shared), id: order.spec.id.clone(), epoch: order.epoch };
         let (will, told) = watch::channel(Will::Run);
         let (reports, _nobody) = mpsc::channel(1);
         let attempt = Attempt {
@@ -251,7 +252,7 @@ impl Runners {
         };
         let fetch_model = self.shared.options.fetch_model.clone();
         Ok(Helper::start(move |joined| async move {
-            let _running = will; // as long as the helper is wanted
+            let _running = (will, forgets); // as long as the helper is wanted
             tokio::select! {
                 ended = attempt.help(fetch_model, member, leader, joined) => ended,
                 () = end.cancelled() => Err(Error::Unavailable("a newer attempt has begun".into())),
@@ -306,6 +307,23 @@ impl Runners {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Forgets the stage of an attempt when that is over here.
+struct Forgets {
+    shared: std::sync::Weak<Shared>,
+    id: String,
+    epoch: u64,
+}
+
+impl Drop for Forgets {
+    fn drop(&mut self) {
+        let Some(shared) = self.shared.upgrade() else { return };
+        let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.stages.get(&self.id).is_some_and(|(epoch, _)| *epoch == self.epoch) {
+            state.stages.remove(&self.id);
+        }
     }
 }
 

@@ -54,7 +54,7 @@ pub struct Submit {
     /// Keep so many of the newest checkpoints. Default: the configuration's `keep_checkpoints`, or 3.
     #[arg(long, value_name = "N", value_parser = within(1..=32))]
     keep: Option<u32>,
-    /// What it computes.
+    /// What it computes: fine-tuning, or a rehearsal, which learns nothing (`steps: 100`, `millis: 50`) and shows how the cluster runs jobs.
     #[arg(long, value_name = "KIND", default_value = "fine-tuning", value_parser = ["fine-tuning", "rehearsal"])]
     kind: String,
     /// Follow it until it is over.

@@ -7,6 +7,7 @@ use mlxnode_testkit::jobs;
 use mlxnode_testkit::node::NodeProcess;
 use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -120,4 +121,92 @@ fn what_does_not_go_together_is_refused() -> Result<()> {
     let refused = submit(cluster.first(), &words, "nine", "9").unwrap_err().to_string();
     ensure!(refused.contains("1 to 8"), "{refused}");
     Ok(())
+}
+
+/// A data set and a configuration of so many updates.
+fn fine_tuning(folder: &Path, updates: u64) -> Result<Vec<String>> {
+    let rows = folder.join("rows");
+    std::fs::create_dir_all(&rows)?;
+    for (name, count) in [("train", 24), ("valid", 4)] {
+        let words = ["red", "green", "blue", "cat", "dog", "sun"];
+        let row = |at: usize| {
+            let (word, other) = (words[at % 6], words[at / 2 % 6]);
+            json!({"prompt": format!("Say {word} twice."), "completion": format!("{word} {word} {other}")})
+                .to_string()
+        };
+        let rows_of = (0..count).map(row).collect::<Vec<_>>().join("\n");
+        std::fs::write(rows.join(format!("{name}.jsonl")), rows_of)?;
+    }
+    let configuration = folder.join("lora.yaml");
+    let settings = format!(
+        "model: demo\nnum_layers: -1\nbatch_size: 2\ngrad_accumulation_steps: 3\niters: {}\nlearning_rate: 1e-3\n\
+         max_seq_length: 64\nsteps_per_eval: 10000\nval_batches: 1\nlora_parameters: {{rank: 4, dropout: 0.1, scale: 8.0}}\n",
+        3 * updates
+    );
+    std::fs::write(&configuration, settings)?;
+    let words = ["jobs", "submit", &text(&configuration)?, "--data", &text(&rows)?, "--save-steps", "10"];
+    Ok(words.map(str::to_owned).to_vec())
+}
+
+/// The numbers of an adapter, by name.
+fn numbers(file: &[u8]) -> Result<BTreeMap<String, Vec<f32>>> {
+    let length = u64::from_le_bytes(file.get(..8).context("a header")?.try_into()?) as usize;
+    let (header, data) = file.get(8..).context("a header")?.split_at_checked(length).context("a header")?;
+    let header: BTreeMap<String, Value> = serde_json::from_slice(header)?;
+    let mut numbers = BTreeMap::new();
+    for (name, tensor) in header.iter().filter(|(name, _)| *name != "__metadata__") {
+        ensure!(tensor["dtype"] == "F32", "{name} is {}", tensor["dtype"]);
+        let at = |place: usize| tensor["data_offsets"][place].as_u64().context("an offset");
+        let bytes = data.get(at(0)? as usize..at(1)? as usize).context("the numbers")?;
+        let values = bytes.chunks_exact(4).map(|value| Ok(f32::from_le_bytes(value.try_into()?)));
+        numbers.insert(name.clone(), values.collect::<Result<_>>()?);
+    }
+    Ok(numbers)
+}
+
+fn losses(seen: &Value) -> Result<Vec<f64>> {
+    let losses = seen["losses"].as_array().context("losses")?;
+    Ok(losses.iter().filter_map(|loss| loss["training"].as_f64()).collect())
+}
+
+#[test]
+fn two_nodes_with_half_of_the_layers_each_train_what_one_trains() -> Result<()> {
+    const UPDATES: u64 = 40;
+    let folder = tempfile::tempdir()?;
+    let cluster = LocalCluster::start(2)?;
+    let node = cluster.first();
+    let words = fine_tuning(folder.path(), UPDATES)?;
+    let adapter = |id: &str| jobs::result(node, id, folder.path(), "adapters.safetensors");
+    submit(node, &words, "one", "1")?;
+    let one = jobs::wait_for(node, "one", "finished", PATIENCE)?;
+    let planned = submit(node, &words, "two", "2")?;
+    let parts = planned["stages"].as_array().context("stages")?;
+    ensure!(parts.len() == 2 && parts.iter().all(|part| part["memory_bytes"].as_u64() > Some(0)), "{planned}");
+    let two = jobs::wait_for(node, "two", "finished", PATIENCE)?;
+    let (expected, found) = (losses(&one)?, losses(&two)?);
+    ensure!(expected.len() == UPDATES as usize && found.len() == expected.len(), "{two}");
+    for (step, (one, two)) in expected.iter().zip(&found).enumerate() {
+        ensure!((one - two).abs() <= 1e-3 * one.abs().max(1.0), "loss {step}: {one} and {two}");
+    }
+    let (expected, undisturbed) = (numbers(&adapter("one")?)?, adapter("two")?);
+    let found = numbers(&undisturbed)?;
+    ensure!(expected.keys().eq(found.keys()), "other arrays");
+    for (name, one) in &expected {
+        let two = &found[name];
+        let length = one.iter().map(|value| value * value).sum::<f32>().sqrt();
+        let apart = one.iter().zip(two).map(|(one, two)| (one - two).powi(2)).sum::<f32>().sqrt();
+        ensure!(one.len() == two.len() && apart <= 1e-2 * length.max(1e-3), "{name}: {apart} of {length}");
+    }
+
+    // The second stage's process is killed on the way: the same bits.
+    submit(node, &words, "disturbed", "2")?;
+    jobs::wait_for_checkpoint(node, "disturbed", 10, PATIENCE)?;
+    let second = stages(&cluster, 0, "disturbed", 2)?[1];
+    for pid in jobs::processes(&cluster.nodes[second])? {
+        kill(pid, Signal::SIGKILL)?;
+    }
+    let seen = jobs::wait_for(node, "disturbed", "finished", PATIENCE)?;
+    ensure!(seen["attempts"].as_u64() >= Some(2), "it was not disturbed: {seen}");
+    ensure!(adapter("disturbed")? == undisturbed, "the adapters differ");
+    nothing_runs(&cluster)
 }

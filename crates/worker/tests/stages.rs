@@ -5,11 +5,11 @@
 
 use bytes::Bytes;
 use mlxnode_cluster::{ConnectOptions, ExpectedKey, Identity, connect};
-use mlxnode_compute::{Activation, Dtype, LinkError, StageLink, StageOrder, Way};
+use mlxnode_compute::{Activation, Advance, Dtype, Job as _, LinkError, StageLink, StageOrder, Way};
 use mlxnode_proto::internal::v1 as proto;
 use mlxnode_proto::internal::v1::line_frame::Body;
 use mlxnode_proto::internal::v1::stage_line_client::StageLineClient;
-use mlxnode_worker::{GroupPeer, Line, LineWorker, StageEndpoint, StageOptions};
+use mlxnode_worker::{GroupPeer, Line, LineWorker, Rehearsal, StageEndpoint, StageOptions};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -381,6 +381,74 @@ async fn the_line_ends_with_its_node_and_never_begins_without_a_stage() {
         let options = StageOptions::new(IpAddr::from(Ipv4Addr::LOCALHOST), "unused".into());
         let pin = Identity::generate().unwrap().key_pin();
         assert!(StageEndpoint::start(options, stage, stages, pin).is_err(), "{stage} of {stages}");
+    }
+}
+
+/// What a rehearsal of seven steps over four files makes, by one process or by several that save after three steps and go on.
+fn rehearsed(folder: &Path, stages: Option<Stages>, resume: Option<&Path>) -> (String, PathBuf) {
+    let inputs = folder.join("inputs");
+    std::fs::create_dir_all(&inputs).unwrap();
+    for name in ["a", "b", "c", "d"] {
+        std::fs::write(inputs.join(name), format!("rows of {name}")).unwrap();
+    }
+    let saved = folder.join(format!("saved-{}", rand::random::<u32>()));
+    std::fs::create_dir_all(&saved).unwrap();
+    let begin = |link: Option<Box<dyn StageLink>>, inputs: &Path, resume: Option<&Path>| {
+        let job = Rehearsal::new("steps: 7", inputs, resume).unwrap();
+        match link {
+            Some(link) => job.with_stages(link),
+            None => job,
+        }
+    };
+    let mut followers = Vec::new();
+    let mut endpoints = stages.map(|stages| stages.endpoints).unwrap_or_default().into_iter();
+    let first = endpoints.next();
+    for endpoint in endpoints {
+        let inputs = inputs.clone();
+        followers.push(std::thread::spawn(move || {
+            let mut job = begin(Some(Box::new(endpoint.link())), &inputs, None);
+            while job.advance().is_ok_and(|advance| advance != Advance::Finished) {}
+        }));
+    }
+    let link = first.as_ref().map(|first| Box::new(first.link()) as Box<dyn StageLink>);
+    let mut job = begin(link, &inputs, resume);
+    loop {
+        match job.advance().unwrap() {
+            Advance::Finished => break,
+            Advance::Step(report) if report.step == 3 => job.save(&saved).unwrap(),
+            _ => {}
+        }
+    }
+    let result = folder.join(format!("result-{}", rand::random::<u32>()));
+    std::fs::create_dir_all(&result).unwrap();
+    job.publish(&result).unwrap();
+    drop((job, first));
+    followers.into_iter().for_each(|follower| follower.join().unwrap());
+    (std::fs::read_to_string(result.join("result.txt")).unwrap(), saved)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rehearsal_comes_to_the_same_with_any_number_of_stages_from_anybodys_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let (expected, mut saved) = rehearsed(folder.path(), None, None);
+    for count in [2, 3, 2] {
+        let stages = Stages::start(count, SOON);
+        let line = stages.form().await;
+        let (own, from) = (folder.path().to_owned(), saved.clone());
+        let rehearsing = tokio::task::spawn_blocking(move || {
+            let whole = rehearsed(&own, Some(stages), None);
+            (whole, own, from)
+        });
+        let ((found, newer), own, from) = tokio::time::timeout(SOON, rehearsing).await.unwrap().unwrap();
+        assert_eq!(found, expected, "{count} stages");
+        drop(line);
+        let stages = Stages::start(count, SOON);
+        let _line = stages.form().await;
+        let rehearsing =
+            tokio::task::spawn_blocking(move || rehearsed(&own, Some(stages), Some(&from)).0);
+        let found = tokio::time::timeout(SOON, rehearsing).await.unwrap().unwrap();
+        assert_eq!(found, expected, "{count} stages from a checkpoint");
+        saved = newer;
     }
 }
 

@@ -9,20 +9,26 @@
 //!
 //! With a [group](FineTuning::with_group) of workers each computes some of an update's micro-batches. Sums go along the same tree with
 //! one worker and with many, so that the adapter has the same bits.
+//!
+//! A model that is larger than one node is trained by a [line of stages](StagedFineTuning).
 
 mod cursor;
 mod group;
+mod line;
+mod passes;
 mod progress;
+mod staged;
 
 pub use cursor::CursorError;
+pub use staged::StagedFineTuning;
 
-use crate::parameters::{self, ParameterError};
-use crate::trainer::{MicroGradients, StateError, TrainError, Trainer, TrainerOptions, combine};
+use crate::parameters::{self, ParameterError, ShareError};
+use crate::trainer::{MicroGradients, StateError, TrainError, Trainer, TrainerOptions, Tree};
 use crate::{BatchError, BatchOptions, Batches, MicroBatch, Sets, TrainingConfig};
 use cursor::{Cursor, Fingerprint};
 use group::Together;
 use mlxnode_checkpoint::WriteError;
-use mlxnode_compute::{Advance, Job, JobError, Reduce, StepReport};
+use mlxnode_compute::{Advance, Job, JobError, LinkError, Reduce, StepReport};
 use mlxnode_engine::tuning::{TuneError, Tuning};
 use progress::{Piece, Progress};
 use std::ops::RangeInclusive;
@@ -64,9 +70,27 @@ pub enum PrepareError {
     /// A saved job whose state cannot be read.
     #[error(transparent)]
     State(#[from] StateError),
+    /// It cannot be divided into stages, or another stage cannot begin.
+    #[error("{problem}")]
+    Stages {
+        /// What is in the way.
+        problem: String,
+    },
+    /// The other stages are not there.
+    #[error(transparent)]
+    Link(#[from] LinkError),
     /// MLX refused.
     #[error(transparent)]
     Device(#[from] mlxnode_mlx::Error),
+}
+
+impl From<ShareError> for PrepareError {
+    fn from(error: ShareError) -> Self {
+        match error {
+            ShareError::Parameters(error) => Self::Parameters(error),
+            other => Self::Stages { problem: other.to_string() },
+        }
+    }
 }
 
 /// Fine-tuning of a model on a data set.
@@ -96,14 +120,7 @@ impl FineTuning {
         model: [u8; 32],
         compile: bool,
     ) -> Result<Self, PrepareError> {
-        if config.train && sets.train.is_empty() {
-            return Err(PrepareError::NoRows);
-        }
-        for set in [&sets.train, &sets.valid, &sets.test].into_iter().filter(|set| !set.is_empty()) {
-            if set.is_preference() != config.preference.is_some() {
-                return Err(PrepareError::Preference);
-            }
-        }
+        checked(&config, &sets)?;
         let plan = parameters::plan(&tuning, &config)?;
         let tuner = tuning.tune(plan)?;
         let tuner = if config.grad_checkpoint { tuner.with_checkpointing()? } else { tuner };
@@ -111,15 +128,7 @@ impl FineTuning {
         if let Some(file) = &config.resume_adapter_file {
             beginning = parameters::resume(&tuner, beginning, file)?;
         }
-        let options = TrainerOptions {
-            optimizer: config.optimizer,
-            clip: config.clip_grad_norm,
-            parity: config.parity,
-            preference: config.preference,
-            seed: u64::from(config.seed),
-            compile,
-        };
-        let trainer = Trainer::new(tuner, beginning, options)?;
+        let trainer = Trainer::new(tuner, beginning, options(&config, compile))?;
         let fingerprint = Fingerprint::of(model, &sets).with(&config);
         let batches = Batches::new(BatchOptions::from(&config), sets)?;
         let progress = Progress::new(&config);
@@ -227,12 +236,13 @@ impl FineTuning {
 
     /// The sum of these iterations' gradients, all computed here.
     fn alone(&mut self, iterations: RangeInclusive<u64>) -> Result<MicroGradients, TrainError> {
-        let mut parts = Vec::new();
+        let mut tree = Tree::default();
         for iteration in iterations {
             let batch = self.batches.training(iteration);
-            parts.push(self.trainer.gradients(&batch, iteration)?);
+            let made = self.trainer.gradients(&batch, iteration)?;
+            tree.push(self.trainer.device(), made)?;
         }
-        combine(self.trainer.device(), parts)?
+        tree.finish(self.trainer.device())?
             .ok_or_else(|| mlxnode_mlx::Error::Mlx("an update without micro-batches".to_owned()).into())
     }
 
@@ -273,6 +283,30 @@ impl FineTuning {
             }
             Piece::Nothing => Ok(Advance::Finished),
         }
+    }
+}
+
+/// Do the rows fit what is asked for?
+fn checked(config: &TrainingConfig, sets: &Sets) -> Result<(), PrepareError> {
+    if config.train && sets.train.is_empty() {
+        return Err(PrepareError::NoRows);
+    }
+    for set in [&sets.train, &sets.valid, &sets.test].into_iter().filter(|set| !set.is_empty()) {
+        if set.is_preference() != config.preference.is_some() {
+            return Err(PrepareError::Preference);
+        }
+    }
+    Ok(())
+}
+
+fn options(config: &TrainingConfig, compile: bool) -> TrainerOptions {
+    TrainerOptions {
+        optimizer: config.optimizer,
+        clip: config.clip_grad_norm,
+        parity: config.parity,
+        preference: config.preference,
+        seed: u64::from(config.seed),
+        compile,
     }
 }
 

@@ -22,6 +22,43 @@ pub fn combine(device: &Device, parts: Vec<MicroGradients>) -> Result<Option<Mic
     }
 }
 
+/// The same sum, of micro-batches that come one after the other: no more parts are kept than the tree is deep.
+#[derive(Default)]
+pub(crate) struct Tree {
+    /// Sums of a power of two of micro-batches each, and how many; each has fewer than the one before.
+    sums: Vec<(u64, MicroGradients)>,
+}
+
+impl Tree {
+    /// Adds the next one.
+    ///
+    /// # Errors
+    ///
+    /// MLX's.
+    pub(crate) fn push(&mut self, device: &Device, part: MicroGradients) -> Result<()> {
+        let (mut count, mut sum) = (1, part);
+        while let Some((_, before)) = self.sums.pop_if(|(before, _)| *before == count) {
+            sum = add(device, before, &sum)?;
+            count *= 2;
+        }
+        self.sums.push((count, sum));
+        Ok(())
+    }
+
+    /// The sum; None of none.
+    ///
+    /// # Errors
+    ///
+    /// MLX's.
+    pub(crate) fn finish(mut self, device: &Device) -> Result<Option<MicroGradients>> {
+        let Some((_, mut sum)) = self.sums.pop() else { return Ok(None) };
+        while let Some((_, before)) = self.sums.pop() {
+            sum = add(device, before, &sum)?;
+        }
+        Ok(Some(sum))
+    }
+}
+
 /// The sum of two neighbours.
 ///
 /// # Errors
@@ -57,5 +94,27 @@ mod tests {
         assert_eq!(sum.gradients[0].to_f32().unwrap(), [expected]);
         assert_eq!((sum.tokens, sum.rows.len()), (10, 5));
         assert!(combine(&device, Vec::new()).unwrap().is_none());
+    }
+
+    #[test]
+    fn what_comes_one_by_one_has_the_sum_of_all_at_once() {
+        let device = Device::open().unwrap();
+        for count in 0..20_u32 {
+            let parts = (0..count).map(|index| {
+                let value = (index as f32 * 1.7).sin() * 10_f32.powi(index as i32 % 9);
+                let gradients = vec![Array::from_f32(&[value], &[1]).unwrap()];
+                MicroGradients { gradients, loss: f64::from(value), tokens: 1, rows: vec![index] }
+            });
+            let mut tree = Tree::default();
+            for part in parts.clone() {
+                tree.push(&device, part).unwrap();
+                assert!(tree.sums.len() <= 1 + count.ilog2() as usize);
+            }
+            let values = |sum: Option<MicroGradients>| {
+                sum.map(|sum| (sum.gradients[0].to_f32().unwrap(), sum.loss.to_bits(), sum.tokens, sum.rows))
+            };
+            let made = tree.finish(&device).unwrap();
+            assert_eq!(values(made), values(combine(&device, parts.collect()).unwrap()), "{count}");
+        }
     }
 }

@@ -10,6 +10,8 @@ use mlxnode_training::{BatchRow, MicroBatch, TrainingConfig};
 use serde_json::{Value, json};
 use std::path::Path;
 
+pub mod line;
+
 pub const VOCABULARY: usize = 300;
 
 /// A config with what all families need, and `extra`.

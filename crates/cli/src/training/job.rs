@@ -3,7 +3,9 @@
 use crate::loading;
 use mlxnode_compute::{Job, JobError, LayerRange};
 use mlxnode_engine::tuning::Tuning;
-use mlxnode_training::{Encoder, FineTuning, Sets, Settings, TrainingConfig};
+use mlxnode_training::{
+    Encoder, FineTuning, PrepareError, Sets, Settings, StagedFineTuning, TrainingConfig,
+};
 use mlxnode_worker::{JobSetup, Others};
 use std::path::Path;
 
@@ -46,15 +48,23 @@ pub fn make(setup: &JobSetup, others: Others<'_>) -> Result<Box<dyn Job>, JobErr
     let encoder = Encoder::new(opened.tokenizer, opened.template, &config);
     let sets = Sets::read(&config, std::slice::from_ref(&setup.inputs), &encoder, &|_| {});
     let sets = sets.map_err(|error| refused(&error.into()))?;
-    if others.line.is_some() {
-        return Err(JobError::Refused("this release does not train a model that is divided".to_owned()));
-    }
-    let layers = LayerRange::new(0, opened.checkpoint.spec().layer_count());
+    let layers = match &setup.stage {
+        Some(stage) => stage.layers,
+        None => LayerRange::new(0, opened.checkpoint.spec().layer_count()),
+    };
     let tuning = Tuning::load(&opened.checkpoint, layers, &mut |_, _| {});
     let tuning = tuning.map_err(|error| refused(&error.into()))?;
     let micro_batches = config.grad_accumulation_steps.max(1);
     let compile = tuning.device().is_gpu();
     let fingerprint = opened.checkpoint.fingerprint();
+    if let (Some(link), Some(stage)) = (others.line, &setup.stage) {
+        let job = StagedFineTuning::new(tuning, config, sets, fingerprint, compile, link, &stage.folder);
+        let mut job = job.map_err(not_prepared)?;
+        if let Some(state) = &setup.resume {
+            job.resume(state).map_err(not_prepared)?;
+        }
+        return Ok(Box::new(job));
+    }
     let mut job = FineTuning::new(tuning, config, sets, fingerprint, compile)
         .map_err(|error| refused(&error.into()))?;
     if let Some(state) = &setup.resume {
@@ -68,6 +78,14 @@ pub fn make(setup: &JobSetup, others: Others<'_>) -> Result<Box<dyn Job>, JobErr
         job = job.with_group(Box::new(endpoint.join(values, micro_batches)));
     }
     Ok(Box::new(job))
+}
+
+/// That another stage is lost is not the job's fault.
+fn not_prepared(error: PrepareError) -> JobError {
+    match error {
+        PrepareError::Link(error) => JobError::Failed(error.to_string()),
+        error => refused(&error.into()),
+    }
 }
 
 fn refused(error: &anyhow::Error) -> JobError {

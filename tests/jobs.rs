@@ -61,8 +61,14 @@ fn a_job_that_is_killed_at_every_phase_comes_to_the_same_result() -> Result<()> 
 
     // A worker.
     wait_for_step(cluster.first(), "disturbed", 5)?;
-    let workers: Vec<Pid> =
-        cluster.nodes.iter().map(jobs::processes).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
+    let workers: Vec<Pid> = cluster
+        .nodes
+        .iter()
+        .map(jobs::processes)
+        .collect::<Result<Vec<_>>>()?
+        .into_iter()
+        .flatten()
+        .collect();
     ensure!(workers.len() == 1, "one process runs the job: {workers:?}");
     kill(workers[0], Signal::SIGKILL)?;
 

@@ -181,7 +181,10 @@ fn two_nodes_with_half_of_the_layers_each_train_what_one_trains() -> Result<()> 
     let one = jobs::wait_for(node, "one", "finished", PATIENCE)?;
     let planned = submit(node, &words, "two", "2")?;
     let parts = planned["stages"].as_array().context("stages")?;
-    ensure!(parts.len() == 2 && parts.iter().all(|part| part["memory_bytes"].as_u64() > Some(0)), "{planned}");
+    ensure!(
+        parts.len() == 2 && parts.iter().all(|part| part["memory_bytes"].as_u64() > Some(0)),
+        "{planned}"
+    );
     let two = jobs::wait_for(node, "two", "finished", PATIENCE)?;
     let (expected, found) = (losses(&one)?, losses(&two)?);
     ensure!(expected.len() == UPDATES as usize && found.len() == expected.len(), "{two}");

@@ -40,14 +40,15 @@ mod time_counts;
 pub mod wire;
 
 pub use collective::{
-    CollectiveEndpoint, CollectiveOptions, ConductorEvent, Group, GroupClient,
-    GroupConductor, GroupError, GroupPeer, GroupReports, GroupWorker,
+    CollectiveEndpoint, CollectiveOptions, ConductorEvent, Group, GroupClient, GroupConductor, GroupError,
+    GroupPeer, GroupReports, GroupWorker,
 };
 pub use compute_thread::{BlockRoom, Guessing, LoadFailure, LoadShard, StageFactory};
 pub use drive_client::{DriveClient, DriveError, DriveEvents};
 pub use error::{Fault, Side};
 pub use job::{
-    GroupPlace, JobCallError, JobFactory, JobProcess, JobSetup, LinePlace, Others, Rehearsal, StagePlace, run_job,
+    GroupPlace, JobCallError, JobFactory, JobProcess, JobSetup, LinePlace, Others, Rehearsal, StagePlace,
+    run_job,
 };
 pub use listening::CollectiveError;
 pub use message::{DriveCommand, DriveEvent, SampledToken, StageTimes};

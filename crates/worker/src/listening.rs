@@ -109,7 +109,10 @@ impl Listening {
         std::thread::Builder::new()
             .name("job network".to_owned())
             .spawn(move || runtime.block_on(serving))
-            .map_err(|source| CollectiveError::System { what: "start the thread of the job's network", source })
+            .map_err(|source| CollectiveError::System {
+                what: "start the thread of the job's network",
+                source,
+            })
     }
 }
 

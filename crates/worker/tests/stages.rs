@@ -31,8 +31,11 @@ fn activation(number: f32, is_large: bool) -> Activation {
 }
 
 fn number(activation: &Activation) -> f32 {
-    let numbers: Vec<f32> =
-        activation.bytes().chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect();
+    let numbers: Vec<f32> = activation
+        .bytes()
+        .chunks_exact(4)
+        .map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap()))
+        .collect();
     assert!(numbers.iter().all(|number| *number == numbers[0]), "an activation was mixed up");
     numbers[0]
 }
@@ -50,7 +53,8 @@ impl Stages {
         let folder = tempfile::tempdir().unwrap();
         let start = |stage: usize| {
             let own = folder.path().join(stage.to_string());
-            let options = StageOptions { patience, ..StageOptions::new(IpAddr::from(Ipv4Addr::LOCALHOST), own) };
+            let options =
+                StageOptions { patience, ..StageOptions::new(IpAddr::from(Ipv4Addr::LOCALHOST), own) };
             StageEndpoint::start(options, stage, count, node.key_pin()).unwrap()
         };
         let endpoints = (0..count).map(start).collect();
@@ -257,11 +261,17 @@ async fn a_stage_that_is_lost_before_any_of_its_calls_ends_the_line_for_all() {
                     Err(LinkError::Over(_)) => assert_ne!(stage, victim),
                     Err(LinkError::File(_)) => assert_eq!(stage, victim),
                     // It had all that it needed of the others.
-                    Ok(_) => assert!(dies_at + 2 >= calls[victim], "stage {stage}, {victim} before {dies_at}"),
+                    Ok(_) => {
+                        assert!(dies_at + 2 >= calls[victim], "stage {stage}, {victim} before {dies_at}")
+                    }
                     Err(error) => panic!("stage {stage}, {victim} before call {dies_at}: {error}"),
                 }
             }
-            assert!(began.elapsed() < Duration::from_secs(10), "{victim} before {dies_at}: {:?}", began.elapsed());
+            assert!(
+                began.elapsed() < Duration::from_secs(10),
+                "{victim} before {dies_at}: {:?}",
+                began.elapsed()
+            );
         }
     }
 }
@@ -325,7 +335,11 @@ async fn who_says_nothing_is_given_up_and_what_is_not_due_is_refused() {
         (|link| link.exchange(&[0.0; 1025]).map(drop), idle, "1025 numbers"),
         (|link| link.send(Way::Backward, 0, activation(0.0, false)), idle, "no neighbour"),
         (|link| link.scatter(None).map(drop), idle, "no file to give"),
-        (|link| link.gather(Path::new("/nowhere")).map(drop), |link| link.gather(Path::new("/nowhere")).map(drop), "stage 1"),
+        (
+            |link| link.gather(Path::new("/nowhere")).map(drop),
+            |link| link.gather(Path::new("/nowhere")).map(drop),
+            "stage 1",
+        ),
     ];
     for (first, second, words) in cases {
         let mut stages = Stages::start(2, Duration::from_secs(1));
@@ -444,8 +458,7 @@ async fn a_rehearsal_comes_to_the_same_with_any_number_of_stages_from_anybodys_c
         drop(line);
         let stages = Stages::start(count, SOON);
         let _line = stages.form().await;
-        let rehearsing =
-            tokio::task::spawn_blocking(move || rehearsed(&own, Some(stages), Some(&from)).0);
+        let rehearsing = tokio::task::spawn_blocking(move || rehearsed(&own, Some(stages), Some(&from)).0);
         let found = tokio::time::timeout(SOON, rehearsing).await.unwrap().unwrap();
         assert_eq!(found, expected, "{count} stages from a checkpoint");
         saved = newer;
@@ -527,11 +540,18 @@ async fn a_strangers_key_opens_nothing_and_a_named_one_only_its_own_lanes() {
     let stranger = Identity::generate().unwrap();
     if let Ok(mut client) = client(&impostor.endpoint, &stranger).await {
         let (sender, stream) = mpsc::channel(1);
-        sender.send(proto::LineFrame { body: Some(Body::Greeting(greeting(0, proto::LineLane::Lead))) }).await.unwrap();
+        sender
+            .send(proto::LineFrame { body: Some(Body::Greeting(greeting(0, proto::LineLane::Lead))) })
+            .await
+            .unwrap();
         assert!(client.join(ReceiverStream::new(stream)).await.is_err(), "a stranger was let in");
     }
     // Neither another stage's, nor one that it does not open; and none twice.
-    for wrong in [greeting(1, proto::LineLane::Pass), greeting(7, proto::LineLane::Lead), greeting(0, proto::LineLane::Unspecified)] {
+    for wrong in [
+        greeting(1, proto::LineLane::Pass),
+        greeting(7, proto::LineLane::Lead),
+        greeting(0, proto::LineLane::Unspecified),
+    ] {
         assert!(impostor.lane(wrong, vec![]).await.is_err(), "{wrong:?}");
     }
     let _lead = impostor.lane(greeting(0, proto::LineLane::Lead), vec![]).await.unwrap();
@@ -546,7 +566,12 @@ async fn a_strangers_key_opens_nothing_and_a_named_one_only_its_own_lanes() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn wrong_sizes_end_the_line_and_take_no_memory() {
     let head = |rows, hidden| {
-        Body::Activation(proto::LineActivation { micro_batch: 0, rows, hidden, dtype: proto::Dtype::F32.into() })
+        Body::Activation(proto::LineActivation {
+            micro_batch: 0,
+            rows,
+            hidden,
+            dtype: proto::Dtype::F32.into(),
+        })
     };
     let cases = [
         vec![head(u64::MAX, 1 << 40)],

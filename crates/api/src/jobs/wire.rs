@@ -4,8 +4,8 @@ use super::view::{JobView as Shown, LossPoint};
 use mlxnode_cluster::NodeId;
 use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::jobs::{
-    ContentHash, InputFile, JobKind, JobSpec, JobState, JobView, LogLine, PublishWish, SavePolicy, TrainedPart,
-    TrainingDemand,
+    ContentHash, InputFile, JobKind, JobSpec, JobState, JobView, LogLine, PublishWish, SavePolicy,
+    TrainedPart, TrainingDemand,
 };
 use mlxnode_proto::v1;
 use tonic::Status;
@@ -205,12 +205,17 @@ pub fn job_to_wire(view: &JobView, name: &dyn Fn(NodeId) -> String) -> v1::Job {
             .collect(),
         owner: view.spec.owner.clone(),
         trained_tokens: progress.trained_tokens,
-        stages: view.stages.iter().filter(|_| view.stages.len() > 1).map(|stage| v1::JobStage {
-            node: name(stage.node),
-            first: stage.layers.start as u64,
-            end: stage.layers.end as u64,
-            memory_bytes: stage.memory.0,
-        }).collect(),
+        stages: view
+            .stages
+            .iter()
+            .filter(|_| view.stages.len() > 1)
+            .map(|stage| v1::JobStage {
+                node: name(stage.node),
+                first: stage.layers.start as u64,
+                end: stage.layers.end as u64,
+                memory_bytes: stage.memory.0,
+            })
+            .collect(),
     }
 }
 

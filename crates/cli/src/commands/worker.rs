@@ -8,7 +8,7 @@ use mlxnode_compute::{Job, JobError};
 use mlxnode_engine::{EngineStage, Model, Speculation, StageOptions};
 use mlxnode_traces::{Collector, Exporter};
 use mlxnode_worker::{
-    Guessing, JobSetup, Others, LoadFailure, LoadShard, Rehearsal, RunError, WorkerOptions,
+    Guessing, JobSetup, LoadFailure, LoadShard, Others, Rehearsal, RunError, WorkerOptions,
 };
 use std::process::ExitCode;
 

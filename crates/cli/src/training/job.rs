@@ -3,9 +3,7 @@
 use crate::loading;
 use mlxnode_compute::{Job, JobError, LayerRange};
 use mlxnode_engine::tuning::Tuning;
-use mlxnode_training::{
-    Encoder, FineTuning, PrepareError, Sets, Settings, StagedFineTuning, TrainingConfig,
-};
+use mlxnode_training::{Encoder, FineTuning, PrepareError, Sets, Settings, StagedFineTuning, TrainingConfig};
 use mlxnode_worker::{JobSetup, Others};
 use std::path::Path;
 

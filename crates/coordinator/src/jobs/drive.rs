@@ -3,7 +3,8 @@
 use super::table::{Aim, Job, Jobs, RunPhase, line, push_line};
 use super::view::Publication;
 use super::{
-    COPIES, Checkpoint, Effect, Event, JobOffer, LossPoint, MAX_FAILURES, Need, PlannedStage, Record, Report, RunEnd,
+    COPIES, Checkpoint, Effect, Event, JobOffer, LossPoint, MAX_FAILURES, Need, PlannedStage, Record, Report,
+    RunEnd,
 };
 use crate::{Error, NodeId};
 use mlxnode_compute::ByteCount;
@@ -70,7 +71,11 @@ impl Jobs {
                 // The others cannot go on without it, and what they have done since the last checkpoint is not whole without its part.
                 run.is_stopping = true;
                 let (epoch, leading) = (run.epoch, run.node);
-                push_line(&mut job.moment.said, at, &format!("the node {}, which had a stage, is lost", node.short()));
+                push_line(
+                    &mut job.moment.said,
+                    at,
+                    &format!("the node {}, which had a stage, is lost", node.short()),
+                );
                 effects.push(Effect::Stop { id: id.clone(), epoch, node: leading, saves: false });
             }
             let Some(run) = job.moment.run.take_if(|run| run.node == node) else { continue };
@@ -180,7 +185,10 @@ impl Job {
         }
         let holders = newest.map(|held| held.holders.as_slice()).unwrap_or_default();
         let free: Vec<&JobOffer> = offers.iter().filter(|offer| !busy.contains(&offer.node)).collect();
-        match need.plan(spec, &free, &|node| holders.contains(&node)).map(|stages| (stages.first().cloned(), stages)) {
+        match need
+            .plan(spec, &free, &|node| holders.contains(&node))
+            .map(|stages| (stages.first().cloned(), stages))
+        {
             Ok((Some(first), stages)) => Place::On(first.node, stages),
             _ => Place::Later,
         }

@@ -151,10 +151,15 @@ impl Need {
         if spec.memory.is_none() {
             let free: Vec<ByteCount> = chosen.iter().map(|offer| offer.free).collect();
             if let Some(stages) = cost.divide(&demand, &free) {
-                return Ok(chosen.iter().zip(&stages).map(|(offer, stage)| planned(offer, stage, None)).collect());
+                return Ok(chosen
+                    .iter()
+                    .zip(&stages)
+                    .map(|(offer, stage)| planned(offer, stage, None))
+                    .collect());
             }
         }
-        let stages = chosen.iter().zip(&even).map(|(offer, stage)| planned(offer, stage, spec.memory)).collect();
+        let stages =
+            chosen.iter().zip(&even).map(|(offer, stage)| planned(offer, stage, spec.memory)).collect();
         fitting(stages, &chosen)
     }
 }
@@ -240,7 +245,11 @@ mod tests {
         let unasked = 0;
         assert_eq!(plan(unasked, &[1400, 1600]), Ok(vec![(1, 0, 0)]), "one node is enough");
         let two = plan(unasked, &[800, 1200, 900]).unwrap();
-        assert_eq!(two.iter().map(|stage| stage.0).collect::<Vec<_>>(), [1], "the estimate of the stages is closer");
+        assert_eq!(
+            two.iter().map(|stage| stage.0).collect::<Vec<_>>(),
+            [1],
+            "the estimate of the stages is closer"
+        );
         let two = plan(unasked, &[700, 900, 900]).unwrap();
         assert_eq!(two.len(), 2);
         assert_eq!((two[0].1, two[0].2, two[1].2), (0, two[1].1, 8), "all layers, once");

@@ -189,7 +189,10 @@ impl JobSpec {
             return invalid("a rehearsal has one worker".into());
         }
         if self.stages > MAX_STAGES {
-            return invalid(format!("stages is {}, but must be 1 to {MAX_STAGES}, or 0 for as many as it takes", self.stages));
+            return invalid(format!(
+                "stages is {}, but must be 1 to {MAX_STAGES}, or 0 for as many as it takes",
+                self.stages
+            ));
         }
         if self.stages > 1 && self.workers > 1 {
             return invalid(format!(

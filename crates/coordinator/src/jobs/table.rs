@@ -2,8 +2,8 @@
 
 use super::view::{HeldCheckpoint, JobState, JobView, LogLine, Progress, Publication};
 use super::{
-    COPIES, Checkpoint, ContentHash, Curve, Effect, JobKind, JobSpec, LossPoint, MAX_JOBS, MAX_LOG_LINES, Need,
-    PlannedStage, PublishWish, Record, Wanted, artifact_source,
+    COPIES, Checkpoint, ContentHash, Curve, Effect, JobKind, JobSpec, LossPoint, MAX_JOBS, MAX_LOG_LINES,
+    Need, PlannedStage, PublishWish, Record, Wanted, artifact_source,
 };
 use crate::deployments::{check_adapter_name, check_name};
 use crate::{Error, NodeId};

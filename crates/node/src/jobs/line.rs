@@ -131,7 +131,10 @@ impl Led {
                 first = line.over() => first,
             };
             let name = names.get(first.stage).map_or("a node", String::as_str);
-            *end = Some(Error::Unavailable(format!("stage {} on {name} is lost: {}", first.stage, first.reason)));
+            *end = Some(Error::Unavailable(format!(
+                "stage {} on {name} is lost: {}",
+                first.stage, first.reason
+            )));
         }
         match timeout(LAST_WORDS, helpers.join_next()).await {
             Ok(Some(ended)) => ended.unwrap_or_else(let_go),
@@ -217,7 +220,9 @@ fn lost(name: &str, stage: usize, ended: Result<(), Status>) -> Error {
     match ended {
         Ok(()) => Error::Unavailable(told("its node let go of it")),
         // A connection that broke has a cause of its own; what the other node said has none.
-        Err(status) if std::error::Error::source(&status).is_some() => Error::Unavailable(told(status.message())),
+        Err(status) if std::error::Error::source(&status).is_some() => {
+            Error::Unavailable(told(status.message()))
+        }
         Err(status) => match status.code() {
             Code::InvalidArgument => Error::Invalid(told(status.message())),
             Code::Internal => Error::Failed(told(status.message())),

@@ -237,7 +237,8 @@ impl Runners {
             older.cancel();
         }
         drop(state);
-        let forgets = Forgets { shared: Arc::downgrade(&self.shared), id: order.spec.id.clone(), epoch: order.epoch };
+        let forgets =
+            Forgets { shared: Arc::downgrade(&self.shared), id: order.spec.id.clone(), epoch: order.epoch };
         let (will, told) = watch::channel(Will::Run);
         let (reports, _nobody) = mpsc::channel(1);
         let attempt = Attempt {
@@ -449,7 +450,8 @@ impl Attempt {
         let named: Vec<_> = spec.inputs.iter().map(|input| (input.name.clone(), input.hash)).collect();
         let inputs = on_disk("laying out the job's files", move || store.lay_out(&id, &named)).await?;
         let (peers, order) = (self.peers.clone(), self.order.clone());
-        let stage = on_disk("laying out the stage's folder", move || line::place(&peers, &order, stage)).await?;
+        let stage =
+            on_disk("laying out the stage's folder", move || line::place(&peers, &order, stage)).await?;
         let (resume, step) = match &stage {
             // The first stage gives the others their part of the state.
             Some(place) if place.stage > 0 => (None, 0),

@@ -157,7 +157,8 @@ impl Nodes for ClusterNodes {
     }
 
     fn weigh(&self, source: String) -> BoxFuture<'static, Result<ModelCost, Error>> {
-        let read = |checkpoint: &Checkpoint| ModelProfile::of(checkpoint).map(|profile| ModelCost::from(&profile));
+        let read =
+            |checkpoint: &Checkpoint| ModelProfile::of(checkpoint).map(|profile| ModelCost::from(&profile));
         self.read(source, read)
     }
 

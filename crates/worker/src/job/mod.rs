@@ -16,9 +16,9 @@ pub use child::{JobFactory, run_job};
 pub use parent::{JobCallError, JobProcess};
 pub use rehearsal::Rehearsal;
 
+use crate::collective::CollectiveEndpoint;
 use mlxnode_cluster::KeyPin;
 use mlxnode_collective::MemberId;
-use crate::collective::CollectiveEndpoint;
 use mlxnode_compute::{Advance, JobError, LayerRange, StageLink};
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};

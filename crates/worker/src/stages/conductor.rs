@@ -50,9 +50,14 @@ impl Line {
     ///
     /// # Errors
     /// [`LineError`] when one of them is not there within `within`.
-    pub async fn form(workers: &[LineWorker], identity: &Identity, within: Duration) -> Result<Self, LineError> {
+    pub async fn form(
+        workers: &[LineWorker],
+        identity: &Identity,
+        within: Duration,
+    ) -> Result<Self, LineError> {
         let forming = async {
-            let connecting = workers.iter().enumerate().map(|(stage, worker)| control(stage, worker, identity));
+            let connecting =
+                workers.iter().enumerate().map(|(stage, worker)| control(stage, worker, identity));
             let mut controls = futures::future::try_join_all(connecting).await?;
             let stage = |worker: &LineWorker| proto::LineStage {
                 address: worker.peer.address.clone(),
@@ -72,7 +77,10 @@ impl Line {
             futures::future::try_join_all(formed).await?;
             Ok(controls)
         };
-        let late = |_| LineError { stage: 0, reason: format!("the stages did not come together within {} s", within.as_secs()) };
+        let late = |_| LineError {
+            stage: 0,
+            reason: format!("the stages did not come together within {} s", within.as_secs()),
+        };
         let controls: Vec<_> = timeout(within, forming).await.map_err(late)??;
         let (told, ends) = mpsc::channel(workers.len().max(1));
         let mut line = Self { ends, _orders: Vec::new(), _readers: Vec::new() };

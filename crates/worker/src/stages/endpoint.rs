@@ -32,12 +32,7 @@ pub struct StageOptions {
 impl StageOptions {
     /// With `folder` for files on their way.
     pub fn new(listen: IpAddr, folder: PathBuf) -> Self {
-        Self {
-            listen,
-            folder,
-            form_within: Duration::from_secs(20),
-            patience: Duration::from_secs(1800),
-        }
+        Self { listen, folder, form_within: Duration::from_secs(20), patience: Duration::from_secs(1800) }
     }
 }
 

@@ -103,7 +103,9 @@ impl Shared {
     /// Takes a file in.
     fn take(&self, lane: &mut Lane, folder: &Path) -> Result<PathBuf, LinkError> {
         let mut writer = match self.get(lane)? {
-            Item::File { name, .. } => FileWriter::create(folder, &name).map_err(|error| self.broken(error))?,
+            Item::File { name, .. } => {
+                FileWriter::create(folder, &name).map_err(|error| self.broken(error))?
+            }
             other => return Err(self.unexpected(lane, &other, "a file's bytes")),
         };
         // How many pieces come, the lane's other end of this process has checked.

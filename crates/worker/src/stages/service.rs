@@ -106,8 +106,7 @@ impl StageLine for LineService {
         let mut frames = request.into_inner();
         let greeting = timeout(GREETING_TIMEOUT, frames.message()).await;
         let greeting = greeting.map_err(|_| Status::deadline_exceeded("no greeting came"))??;
-        let Some(Body::Greeting(proto::LineGreeting { stage, lane })) =
-            greeting.and_then(|frame| frame.body)
+        let Some(Body::Greeting(proto::LineGreeting { stage, lane })) = greeting.and_then(|frame| frame.body)
         else {
             return Err(Status::invalid_argument("the first frame of a lane is a greeting"));
         };
@@ -118,8 +117,9 @@ impl StageLine for LineService {
         let kind = proto::LineLane::try_from(lane).unwrap_or_default();
         // The stage of the lower number opens a lane.
         let lane = (from < self.shared.stage).then(|| self.shared.take_stream(from, kind)).flatten();
-        let lane = lane
-            .ok_or_else(|| Status::already_exists(format!("stage {from} opens no such lane, or has opened it")))?;
+        let lane = lane.ok_or_else(|| {
+            Status::already_exists(format!("stage {from} opens no such lane, or has opened it"))
+        })?;
         let sending = outgoing(&self.shared, lane.outgoing, None).map(Ok);
         let shared = self.shared.clone();
         self.shared.tasks.spawn(async move {

@@ -17,7 +17,10 @@ pub(super) const MOST_NUMBERS: usize = 1024;
 /// Something whole that travels on a lane; of a file, a part.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Item {
-    Activation { micro_batch: u64, activation: Activation },
+    Activation {
+        micro_batch: u64,
+        activation: Activation,
+    },
     Order(StageOrder),
     Numbers(Vec<f64>),
     NumbersOfAll(Vec<Vec<f64>>),
@@ -71,7 +74,10 @@ pub(super) fn frames(item: Item) -> Vec<proto::LineFrame> {
             // Slices share the activation's memory.
             let pieces = (0..bytes.len()).step_by(PIECE_BYTES);
             let pieces = pieces.map(|at| bytes.slice(at..bytes.len().min(at + PIECE_BYTES)));
-            return std::iter::once(Body::Activation(head)).chain(pieces.map(Body::More)).map(frame).collect();
+            return std::iter::once(Body::Activation(head))
+                .chain(pieces.map(Body::More))
+                .map(frame)
+                .collect();
         }
         Item::Order(order) => Body::Order(order_to_proto(&order)),
         Item::Numbers(values) => Body::Numbers(proto::LineNumbers { values }),

@@ -6,7 +6,9 @@ use crate::{output, progress, training};
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
 use mlxnode_api::jobs::demand_to_proto;
-use mlxnode_proto::v1::{GetJobRequest, Job, JobInput, JobState, SubmitJobRequest, UploadRequest, UploadedRequest};
+use mlxnode_proto::v1::{
+    GetJobRequest, Job, JobInput, JobState, SubmitJobRequest, UploadRequest, UploadedRequest,
+};
 use mlxnode_training::{Settings, TrainingConfig};
 use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom};

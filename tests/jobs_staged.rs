@@ -173,10 +173,11 @@ fn losses(seen: &Value) -> Result<Vec<f64>> {
 fn two_nodes_with_half_of_the_layers_each_train_what_one_trains() -> Result<()> {
     const UPDATES: u64 = 40;
     let folder = tempfile::tempdir()?;
-    let cluster = LocalCluster::start(2)?;
+    let mut cluster = LocalCluster::start(2)?;
     let node = cluster.first();
     let words = fine_tuning(folder.path(), UPDATES)?;
-    let adapter = |id: &str| jobs::result(node, id, folder.path(), "adapters.safetensors");
+    let adapter =
+        |node: &NodeProcess, id: &str| jobs::result(node, id, folder.path(), "adapters.safetensors");
     submit(node, &words, "one", "1")?;
     let one = jobs::wait_for(node, "one", "finished", PATIENCE)?;
     let planned = submit(node, &words, "two", "2")?;
@@ -191,7 +192,7 @@ fn two_nodes_with_half_of_the_layers_each_train_what_one_trains() -> Result<()> 
     for (step, (one, two)) in expected.iter().zip(&found).enumerate() {
         ensure!((one - two).abs() <= 1e-3 * one.abs().max(1.0), "loss {step}: {one} and {two}");
     }
-    let (expected, undisturbed) = (numbers(&adapter("one")?)?, adapter("two")?);
+    let (expected, undisturbed) = (numbers(&adapter(node, "one")?)?, adapter(node, "two")?);
     let found = numbers(&undisturbed)?;
     ensure!(expected.keys().eq(found.keys()), "other arrays");
     for (name, one) in &expected {
@@ -201,15 +202,22 @@ fn two_nodes_with_half_of_the_layers_each_train_what_one_trains() -> Result<()> 
         ensure!(one.len() == two.len() && apart <= 1e-2 * length.max(1e-3), "{name}: {apart} of {length}");
     }
 
-    // The second stage's process is killed on the way: the same bits.
+    // Killed on the way: the process of the second stage, its node, and the node that leads. The same bits.
     submit(node, &words, "disturbed", "2")?;
     jobs::wait_for_checkpoint(node, "disturbed", 10, PATIENCE)?;
     let second = stages(&cluster, 0, "disturbed", 2)?[1];
     for pid in jobs::processes(&cluster.nodes[second])? {
         kill(pid, Signal::SIGKILL)?;
     }
-    let seen = jobs::wait_for(node, "disturbed", "finished", PATIENCE)?;
-    ensure!(seen["attempts"].as_u64() >= Some(2), "it was not disturbed: {seen}");
-    ensure!(adapter("disturbed")? == undisturbed, "the adapters differ");
+    for (step, stage) in [(20, 1), (30, 0)] {
+        jobs::wait_for_checkpoint(cluster.first(), "disturbed", step, PATIENCE)?;
+        let killed = stages(&cluster, 0, "disturbed", 2)?[stage];
+        cluster.nodes[killed].signal(Signal::SIGKILL)?;
+        cluster.revive(killed)?;
+        cluster.wait_until_all_alive()?;
+    }
+    let seen = jobs::wait_for(cluster.first(), "disturbed", "finished", PATIENCE)?;
+    ensure!(seen["attempts"].as_u64() >= Some(4), "it was not disturbed: {seen}");
+    ensure!(adapter(cluster.first(), "disturbed")? == undisturbed, "the adapters differ");
     nothing_runs(&cluster)
 }

@@ -530,13 +530,17 @@ fn a_job_on_two_nodes_waits_for_both_and_begins_again_when_either_is_lost() {
     for number in 1..NODES {
         world.lose_node(number, false);
     }
+    let divided = |world: &World| {
+        let views = world.jobs.view();
+        views.into_iter().find(|view| view.spec.id == "job-3").expect("the job")
+    };
     world.submit("job-3");
-    let view = world.jobs.view().remove(0);
+    let view = divided(&world);
     assert_eq!(view.state, JobState::WaitingForNodes);
     assert!(view.detail.contains("waiting for 1 more node"), "{}", view.detail);
     world.revive_node(1);
     for epoch in 1..=3 {
-        let view = world.jobs.view().remove(0);
+        let view = divided(&world);
         let nodes: BTreeSet<NodeId> = view.stages.iter().map(|stage| stage.node).collect();
         assert_eq!((nodes.len(), view.epoch, view.node), (2, epoch, Some(view.stages[0].node)));
         for node in &nodes {
@@ -564,7 +568,7 @@ fn a_job_on_two_nodes_waits_for_both_and_begins_again_when_either_is_lost() {
         world.now += Duration::from_secs(60);
         world.carry_out(Vec::new());
     }
-    assert_eq!(world.jobs.view().iter().find(|view| view.spec.id == "job-3").unwrap().epoch, 4);
+    assert_eq!(divided(&world).epoch, 4);
     let restored: Vec<Record> = world.log.clone();
     assert!(restored.iter().any(|it| matches!(it, Record::Started { stages, .. } if stages.len() == 2)));
 }

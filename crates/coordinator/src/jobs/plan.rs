@@ -258,7 +258,7 @@ mod tests {
         for (stages, free, words) in [
             (unasked, vec![], "no node"),
             (unasked, vec![300, 300], "all nodes together"),
-            (1, vec![900, 900], "the most that is free is 900"),
+            (1, vec![900, 900], "the most that is free is 944 MB"),
             (2, vec![4000], "waiting for 1 more node"),
             (4, vec![4000], "waiting for 3 more nodes"),
             (2, vec![500, 500], "2 stages need"),

@@ -257,14 +257,12 @@ impl StageLink for LineLink {
             }
             return Ok(all);
         }
-        for lane in &mut lanes.lead {
-            shared.put(lane, Item::Numbers(numbers.to_vec()))?;
-            return match shared.get(lane)? {
-                Item::NumbersOfAll(all) if all.len() == shared.stages => Ok(all),
-                other => Err(shared.unexpected(lane, &other, "the numbers of all stages")),
-            };
+        let Some(lane) = lanes.lead.first_mut() else { return Err(shared.is_over()) };
+        shared.put(lane, Item::Numbers(numbers.to_vec()))?;
+        match shared.get(lane)? {
+            Item::NumbersOfAll(all) if all.len() == shared.stages => Ok(all),
+            other => Err(shared.unexpected(lane, &other, "the numbers of all stages")),
         }
-        Err(shared.is_over())
     }
 
     fn gather(&mut self, file: &Path) -> Result<Vec<PathBuf>, LinkError> {

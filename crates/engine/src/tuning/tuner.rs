@@ -341,9 +341,11 @@ impl Tuner {
                 return Err(Error::Mlx("a layer needs hidden vectors".to_owned()));
             };
             let (arrays, keys) = match rest.split_last() {
-                Some((keys, arrays)) if with_keys => (arrays, Some(*keys)),
+                // MLX differentiates by all inputs, but random bits have no derivative.
+                Some((keys, arrays)) if with_keys => (arrays, Some(device.stop_gradient(keys)?)),
                 _ => (rest, None),
             };
+            let keys = keys.as_ref();
             let shared = &tuner.shared;
             let places = &shared.of_layers[index];
             let hidden = match &shared.modules {

@@ -348,6 +348,11 @@ impl<T> Line<T> {
         first.unwrap()
     }
 
+    /// What stage 0 made of it, which left the others before the end.
+    pub fn left(self) -> T {
+        self.ended.into_iter().next().unwrap().unwrap().unwrap()
+    }
+
     /// What each stage says is wrong.
     pub fn words(&self) -> Vec<String> {
         let of = |ended: &Result<Option<T>, Ended>| match ended {

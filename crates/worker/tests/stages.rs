@@ -115,10 +115,11 @@ fn train(link: &mut Counted<'_>, own: &Path) -> Result<Known, LinkError> {
         StageOrder::Finish,
     ];
     let mut known = (Vec::new(), Vec::new());
-    for place in 0.. {
+    let mut due = orders.into_iter();
+    loop {
         let order = match stage {
             0 => {
-                let order: StageOrder = orders[place].clone();
+                let order = due.next().unwrap_or(StageOrder::Finish);
                 link.call(|link| link.lead(&order))?;
                 order
             }

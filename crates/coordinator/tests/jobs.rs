@@ -539,10 +539,10 @@ fn a_job_on_two_nodes_waits_for_both_and_begins_again_when_either_is_lost() {
     assert_eq!(view.state, JobState::WaitingForNodes);
     assert!(view.detail.contains("waiting for 1 more node"), "{}", view.detail);
     world.revive_node(1);
-    for epoch in 1..=3 {
+    for attempt in 1..=3 {
         let view = divided(&world);
         let nodes: BTreeSet<NodeId> = view.stages.iter().map(|stage| stage.node).collect();
-        assert_eq!((nodes.len(), view.epoch, view.node), (2, epoch, Some(view.stages[0].node)));
+        assert_eq!((nodes.len(), view.attempts, view.node), (2, attempt, Some(view.stages[0].node)));
         for node in &nodes {
             assert_eq!(world.jobs.reserved(*node), ByteCount(10));
         }
@@ -550,10 +550,10 @@ fn a_job_on_two_nodes_waits_for_both_and_begins_again_when_either_is_lost() {
         world.submit("job-1");
         assert_eq!(world.runners.len(), 1);
         // First the one that leads is lost, then the other one.
-        let lost = view.stages[(epoch % 2 == 0) as usize].node;
+        let lost = view.stages[usize::from(attempt % 2 == 0)].node;
         let number = (0..NODES).find(|number| node(*number) == lost).unwrap();
         world.lose_node(number, false);
-        if epoch % 2 == 0 {
+        if attempt % 2 == 0 {
             assert_eq!(world.runners[0].saves_and_ends, Some(false), "it is told that the line is over");
             world.advance(0);
         }
@@ -568,7 +568,7 @@ fn a_job_on_two_nodes_waits_for_both_and_begins_again_when_either_is_lost() {
         world.now += Duration::from_secs(60);
         world.carry_out(Vec::new());
     }
-    assert_eq!(divided(&world).epoch, 4);
+    assert_eq!(divided(&world).attempts, 4);
     let restored: Vec<Record> = world.log.clone();
     assert!(restored.iter().any(|it| matches!(it, Record::Started { stages, .. } if stages.len() == 2)));
 }

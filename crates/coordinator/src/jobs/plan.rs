@@ -60,7 +60,7 @@ impl Need {
         Self::Model { whole, cost: Box::new(cost) }
     }
 
-    /// Which of these nodes compute the job, stage by stage; the first one leads. `preferred` says which have its newest checkpoint.
+    /// Which of these nodes compute the job, stage by stage; the first one leads. `preferred` ranks them: those that have its newest checkpoint, say.
     ///
     /// # Errors
     /// What is missing, for people.
@@ -68,7 +68,7 @@ impl Need {
         &self,
         spec: &JobSpec,
         offers: &[&JobOffer],
-        preferred: &dyn Fn(NodeId) -> bool,
+        preferred: &dyn Fn(NodeId) -> u8,
     ) -> Result<Vec<PlannedStage>, String> {
         let mut by_room = offers.to_vec();
         by_room.sort_by_key(|offer| std::cmp::Reverse((preferred(offer.node), offer.free, offer.node)));
@@ -117,7 +117,7 @@ impl Need {
         &self,
         spec: &JobSpec,
         by_room: &[&JobOffer],
-        preferred: &dyn Fn(NodeId) -> bool,
+        preferred: &dyn Fn(NodeId) -> u8,
     ) -> Result<Vec<PlannedStage>, String> {
         let count = spec.stages as usize;
         let missing = count.saturating_sub(by_room.len());
@@ -125,7 +125,7 @@ impl Need {
             let nodes = if missing == 1 { "node" } else { "nodes" };
             return Err(format!("waiting for {missing} more {nodes}: the model is divided among {count}"));
         }
-        // Those with the most room; of these one that has the newest checkpoint first.
+        // Those with the most room; of these one that is preferred first.
         let mut chosen = by_room.to_vec();
         chosen.sort_by_key(|offer| std::cmp::Reverse((offer.free, offer.node)));
         chosen.truncate(count);
@@ -232,7 +232,7 @@ mod tests {
         let demand = TrainingDemand { rows: 1, row_tokens: 8, ..TrainingDemand::default() };
         let spec = JobSpec { stages, demand: Some(demand), ..spec() };
         let offers = offers(free);
-        let plan = need().plan(&spec, &offers.iter().collect::<Vec<_>>(), &|_| false)?;
+        let plan = need().plan(&spec, &offers.iter().collect::<Vec<_>>(), &|_| 0)?;
         for stage in &plan {
             let offer = offers.iter().find(|offer| offer.node == stage.node).unwrap();
             assert!(offer.free >= stage.memory, "{stage:?}");
@@ -274,13 +274,13 @@ mod tests {
         let offers = offers(&[4000, 5000, 4500]);
         let all: Vec<&JobOffer> = offers.iter().collect();
         let stated = JobSpec { stages: 2, memory: Some(ByteCount(4200 * MB)), ..spec() };
-        let plan = need().plan(&stated, &all, &|id| id == node(2)).unwrap();
+        let plan = need().plan(&stated, &all, &|id| u8::from(id == node(2))).unwrap();
         assert_eq!(plan.iter().map(|stage| stage.node).collect::<Vec<_>>(), [node(2), node(1)]);
         assert!(plan.iter().all(|stage| stage.memory == ByteCount(4200 * MB)));
         let stated = JobSpec { memory: Some(ByteCount(4600 * MB)), ..stated };
-        assert!(need().plan(&stated, &all, &|_| false).unwrap_err().contains("2 stages need"));
+        assert!(need().plan(&stated, &all, &|_| 0).unwrap_err().contains("2 stages need"));
         let rehearsal = JobSpec { kind: JobKind::Rehearsal, ..stated };
-        let plan = Need::Fixed(ByteCount(MB)).plan(&rehearsal, &all, &|_| false).unwrap();
+        let plan = Need::Fixed(ByteCount(MB)).plan(&rehearsal, &all, &|_| 0).unwrap();
         assert_eq!(plan.len(), 2);
     }
 }

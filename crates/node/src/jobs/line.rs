@@ -11,10 +11,12 @@
 
 use super::client::json;
 use super::peer_client::Peers;
+use super::store::states_name;
 use super::team::Place;
 use crate::addresses;
 use mlxnode_cluster::{KeyPin, NodeId, PeerState};
-use mlxnode_compute::JobError;
+use mlxnode_collective::MemberId;
+use mlxnode_compute::{ByteCount, JobError};
 use mlxnode_coordinator::Error;
 use mlxnode_coordinator::jobs::{PlannedStage, RunJob};
 use mlxnode_proto::internal::v1::HelpJobRequest;
@@ -34,28 +36,30 @@ const FORMING: Duration = Duration::from_secs(30);
 /// From the end of a lane to the word of the node whose stage it was: it knows why.
 const LAST_WORDS: Duration = Duration::from_secs(3);
 
-/// Of a job's folder: where a stage keeps files on their way.
-const FOLDER: &str = "line-";
-
 /// Is the model divided, and is this one of its stages?
 pub(super) fn is_stage(order: &RunJob, stage: usize) -> bool {
     order.stages.len() > 1 && stage < order.stages.len()
 }
 
-/// Which part of the model the process of `stage` has; none when the model is not divided. What an earlier attempt left there goes.
+/// The worker that has a stage; the leading one is 1.
+fn member(stage: usize) -> MemberId {
+    MemberId(stage as u64 + 1)
+}
+
+/// What a worker of a job takes of its node.
+pub(super) fn memory(order: &RunJob, worker: MemberId) -> ByteCount {
+    let stage = order.stages.iter().enumerate().find(|(stage, _)| member(*stage) == worker);
+    stage.map_or(order.memory, |(_, planned)| planned.memory)
+}
+
+/// Which part of the model the process of `stage` has; none when the model is not divided.
 ///
 /// # Errors
 /// When the disk fails.
 pub(super) fn place(peers: &Peers, order: &RunJob, stage: usize) -> std::io::Result<Option<StagePlace>> {
     let Some(own) = order.stages.get(stage).filter(|_| is_stage(order, stage)) else { return Ok(None) };
     let job = peers.store.job(&order.spec.id)?;
-    for entry in std::fs::read_dir(&job)? {
-        let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with(FOLDER) {
-            std::fs::remove_dir_all(entry.path())?;
-        }
-    }
-    let folder = job.join(format!("{FOLDER}{}-{stage}", order.epoch)).join("own");
+    let folder = job.join(states_name(order.epoch, member(stage))).join("own");
     std::fs::create_dir_all(&folder)?;
     Ok(Some(StagePlace { stage, stages: order.stages.len(), layers: own.layers, folder }))
 }
@@ -245,7 +249,7 @@ async fn help(
     let channel = peers.mesh.channel(&node).filter(|_| is_there);
     let channel = channel.ok_or_else(|| Status::unavailable("it cannot be reached"))?;
     let order = json(&order).map_err(|error| Status::internal(error.to_string()))?;
-    let request = HelpJobRequest { order, member: stage as u64 + 1 };
+    let request = HelpJobRequest { order, member: member(stage).0 };
     let mut told = JobRunnerClient::new(channel).help(request).await?.into_inner();
     while let Some(report) = told.message().await? {
         let pin = <[u8; 32]>::try_from(&report.key_pin[..]);
@@ -266,7 +270,7 @@ async fn help(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mlxnode_compute::{ByteCount, LayerRange};
+    use mlxnode_compute::LayerRange;
 
     #[test]
     fn what_is_waited_for_has_names_and_layers() {

@@ -49,10 +49,7 @@ impl ClusterNodes {
     ) -> BoxFuture<'static, Result<T, Error>> {
         let workers = self.workers.clone();
         Box::pin(async move {
-            let folder = workers
-                .resolve(&source)
-                .await
-                .map_err(|error| Error::NotFound(crate::error::chain(&error)))?;
+            let folder = workers.resolve(&source).await.map_err(|error| super::not_here(&error))?;
             match tokio::task::spawn_blocking(move || of(&Checkpoint::open(&folder)?)).await {
                 Ok(Ok(read)) => Ok(read),
                 Ok(Err(error)) => Err(Error::Invalid(crate::error::chain(&error))),
@@ -112,7 +109,9 @@ impl ClusterNodes {
         let text = format!("{}: {}", self.name(self.own), crate::error::chain(error));
         match error {
             WorkersError::Stale { .. } | WorkersError::Stopped { .. } => Error::Refused(text),
-            WorkersError::UnknownWorker { .. } | WorkersError::Model(_) => Error::NotFound(text),
+            WorkersError::UnknownWorker { .. } | WorkersError::Model(_) | WorkersError::Away(_) => {
+                Error::NotFound(text)
+            }
             WorkersError::Process(ProcessError::Refused(_)) => Error::Refused(text),
             WorkersError::Process(_) => Error::Failed(text),
         }

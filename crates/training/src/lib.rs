@@ -20,7 +20,7 @@ mod records;
 mod schedule;
 pub mod trainer;
 
-pub use batches::{BatchError, BatchOptions, BatchRow, Batches, Block, MicroBatch, Sets};
+pub use batches::{BatchError, BatchOptions, BatchRow, Batches, Block, MicroBatch, Numpy, Sets};
 pub use config::{
     AdapterConfig, ConfigError, Count, Features, FineTuneType, HubDataset, Layers, LoraParameters, Mask,
     OptimizerConfig, Preference, PreferenceLoss, Report, Settings, Split, TrainingConfig,
@@ -28,5 +28,8 @@ pub use config::{
 pub use data::{Cut, DataError, DataFolder, Dataset, Encoder, Row, Sequence};
 pub use fuse::{FuseError, Fused, fuse};
 pub use job::{ADAPTER_CONFIG, ADAPTER_FILE, CursorError, FineTuning, PrepareError, StagedFineTuning};
-pub use records::{ChartError, Curve, RecordError, Recorder, Trained, Validated};
+pub use records::{
+    Averages, Cadence, ChartError, Curve, PictureError, RecordError, RecordOptions, RecordedJob, Recorder,
+    Sums, Trained, Validated,
+};
 pub use schedule::{Schedule, Shape};

@@ -205,7 +205,7 @@ fn one_worker_two_and_three_end_in_the_same_bits() {
                 let place = folder.path().join(format!("{workers}-{number}"));
                 std::thread::spawn(move || {
                     let group = Member { exchange, number };
-                    let mut job = job(&model, yaml, false).unwrap().with_group(Box::new(group));
+                    let mut job = job(&model, yaml, false).unwrap().with_group(Box::new(group)).unwrap();
                     let (steps, _) = run(&mut job, usize::MAX);
                     (losses(&steps), saved(&mut job, &place))
                 })

@@ -23,14 +23,16 @@ pub use cursor::CursorError;
 pub use staged::StagedFineTuning;
 
 use crate::parameters::{self, ParameterError, ShareError};
-use crate::trainer::{MicroGradients, StateError, TrainError, Trainer, TrainerOptions, Tree};
+use crate::trainer::{MicroGradients, StateError, TrainError, Trainer, TrainerOptions, add};
 use crate::{BatchError, BatchOptions, Batches, MicroBatch, Sets, TrainingConfig};
 use cursor::{Cursor, Fingerprint};
 use group::Together;
 use mlxnode_checkpoint::WriteError;
-use mlxnode_compute::{Advance, Job, JobError, LinkError, Reduce, StepReport};
+use mlxnode_compute::{Advance, Job, JobError, LinkError, Reduce, StepReport, TreeNode, TreeSum};
 use mlxnode_engine::tuning::{TuneError, Tuning};
+use mlxnode_mlx::{Array, Dtype};
 use progress::{Piece, Progress};
+use std::io::ErrorKind;
 use std::ops::RangeInclusive;
 use std::path::Path;
 use std::time::Instant;
@@ -61,6 +63,15 @@ pub enum PrepareError {
         "training on pairs of answers needs both \"preference\" (dpo or orpo) and rows with \"chosen\" and \"rejected\""
     )]
     Preference,
+    /// Sums that would have other bits with other numbers of workers.
+    #[error(
+        "with \"parity\" an update is added up as mlx-lm does, in the element type of what is trained ({dtype}), but several workers \
+         add up in single precision; take one worker, or leave parity out"
+    )]
+    Halves {
+        /// The element type.
+        dtype: String,
+    },
     /// The model.
     #[error(transparent)]
     Tune(#[from] TuneError),
@@ -137,10 +148,17 @@ impl FineTuning {
 
     /// The same with other workers, each of which has the same model, configuration and data. The group's steps have
     /// `grad_accumulation_steps` micro-batches.
-    #[must_use]
-    pub fn with_group(mut self, group: Box<dyn Reduce>) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// [`PrepareError::Halves`]: the number of workers would show in the result.
+    pub fn with_group(mut self, group: Box<dyn Reduce>) -> Result<Self, PrepareError> {
+        let halves = self.trainer.parameters().iter().map(Array::dtype).find(|dtype| *dtype != Dtype::F32);
+        if let Some(dtype) = halves.filter(|_| self.config.parity) {
+            return Err(PrepareError::Halves { dtype: format!("{dtype:?}").to_lowercase() });
+        }
         self.group = Some(group);
-        self
+        Ok(self)
     }
 
     /// Goes on where [`Job::save`] left off in `directory`.
@@ -197,7 +215,8 @@ impl FineTuning {
         let step = self.progress.iteration() + 1;
         // mlx-lm's last gradients go nowhere when they are too few for an update.
         let is_lost = self.config.parity && micro_batches < self.config.grad_accumulation_steps;
-        let sum = match self.group.take().filter(|_| !is_lost) {
+        let group = if is_lost { None } else { self.group.take() };
+        let sum = match group {
             None => self.alone(iterations).map_err(|error| told(step, error))?,
             Some(mut group) => {
                 let made = self.together(&mut *group);
@@ -236,14 +255,17 @@ impl FineTuning {
 
     /// The sum of these iterations' gradients, all computed here.
     fn alone(&mut self, iterations: RangeInclusive<u64>) -> Result<MicroGradients, TrainError> {
-        let mut tree = Tree::default();
-        for iteration in iterations {
+        let none = || mlxnode_mlx::Error::Mlx("an update without micro-batches".to_owned());
+        let count = (iterations.end() + 1).saturating_sub(*iterations.start());
+        let mut sum = TreeSum::new(u32::try_from(count).map_err(|_| none())?);
+        for (index, iteration) in (0..).zip(iterations) {
             let batch = self.batches.training(iteration);
             let made = self.trainer.gradients(&batch, iteration)?;
-            tree.push(self.trainer.device(), made)?;
+            let device = self.trainer.device();
+            // Halves of the tree are added as soon as they are there: never more than log2 of them wait.
+            sum.insert(TreeNode::leaf(index), made, |left, right| add(device, left, &right))?;
         }
-        tree.finish(self.trainer.device())?
-            .ok_or_else(|| mlxnode_mlx::Error::Mlx("an update without micro-batches".to_owned()).into())
+        sum.into_parts().next().map(|(_, sum)| sum).ok_or_else(|| none().into())
     }
 
     /// As `clear_cache_threshold` asks for it.
@@ -347,25 +369,24 @@ impl Job for FineTuning {
 
 fn io(error: std::io::Error) -> JobError {
     match error.kind() {
-        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
-            JobError::NoRoom(error.to_string())
-        }
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => JobError::NoRoom(error.to_string()),
         _ => JobError::Failed(error.to_string()),
     }
 }
 
 fn written(error: StateError) -> JobError {
-    let StateError::Write(WriteError::Write { source, path }) = &error else {
+    let StateError::Write(WriteError::Write { source, .. }) = &error else {
         return JobError::Failed(error.to_string());
     };
     let mut cause: Option<&dyn std::error::Error> = Some(source);
     while let Some(error) = cause {
         if let Some(found) = error.downcast_ref::<std::io::Error>()
-            && found.kind() == std::io::ErrorKind::StorageFull
+            && matches!(found.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
         {
-            return JobError::NoRoom(path.display().to_string());
+            return JobError::NoRoom(found.to_string());
         }
         cause = error.source();
     }
-    JobError::Failed(format!("{error}: {source}"))
+    // The path is one of this machine, and says nothing to who asked for the job.
+    JobError::Failed(format!("what is trained cannot be written: {source}"))
 }

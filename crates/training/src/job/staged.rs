@@ -16,7 +16,7 @@ use super::{
     ADAPTER_CONFIG, ADAPTER_FILE, CURSOR_FILE, PrepareError, STATE_FILE, checked, io, options, told, written,
 };
 use crate::parameters::{self, Held, Share};
-use crate::trainer::{MicroGradients, Place, Returned, StageTrainer, StateError, Tree};
+use crate::trainer::{MicroGradients, Place, Returned, StageTrainer, StateError, add};
 use crate::{BatchOptions, Batches, MicroBatch, Sets, TrainingConfig};
 use mlxnode_checkpoint::JoinError;
 use mlxnode_compute::{
@@ -250,7 +250,9 @@ impl StagedFineTuning {
     /// The sum of the gradients of these micro-batches, of which the first is number `first` of the run.
     fn sum(&mut self, first: u64, batches: &[MicroBatch]) -> Result<MicroGradients, HandError> {
         let (stage, stages) = (self.line.stage(), self.line.stages());
-        let (mut waiting, mut tree) = (VecDeque::new(), Tree::default());
+        let none = || Error::Mlx("an update without micro-batches".to_owned());
+        let mut tree = TreeSum::new(u32::try_from(batches.len()).map_err(|_| none())?);
+        let mut waiting = VecDeque::new();
         for pass in passes(stage, stages, batches.len() as u64) {
             let missing = || Error::Mlx("a micro-batch is not there".to_owned());
             let (Pass::Forward(number) | Pass::Backward(number)) = pass;
@@ -263,11 +265,12 @@ impl StagedFineTuning {
             }
             let there = waiting.pop_front().ok_or_else(missing)?;
             let own = self.back(batch, iteration, there)?;
-            tree.push(self.trainer.device(), own)?;
+            let (leaf, device) =
+                (TreeNode::leaf(u32::try_from(number).unwrap_or(u32::MAX)), self.trainer.device());
+            tree.insert(leaf, own, |left, right| add(device, left, &right))?;
             self.clear_cache()?;
         }
-        let none = || Error::Mlx("an update without micro-batches".to_owned());
-        Ok(tree.finish(self.trainer.device())?.ok_or_else(none)?)
+        Ok(tree.into_parts().next().map(|(_, sum)| sum).ok_or_else(none)?)
     }
 
     /// Through the layers, and on to the next stage. `number` is the hand-over's, `iteration` seeds dropout.
@@ -424,7 +427,8 @@ impl StagedFineTuning {
         self.line.tidy();
         joined.map_err(|error| match error {
             JoinError::Write(error) => written(StateError::from(error)),
-            other => JobError::Failed(other.to_string()),
+            // Which file it is says nothing to who asked for the job.
+            _ => JobError::Failed("a stage's part of what is trained cannot be read".to_owned()),
         })
     }
 }

@@ -12,8 +12,7 @@ mod update;
 pub use gradients::MicroGradients;
 pub(crate) use stage::{Place, Returned, StageTrainer};
 pub use state::StateError;
-pub use tree::combine;
-pub(crate) use tree::{Tree, add};
+pub(crate) use tree::add;
 pub use update::Applied;
 
 use crate::optimizer::Optimizer;

@@ -145,6 +145,7 @@ mod tests {
             configuration: "iters: 2\n".into(),
             inputs: place("jobs/job-1/inputs"),
             resume: Some(place("jobs/job-1/checkpoints/abc/state")),
+            stage: None,
         };
         for (message, expected) in [
             (
@@ -163,7 +164,7 @@ mod tests {
         setup.resume = None;
         let folder = tempfile::tempdir().unwrap();
         setup.model = Some(folder.path().to_owned());
-        let error = make(&setup, None).err().unwrap().to_string();
+        let error = make(&setup, Others::default()).err().unwrap().to_string();
         assert!(!error.contains(&folder.path().display().to_string()), "{error}");
         assert!(error.contains("mlx-community/Demo"), "{error}");
     }

@@ -4,7 +4,8 @@ use crate::loading;
 use mlxnode_compute::{Job, JobError, LayerRange};
 use mlxnode_engine::tuning::Tuning;
 use mlxnode_training::{
-    Encoder, FineTuning, PrepareError, RecordOptions, RecordedJob, Sets, Settings, StagedFineTuning, TrainingConfig,
+    Encoder, FineTuning, PrepareError, RecordOptions, RecordedJob, Sets, Settings, StagedFineTuning,
+    TrainingConfig,
 };
 use mlxnode_worker::{JobSetup, Others};
 

@@ -3,8 +3,8 @@
 use super::table::{Aim, Job, Jobs, Moment, RunPhase, line, push_line};
 use super::view::{HeldCheckpoint, Publication};
 use super::{
-    COPIES, Checkpoint, ContentHash, Effect, Event, JobOffer, LossPoint, MAX_FAILURES, Need, PlannedStage, Record,
-    Report, RunEnd, Tidied,
+    COPIES, Checkpoint, ContentHash, Effect, Event, JobOffer, LossPoint, MAX_FAILURES, Need, PlannedStage,
+    Record, Report, RunEnd, Tidied,
 };
 use crate::{Error, NodeId};
 use mlxnode_compute::ByteCount;

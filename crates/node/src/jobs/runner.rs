@@ -258,7 +258,8 @@ impl Runners {
         }
         *newest = order.epoch;
         // An older attempt's worker of this job ends for it.
-        let of_others = state.helping.iter().filter(|((job, _), help)| *job != id || help.epoch >= order.epoch);
+        let of_others =
+            state.helping.iter().filter(|((job, _), help)| *job != id || help.epoch >= order.epoch);
         let of_others = of_others.map(|(_, help)| help.memory);
         let taken: ByteCount = state.running.values().map(|held| held.memory).chain(of_others).sum();
         let free = (self.shared.options.free)().saturating_sub(taken);
@@ -610,7 +611,10 @@ impl Attempt {
                 () = told_to(&mut told, |will| will != Will::Run) => return Err(Parted::LetGo),
             }
         } else if self.order.spec.workers > 1 {
-            _team = Some(Team::lead(&self.place, &self.peers, &self.order, process, setup, self.reports.clone()).await?);
+            _team = Some(
+                Team::lead(&self.place, &self.peers, &self.order, process, setup, self.reports.clone())
+                    .await?,
+            );
         } else {
             process.begin(setup).await?;
         }

@@ -4,12 +4,12 @@
 use anyhow::{Context as _, Result, ensure};
 use mlxnode_testkit::cluster::LocalCluster;
 use mlxnode_testkit::eventually::eventually;
+use mlxnode_testkit::jobs;
 use mlxnode_testkit::node::NodeProcess;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -28,58 +28,17 @@ fn submit(node: &NodeProcess, id: &str, (configuration, rows): &(String, String)
     node.json(&[&words[..], &["--save-steps", "5"]].concat())
 }
 
-fn job(node: &NodeProcess, id: &str) -> Result<Value> {
-    node.json(&["jobs", "show", id])
-}
-
 fn wait_for(node: &NodeProcess, id: &str, state: &str) -> Result<Value> {
-    let mut seen = Value::Null;
-    eventually(PATIENCE, || {
-        seen = job(node, id)?;
-        ensure!(seen["state"] == state, "{id} is {} ({})", seen["state"], seen["detail"]);
-        Ok(())
-    })?;
-    Ok(seen)
+    jobs::wait_for(node, id, state, PATIENCE)
 }
 
 fn wait_for_step(node: &NodeProcess, id: &str, step: u64) -> Result<()> {
-    eventually(PATIENCE, || {
-        let seen = job(node, id)?;
-        let checkpoints = seen["checkpoints"].as_array().context("checkpoints")?;
-        let is_there = checkpoints.iter().any(|it| it["step"].as_u64() >= Some(step));
-        ensure!(is_there || seen["state"] == "finished", "no checkpoint after step {step} yet: {seen}");
-        Ok(())
-    })
+    jobs::wait_for_checkpoint(node, id, step, PATIENCE).map(drop)
 }
 
 /// The text that a job made, downloaded through this node.
 fn result(node: &NodeProcess, id: &str, folder: &Path) -> Result<String> {
-    let to = folder.join(format!("{id}-{}", node.pid()));
-    node.json(&["jobs", "download", id, "--to", to.to_str().context("utf-8")?])?;
-    Ok(std::fs::read_to_string(to.join("result.txt"))?)
-}
-
-/// Processes of jobs that this node has started.
-fn job_processes(node: &NodeProcess) -> Result<Vec<Pid>> {
-    let listed = Command::new("ps").args(["-axo", "pid=,ppid=,args="]).output()?;
-    let text = String::from_utf8_lossy(&listed.stdout).into_owned();
-    let own = node.pid().to_string();
-    let found = text.lines().filter_map(|line| {
-        let mut words = line.split_whitespace();
-        let (pid, parent) = (words.next()?, words.next()?);
-        (parent == own && line.contains("worker --job")).then(|| pid.parse().ok().map(Pid::from_raw))?
-    });
-    Ok(found.collect())
-}
-
-/// Starts a node again that was killed, once it is gone.
-fn restart(cluster: &mut LocalCluster, index: usize) -> Result<()> {
-    let setup = cluster.setup(index);
-    let killed = cluster.nodes.remove(index);
-    let data_dir = killed.data_dir().to_owned();
-    drop(killed);
-    cluster.nodes.insert(index, NodeProcess::start(&data_dir, &setup)?);
-    Ok(())
+    Ok(String::from_utf8(jobs::result(node, id, folder, "result.txt")?)?)
 }
 
 #[test]
@@ -102,8 +61,14 @@ fn a_job_that_is_killed_at_every_phase_comes_to_the_same_result() -> Result<()> 
 
     // A worker.
     wait_for_step(cluster.first(), "disturbed", 5)?;
-    let workers: Vec<Pid> =
-        cluster.nodes.iter().map(job_processes).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
+    let workers: Vec<Pid> = cluster
+        .nodes
+        .iter()
+        .map(jobs::processes)
+        .collect::<Result<Vec<_>>>()?
+        .into_iter()
+        .flatten()
+        .collect();
     ensure!(workers.len() == 1, "one process runs the job: {workers:?}");
     kill(workers[0], Signal::SIGKILL)?;
 
@@ -111,20 +76,20 @@ fn a_job_that_is_killed_at_every_phase_comes_to_the_same_result() -> Result<()> 
     wait_for_step(cluster.first(), "disturbed", 15)?;
     cluster.nodes[1].signal(Signal::SIGKILL)?;
     wait_for_step(cluster.first(), "disturbed", 25)?;
-    restart(&mut cluster, 1)?;
+    cluster.revive(1)?;
 
     // The coordinator.
     wait_for_step(cluster.first(), "disturbed", 35)?;
     cluster.nodes[0].signal(Signal::SIGKILL)?;
-    restart(&mut cluster, 0)?;
+    cluster.revive(0)?;
 
     // All at once.
     wait_for_step(cluster.first(), "disturbed", 45)?;
     for node in &cluster.nodes {
         node.signal(Signal::SIGKILL)?;
     }
-    restart(&mut cluster, 0)?;
-    restart(&mut cluster, 1)?;
+    cluster.revive(0)?;
+    cluster.revive(1)?;
 
     let seen = wait_for(cluster.first(), "disturbed", "finished")?;
     ensure!(seen["attempts"].as_u64() >= Some(3), "{seen}");
@@ -145,14 +110,14 @@ fn a_job_stands_still_goes_on_and_ends_as_it_is_told() -> Result<()> {
     wait_for(node, "one", "running")?;
     node.json(&["jobs", "pause", "one"])?;
     eventually(PATIENCE, || {
-        let seen = job(node, "one")?;
+        let seen = jobs::show(node, "one")?;
         ensure!(seen["node"] == "", "it runs still: {seen}");
         Ok(())
     })?;
-    let paused = job(node, "one")?;
+    let paused = jobs::show(node, "one")?;
     assert_eq!(paused["state"], "paused");
     ensure!(!paused["checkpoints"].as_array().context("checkpoints")?.is_empty(), "it saved: {paused}");
-    ensure!(job_processes(node)?.is_empty(), "its process is gone");
+    ensure!(jobs::processes(node)?.is_empty(), "its process is gone");
     node.json(&["jobs", "resume", "one"])?;
     wait_for(node, "one", "finished")?;
     let expected = rehearsal(folder.path(), 30, 0)?;
@@ -165,7 +130,7 @@ fn a_job_stands_still_goes_on_and_ends_as_it_is_told() -> Result<()> {
     wait_for(node, "three", "running")?;
     assert_eq!(node.json(&["jobs", "cancel", "three"])?["state"], "cancelled");
     eventually(PATIENCE, || {
-        ensure!(job_processes(node)?.is_empty(), "its process runs still");
+        ensure!(jobs::processes(node)?.is_empty(), "its process runs still");
         Ok(())
     })?;
     ensure!(node.json(&["jobs", "resume", "three"]).is_err(), "what was cancelled stays so");
@@ -208,7 +173,7 @@ fn an_adapter_is_trained_by_the_cluster_and_asked_for_at_once() -> Result<()> {
     ensure!(losses.iter().any(|it| it["validation"].is_f64()), "{seen}");
     let mut published = Value::Null;
     eventually(PATIENCE, || {
-        published = job(node, "poet")?;
+        published = jobs::show(node, "poet")?;
         ensure!(published["publications"][0]["problem"] == "", "it is not served: {published}");
         Ok(())
     })?;

@@ -3,12 +3,11 @@
 use anyhow::{Context as _, Result, ensure};
 use mlxnode_testkit::cluster::LocalCluster;
 use mlxnode_testkit::eventually::eventually;
+use mlxnode_testkit::jobs;
 use mlxnode_testkit::node::NodeProcess;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde_json::{Value, json};
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -44,37 +43,12 @@ fn submit(node: &NodeProcess, folder: &Path, id: &str, workers: &str) -> Result<
     node.json(&["jobs", "submit", &configuration, "--data", &rows, "--id", id, "--workers", workers])
 }
 
-fn job(node: &NodeProcess, id: &str) -> Result<Value> {
-    node.json(&["jobs", "show", id])
-}
-
 fn finished(node: &NodeProcess, id: &str) -> Result<Value> {
-    let mut seen = Value::Null;
-    eventually(PATIENCE, || {
-        seen = job(node, id)?;
-        ensure!(seen["state"] == "finished", "{id} is {} ({})", seen["state"], seen["detail"]);
-        Ok(())
-    })?;
-    Ok(seen)
+    jobs::wait_for(node, id, "finished", PATIENCE)
 }
 
 fn adapter(node: &NodeProcess, folder: &Path, id: &str) -> Result<Vec<u8>> {
-    let to = folder.join(id);
-    node.json(&["jobs", "download", id, "--to", to.to_str().context("utf-8")?])?;
-    Ok(std::fs::read(to.join("adapters.safetensors"))?)
-}
-
-/// Processes of jobs that this node has started.
-fn workers(node: &NodeProcess) -> Result<Vec<Pid>> {
-    let listed = Command::new("ps").args(["-axo", "pid=,ppid=,args="]).output()?;
-    let text = String::from_utf8_lossy(&listed.stdout).into_owned();
-    let own = node.pid().to_string();
-    let found = text.lines().filter_map(|line| {
-        let mut words = line.split_whitespace();
-        let (pid, parent) = (words.next()?, words.next()?);
-        (parent == own && line.contains("worker --job")).then(|| pid.parse().ok().map(Pid::from_raw))?
-    });
-    Ok(found.collect())
+    jobs::result(node, id, folder, "adapters.safetensors")
 }
 
 #[test]
@@ -90,16 +64,16 @@ fn three_nodes_make_the_adapter_of_one_and_so_do_they_when_one_is_lost() -> Resu
     submit(node, folder.path(), "together", "3")?;
     eventually(PATIENCE, || {
         for node in &cluster.nodes {
-            ensure!(workers(node)?.len() == 1, "every node runs a worker");
+            ensure!(jobs::processes(node)?.len() == 1, "every node runs a worker");
         }
-        let step = job(node, "together")?["step"].as_u64().unwrap_or_default();
+        let step = jobs::show(node, "together")?["step"].as_u64().unwrap_or_default();
         ensure!(step >= 6, "step {step}");
         Ok(())
     })?;
     // The leading one saves; killing another one costs no more than the update under way.
-    let leading = job(node, "together")?["node"].as_str().context("the node")?.to_owned();
+    let leading = jobs::show(node, "together")?["node"].as_str().context("the node")?.to_owned();
     let other = (0..3).find(|&index| cluster.setup(index).name != leading).context("another node")?;
-    for pid in workers(&cluster.nodes[other])? {
+    for pid in jobs::processes(&cluster.nodes[other])? {
         kill(pid, Signal::SIGKILL)?;
     }
     let seen = finished(node, "together")?;
@@ -107,7 +81,7 @@ fn three_nodes_make_the_adapter_of_one_and_so_do_they_when_one_is_lost() -> Resu
     ensure!(adapter(node, folder.path(), "together")? == expected, "the adapters differ");
     eventually(PATIENCE, || {
         for node in &cluster.nodes {
-            ensure!(workers(node)?.is_empty(), "a worker runs still");
+            ensure!(jobs::processes(node)?.is_empty(), "a worker runs still");
         }
         Ok(())
     })

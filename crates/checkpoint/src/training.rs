@@ -70,7 +70,7 @@ pub enum TrainedPart {
 }
 
 /// How a model is trained, as far as memory goes.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TrainingDemand {
     /// What is trained.
     pub part: TrainedPart,

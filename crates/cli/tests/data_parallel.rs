@@ -66,6 +66,7 @@ impl Ground {
             configuration: CONFIGURATION.into(),
             inputs: self.home.path().join("inputs"),
             resume: None,
+            stage: None,
         }
     }
 }

@@ -9,6 +9,7 @@
 
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
+use mlxnode_checkpoint::TrainingCost;
 use mlxnode_cluster::{ControlEpoch, ControlLog, SqliteControlLog};
 use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::coordinator::{
@@ -86,6 +87,10 @@ impl Nodes for FakeNodes {
             round_trips: [].into(),
         };
         self.with(|fakes| fakes.alive.iter().map(offer).collect())
+    }
+
+    fn weigh_training(&self, source: String) -> BoxFuture<'static, Result<TrainingCost, Error>> {
+        async move { Err(Error::NotFound(format!("there is no model in {source}"))) }.boxed()
     }
 
     fn weigh(&self, source: String) -> BoxFuture<'static, Result<ModelCost, Error>> {

@@ -6,8 +6,8 @@ use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::Error;
 use mlxnode_coordinator::jobs::{
     Checkpoint, ContentHash, Effect, Event, JobKind, JobOffer, JobSpec, JobState, Jobs, LossPoint,
-    MAX_FAILURES, MAX_JOBS, Progress, Publication, PublishWish, Record, Report, RunEnd, SavePolicy, Tidied,
-    Wanted, artifact_source,
+    MAX_FAILURES, MAX_JOBS, Need, Progress, Publication, PublishWish, Record, Report, RunEnd, SavePolicy,
+    Tidied, Wanted, artifact_source,
 };
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -29,6 +29,9 @@ fn spec(id: &str) -> JobSpec {
         inputs: Vec::new(),
         memory: Some(ByteCount(10)),
         workers: 1,
+        // One of them on two nodes.
+        stages: if id.ends_with('3') { 2 } else { 1 },
+        demand: None,
         share: 25,
         saves: SavePolicy { keep: 2, ..SavePolicy::default() },
         publish: Some(PublishWish { deployment: "demo".into(), adapter: id.to_owned() }),
@@ -159,7 +162,7 @@ impl World {
                 Effect::Publish { id, hash, wish, .. } => self.publications.push_back((id, hash, wish)),
                 Effect::Abandon { .. } => {} // its node may be alive, cut off, and go on
                 Effect::Weigh { id, .. } => {
-                    let weighed = Event::Weighed { id, result: Ok(ByteCount(10)) };
+                    let weighed = Event::Weighed { id, result: Ok(Need::Fixed(ByteCount(10))) };
                     effects.extend(self.jobs.on(weighed, self.at, self.now));
                 }
             }
@@ -581,6 +584,55 @@ fn what_cannot_run_anywhere_says_what_is_missing() {
     for words in ["8.0 GB", "2.0 GB", "desk"] {
         assert!(view.detail.contains(words), "{}", view.detail);
     }
+}
+
+#[test]
+fn a_job_on_two_nodes_waits_for_both_and_begins_again_when_either_is_lost() {
+    let mut world = World::new();
+    for number in 1..NODES {
+        world.lose_node(number, false);
+    }
+    let divided = |world: &World| {
+        let views = world.jobs.view();
+        views.into_iter().find(|view| view.spec.id == "job-3").expect("the job")
+    };
+    world.submit("job-3");
+    let view = divided(&world);
+    assert_eq!(view.state, JobState::WaitingForNodes);
+    assert!(view.detail.contains("waiting for 1 more node"), "{}", view.detail);
+    world.revive_node(1);
+    for attempt in 1..=3 {
+        let view = divided(&world);
+        let nodes: BTreeSet<NodeId> = view.stages.iter().map(|stage| stage.node).collect();
+        assert_eq!((nodes.len(), view.attempts, view.node), (2, attempt, Some(view.stages[0].node)));
+        for node in &nodes {
+            assert_eq!(world.jobs.reserved(*node), ByteCount(10));
+        }
+        // Another job finds no node.
+        world.submit("job-1");
+        assert_eq!(world.runners.len(), 1);
+        // First the one that leads is lost, then the other one.
+        let lost = view.stages[usize::from(attempt % 2 == 0)].node;
+        let number = (0..NODES).find(|number| node(*number) == lost).unwrap();
+        world.lose_node(number, false);
+        if attempt % 2 == 0 {
+            assert_eq!(world.runners[0].saves_and_ends, Some(false), "it is told that the line is over");
+            world.advance(0);
+        }
+        // The other job, which has the node that is left now, ends.
+        let cancelled = world.jobs.cancel("job-1", 1);
+        world.change(cancelled);
+        world.cancelled.insert("job-1".into());
+        if let Some(place) = world.runners.iter().position(|runner| runner.id == "job-1") {
+            world.advance(place);
+        }
+        world.revive_node(number);
+        world.now += Duration::from_secs(60);
+        world.carry_out(Vec::new());
+    }
+    assert_eq!(divided(&world).attempts, 4);
+    let restored: Vec<Record> = world.log.clone();
+    assert!(restored.iter().any(|it| matches!(it, Record::Started { stages, .. } if stages.len() == 2)));
 }
 
 #[test]

@@ -54,6 +54,15 @@ impl LocalCluster {
         Ok(())
     }
 
+    /// Starts a node again that was killed, once it is gone.
+    pub fn revive(&mut self, index: usize) -> Result<()> {
+        let killed = self.nodes.remove(index);
+        let data_dir = killed.data_dir().to_owned();
+        drop(killed);
+        self.nodes.insert(index, NodeProcess::start(&data_dir, &self.setup(index))?);
+        Ok(())
+    }
+
     /// How the node of this number is started again; who was a member needs no invite.
     pub fn setup(&self, index: usize) -> NodeSetup {
         NodeSetup { name: format!("node{index}"), arguments: self.arguments.clone(), ..NodeSetup::default() }

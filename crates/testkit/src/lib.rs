@@ -5,6 +5,7 @@
 //! - [`node`]: one node as a process, by the machine-readable contracts of the command line
 //! - [`cluster`]: several nodes on this machine, paired
 //! - [`eventually`]: waiting with a bound instead of sleeping
+//! - [`jobs`]: what jobs do and leave behind
 //! - [`clients`]: the official clients of the HTTP dialects
 //! - [`oracle`]: the Python environment whose numbers are the judge
 //! - [`netlab`]: hosts of a network of their own (Linux network namespaces)
@@ -14,6 +15,7 @@ pub mod browser;
 pub mod clients;
 pub mod cluster;
 pub mod eventually;
+pub mod jobs;
 #[cfg(target_os = "linux")]
 pub mod netlab;
 pub mod node;

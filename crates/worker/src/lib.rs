@@ -7,7 +7,7 @@
 //! first stage:  scheduler ═▶ driver ─▶ inbox …              … and from the last stage round the ring: tokens ═▶ driver
 //! ```
 //! Child side: [`run`] is the process, [`LocalWorker`] the same within a process. Parent side: [`WorkerProcess`] starts, watches
-//! and ends one. Scheduler's side: [`DriveClient`]. A training job's side: [`CollectiveEndpoint`]. [`wire`] converts between the seam's types and the contract's messages.
+//! and ends one. Scheduler's side: [`DriveClient`]. A training job's side: [`CollectiveEndpoint`], and [`StageEndpoint`] when its layers are divided. [`wire`] converts between the seam's types and the contract's messages.
 //!
 //! A job (training, quantization) runs in such a process too, with a network only for its gradients: [`run_job`] and [`JobProcess`].
 //!
@@ -24,6 +24,7 @@ mod hello;
 mod job;
 mod lifeline;
 mod link;
+mod listening;
 mod message;
 mod process;
 mod progress;
@@ -34,20 +35,26 @@ mod service;
 mod shard;
 mod shard_state;
 mod spans;
+mod stages;
 mod time_counts;
 pub mod wire;
 
 pub use collective::{
-    CollectiveEndpoint, CollectiveError, CollectiveOptions, ConductorEvent, Group, GroupClient,
-    GroupConductor, GroupError, GroupPeer, GroupReports, GroupWorker,
+    CollectiveEndpoint, CollectiveOptions, ConductorEvent, Group, GroupClient, GroupConductor, GroupError,
+    GroupPeer, GroupReports, GroupWorker,
 };
 pub use compute_thread::{BlockRoom, Guessing, LoadFailure, LoadShard, StageFactory};
 pub use drive_client::{DriveClient, DriveError, DriveEvents};
 pub use error::{Fault, Side};
-pub use job::{GroupPlace, JobCallError, JobFactory, JobProcess, JobSetup, Rehearsal, run_job};
+pub use job::{
+    GroupPlace, JobCallError, JobFactory, JobProcess, JobSetup, LinePlace, Others, Rehearsal, StagePlace,
+    run_job,
+};
+pub use listening::CollectiveError;
 pub use message::{DriveCommand, DriveEvent, SampledToken, StageTimes};
 pub use process::{LoadProgress, ProcessError, ShardLoading, SpawnWorker, WorkerExit, WorkerProcess};
 pub use progress::ShardStats;
 pub use run::{RunError, run};
 pub use server::{LocalWorker, WorkerOptions};
+pub use stages::{Line, LineError, LineLink, LineWorker, StageEndpoint, StageOptions};
 pub use time_counts::TimeCounts;

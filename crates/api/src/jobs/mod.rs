@@ -25,4 +25,4 @@ pub use onward_client::jobs_client;
 pub use service::JobsService;
 pub use view::{CheckpointView, JobTable, JobView, JobsView, LossPoint};
 pub use watch_client::WatchedJobs;
-pub use wire::{job_to_wire, shown};
+pub use wire::{demand_to_proto, job_to_wire, shown};

@@ -220,6 +220,8 @@ mod tests {
                 memory: None,
                 share: 25,
                 workers: 1,
+                stages: 1,
+                demand: Default::default(),
                 saves: SavePolicy::default(),
                 publish: None,
                 owner: String::new(),
@@ -237,6 +239,7 @@ mod tests {
             curve: Vec::new(),
             checkpoints: Vec::new(),
             publications: Vec::new(),
+            stages: Vec::new(),
         })
     }
 

@@ -5,9 +5,15 @@ use mlxnode_cluster::NodeId;
 use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::jobs::{
     ContentHash, InputFile, JobKind, JobSpec, JobState, JobView, LogLine, PublishWish, SavePolicy,
+    TrainedPart, TrainingDemand,
 };
 use mlxnode_proto::v1;
 use tonic::Status;
+
+/// Rows, tokens of a row, or micro-batches of an update, for the estimate of memory.
+const MOST_DEMANDED: usize = 1 << 20;
+/// Highest rank, likewise.
+const MOST_RANK: u64 = 1 << 16;
 
 /// What a client wishes for.
 pub(super) fn spec(request: v1::SubmitJobRequest, owner: String) -> Result<JobSpec, Status> {
@@ -41,6 +47,8 @@ pub(super) fn spec(request: v1::SubmitJobRequest, owner: String) -> Result<JobSp
             share => share,
         },
         workers: request.workers.max(1),
+        stages: request.stages,
+        demand: request.demand.map(demand),
         saves: SavePolicy {
             every_steps: or(request.save_steps, usual.every_steps),
             every_seconds: or(request.save_seconds, usual.every_seconds),
@@ -53,6 +61,50 @@ pub(super) fn spec(request: v1::SubmitJobRequest, owner: String) -> Result<JobSp
         owner,
         labels: request.labels.into_iter().collect(),
     })
+}
+
+/// What a run takes of memory.
+fn demand(demand: v1::TrainingDemand) -> TrainingDemand {
+    let size = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
+    TrainingDemand {
+        part: match demand.full {
+            true => TrainedPart::Full,
+            false => TrainedPart::LowRank {
+                rank: demand.rank.min(MOST_RANK),
+                magnitudes: demand.magnitudes,
+                tables: demand.tables,
+            },
+        },
+        last_layers: Some(size(demand.last_layers)).filter(|count| *count > 0),
+        // Whatever is said, the arithmetic over it stays within its numbers.
+        rows: size(demand.rows).clamp(1, MOST_DEMANDED),
+        row_tokens: size(demand.row_tokens).clamp(1, MOST_DEMANDED),
+        micro_batches: demand.micro_batches.clamp(1, MOST_DEMANDED as u64),
+        memories: demand.memories.min(8),
+        checkpointing: demand.checkpointing,
+        reference: demand.reference,
+    }
+}
+
+/// What a run takes of memory, for the wire.
+pub fn demand_to_proto(demand: &TrainingDemand) -> v1::TrainingDemand {
+    let (full, rank, magnitudes, tables) = match demand.part {
+        TrainedPart::Full => (true, 0, false, false),
+        TrainedPart::LowRank { rank, magnitudes, tables } => (false, rank, magnitudes, tables),
+    };
+    v1::TrainingDemand {
+        full,
+        rank,
+        magnitudes,
+        tables,
+        last_layers: demand.last_layers.unwrap_or_default() as u64,
+        rows: demand.rows as u64,
+        row_tokens: demand.row_tokens as u64,
+        micro_batches: demand.micro_batches,
+        memories: demand.memories,
+        checkpointing: demand.checkpointing,
+        reference: demand.reference,
+    }
 }
 
 pub(super) fn hash(bytes: &[u8], field: &str) -> Result<ContentHash, Status> {
@@ -81,6 +133,8 @@ fn wish(spec: &JobSpec) -> v1::SubmitJobRequest {
         memory_bytes: spec.memory.unwrap_or_default().0,
         share_percent: spec.share,
         workers: spec.workers,
+        stages: spec.stages,
+        demand: spec.demand.as_ref().map(demand_to_proto),
         save_steps: narrow(spec.saves.every_steps),
         save_seconds: narrow(spec.saves.every_seconds),
         keep_checkpoints: spec.saves.keep,
@@ -153,6 +207,17 @@ pub fn job_to_wire(view: &JobView, name: &dyn Fn(NodeId) -> String) -> v1::Job {
             .collect(),
         owner: view.spec.owner.clone(),
         trained_tokens: progress.trained_tokens,
+        stages: view
+            .stages
+            .iter()
+            .filter(|_| view.stages.len() > 1)
+            .map(|stage| v1::JobStage {
+                node: name(stage.node),
+                first: stage.layers.start as u64,
+                end: stage.layers.end as u64,
+                memory_bytes: stage.memory.0,
+            })
+            .collect(),
     }
 }
 
@@ -234,7 +299,19 @@ mod tests {
             }],
             memory_bytes: 7,
             share_percent: 30,
-            workers: 2,
+            workers: 1,
+            stages: 3,
+            demand: Some(v1::TrainingDemand {
+                rank: 8,
+                magnitudes: true,
+                last_layers: 4,
+                rows: 2,
+                row_tokens: 64,
+                micro_batches: 6,
+                memories: 2,
+                checkpointing: true,
+                ..Default::default()
+            }),
             save_steps: 10,
             save_seconds: 60,
             keep_checkpoints: 2,

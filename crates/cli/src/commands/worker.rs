@@ -8,7 +8,7 @@ use mlxnode_compute::{Job, JobError};
 use mlxnode_engine::{EngineStage, Model, Speculation, StageOptions};
 use mlxnode_traces::{Collector, Exporter};
 use mlxnode_worker::{
-    CollectiveEndpoint, Guessing, JobSetup, LoadFailure, LoadShard, Rehearsal, RunError, WorkerOptions,
+    Guessing, JobSetup, LoadFailure, LoadShard, Others, Rehearsal, RunError, WorkerOptions,
 };
 use std::process::ExitCode;
 
@@ -59,12 +59,15 @@ fn code(ended: Result<(), RunError>) -> ExitCode {
 }
 
 /// Makes the job of this process, on the thread that drives it.
-fn job(setup: &JobSetup, group: Option<&CollectiveEndpoint>) -> Result<Box<dyn Job>, JobError> {
+fn job(setup: &JobSetup, others: Others<'_>) -> Result<Box<dyn Job>, JobError> {
     match setup.kind.as_str() {
-        "fine-tuning" => crate::training::job::make(setup, group),
+        "fine-tuning" => crate::training::job::make(setup, others),
         "rehearsal" => {
-            let resume = setup.resume.as_deref();
-            Ok(Box::new(Rehearsal::new(&setup.configuration, &setup.inputs, resume)?))
+            let job = Rehearsal::new(&setup.configuration, &setup.inputs, setup.resume.as_deref())?;
+            Ok(Box::new(match others.line {
+                Some(line) => job.with_stages(line),
+                None => job,
+            }))
         }
         other => {
             Err(JobError::Refused(format!("this release of mlxnode runs no jobs of the kind {other:?}")))

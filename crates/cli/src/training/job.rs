@@ -3,8 +3,11 @@
 use crate::loading;
 use mlxnode_compute::{Job, JobError, LayerRange};
 use mlxnode_engine::tuning::Tuning;
-use mlxnode_training::{Encoder, FineTuning, RecordedJob, Sets, Settings, TrainingConfig};
-use mlxnode_worker::{CollectiveEndpoint, JobSetup};
+use mlxnode_training::{
+    Encoder, FineTuning, PrepareError, RecordOptions, RecordedJob, Sets, Settings, StagedFineTuning,
+    TrainingConfig,
+};
+use mlxnode_worker::{JobSetup, Others};
 
 /// What a job's rows are called where its configuration is told: they lie elsewhere on every node.
 const ROWS: &str = "data";
@@ -35,11 +38,11 @@ pub fn configuration(text: &str, model: &str) -> Result<TrainingConfig, String> 
     Ok(config)
 }
 
-/// Makes the job, on the thread that drives it; with `group`, one worker of several.
+/// Makes the job, on the thread that drives it; with `others`, one worker of several.
 ///
 /// # Errors
 /// [`JobError::Refused`] for what is wrong with the configuration, the rows or the model.
-pub fn make(setup: &JobSetup, group: Option<&CollectiveEndpoint>) -> Result<Box<dyn Job>, JobError> {
+pub fn make(setup: &JobSetup, others: Others<'_>) -> Result<Box<dyn Job>, JobError> {
     let folder = setup.model.as_deref();
     let folder = folder.ok_or_else(|| JobError::Refused("fine-tuning needs a model".to_owned()))?;
     let refused = |error: anyhow::Error| JobError::Refused(told(setup, &format!("{error:#}")));
@@ -48,19 +51,36 @@ pub fn make(setup: &JobSetup, group: Option<&CollectiveEndpoint>) -> Result<Box<
     let encoder = Encoder::new(opened.tokenizer, opened.template, &config);
     let sets = Sets::read(&config, std::slice::from_ref(&setup.inputs), &encoder, &|_| {});
     let sets = sets.map_err(|error| refused(error.into()))?;
-    let layers = LayerRange::new(0, opened.checkpoint.spec().layer_count());
+    let layers = match &setup.stage {
+        Some(stage) => stage.layers,
+        None => LayerRange::new(0, opened.checkpoint.spec().layer_count()),
+    };
     let tuning = Tuning::load(&opened.checkpoint, layers, &mut |_, _| {});
     let tuning = tuning.map_err(|error| refused(error.into()))?;
     let micro_batches = config.grad_accumulation_steps.max(1);
     let record = RecordedJob::options(&config);
     let compile = tuning.device().is_gpu();
     let fingerprint = opened.checkpoint.fingerprint();
+    if let (Some(link), Some(stage)) = (others.line, &setup.stage) {
+        // That another stage is lost is not the job's fault.
+        let not_prepared = |error: PrepareError| match error {
+            PrepareError::Link(error) => JobError::Failed(error.to_string()),
+            error => refused(error.into()),
+        };
+        let job = StagedFineTuning::new(tuning, config, sets, fingerprint, compile, link, &stage.folder);
+        let mut job = job.map_err(not_prepared)?;
+        if let Some(state) = &setup.resume {
+            job.resume(state).map_err(not_prepared)?;
+        }
+        // Only the first stage has anything to report.
+        return recorded(Box::new(job), record.filter(|_| stage.stage == 0), setup);
+    }
     let mut job =
         FineTuning::new(tuning, config, sets, fingerprint, compile).map_err(|error| refused(error.into()))?;
     if let Some(state) = &setup.resume {
         job.resume(state).map_err(|error| refused(error.into()))?;
     }
-    if let Some(endpoint) = group {
+    if let Some(endpoint) = others.group {
         let values = job.trainer().parameters().iter().map(|parameter| parameter.len()).sum();
         let micro_batches = u32::try_from(micro_batches).map_err(|_| {
             JobError::Refused("grad_accumulation_steps is too large for several workers".into())
@@ -68,13 +88,19 @@ pub fn make(setup: &JobSetup, group: Option<&CollectiveEndpoint>) -> Result<Box<
         let group = Box::new(endpoint.join(values, micro_batches));
         job = job.with_group(group).map_err(|error| refused(error.into()))?;
     }
-    match record {
-        None => Ok(Box::new(job)),
-        Some(record) => {
-            let recorded = RecordedJob::new(Box::new(job), record, setup.resume.as_deref());
-            Ok(Box::new(recorded.map_err(|error| refused(error.into()))?))
-        }
-    }
+    recorded(Box::new(job), record, setup)
+}
+
+/// With the records that the configuration asks for.
+fn recorded(
+    job: Box<dyn Job>,
+    record: Option<RecordOptions>,
+    setup: &JobSetup,
+) -> Result<Box<dyn Job>, JobError> {
+    let Some(record) = record else { return Ok(job) };
+    let recorded = RecordedJob::new(job, record, setup.resume.as_deref());
+    let refused = |error| JobError::Refused(told(setup, &format!("{:#}", anyhow::Error::from(error))));
+    Ok(Box::new(recorded.map_err(refused)?))
 }
 
 /// A message without the places of this machine: whoever reads it knows the model, the rows and the checkpoints by other names.
@@ -120,6 +146,7 @@ mod tests {
             configuration: "iters: 2\n".into(),
             inputs: place("jobs/job-1/inputs"),
             resume: Some(place("jobs/job-1/checkpoints/abc/state")),
+            stage: None,
         };
         for (message, expected) in [
             (
@@ -138,7 +165,7 @@ mod tests {
         setup.resume = None;
         let folder = tempfile::tempdir().unwrap();
         setup.model = Some(folder.path().to_owned());
-        let error = make(&setup, None).err().unwrap().to_string();
+        let error = make(&setup, Others::default()).err().unwrap().to_string();
         assert!(!error.contains(&folder.path().display().to_string()), "{error}");
         assert!(error.contains("mlx-community/Demo"), "{error}");
     }

@@ -7,10 +7,9 @@ use super::orders::within;
 use crate::Error;
 use crate::deployments::{self, AdapterWish};
 use crate::jobs::{
-    ContentHash, Effect, Event, JobOffer, JobSpec, JobView, LogLine, PublishWish, Record, Tidied,
+    ContentHash, Effect, Event, JobOffer, JobSpec, JobView, LogLine, Need, PublishWish, Record, Tidied,
 };
-use crate::placement::{ModelCost, Offer};
-use mlxnode_compute::ByteCount;
+use crate::placement::Offer;
 use ractor::ActorRef;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -322,11 +321,11 @@ impl Running {
     }
 
     fn weigh_job(&mut self, myself: &ActorRef<Message>, id: String, spec: JobSpec) {
-        let work = self.orders.nodes.weigh(spec.model.clone());
+        let work = self.orders.nodes.weigh_training(spec.model.clone());
         let limit = self.limits.weigh;
         self.spawn_job(myself, async move {
             let cost = within(limit, &format!("reading {}", spec.model), work).await;
-            Event::Weighed { id, result: cost.map(|cost| memory_for_training(&cost)) }
+            Event::Weighed { id, result: cost.map(|cost| Need::of(&spec, cost)) }
         });
     }
 
@@ -400,15 +399,6 @@ impl Running {
             let _ = myself.cast(Message::Job(JobMessage::Tick));
         }));
     }
-}
-
-/// An estimate for training an adapter: the whole model, half as much again for what the backward pass keeps, and some for the process. Who
-/// knows better says so when submitting.
-fn memory_for_training(cost: &ModelCost) -> ByteCount {
-    let pass = cost.layers.len() / cost.passes.max(1);
-    let layers: ByteCount = cost.layers.iter().take(pass).map(|layer| layer.weights).sum();
-    let weights = layers + cost.embedding + cost.head.saturating_sub(cost.shared);
-    weights + ByteCount(weights.0 / 2) + ByteCount(256 << 20)
 }
 
 fn unix_now() -> u64 {

@@ -5,6 +5,7 @@ use crate::deployments::{AdapterWish, Attempt, Links, Shard, StartedWorker, Usag
 use crate::placement::{ModelCost, Offer};
 use crate::{Error, NodeId};
 use futures::future::BoxFuture;
+use mlxnode_checkpoint::TrainingCost;
 use mlxnode_compute::ByteCount;
 
 /// The nodes of the cluster, as the coordinator gives them orders.
@@ -19,6 +20,9 @@ pub trait Nodes: Send + Sync + 'static {
 
     /// What a model costs, from its config and tensor index (fetched, if need be; not the weights).
     fn weigh(&self, source: String) -> BoxFuture<'static, Result<ModelCost, Error>>;
+
+    /// What training a model costs, likewise.
+    fn weigh_training(&self, source: String) -> BoxFuture<'static, Result<TrainingCost, Error>>;
 
     /// Gets the model onto a node. Answers with a fingerprint of config and tensor index, equal on nodes that hold the same model.
     fn prepare(

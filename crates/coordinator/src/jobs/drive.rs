@@ -3,8 +3,8 @@
 use super::table::{Aim, Job, Jobs, Moment, RunPhase, line, push_line};
 use super::view::{HeldCheckpoint, Publication};
 use super::{
-    COPIES, Checkpoint, ContentHash, Effect, Event, JobOffer, LossPoint, MAX_FAILURES, Record, Report,
-    RunEnd, Tidied,
+    COPIES, Checkpoint, ContentHash, Effect, Event, JobOffer, LossPoint, MAX_FAILURES, Need, PlannedStage,
+    Record, Report, RunEnd, Tidied,
 };
 use crate::{Error, NodeId};
 use mlxnode_compute::ByteCount;
@@ -67,6 +67,21 @@ impl Jobs {
     fn node_lost(&mut self, node: NodeId, at: u64) -> Vec<Effect> {
         let mut effects = Vec::new();
         for (id, job) in &mut self.jobs {
+            if let Some(run) = &mut job.moment.run
+                && run.node != node
+                && !run.is_stopping
+                && run.stages.iter().any(|stage| stage.node == node)
+            {
+                // The others cannot go on without it, and what they have done since the last checkpoint is not whole without its part.
+                run.is_stopping = true;
+                let (epoch, leading) = (run.epoch, run.node);
+                push_line(
+                    &mut job.moment.said,
+                    at,
+                    &format!("the node {}, which had a stage, is lost", node.short()),
+                );
+                effects.push(Effect::Stop { id: id.clone(), epoch, node: leading, saves: false });
+            }
             let Some(run) = job.moment.run.take_if(|run| run.node == node) else { continue };
             push_line(&mut job.moment.said, at, &format!("the node {} is lost", node.short()));
             job.forget_undurable();
@@ -104,7 +119,7 @@ impl Jobs {
     /// and when it is time ([`Jobs::next_wake`]).
     pub fn schedule(&mut self, offers: &[JobOffer], at: u64, now: Instant) -> Vec<Effect> {
         let mut effects = Vec::new();
-        let mut busy: Vec<NodeId> = self.jobs.values().filter_map(Job::runs_on).collect();
+        let mut busy: Vec<NodeId> = self.jobs.values().flat_map(Job::runs_on).collect();
         let mut order: Vec<String> = self.jobs.keys().cloned().collect();
         order.sort_by_key(|id| self.jobs.get(id).map(|job| job.stored.order));
         let mut epoch = self.used_epoch;
@@ -118,10 +133,11 @@ impl Jobs {
                         effects
                             .push(Effect::Weigh { id: id.clone(), spec: Box::new(job.stored.spec.clone()) });
                     }
-                    Place::On(node) => {
+                    Place::On(node, stages) => {
                         epoch += 1;
-                        busy.push(node);
-                        effects.push(Effect::Record(Record::Started { id: id.clone(), epoch, node, at }));
+                        busy.extend(stages.iter().map(|stage| stage.node));
+                        let started = Record::Started { id: id.clone(), epoch, node, stages, at };
+                        effects.push(Effect::Record(started));
                     }
                     Place::Later => job.moment.waits_for = None,
                     Place::Nowhere(why) => job.moment.waits_for = Some(why),
@@ -159,7 +175,8 @@ impl Moment {
 enum Place {
     /// What it needs is not known.
     Weigh,
-    On(NodeId),
+    /// Led by this node.
+    On(NodeId, Vec<PlannedStage>),
     /// Another job runs where it could.
     Later,
     /// What is missing.
@@ -167,8 +184,9 @@ enum Place {
 }
 
 impl Job {
-    fn runs_on(&self) -> Option<NodeId> {
-        self.moment.run.as_ref().map(|run| run.node)
+    fn runs_on(&self) -> Vec<NodeId> {
+        let Some(run) = &self.moment.run else { return Vec::new() };
+        std::iter::once(run.node).chain(run.stages.iter().map(|stage| stage.node)).collect()
     }
 
     fn is_waiting_to_run(&self) -> bool {
@@ -179,18 +197,18 @@ impl Job {
     }
 
     fn place(&mut self, offers: &[JobOffer], busy: &[NodeId]) -> Place {
-        let Some(need) = self.moment.need.or_else(|| self.known_need()) else { return Place::Weigh };
-        self.moment.need = Some(need);
-        let fitting: Vec<&JobOffer> = offers.iter().filter(|offer| offer.free >= need).collect();
-        if fitting.is_empty() {
-            let largest = offers.iter().max_by_key(|offer| offer.free);
-            return Place::Nowhere(match largest {
-                None => "no node is there".to_owned(),
-                Some(offer) => format!(
-                    "it needs {need} of memory; the most that is free is {} on {}: unload a model, or give a node more",
-                    offer.free, offer.name
-                ),
-            });
+        let Some(need) = self.moment.need.clone().or_else(|| self.known_need()) else { return Place::Weigh };
+        let need = self.moment.need.insert(need);
+        let spec = &self.stored.spec;
+        // Asked again with every event: nothing has changed then, mostly.
+        let rooms: Vec<(NodeId, ByteCount)> = offers.iter().map(|offer| (offer.node, offer.free)).collect();
+        if let Some((_, missing)) = self.moment.nowhere.as_ref().filter(|(known, _)| *known == rooms) {
+            return Place::Nowhere(missing.clone());
+        }
+        let everywhere: Vec<&JobOffer> = offers.iter().collect();
+        if let Err(missing) = need.plan(spec, &everywhere, &|_| 0) {
+            self.moment.nowhere = Some((rooms, missing.clone()));
+            return Place::Nowhere(missing);
         }
         // Another node can copy from one that has a checkpoint: somebody there must have one.
         let checkpoints = &self.stored.checkpoints;
@@ -212,12 +230,13 @@ impl Job {
             return Place::Nowhere(format!("its checkpoints are on nodes that are not there: {holders}"));
         }
         let holders = newest.map(|held| held.holders.as_slice()).unwrap_or_default();
-        let free = fitting.into_iter().filter(|offer| !busy.contains(&offer.node));
-        let best = free.max_by_key(|offer| {
-            let is_better = self.moment.avoids != Some(offer.node);
-            (is_better, holders.contains(&offer.node), offer.free, offer.node)
-        });
-        best.map_or(Place::Later, |offer| Place::On(offer.node))
+        let avoids = self.moment.avoids;
+        let preferred = |node| 2 * u8::from(avoids != Some(node)) + u8::from(holders.contains(&node));
+        let free: Vec<&JobOffer> = offers.iter().filter(|offer| !busy.contains(&offer.node)).collect();
+        match need.plan(spec, &free, &preferred).map(|stages| (stages.first().cloned(), stages)) {
+            Ok((Some(first), stages)) => Place::On(first.node, stages),
+            _ => Place::Later,
+        }
     }
 
     /// An attempt that was told to end and goes on is told again.
@@ -264,7 +283,7 @@ impl Job {
         Some(Effect::Publish { source: super::artifact_source(&id, hash), id, hash, wish })
     }
 
-    fn weighed(&mut self, result: Result<ByteCount, Error>, at: u64, now: Instant) -> Vec<Effect> {
+    fn weighed(&mut self, result: Result<Need, Error>, at: u64, now: Instant) -> Vec<Effect> {
         self.moment.is_weighing = false;
         match result {
             Ok(need) => {

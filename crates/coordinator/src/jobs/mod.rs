@@ -23,12 +23,15 @@
 mod content;
 mod curve;
 mod drive;
+mod plan;
 mod spec;
 mod table;
 mod view;
 
 pub use content::{ContentHash, NotAHash};
 pub use curve::{Curve, LossPoint, MAX_POINTS};
+pub use mlxnode_checkpoint::{TrainedPart, TrainingDemand};
+pub use plan::{MAX_STAGES, Need, PlannedStage};
 pub use spec::{
     InputFile, JobKind, JobSpec, MAX_CONFIGURATION_BYTES, MAX_INPUT_BYTES, MAX_INPUTS, MAX_WORKERS,
     PublishWish, SavePolicy, check_file_name, check_id,
@@ -78,8 +81,11 @@ pub enum Record {
         id: String,
         /// Of the attempt.
         epoch: u64,
-        /// Where.
+        /// Where; of several nodes the one that leads.
         node: NodeId,
+        /// What each node computes of it.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        stages: Vec<PlannedStage>,
         /// When.
         at: u64,
     },
@@ -270,7 +276,10 @@ pub struct RunJob {
     pub epoch: u64,
     /// What it may go on from, the newest first. Empty: from the beginning.
     pub checkpoints: Vec<Checkpoint>,
-    /// What it takes of each node that works at it; 0 when that is not known.
+    /// Which nodes have which layers, when they are divided; the first one leads.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stages: Vec<PlannedStage>,
+    /// What it takes of each node that works at it, or of the first stage's; 0 when that is not known.
     #[serde(default)]
     pub memory: ByteCount,
 }
@@ -282,8 +291,8 @@ pub enum Event {
     Weighed {
         /// Which job.
         id: String,
-        /// What it takes of a node's memory.
-        result: Result<ByteCount, Error>,
+        /// What it takes of nodes' memory.
+        result: Result<Need, Error>,
     },
     /// An attempt reports.
     Reported {

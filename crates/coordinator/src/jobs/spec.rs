@@ -1,8 +1,10 @@
 //! What a job is asked to be, and what of that makes no sense.
 
 use super::ContentHash;
+use super::plan::MAX_STAGES;
 use crate::Error;
 use crate::deployments::{check_adapter_name, check_name};
+use mlxnode_checkpoint::TrainingDemand;
 use mlxnode_compute::ByteCount;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -123,6 +125,12 @@ pub struct JobSpec {
     /// Nodes that compute it together, as far as there are so many.
     #[serde(default = "one")]
     pub workers: u32,
+    /// Nodes among which the model's layers are divided; 0: as many as it takes.
+    #[serde(default = "one")]
+    pub stages: u32,
+    /// What a run takes of memory, for how the layers are divided.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub demand: Option<TrainingDemand>,
     /// When it saves.
     pub saves: SavePolicy,
     /// Where its result is served when it is finished.
@@ -187,6 +195,18 @@ impl JobSpec {
         if self.workers > 1 && self.kind == JobKind::Rehearsal {
             return invalid("a rehearsal has one worker".into());
         }
+        if self.stages > MAX_STAGES {
+            return invalid(format!(
+                "stages is {}, but must be 1 to {MAX_STAGES}, or 0 for as many as it takes",
+                self.stages
+            ));
+        }
+        if self.stages > 1 && self.workers > 1 {
+            return invalid(format!(
+                "workers is {} and stages is {}: a job has either several workers, each with the whole model, or several stages",
+                self.workers, self.stages
+            ));
+        }
         if !(1..=MAX_KEPT).contains(&self.saves.keep) {
             return invalid(format!("saves.keep is {}, but must be 1 to {MAX_KEPT}", self.saves.keep));
         }
@@ -237,10 +257,10 @@ pub fn check_file_name(name: &str) -> Result<(), Error> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn spec() -> JobSpec {
+    pub(in super::super) fn spec() -> JobSpec {
         JobSpec {
             id: "job-1".into(),
             kind: JobKind::FineTuning,
@@ -250,6 +270,8 @@ mod tests {
             memory: None,
             share: 25,
             workers: 1,
+            stages: 1,
+            demand: None,
             saves: SavePolicy::default(),
             publish: None,
             owner: String::new(),
@@ -262,7 +284,7 @@ mod tests {
         assert_eq!(spec().check(), Ok(()));
         let again = spec().inputs[0].clone();
         type Change = Box<dyn Fn(&mut JobSpec)>;
-        let cases: [(Change, &str); 11] = [
+        let cases: [(Change, &str); 13] = [
             (
                 Box::new(|spec| spec.labels = (0..99).map(|it| (it.to_string(), String::new())).collect()),
                 "labels",
@@ -275,6 +297,8 @@ mod tests {
             (Box::new(|spec| spec.inputs[0].name = "../../passwd".into()), "file"),
             (Box::new(move |spec| spec.inputs.push(again.clone())), "two files"),
             (Box::new(|spec| spec.share = 0), "share"),
+            (Box::new(|spec| spec.stages = 9), "stages"),
+            (Box::new(|spec| (spec.stages, spec.workers) = (2, 2)), "either several workers"),
             (Box::new(|spec| spec.saves.keep = 0), "keep"),
             (
                 Box::new(|spec| {

@@ -3,7 +3,7 @@
 use super::view::{HeldCheckpoint, JobState, JobView, LogLine, Progress, Publication};
 use super::{
     COPIES, Checkpoint, ContentHash, Curve, Effect, JobKind, JobSpec, LossPoint, MAX_JOBS, MAX_LOG_LINES,
-    PublishWish, Record, Wanted, artifact_source, parse_artifact_source,
+    Need, PlannedStage, PublishWish, Record, Wanted, artifact_source, parse_artifact_source,
 };
 use crate::deployments::{check_adapter_name, check_name};
 use crate::{Error, NodeId};
@@ -62,6 +62,8 @@ pub struct StoredJob {
 pub(super) struct Run {
     pub(super) epoch: u64,
     pub(super) node: NodeId,
+    /// What each node computes of it.
+    pub(super) stages: Vec<PlannedStage>,
     /// Other nodes that work at it.
     pub(super) helpers: Vec<NodeId>,
     pub(super) phase: RunPhase,
@@ -84,8 +86,8 @@ pub(super) enum RunPhase {
 #[derive(Debug, Default)]
 pub(super) struct Moment {
     pub(super) run: Option<Run>,
-    /// What it takes of a node's memory.
-    pub(super) need: Option<ByteCount>,
+    /// What it takes of nodes' memory.
+    pub(super) need: Option<Need>,
     pub(super) is_weighing: bool,
     /// A copy of a checkpoint is on its way.
     pub(super) is_copying: bool,
@@ -94,6 +96,8 @@ pub(super) struct Moment {
     pub(super) is_publishing: bool,
     /// Why no node can run it.
     pub(super) waits_for: Option<String>,
+    /// With this free memory of the nodes there was no room for it, and why.
+    pub(super) nowhere: Option<(Vec<(NodeId, ByteCount)>, String)>,
     /// Not before.
     pub(super) retry_at: Option<Instant>,
     /// Attempts in a row that a node could not begin.
@@ -313,9 +317,9 @@ impl Jobs {
                 self.jobs.remove(&id);
                 vec![Effect::Tidy]
             }
-            Record::Started { id, epoch, node, at } => {
+            Record::Started { id, epoch, node, stages, at } => {
                 self.used_epoch = self.used_epoch.max(epoch);
-                self.of(&id, |job| job.start(epoch, node, at))
+                self.of(&id, |job| job.start(epoch, node, stages, at))
             }
             Record::Checkpointed { id, epoch, checkpoint, node, points, at } => self.of(&id, |job| {
                 if epoch != job.stored.epoch || job.stored.aim.is_over() {
@@ -430,9 +434,13 @@ impl Jobs {
 
     /// What running jobs take of a node's memory.
     pub fn reserved(&self, node: NodeId) -> ByteCount {
-        let is_here = |run: &Run| run.node == node || run.helpers.contains(&node);
-        let here = |job: &&Job| job.moment.run.as_ref().is_some_and(is_here);
-        self.jobs.values().filter(here).filter_map(|job| job.moment.need).sum()
+        let of_run = |run: &Run| {
+            let planned = run.stages.iter().find(|stage| stage.node == node).map(|stage| stage.memory);
+            // Who helps takes as much as who leads.
+            let helps = run.helpers.contains(&node).then(|| run.stages.first().map(|stage| stage.memory));
+            planned.or(helps.flatten())
+        };
+        self.jobs.values().filter_map(|job| job.moment.run.as_ref()).filter_map(of_run).sum()
     }
 
     /// All jobs, the newest first.
@@ -504,17 +512,19 @@ impl StoredJob {
 }
 
 impl Job {
-    fn start(&mut self, epoch: u64, node: NodeId, at: u64) -> Vec<Effect> {
+    fn start(&mut self, epoch: u64, node: NodeId, stages: Vec<PlannedStage>, at: u64) -> Vec<Effect> {
         let stored = &mut self.stored;
         (stored.epoch, stored.attempts) = (epoch, stored.attempts + 1);
         stored.started_at.get_or_insert(at);
-        stored.log(at, format!("attempt {} begins on {}", stored.attempts, node.short()));
+        stored.log(at, format!("attempt {} begins on {}", stored.attempts, begins_on(node, &stages)));
         let checkpoints = stored.checkpoints.iter().rev().map(|held| held.checkpoint.clone()).collect();
-        let memory = self.moment.need.unwrap_or_default();
-        let order = super::RunJob { spec: stored.spec.clone(), epoch, checkpoints, memory };
+        let divided = if stages.len() > 1 { stages.clone() } else { Vec::new() };
+        let memory = stages.first().map_or(ByteCount(0), |stage| stage.memory);
+        let order = super::RunJob { spec: stored.spec.clone(), epoch, checkpoints, stages: divided, memory };
         self.moment.run = Some(Run {
             epoch,
             node,
+            stages,
             helpers: Vec::new(),
             phase: RunPhase::Preparing(String::new()),
             stop_again: None,
@@ -567,8 +577,15 @@ impl Job {
     }
 
     /// What it takes of a node, when that needs no look at the model.
-    pub(super) fn known_need(&self) -> Option<ByteCount> {
-        self.stored.spec.memory.or((self.stored.spec.kind == JobKind::Rehearsal).then_some(REHEARSAL_MEMORY))
+    pub(super) fn known_need(&self) -> Option<Need> {
+        let spec = &self.stored.spec;
+        let memory = match spec.kind {
+            JobKind::Rehearsal => Some(spec.memory.unwrap_or(REHEARSAL_MEMORY)),
+            // How the layers are divided, the model says.
+            JobKind::FineTuning if spec.stages > 1 => None,
+            JobKind::FineTuning => spec.memory,
+        };
+        memory.map(Need::Fixed)
     }
 
     fn state(&self) -> (JobState, String) {
@@ -607,12 +624,26 @@ impl Job {
             attempts: stored.attempts,
             epoch: stored.epoch,
             node: self.moment.run.as_ref().map(|run| run.node),
+            stages: self.moment.run.as_ref().map(|run| run.stages.clone()).unwrap_or_default(),
             progress: self.moment.progress,
             curve: self.moment.curve.points().to_vec(),
             checkpoints: stored.checkpoints.clone(),
             publications: stored.publications.clone(),
         }
     }
+}
+
+/// "1f0a9c2e", or what each of several nodes has.
+fn begins_on(node: NodeId, stages: &[PlannedStage]) -> String {
+    if stages.len() < 2 {
+        return node.short();
+    }
+    let part = |stage: &PlannedStage| {
+        let (first, last) = (stage.layers.start, stage.layers.end.saturating_sub(1));
+        format!("{}: layers {first} to {last}, {}", stage.node.short(), stage.memory)
+    };
+    let parts: Vec<String> = stages.iter().map(part).collect();
+    format!("{} nodes ({})", stages.len(), parts.join("; "))
 }
 
 pub(super) fn push_line(log: &mut VecDeque<LogLine>, at: u64, text: &str) {

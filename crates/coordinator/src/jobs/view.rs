@@ -1,6 +1,6 @@
 //! A job for those who look.
 
-use super::{Checkpoint, ContentHash, JobSpec, LossPoint};
+use super::{Checkpoint, ContentHash, JobSpec, LossPoint, PlannedStage};
 use crate::NodeId;
 use serde::{Deserialize, Serialize};
 
@@ -131,8 +131,10 @@ pub struct JobView {
     pub attempts: u32,
     /// Of the newest attempt.
     pub epoch: u64,
-    /// Where it runs.
+    /// Where it runs; of several nodes the one that leads.
     pub node: Option<NodeId>,
+    /// What each node computes of it, while it runs.
+    pub stages: Vec<PlannedStage>,
     /// How far its steps are.
     pub progress: Progress,
     /// The losses, in the order of steps.

@@ -17,6 +17,7 @@
 //! | `runner` | drives a job's process: pieces, reports, checkpoints, yielding to requests |
 //! | `stops` | orders to stop that come before what they stop (pure) |
 //! | `team` | the other workers of a job that runs on several nodes: those this node leads, and those it runs for others |
+//! | `line` | the stages of a model that is divided among several nodes, likewise |
 //! | `pace` | how long a job stands back for requests (pure) |
 //! | `client`, `service` | the coordinator's orders, given and taken |
 //! | `files` | what the API asks of the store |
@@ -26,6 +27,7 @@ mod bundle;
 mod checking;
 pub(crate) mod client;
 pub(crate) mod files;
+mod line;
 pub(crate) mod mirror;
 mod named;
 mod pace;

@@ -4,6 +4,7 @@
 //! a run and goes away has it save a checkpoint and end: the coordinator that comes next finds it here.
 
 use super::bundle::{self, Draft};
+use super::line::{self, Led, Parted};
 use super::pace::pause_after;
 use super::peer_client::{Peers, disk, on_disk};
 use super::stops::{Stops, Will};
@@ -16,7 +17,7 @@ use mlxnode_coordinator::Error;
 use mlxnode_coordinator::jobs::{
     Checkpoint, ContentHash, JobKind, JobSpec, LossPoint, Progress, Report, RunEnd, RunJob, Wanted,
 };
-use mlxnode_worker::{JobCallError, JobProcess, JobSetup};
+use mlxnode_worker::{JobCallError, JobProcess, JobSetup, StagePlace};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
@@ -25,6 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{info, warn};
 
@@ -38,6 +40,8 @@ const ROOM_PERIOD: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(20);
 /// For an attempt that is being replaced or stopped to save and end; then it is killed.
 const END_LIMIT: Duration = Duration::from_secs(60);
+/// A stage's piece that took longer was waiting for others.
+const LONGEST_PIECE: Duration = Duration::from_secs(10);
 /// How much the newest step counts in the mean time of a step.
 const NEWEST: f64 = 0.1;
 
@@ -76,6 +80,8 @@ struct State {
     /// Newest epoch seen, by job.
     newest: BTreeMap<String, u64>,
     running: BTreeMap<String, Held>,
+    /// The stage that this node has of a job that another one leads: of which attempt, and what ends it.
+    stages: BTreeMap<String, (u64, CancellationToken)>,
     /// Workers of jobs that other nodes lead: by job and member.
     helping: BTreeMap<(String, MemberId), Help>,
     stops: Stops,
@@ -163,6 +169,9 @@ impl Runners {
                 )));
             }
             *newest = order.epoch;
+            if let Some((_, end)) = state.stages.remove(&id) {
+                end.cancel();
+            }
             state.running.get(&id).map(|held| {
                 held.will.send_replace(Will::SaveAndEnd);
                 held.over.clone()
@@ -232,26 +241,47 @@ impl Runners {
     /// When the node stops, runs that job itself, or has not as much memory left.
     pub(crate) fn help(&self, order: RunJob, member: MemberId, leader: KeyPin) -> Result<Helper, Error> {
         let mut state = self.state();
+        let id = order.spec.id.clone();
         if state.is_ending {
             return Err(Error::Unavailable("the node stops".into()));
         }
-        if state.running.contains_key(&order.spec.id) {
-            return Err(Error::Unavailable(format!("the job {} runs on this node already", order.spec.id)));
+        if state.running.contains_key(&id) {
+            return Err(Error::Unavailable(format!("the job {id} runs on this node already")));
         }
-        let taken = state.running.values().map(|held| held.memory);
-        let taken: ByteCount = taken.chain(state.helping.values().map(|help| help.memory)).sum();
+        let newest = state.newest.entry(id.clone()).or_insert(order.epoch);
+        if order.epoch < *newest {
+            let newest = *newest;
+            return Err(Error::Unavailable(format!(
+                "attempt {} of the job {id} is over: {newest} has begun",
+                order.epoch
+            )));
+        }
+        *newest = order.epoch;
+        // An older attempt's worker of this job ends for it.
+        let of_others =
+            state.helping.iter().filter(|((job, _), help)| *job != id || help.epoch >= order.epoch);
+        let of_others = of_others.map(|(_, help)| help.memory);
+        let taken: ByteCount = state.running.values().map(|held| held.memory).chain(of_others).sum();
         let free = (self.shared.options.free)().saturating_sub(taken);
-        if free < order.memory {
-            let need = order.memory;
+        let need = line::memory(&order, member);
+        if free < need {
             let text = format!("the job {} needs {need} of memory, and {free} are free here", order.spec.id);
             return Err(Error::Unavailable(text));
         }
         let skipped = Skipped::default();
         let key = (order.spec.id.clone(), member);
-        let help = Help { epoch: order.epoch, skipped: skipped.clone(), memory: order.memory };
+        let help = Help { epoch: order.epoch, skipped: skipped.clone(), memory: need };
         state.helping.insert(key.clone(), help);
+        let end = CancellationToken::new();
+        if !order.stages.is_empty()
+            && let Some((_, older)) = state.stages.insert(id, (order.epoch, end.clone()))
+        {
+            older.cancel();
+        }
         drop(state);
         let helping = Helping { shared: Arc::downgrade(&self.shared), key };
+        let forgets =
+            Forgets { shared: Arc::downgrade(&self.shared), id: order.spec.id.clone(), epoch: order.epoch };
         let (will, told) = watch::channel(Will::Run);
         let (reports, _nobody) = mpsc::channel(1);
         let attempt = Attempt {
@@ -267,8 +297,11 @@ impl Runners {
         };
         let fetch_model = self.shared.options.fetch_model.clone();
         Ok(Helper::start(move |joined| async move {
-            let _running = (will, helping); // as long as the helper is wanted
-            attempt.help(fetch_model, member, leader, joined).await
+            let _running = (will, helping, forgets); // as long as the helper is wanted
+            tokio::select! {
+                ended = attempt.help(fetch_model, member, leader, joined) => ended,
+                () = end.cancelled() => Err(Error::Unavailable("a newer attempt has begun".into())),
+            }
         }))
     }
 
@@ -291,6 +324,7 @@ impl Runners {
             for held in state.running.values() {
                 held.will.send_replace(Will::SaveAndEnd);
             }
+            std::mem::take(&mut state.stages).into_values().for_each(|(_, end)| end.cancel());
             state.running.values().map(|held| held.over.clone()).collect()
         };
         futures::future::join_all(waiting.into_iter().map(wait_for_end)).await;
@@ -337,6 +371,23 @@ impl Runners {
     }
 }
 
+/// Forgets the stage of an attempt when that is over here.
+struct Forgets {
+    shared: std::sync::Weak<Shared>,
+    id: String,
+    epoch: u64,
+}
+
+impl Drop for Forgets {
+    fn drop(&mut self) {
+        let Some(shared) = self.shared.upgrade() else { return };
+        let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.stages.get(&self.id).is_some_and(|(epoch, _)| *epoch == self.epoch) {
+            state.stages.remove(&self.id);
+        }
+    }
+}
+
 async fn wait_for_end(mut over: watch::Receiver<()>) {
     let ended = async { while over.changed().await.is_ok() {} };
     if tokio::time::timeout(END_LIMIT, ended).await.is_err() {
@@ -372,7 +423,7 @@ impl Attempt {
     async fn run(mut self, fetch_model: FetchModel) -> Result<RunEnd, Error> {
         let mut told = self.told.clone();
         let prepared = {
-            let preparing = self.prepare(fetch_model);
+            let preparing = self.prepare(fetch_model, 0);
             tokio::select! {
                 prepared = preparing => prepared?,
                 // Nothing is computed yet: there is nothing to save.
@@ -380,7 +431,7 @@ impl Attempt {
             }
         };
         let (setup, step) = prepared;
-        let _states = self.states(LEADER)?;
+        let _states = self.states(LEADER)?; // of a stage too
         let arguments = [OsString::from("worker"), OsString::from("--job")];
         let name = format!("job {}", self.order.spec.id);
         let started = JobProcess::spawn(&self.command, &arguments, name).await;
@@ -389,9 +440,11 @@ impl Attempt {
         process.stop().await;
         match driven {
             Ok(end) => Ok(end),
-            Err(JobCallError::Job(JobError::Failed(text))) => Err(Error::Failed(text)),
-            Err(JobCallError::Job(error)) => Ok(RunEnd::Failed(error.to_string())),
-            Err(JobCallError::Process(error)) => Err(Error::Failed(crate::error::chain(&error))),
+            Err(Parted::LetGo) => Ok(RunEnd::Yielded),
+            Err(Parted::Stage(error)) => Err(error),
+            Err(Parted::Own(JobCallError::Job(JobError::Failed(text)))) => Err(Error::Failed(text)),
+            Err(Parted::Own(JobCallError::Job(error))) => Ok(RunEnd::Failed(error.to_string())),
+            Err(Parted::Own(JobCallError::Process(error))) => Err(Error::Failed(crate::error::chain(&error))),
         }
     }
 
@@ -403,23 +456,42 @@ impl Attempt {
         leader: KeyPin,
         joined: tokio::sync::oneshot::Sender<(SocketAddr, KeyPin)>,
     ) -> Result<(), Error> {
-        let (setup, _) = self.prepare(fetch_model).await?;
+        let stage = usize::try_from(member.0.saturating_sub(1)).unwrap_or(usize::MAX);
+        let is_stage = line::is_stage(&self.order, stage);
+        if is_stage == self.order.stages.is_empty() {
+            return Err(Error::Invalid(format!("the job has no stage {stage}")));
+        }
+        let (setup, _) = self.prepare(fetch_model, stage).await?;
         let _states = self.states(member)?;
         let arguments = [OsString::from("worker"), OsString::from("--job")];
         let name = format!("job {}, worker {member}", self.order.spec.id);
-        let failed = |error: JobCallError| Error::Failed(crate::error::chain(&error));
+        let failed = |error: JobCallError| match error {
+            // What it says of the job is so on every node and at any time.
+            JobCallError::Job(JobError::Refused(text)) => Error::Invalid(text),
+            error => Error::Failed(crate::error::chain(&error)),
+        };
         let started = JobProcess::spawn(&self.command, &arguments, name).await;
         let mut process = started.map_err(|error| Error::Failed(crate::error::chain(&error)))?;
-        let place = self.place.of(member, leader, &self.peers, &self.order).map_err(failed)?;
-        let listens = process.join(place).await.map_err(failed)?;
-        process.begin(setup).await.map_err(failed)?;
-        let _ = joined.send(listens); // whoever leads may be gone
+        if let Some(stage) = &setup.stage {
+            // The stages make their job together.
+            let place = line::line_place(&self.place, leader, stage);
+            let _ = joined.send(process.join_line(place).await.map_err(failed)?); // whoever leads may be gone
+            process.begin(setup).await.map_err(failed)?;
+        } else {
+            let place = self.place.of(member, leader, &self.peers, &self.order).map_err(failed)?;
+            let listens = process.join(place).await.map_err(failed)?;
+            process.begin(setup).await.map_err(failed)?;
+            let _ = joined.send(listens);
+        }
         let mut meter = Meter::default();
         loop {
             let started = Instant::now();
-            match process.advance().await.map_err(failed)? {
+            // A stage's pieces are as long as those of the one that leads, and what that one does between them.
+            let advanced = if is_stage { process.follow().await } else { process.advance().await };
+            match advanced.map_err(failed)? {
                 Advance::Finished => break,
                 Advance::Step(_) => self.stand_back(started.elapsed(), &mut meter).await,
+                _ if is_stage => self.stand_back(started.elapsed().min(LONGEST_PIECE), &mut meter).await,
                 _ => {}
             }
         }
@@ -439,7 +511,7 @@ impl Attempt {
     }
 
     /// Everything onto this machine: model, files, and what to go on from.
-    async fn prepare(&self, fetch_model: FetchModel) -> Result<(JobSetup, u64), Error> {
+    async fn prepare(&self, fetch_model: FetchModel, stage: usize) -> Result<(JobSetup, u64), Error> {
         let spec = &self.order.spec;
         let mut model = None;
         if spec.kind != JobKind::Rehearsal {
@@ -455,7 +527,15 @@ impl Attempt {
         let named: Vec<_> = spec.inputs.iter().map(|input| (input.name.clone(), input.hash)).collect();
         let inputs = on_disk("laying out the job's files", move || store.lay_out(&id, &named)).await;
         let inputs = inputs.map_err(may_pass)?;
-        let (resume, step) = self.checkpoint().await?;
+        let (peers, order) = (self.peers.clone(), self.order.clone());
+        let stage =
+            on_disk("laying out the stage's folder", move || line::place(&peers, &order, stage)).await;
+        let stage = stage.map_err(may_pass)?;
+        let (resume, step) = match &stage {
+            // The first stage gives the others their part of the state.
+            Some(place) if place.stage > 0 => (None, 0),
+            _ => self.checkpoint().await?,
+        };
         let setup = JobSetup {
             kind: spec.kind.name().to_owned(),
             model,
@@ -463,6 +543,7 @@ impl Attempt {
             configuration: spec.configuration.clone(),
             inputs,
             resume: resume.map(|folder| folder.join(bundle::STATE)),
+            stage,
         };
         Ok((setup, step))
     }
@@ -518,18 +599,27 @@ impl Attempt {
         process: &mut JobProcess,
         setup: JobSetup,
         from: u64,
-    ) -> Result<RunEnd, JobCallError> {
+    ) -> Result<RunEnd, Parted> {
         self.say(Report::Preparing("starting".into())).await;
-        let _team = match self.order.spec.workers {
-            0 | 1 => {
-                process.begin(setup).await?;
-                None
+        let (mut _team, mut led) = (None, None);
+        if let Some(stage) = &setup.stage {
+            led = Some(self.lead(process, stage).await?);
+            self.say(Report::Preparing("the stages read their layers".into())).await;
+            let mut told = self.told.clone();
+            tokio::select! {
+                begun = line::call(&mut led, process.begin(setup)) => begun?,
+                () = told_to(&mut told, |will| will != Will::Run) => return Err(Parted::LetGo),
             }
-            _ => {
-                let reports = self.reports.clone();
-                Some(Team::lead(&self.place, &self.peers, &self.order, process, setup, reports).await?)
-            }
-        };
+        } else if self.order.spec.workers > 1 {
+            _team = Some(
+                Team::lead(&self.place, &self.peers, &self.order, process, setup, self.reports.clone())
+                    .await?,
+            );
+        } else {
+            process.begin(setup).await?;
+        }
+        let mut process = Stage { process, led, told: self.told.clone() };
+        let process = &mut process;
         let saves = self.order.spec.saves;
         let mut meter = Meter { step: from, ..Meter::default() };
         let (mut saved_step, mut saved_at) = (from, Instant::now());
@@ -604,6 +694,21 @@ impl Attempt {
         }
     }
 
+    /// Brings the stages of a divided model together, and says what it waits for.
+    async fn lead(&self, process: &mut JobProcess, stage: &StagePlace) -> Result<Led, Parted> {
+        let (tell, mut told) = mpsc::channel(4);
+        let leading = Led::lead(&self.place, &self.peers, &self.order, process, stage, tell);
+        let mut will = self.told.clone();
+        tokio::pin!(leading);
+        loop {
+            tokio::select! {
+                led = &mut leading => return led,
+                Some(what) = told.recv() => self.say(Report::Preparing(what)).await,
+                () = told_to(&mut will, |will| will != Will::Run) => return Err(Parted::LetGo),
+            }
+        }
+    }
+
     async fn flush(&self, meter: &mut Meter) {
         if !meter.points.is_empty() {
             let points = std::mem::take(&mut meter.points);
@@ -624,13 +729,13 @@ impl Attempt {
     /// A checkpoint; waits while there is no room. `None`: it was told to end meanwhile.
     async fn save_when_there_is_room(
         &mut self,
-        process: &mut JobProcess,
+        process: &mut Stage<'_>,
         step: u64,
-    ) -> Result<Option<Checkpoint>, JobCallError> {
+    ) -> Result<Option<Checkpoint>, Parted> {
         let mut is_held = false;
         loop {
             match self.write(process, step).await {
-                Err(JobCallError::Job(JobError::NoRoom(text))) => {
+                Err(Parted::Own(JobCallError::Job(JobError::NoRoom(text)))) => {
                     if !std::mem::replace(&mut is_held, true) {
                         self.say(Report::Held(format!("no room on the disk: {text}"))).await;
                     }
@@ -651,13 +756,13 @@ impl Attempt {
         }
     }
 
-    async fn save(&self, process: &mut JobProcess, step: u64) -> Result<(), JobCallError> {
+    async fn save(&self, process: &mut Stage<'_>, step: u64) -> Result<(), Parted> {
         let checkpoint = self.write(process, step).await?;
         self.say(Report::Checkpointed(checkpoint)).await;
         Ok(())
     }
 
-    async fn write(&self, process: &mut JobProcess, step: u64) -> Result<Checkpoint, JobCallError> {
+    async fn write(&self, process: &mut Stage<'_>, step: u64) -> Result<Checkpoint, Parted> {
         let (store, id, epoch) =
             (self.peers.store.clone(), self.order.spec.id.clone(), self.order.epoch.to_string());
         let begun = tokio::task::spawn_blocking(move || {
@@ -669,7 +774,39 @@ impl Attempt {
         process.save(new.folder().join(bundle::STATE)).await?;
         process.publish(new.folder().join(bundle::RESULT)).await?;
         let sealed = tokio::task::spawn_blocking(move || bundle::seal(&job, new.folder(), &id, step));
-        flatten(sealed.await)
+        Ok(flatten(sealed.await)?)
+    }
+}
+
+/// Waits until this is what a run is told.
+async fn told_to(told: &mut watch::Receiver<Will>, is_it: impl Fn(Will) -> bool) {
+    // Whoever told is gone: then its task is about to be ended.
+    let _ = told.wait_for(|will| is_it(*will)).await;
+}
+
+/// The process of a job that this node leads, and with a divided model the other stages, without which it does not go on.
+struct Stage<'a> {
+    process: &'a mut JobProcess,
+    led: Option<Led>,
+    told: watch::Receiver<Will>,
+}
+
+impl Stage<'_> {
+    async fn advance(&mut self) -> Result<Advance, Parted> {
+        let is_led = self.led.is_some();
+        tokio::select! {
+            advanced = line::call(&mut self.led, self.process.advance()) => advanced,
+            // One process alone ends after the piece. A stage may wait for one that is lost.
+            () = told_to(&mut self.told, |will| will == Will::End), if is_led => Err(Parted::LetGo),
+        }
+    }
+
+    async fn save(&mut self, folder: PathBuf) -> Result<(), Parted> {
+        line::call(&mut self.led, self.process.save(folder)).await
+    }
+
+    async fn publish(&mut self, folder: PathBuf) -> Result<(), Parted> {
+        line::call(&mut self.led, self.process.publish(folder)).await
     }
 }
 

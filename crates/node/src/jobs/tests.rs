@@ -59,13 +59,15 @@ fn order(id: &str, epoch: u64) -> RunJob {
         inputs: Vec::new(),
         memory: None,
         workers: 1,
+        stages: 1,
+        demand: None,
         share: 25,
         saves: SavePolicy::default(),
         publish: None,
         owner: String::new(),
         labels: Default::default(),
     };
-    RunJob { spec, epoch, checkpoints: Vec::new(), memory: ByteCount(60) }
+    RunJob { spec, epoch, checkpoints: Vec::new(), stages: Vec::new(), memory: ByteCount(60) }
 }
 
 async fn ends(node: &Alone, order: RunJob) -> Result<RunEnd, Error> {

@@ -6,7 +6,7 @@ use crate::wire;
 use crate::workers::{Workers, WorkersError};
 use futures::future::BoxFuture;
 use mlxnode_api::panorama::{NodeSeen, node_seen};
-use mlxnode_checkpoint::{Checkpoint, ModelProfile};
+use mlxnode_checkpoint::{Checkpoint, CheckpointError, ModelProfile, TrainingCost};
 use mlxnode_cluster::{MeshHandle, NodeId, PeerState, RosterStore};
 use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::Error;
@@ -41,6 +41,23 @@ pub(crate) async fn observe(channel: Channel) -> Result<NodeSeen, Status> {
 }
 
 impl ClusterNodes {
+    /// What config and tensor index of a model say; fetched, if need be.
+    fn read<T: Send + 'static>(
+        &self,
+        source: String,
+        of: impl FnOnce(&Checkpoint) -> Result<T, CheckpointError> + Send + 'static,
+    ) -> BoxFuture<'static, Result<T, Error>> {
+        let workers = self.workers.clone();
+        Box::pin(async move {
+            let folder = workers.resolve(&source).await.map_err(|error| super::not_here(&error))?;
+            match tokio::task::spawn_blocking(move || of(&Checkpoint::open(&folder)?)).await {
+                Ok(Ok(read)) => Ok(read),
+                Ok(Err(error)) => Err(Error::Invalid(crate::error::chain(&error))),
+                Err(error) => Err(Error::Failed(format!("reading {source} failed: {error}"))),
+            }
+        })
+    }
+
     /// A node's name, for messages.
     fn name(&self, node: NodeId) -> String {
         let roster = self.roster.current();
@@ -139,19 +156,13 @@ impl Nodes for ClusterNodes {
     }
 
     fn weigh(&self, source: String) -> BoxFuture<'static, Result<ModelCost, Error>> {
-        let workers = self.workers.clone();
-        Box::pin(async move {
-            let folder = workers.resolve(&source).await.map_err(|error| super::not_here(&error))?;
-            let profile = tokio::task::spawn_blocking(move || {
-                let checkpoint = Checkpoint::open(&folder)?;
-                ModelProfile::of(&checkpoint)
-            });
-            match profile.await {
-                Ok(Ok(profile)) => Ok(ModelCost::from(&profile)),
-                Ok(Err(error)) => Err(Error::Invalid(crate::error::chain(&error))),
-                Err(error) => Err(Error::Failed(format!("reading {source} failed: {error}"))),
-            }
-        })
+        let read =
+            |checkpoint: &Checkpoint| ModelProfile::of(checkpoint).map(|profile| ModelCost::from(&profile));
+        self.read(source, read)
+    }
+
+    fn weigh_training(&self, source: String) -> BoxFuture<'static, Result<TrainingCost, Error>> {
+        self.read(source, TrainingCost::of)
     }
 
     fn prepare(

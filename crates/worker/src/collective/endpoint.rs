@@ -3,7 +3,8 @@
 use super::group::Group;
 use super::service::CollectiveService;
 use super::shared::Shared;
-use mlxnode_cluster::{Identity, KeyPin, ServeOptions};
+use crate::listening::{CollectiveError, Listening};
+use mlxnode_cluster::KeyPin;
 use mlxnode_collective::MemberId;
 use mlxnode_proto::internal::v1::collective_server::CollectiveServer;
 use std::net::{IpAddr, SocketAddr};
@@ -11,16 +12,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
-use tokio::net::TcpListener;
-use tokio::runtime::Builder;
-use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
-use tracing::debug;
 
 /// A piece of a gradient or of a state is 1 MiB.
 const LARGEST_MESSAGE: usize = 2 << 20;
-/// How long streams may go on when the worker ends.
-const CONNECTION_GRACE: Duration = Duration::from_millis(200);
 
 /// How a worker of a group behaves.
 #[derive(Clone, Debug)]
@@ -50,23 +45,6 @@ impl CollectiveOptions {
     }
 }
 
-/// The network side cannot start.
-#[derive(Debug, thiserror::Error)]
-pub enum CollectiveError {
-    /// The system refused something.
-    #[error("cannot {what}")]
-    System {
-        /// What was tried.
-        what: &'static str,
-        /// The reason.
-        #[source]
-        source: std::io::Error,
-    },
-    /// No key could be made.
-    #[error("cannot make a key")]
-    Key(#[source] mlxnode_cluster::KeyError),
-}
-
 /// A worker's listener. Dropping it ends all streams and the thread.
 pub struct CollectiveEndpoint {
     shared: Arc<Shared>,
@@ -87,29 +65,18 @@ impl CollectiveEndpoint {
     /// # Errors
     /// When the address cannot be listened on, or the thread cannot be started.
     pub fn start(options: CollectiveOptions, me: MemberId, parent: KeyPin) -> Result<Self, CollectiveError> {
-        let system = |what| move |source| CollectiveError::System { what, source };
-        let identity = Arc::new(Identity::generate().map_err(CollectiveError::Key)?);
-        let key_pin = identity.key_pin();
-        let runtime = Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(system("start the runtime of the gradients' exchange"))?;
-        let listening = system("listen for the other workers of the job");
-        let listener = std::net::TcpListener::bind((options.listen, 0))
-            .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
-            .map_err(listening)?;
-        let listener = {
-            let _within = runtime.enter();
-            TcpListener::from_std(listener).map_err(system("listen for the other workers of the job"))?
-        };
-        let address = listener.local_addr().map_err(system("learn the listener's address"))?;
-        let shared = Shared::new(me, parent, options, identity.clone(), runtime.handle().clone());
+        let listening = Listening::bind(options.listen)?;
+        let (address, key_pin) = (listening.address, listening.key_pin());
+        let shared = Shared::new(me, parent, options, listening.identity.clone(), listening.runtime());
         let shared = Arc::new(shared);
-        let serving = serve(shared.clone(), listener, identity);
-        let thread = std::thread::Builder::new()
-            .name("collective".to_owned())
-            .spawn(move || runtime.block_on(serving))
-            .map_err(system("start the thread of the gradients' exchange"))?;
+        let service = CollectiveService { shared: shared.clone(), controlled: Arc::default() };
+        let service = CollectiveServer::new(service).max_decoding_message_size(LARGEST_MESSAGE);
+        let ended = {
+            let shared = shared.clone();
+            move || shared.leave("the worker's listener has ended")
+        };
+        let (access, end, tasks) = (shared.access.clone(), shared.end.clone(), shared.tasks.clone());
+        let thread = listening.serve(access, Routes::new(service), end, tasks, ended)?;
         Ok(Self { shared, address, key_pin, thread: Some(thread) })
     }
 
@@ -138,29 +105,4 @@ impl Drop for CollectiveEndpoint {
             let _ = thread.join();
         }
     }
-}
-
-async fn serve(shared: Arc<Shared>, listener: TcpListener, identity: Arc<Identity>) {
-    let service = CollectiveService { shared: shared.clone(), controlled: Arc::default() };
-    let service = CollectiveServer::new(service).max_decoding_message_size(LARGEST_MESSAGE);
-    let shutdown = CancellationToken::new();
-    let options = ServeOptions { grace: CONNECTION_GRACE, ..ServeOptions::default() };
-    let access = shared.access.clone();
-    let server =
-        mlxnode_cluster::serve(listener, identity, access, Routes::new(service), options, shutdown.clone());
-    let ending = async {
-        shared.end.cancelled().await;
-        shutdown.cancel();
-        std::future::pending::<()>().await;
-    };
-    tokio::select! {
-        ended = server => {
-            debug!(?ended, "the listener of the gradients' exchange has ended");
-            shared.leave("the worker's listener has ended");
-        }
-        () = ending => {}
-    }
-    shared.tasks.close();
-    // Streams out: they are cancelled with `end`.
-    let _ = tokio::time::timeout(CONNECTION_GRACE, shared.tasks.wait()).await;
 }

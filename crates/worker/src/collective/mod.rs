@@ -22,10 +22,10 @@ mod outbox;
 mod peers;
 mod service;
 mod shared;
-mod state_files;
+pub(crate) mod state_files;
 mod wire;
 
 pub use client::{GroupClient, GroupError, GroupPeer, GroupReports};
 pub use conductor::{ConductorEvent, GroupConductor, GroupWorker};
-pub use endpoint::{CollectiveEndpoint, CollectiveError, CollectiveOptions};
+pub use endpoint::{CollectiveEndpoint, CollectiveOptions};
 pub use group::Group;

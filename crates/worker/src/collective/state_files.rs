@@ -15,12 +15,20 @@ const MOST_FILES: usize = 256;
 const LONGEST_NAME: usize = 255;
 
 /// Makes the folder, empty.
-pub(super) fn fresh(folder: &Path) -> io::Result<()> {
+pub(crate) fn fresh(folder: &Path) -> io::Result<()> {
     match fs::remove_dir_all(folder) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
     fs::create_dir_all(folder)
+}
+
+/// Is this the name of a file, and not a path?
+pub(crate) fn is_plain(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= LONGEST_NAME
+        && !name.starts_with('.')
+        && !name.contains(['/', '\\', '\0', ':'])
 }
 
 /// Reads the files of a folder, piece by piece, in the order of their names.
@@ -109,11 +117,7 @@ impl StateWriter {
     pub(super) fn accept(&mut self, piece: StatePiece) -> Result<(), StateError> {
         match (piece.piece.ok_or(StateError::Order)?, &mut self.open) {
             (Piece::File(name), None) => {
-                let plain = !name.is_empty()
-                    && name.len() <= LONGEST_NAME
-                    && !name.starts_with('.')
-                    && !name.contains(['/', '\\', '\0', ':']);
-                if !plain {
+                if !is_plain(&name) {
                     return Err(StateError::Name(name.chars().take(LONGEST_NAME).collect()));
                 }
                 if self.files >= MOST_FILES {

@@ -1,13 +1,14 @@
 //! The process: carries out the node's orders on its only thread, which owns MLX.
 
-use super::{Answer, GroupPlace, JobSetup, Order, frames};
+use super::{Answer, GroupPlace, JobSetup, LinePlace, Order, Others, frames};
 use crate::collective::{CollectiveEndpoint, CollectiveOptions};
 use crate::run::RunError;
-use mlxnode_compute::{Job, JobError};
+use crate::stages::{StageEndpoint, StageOptions};
+use mlxnode_compute::{Job, JobError, StageLink};
 use std::io;
 
-/// Makes a job, one worker of several when there is an endpoint. Called on the thread that then drives it.
-pub type JobFactory = fn(&JobSetup, Option<&CollectiveEndpoint>) -> Result<Box<dyn Job>, JobError>;
+/// Makes a job, one process of several when there are others. Called on the thread that then drives it.
+pub type JobFactory = fn(&JobSetup, Others<'_>) -> Result<Box<dyn Job>, JobError>;
 
 /// Runs the job of this process until the node lets go of it.
 ///
@@ -16,7 +17,7 @@ pub type JobFactory = fn(&JobSetup, Option<&CollectiveEndpoint>) -> Result<Box<d
 pub fn run_job(make: JobFactory) -> Result<(), RunError> {
     let (mut orders, mut answers) = (io::stdin().lock(), io::stdout().lock());
     let system = |what| move |source| RunError::System { what, source };
-    let mut worker = Worker { job: None, endpoint: None, make };
+    let mut worker = Worker { job: None, endpoint: None, line: None, make };
     while let Some(order) = frames::read(&mut orders).map_err(system("read the node's order"))? {
         let answer = match worker.carry_out(order) {
             Ok(answer) => answer,
@@ -30,8 +31,9 @@ pub fn run_job(make: JobFactory) -> Result<(), RunError> {
 /// The job, and what it shares with the job's other workers.
 struct Worker {
     job: Option<Box<dyn Job>>,
-    // Dropped after the job, which leaves its group first.
+    // Dropped after the job, which leaves its group or its line first.
     endpoint: Option<CollectiveEndpoint>,
+    line: Option<StageEndpoint>,
     make: JobFactory,
 }
 
@@ -39,25 +41,42 @@ impl Worker {
     fn carry_out(&mut self, order: Order) -> Result<Answer, JobError> {
         let order = match order {
             Order::Join(place) => return self.join(place),
+            Order::JoinLine(place) => return self.join_line(place),
             Order::Begin(setup) => {
-                self.job = Some((self.make)(&setup, self.endpoint.as_ref())?);
+                let line = self.line.as_ref().map(|line| Box::new(line.link()) as Box<dyn StageLink>);
+                self.job = Some((self.make)(&setup, Others { group: self.endpoint.as_ref(), line })?);
                 return Ok(Answer::Done);
             }
             order => order,
         };
         let job = self.job.as_mut().ok_or_else(|| JobError::Failed("the job has not begun".into()))?;
         match order {
-            Order::Join(_) | Order::Begin(_) => Ok(Answer::Done),
+            Order::Join(_) | Order::JoinLine(_) | Order::Begin(_) => Ok(Answer::Done),
             Order::Advance => job.advance().map(Answer::Advanced),
             Order::Save(folder) => job.save(&folder).map(|()| Answer::Done),
             Order::Publish(folder) => job.publish(&folder).map(|()| Answer::Done),
         }
     }
 
-    fn join(&mut self, place: GroupPlace) -> Result<Answer, JobError> {
-        if self.job.is_some() || self.endpoint.is_some() {
-            return Err(JobError::Failed("a worker joins its group before its job begins, and once".into()));
+    fn is_new(&self) -> Result<(), JobError> {
+        match self.job.is_none() && self.endpoint.is_none() && self.line.is_none() {
+            true => Ok(()),
+            false => Err(JobError::Failed("a worker joins others before its job begins, and once".into())),
         }
+    }
+
+    fn join_line(&mut self, place: LinePlace) -> Result<Answer, JobError> {
+        self.is_new()?;
+        let options = StageOptions::new(place.listen, place.folder);
+        let line = StageEndpoint::start(options, place.stage, place.stages, place.conductor);
+        let line = line.map_err(|error| JobError::Failed(told(&error)))?;
+        let answer = Answer::Joined { address: line.address(), key_pin: line.key_pin() };
+        self.line = Some(line);
+        Ok(answer)
+    }
+
+    fn join(&mut self, place: GroupPlace) -> Result<Answer, JobError> {
+        self.is_new()?;
         let options = CollectiveOptions::new(place.listen, place.folder);
         let endpoint = CollectiveEndpoint::start(options, place.member, place.conductor);
         let endpoint = endpoint.map_err(|error| JobError::Failed(told(&error)))?;

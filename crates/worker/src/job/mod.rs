@@ -4,7 +4,8 @@
 //! node: JobProcess ── Order (stdin) ──▶ mlxnode worker --job: run_job ──▶ dyn Job, on the process's only thread
 //!            ◀───────── Answer (stdout) ──────┘
 //! ```
-//! Each order is answered once. Several workers of one job exchange gradients by themselves ([`crate::CollectiveEndpoint`]). The process ends when its stdin closes, that is with its node, however that ends.
+//! Each order is answered once. Several workers of one job exchange gradients by
+//! themselves ([`crate::CollectiveEndpoint`]), and the stages of a model hidden vectors ([`crate::StageEndpoint`]). The process ends when its stdin closes, that is with its node, however that ends.
 
 mod child;
 mod frames;
@@ -15,9 +16,10 @@ pub use child::{JobFactory, run_job};
 pub use parent::{JobCallError, JobProcess};
 pub use rehearsal::Rehearsal;
 
+use crate::collective::CollectiveEndpoint;
 use mlxnode_cluster::KeyPin;
 use mlxnode_collective::MemberId;
-use mlxnode_compute::{Advance, JobError};
+use mlxnode_compute::{Advance, JobError, LayerRange, StageLink};
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -37,6 +39,45 @@ pub struct JobSetup {
     pub inputs: PathBuf,
     /// The folder that [`mlxnode_compute::Job::save`] wrote, to go on from.
     pub resume: Option<PathBuf>,
+    /// Which part of the model this process has; none: all of it.
+    pub stage: Option<StagePlace>,
+}
+
+/// A process's part of a model whose layers are divided.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StagePlace {
+    /// Which stage, from 0.
+    pub stage: usize,
+    /// Of how many.
+    pub stages: usize,
+    /// Its layers.
+    pub layers: LayerRange,
+    /// A folder of this stage alone, for its part of the state.
+    pub folder: PathBuf,
+}
+
+/// A stage's place in its line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinePlace {
+    /// Which stage, from 0.
+    pub stage: usize,
+    /// Of how many.
+    pub stages: usize,
+    /// The key of the node that says who the others are.
+    pub conductor: KeyPin,
+    /// The address to listen on.
+    pub listen: IpAddr,
+    /// A folder of this stage alone, for files on their way.
+    pub folder: PathBuf,
+}
+
+/// The other processes of a job, as far as there are others.
+#[derive(Default)]
+pub struct Others<'a> {
+    /// Those that have the same model and other rows.
+    pub group: Option<&'a CollectiveEndpoint>,
+    /// Those that have the model's other layers.
+    pub line: Option<Box<dyn StageLink>>,
 }
 
 /// A worker's place among several of one job.
@@ -56,6 +97,7 @@ pub struct GroupPlace {
 #[derive(Debug, Serialize, Deserialize)]
 enum Order {
     Join(GroupPlace),
+    JoinLine(LinePlace),
     Begin(JobSetup),
     Advance,
     Save(PathBuf),

@@ -1,6 +1,6 @@
 //! The node's side of a job's process.
 
-use super::{Answer, GroupPlace, JobSetup, Order, frames};
+use super::{Answer, GroupPlace, JobSetup, LinePlace, Order, frames};
 use crate::process::{Log, ProcessError, STARTING, WorkerExit};
 use mlxnode_cluster::KeyPin;
 use mlxnode_compute::{Advance, JobError};
@@ -79,6 +79,18 @@ impl JobProcess {
         }
     }
 
+    /// Makes it one stage of several, before the job is made: where it listens for them, and its key.
+    ///
+    /// # Errors
+    /// [`JobCallError`]
+    pub async fn join_line(&mut self, place: LinePlace) -> Result<(SocketAddr, KeyPin), JobCallError> {
+        match self.ask(Order::JoinLine(place)).await? {
+            Answer::Joined { address, key_pin } => Ok((address, key_pin)),
+            Answer::Failed(error) => Err(error.into()),
+            Answer::Done | Answer::Advanced(_) => Err(confused().into()),
+        }
+    }
+
     /// Makes the job.
     ///
     /// # Errors
@@ -90,6 +102,15 @@ impl JobProcess {
     /// The next piece. Giving the call up leaves the process in the middle of it: stop it then.
     pub async fn advance(&mut self) -> Result<Advance, JobCallError> {
         match self.ask(Order::Advance).await? {
+            Answer::Advanced(advance) => Ok(advance),
+            Answer::Failed(error) => Err(error.into()),
+            Answer::Done | Answer::Joined { .. } => Err(confused().into()),
+        }
+    }
+
+    /// The next piece of a stage that follows another one, however long that one takes to say what it is.
+    pub async fn follow(&mut self) -> Result<Advance, JobCallError> {
+        match self.ask_for(Order::Advance, Duration::MAX).await? {
             Answer::Advanced(advance) => Ok(advance),
             Answer::Failed(error) => Err(error.into()),
             Answer::Done | Answer::Joined { .. } => Err(confused().into()),
@@ -127,16 +148,20 @@ impl JobProcess {
     }
 
     async fn ask(&mut self, order: Order) -> Result<Answer, JobCallError> {
+        self.ask_for(order, ORDER_LIMIT).await
+    }
+
+    async fn ask_for(&mut self, order: Order, limit: Duration) -> Result<Answer, JobCallError> {
         let Some(orders) = &mut self.orders else { return Err(confused().into()) };
         let answers = &mut self.answers;
         let call = async {
             frames::send(orders, &order).await?;
             frames::receive(answers).await
         };
-        match tokio::time::timeout(ORDER_LIMIT, call).await {
+        match tokio::time::timeout(limit, call).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(error)) => Err(self.ended(&error).await.into()),
-            Err(_) => Err(ProcessError::Timeout(ORDER_LIMIT).into()),
+            Err(_) => Err(ProcessError::Timeout(limit).into()),
         }
     }
 

@@ -3,7 +3,9 @@
 //! It shows that a cluster runs jobs, saves, moves and resumes them, without a model: what it makes depends on its files and its number of
 //! steps alone, so that a result after any number of kills can be compared with one after none.
 
-use mlxnode_compute::{Advance, Job, JobError, StepReport};
+use mlxnode_compute::{
+    Activation, Advance, Dtype, Job, JobError, LinkError, StageLink, StageOrder, StepReport, Way,
+};
 use std::fs;
 use std::io::{ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
@@ -18,7 +20,6 @@ const MAX_STEPS: u64 = 10_000_000;
 const MAX_MILLIS: u64 = 10_000;
 
 /// See the module.
-#[derive(Debug)]
 pub struct Rehearsal {
     files: Vec<PathBuf>,
     steps: u64,
@@ -26,6 +27,9 @@ pub struct Rehearsal {
     done: u64,
     state: u64,
     is_prepared: bool,
+    /// A step was done by this process.
+    is_moved: bool,
+    line: Option<Box<dyn StageLink>>,
 }
 
 impl Rehearsal {
@@ -64,13 +68,77 @@ impl Rehearsal {
             None => (0, 0),
             Some(folder) => read_state(&folder.join(STATE))?,
         };
-        Ok(Self { files, steps, pause: Duration::from_millis(millis), done, state, is_prepared: false })
+        let pause = Duration::from_millis(millis);
+        Ok(Self { files, steps, pause, done, state, is_prepared: false, is_moved: false, line: None })
     }
 
-    /// The state after the next step: all bytes of all files folded into it (FNV-1a).
-    fn next_state(&self) -> Result<u64, JobError> {
-        const PRIME: u64 = 0x0000_0100_0000_01b3;
-        let mut state = self.state ^ 0xcbf2_9ce4_8422_2325 ^ self.done;
+    /// As one stage of several: each reads some of the files, and hands on what it has. The result is the same.
+    #[must_use]
+    pub fn with_stages(mut self, line: Box<dyn StageLink>) -> Self {
+        let (stage, stages, files) = (line.stage(), line.stages(), self.files.len());
+        self.files = self.files[files * stage / stages..files * (stage + 1) / stages].to_vec();
+        self.line = Some(line);
+        self
+    }
+
+    /// The state after the next step: all bytes of all files folded into it.
+    fn next_state(&mut self) -> Result<u64, JobError> {
+        let first = self.state ^ 0xcbf2_9ce4_8422_2325 ^ self.done;
+        let Some(mut line) = self.line.take() else { return Ok(self.fold(first)?.wrapping_mul(PRIME)) };
+        let passed = line.lead(&StageOrder::Update(self.done..=self.done)).map_err(parted);
+        let passed = passed.and_then(|()| self.pass(line.as_mut(), first));
+        self.line = Some(line);
+        passed
+    }
+
+    /// This stage's part of a step: the state that comes, with this stage's files folded in, goes on, and the last one's comes back.
+    fn pass(&self, line: &mut dyn StageLink, first: u64) -> Result<u64, JobError> {
+        let (stage, is_last) = (line.stage(), line.stage() + 1 == line.stages());
+        let step = self.done;
+        let state = match stage {
+            0 => first,
+            _ => unpacked(&line.receive(Way::Forward, step).map_err(parted)?)?,
+        };
+        let mut state = self.fold(state)?;
+        if is_last {
+            state = state.wrapping_mul(PRIME);
+        } else {
+            line.send(Way::Forward, step, packed(state)?).map_err(parted)?;
+            state = unpacked(&line.receive(Way::Backward, step).map_err(parted)?)?;
+        }
+        if stage > 0 {
+            line.send(Way::Backward, step, packed(state)?).map_err(parted)?;
+        }
+        let all = line.exchange(&[step as f64]).map_err(parted)?;
+        match all.iter().all(|numbers| *numbers == [step as f64]) {
+            true => Ok(state),
+            false => Err(JobError::Failed(format!("the stages are at the steps {all:?}"))),
+        }
+    }
+
+    /// What another stage wants: one step, or a file that says how far this one is.
+    fn follow(&mut self, line: &mut dyn StageLink) -> Result<Advance, JobError> {
+        match line.follow().map_err(parted)? {
+            StageOrder::Update(steps) => {
+                self.done = *steps.start();
+                self.state = self.pass(line, 0)?;
+                self.done += 1;
+                Ok(Advance::Prepared(format!("step {}", self.done)))
+            }
+            StageOrder::Save => {
+                let file = std::env::temp_dir().join(format!("mlxnode-rehearsal-{}", std::process::id()));
+                write(&file, &format!("{} {}\n", self.done, self.state))?;
+                let gathered = line.gather(&file).map_err(parted);
+                let _ = fs::remove_file(&file); // a file of a few bytes, of this process
+                gathered.map(|_| Advance::Prepared("saved".into()))
+            }
+            StageOrder::Finish => Ok(Advance::Finished),
+            other => Err(JobError::Failed(format!("a rehearsal has nothing to do for {other:?}"))),
+        }
+    }
+
+    /// All bytes of this process's files folded into a state (FNV-1a).
+    fn fold(&self, mut state: u64) -> Result<u64, JobError> {
         let mut buffer = vec![0; 64 << 10];
         for path in &self.files {
             let unreadable = |error| JobError::Failed(format!("cannot read {}: {error}", path.display()));
@@ -85,8 +153,26 @@ impl Rehearsal {
                 }
             }
         }
-        Ok(state.wrapping_mul(PRIME))
+        Ok(state)
     }
+}
+
+/// The prime of FNV-1a.
+const PRIME: u64 = 0x0000_0100_0000_01b3;
+
+/// A state as hidden vectors: two numbers, whatever they are.
+fn packed(state: u64) -> Result<Activation, JobError> {
+    let activation = Activation::new(1, 2, Dtype::F32, state.to_le_bytes().to_vec().into());
+    activation.map_err(|error| JobError::Failed(error.to_string()))
+}
+
+fn unpacked(activation: &Activation) -> Result<u64, JobError> {
+    let bytes = <[u8; 8]>::try_from(&activation.bytes()[..]);
+    bytes.map(u64::from_le_bytes).map_err(|_| JobError::Failed("another stage hands on no state".into()))
+}
+
+fn parted(error: LinkError) -> JobError {
+    JobError::Failed(error.to_string())
 }
 
 fn read_state(path: &Path) -> Result<(u64, u64), JobError> {
@@ -112,12 +198,18 @@ impl Job for Rehearsal {
         if !std::mem::replace(&mut self.is_prepared, true) {
             return Ok(Advance::Prepared(format!("reading {} files", self.files.len())));
         }
+        if let Some(mut line) = self.line.take_if(|line| line.stage() > 0) {
+            let followed = self.follow(line.as_mut());
+            self.line = Some(line);
+            return followed;
+        }
         if self.done >= self.steps {
             return Ok(Advance::Finished);
         }
         let started = Instant::now();
         self.state = self.next_state()?;
         self.done += 1;
+        self.is_moved = true;
         std::thread::sleep(self.pause);
         Ok(Advance::Step(StepReport {
             step: self.done,
@@ -133,7 +225,18 @@ impl Job for Rehearsal {
     }
 
     fn save(&mut self, directory: &Path) -> Result<(), JobError> {
-        write(&directory.join(STATE), &format!("{} {}\n", self.done, self.state))
+        let own = directory.join(STATE);
+        let state = format!("{} {}\n", self.done, self.state);
+        write(&own, &state)?;
+        let Some(line) = &mut self.line else { return Ok(()) };
+        line.lead(&StageOrder::Save).map_err(parted)?;
+        for file in line.gather(&own).map_err(parted)? {
+            // Before the first step the others know nothing.
+            if self.is_moved && fs::read_to_string(&file).ok().as_deref() != Some(state.as_str()) {
+                return Err(JobError::Failed("the stages do not have the same state".into()));
+            }
+        }
+        Ok(())
     }
 
     fn publish(&mut self, directory: &Path) -> Result<(), JobError> {

@@ -24,6 +24,7 @@ use std::path::PathBuf;
 Examples:
   mlxnode jobs submit lora.yaml --watch
   mlxnode jobs submit lora.yaml --data ./rows --publish demo:poet
+  mlxnode jobs submit lora.yaml --stages 2 --watch
   mlxnode jobs list
   mlxnode jobs logs job-1f0a --follow
   mlxnode jobs publish job-1f0a --model demo --name poet
@@ -162,7 +163,7 @@ async fn logs(connection: &Connection, id: String, follow: bool, global: &Global
 async fn watch(connection: &Connection, id: &str, global: &Global) -> Result<()> {
     let mut messages = connection.jobs().watch(WatchJobsRequest { id: id.to_owned() }).await?.into_inner();
     let bar = progress::Bar::counting(id, global.quiet || global.json);
-    let (mut last, mut state) = (None, None);
+    let (mut last, mut state, mut divided) = (None, None, Vec::new());
     while let Some(message) = messages.message().await? {
         let Some(job) = message.jobs.into_iter().next() else { continue };
         if global.json {
@@ -176,6 +177,10 @@ async fn watch(connection: &Connection, id: &str, global: &Global) -> Result<()>
             if state != Some(job.state) && !global.quiet {
                 crate::warnings::text(&format!("{id} is {}\n", shown::state(&job)));
             }
+            if job.stages != divided && !global.quiet {
+                shown::plan(&job).into_iter().for_each(|line| crate::warnings::text(&format!("{line}\n")));
+            }
+            divided.clone_from(&job.stages);
         }
         state = Some(job.state);
         last = Some(job);

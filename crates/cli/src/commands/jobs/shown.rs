@@ -5,7 +5,7 @@ use crate::output;
 use anyhow::{Context as _, Result, bail};
 use mlxnode_api::jobs::shown;
 use mlxnode_compute::ByteCount;
-use mlxnode_proto::v1::{Job, JobCheckpoint, JobLoss, JobPublication, JobState};
+use mlxnode_proto::v1::{Job, JobCheckpoint, JobLoss, JobPublication, JobStage, JobState};
 use mlxnode_training::Curve;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -14,11 +14,13 @@ use std::path::Path;
 pub fn json(job: &Job) -> Value {
     let mut value = serde_json::to_value(shown(job.clone())).unwrap_or_default();
     let checkpoint = |it: &JobCheckpoint| json!({ "step": it.step, "hash": hex(&it.hash), "bytes": it.bytes, "saved_unix": it.saved_unix, "nodes": it.nodes });
+    let stage = |it: &JobStage| json!({ "node": it.node, "first_layer": it.first, "end_layer": it.end, "memory_bytes": it.memory_bytes });
     let publication = |it: &JobPublication| json!({ "model": it.model, "adapter": it.adapter, "hash": hex(&it.hash), "problem": it.problem });
     let more = json!({
         "submitted_unix": job.submitted_unix, "started_unix": job.started_unix, "ended_unix": job.ended_unix,
         "attempts": job.attempts, "owner": job.owner, "learning_rate": job.learning_rate,
         "peak_memory_bytes": job.peak_memory_bytes,
+        "stages": job.stages.iter().map(stage).collect::<Vec<_>>(),
         "checkpoints": job.checkpoints.iter().map(checkpoint).collect::<Vec<_>>(),
         "publications": job.publications.iter().map(publication).collect::<Vec<_>>(),
     });
@@ -114,6 +116,7 @@ pub fn show(job: &Job, global: &Global) -> Result<()> {
     if !job.node.is_empty() {
         output::line(&format!("  on {}, attempt {}", job.node, job.attempts))?;
     }
+    stages(job)?;
     if let Some(loss) = job.losses.iter().rev().find_map(|loss| Some((loss.step, loss.validation?))) {
         output::line(&format!("  validation loss {:.3} after step {}", loss.1, loss.0))?;
     }
@@ -133,6 +136,21 @@ pub fn show(job: &Job, global: &Global) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// Which node has what of a model that is divided, as planned.
+pub fn stages(job: &Job) -> Result<()> {
+    plan(job).iter().try_for_each(|line| output::line(line))
+}
+
+/// The same as lines.
+pub fn plan(job: &Job) -> Vec<String> {
+    job.stages.iter().enumerate().map(|(number, stage)| format!("  {}", words(number, stage))).collect()
+}
+
+fn words(number: usize, stage: &JobStage) -> String {
+    let (last, memory) = (stage.end.saturating_sub(1), ByteCount(stage.memory_bytes));
+    format!("stage {number} on {}: layers {} to {last}, {memory} planned", stage.node, stage.first)
 }
 
 /// The curve of a job's losses as a picture; the ending says which kind.
@@ -160,6 +178,12 @@ mod tests {
             assert_eq!(duration(seconds), words);
         }
         assert_eq!(time(86_400 + 3661), "01:01:01");
+    }
+
+    #[test]
+    fn a_stage_has_its_node_its_layers_and_its_memory() {
+        let stage = JobStage { node: "studio".into(), first: 16, end: 32, memory_bytes: 12_000_000_000 };
+        assert_eq!(words(1, &stage), "stage 1 on studio: layers 16 to 31, 12.0 GB planned");
     }
 
     #[test]

@@ -5,12 +5,15 @@ use crate::connection::Connection;
 use crate::{output, progress, training};
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
-use mlxnode_proto::v1::{JobInput, SubmitJobRequest, UploadRequest, UploadedRequest};
+use mlxnode_api::jobs::demand_to_proto;
+use mlxnode_proto::v1::{
+    GetJobRequest, Job, JobInput, JobState, SubmitJobRequest, UploadRequest, UploadedRequest,
+};
 use mlxnode_training::{Settings, TrainingConfig};
 use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -37,7 +40,11 @@ pub struct Submit {
     /// Nodes that compute it together, as far as there are so many. They share an update's micro-batches (grad_accumulation_steps).
     #[arg(long, value_name = "N", value_parser = within(1..=8), default_value_t = 1)]
     workers: u32,
-    /// Memory that it takes of its node, in bytes. Default: estimated from the model.
+    /// Nodes among which the model's layers are divided, each with some of them: 1 to 8, or "auto": as many as it takes, one when that has the
+    /// memory. The plan is shown before the start.
+    #[arg(long, value_name = "N|auto", value_parser = stages, default_value = "auto")]
+    stages: Stages,
+    /// Memory that it takes of its node, or of each when it is divided, in bytes. Default: estimated from the model.
     #[arg(long, value_name = "BYTES")]
     memory: Option<u64>,
     /// Save a checkpoint after so many batches. Default: the configuration's `checkpoint_steps` (in updates) or `save_every`, or 100.
@@ -49,13 +56,30 @@ pub struct Submit {
     /// Keep so many of the newest checkpoints. Default: the configuration's `keep_checkpoints`, or 3.
     #[arg(long, value_name = "N", value_parser = within(1..=32))]
     keep: Option<u32>,
-    /// What it computes.
+    /// What it computes: fine-tuning, or a rehearsal, which learns nothing (`steps: 100`, `millis: 50`) and shows how the cluster runs jobs.
     #[arg(long, value_name = "KIND", default_value = "fine-tuning", value_parser = ["fine-tuning", "rehearsal"])]
     kind: String,
     /// Follow it until it is over.
     #[arg(long)]
     watch: bool,
 }
+
+/// Among how many nodes the layers are divided; 0: as many as it takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stages(u32);
+
+fn stages(text: &str) -> Result<Stages, String> {
+    match text.parse() {
+        _ if text == "auto" => Ok(Stages(0)),
+        Ok(count @ 1..=8) => Ok(Stages(count)),
+        _ => Err("it must be 1 to 8, or auto".to_owned()),
+    }
+}
+
+/// For the plan of a job that may be divided: reading a model's index takes moments.
+const PLANNING: Duration = Duration::from_secs(10);
+/// Between two looks for it.
+const LOOK: Duration = Duration::from_millis(300);
 
 /// Files of a data set.
 const DATA_ENDINGS: [&str; 2] = ["jsonl", "parquet"];
@@ -67,7 +91,7 @@ impl Submit {
         let configuration =
             fs::read_to_string(&self.configuration).with_context(|| format!("cannot read {shown}"))?;
         let (mut model, mut data) = (self.model.unwrap_or_default(), self.data);
-        let mut saves = SavePolicy::default();
+        let (mut saves, mut demand) = (SavePolicy::default(), None);
         if self.kind == "fine-tuning" {
             let asked = configured(&configuration, &shown.to_string(), &model)?;
             model = asked.model.clone();
@@ -76,6 +100,7 @@ impl Submit {
                 data.push(PathBuf::from(&asked.data));
             }
             saves = SavePolicy::of(&asked);
+            demand = Some(demand_to_proto(&asked.demand()));
         }
         let mut inputs = Vec::new();
         for path in files_of(&data)? {
@@ -100,6 +125,8 @@ impl Submit {
             memory_bytes: self.memory.unwrap_or_default(),
             share_percent: self.share,
             workers: self.workers,
+            stages: self.stages.0,
+            demand,
             save_steps: self.save_steps.unwrap_or(saves.steps),
             save_seconds: self.save_time.map_or(saves.seconds, |time| narrow(time.as_secs())),
             keep_checkpoints: self.keep.unwrap_or(saves.keep),
@@ -111,11 +138,33 @@ impl Submit {
         if self.watch {
             return super::watch(connection, &id, global).await;
         }
+        let job = match self.stages.0 {
+            1 => job,
+            _ => planned(connection, job).await?,
+        };
         match global.json {
             true => output::json(&super::shown::json(&job)),
-            false => output::line(&format!("{id} is {}.", super::shown::state(&job))),
+            false => {
+                output::line(&format!("{id} is {}.", super::shown::state(&job)))?;
+                super::shown::stages(&job)
+            }
         }
     }
+}
+
+/// The job once it is known which node has what of it, or that none has.
+async fn planned(connection: &Connection, mut job: Job) -> Result<Job> {
+    let until = Instant::now() + PLANNING;
+    let is_open = |job: &Job| {
+        let is_early = matches!(job.state(), JobState::Queued | JobState::Preparing);
+        is_early && job.node.is_empty() && job.stages.is_empty()
+    };
+    while is_open(&job) && Instant::now() < until {
+        tokio::time::sleep(LOOK).await;
+        let id = job.wish.unwrap_or_default().id;
+        job = connection.jobs().get(GetJobRequest { id }).await?.into_inner();
+    }
+    Ok(job)
 }
 
 /// What the configuration says of saving; 0: nothing.
@@ -261,6 +310,14 @@ mod tests {
         assert_eq!(configured("model: demo", "lora.yaml", "other").unwrap().model, "other");
         let error = configured("itres: 7", "lora.yaml", "").unwrap_err().to_string();
         assert!(error.contains("itres") && error.contains("lora.yaml"), "{error}");
+    }
+
+    #[test]
+    fn stages_are_a_number_or_as_many_as_it_takes() {
+        assert_eq!((stages("auto"), stages("8"), stages("1")), (Ok(Stages(0)), Ok(Stages(8)), Ok(Stages(1))));
+        for wrong in ["0", "9", "two", "", "-1"] {
+            assert!(stages(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

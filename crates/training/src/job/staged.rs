@@ -20,7 +20,7 @@ use crate::trainer::{MicroGradients, Place, Returned, StageTrainer, StateError, 
 use crate::{BatchOptions, Batches, MicroBatch, Sets, TrainingConfig};
 use mlxnode_checkpoint::JoinError;
 use mlxnode_compute::{
-    Advance, Job, JobError, LayerRange, LinkError, StageLink, StageOrder, StepReport, Way,
+    Advance, Job, JobError, LayerRange, LinkError, StageLink, StageOrder, StepReport, TreeNode, TreeSum, Way,
 };
 use mlxnode_engine::tuning::Tuning;
 use mlxnode_mlx::{Array, Dtype, Error};

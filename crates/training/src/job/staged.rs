@@ -251,8 +251,8 @@ impl StagedFineTuning {
     fn sum(&mut self, first: u64, batches: &[MicroBatch]) -> Result<MicroGradients, HandError> {
         let (stage, stages) = (self.line.stage(), self.line.stages());
         let none = || Error::Mlx("an update without micro-batches".to_owned());
-        let mut tree = TreeSum::new(u32::try_from(batches.len()).map_err(|_| none())?);
-        let mut waiting = VecDeque::new();
+        let count = u32::try_from(batches.len()).map_err(|_| none())?;
+        let (mut waiting, mut sum, mut done) = (VecDeque::new(), TreeSum::new(count), 0);
         for pass in passes(stage, stages, batches.len() as u64) {
             let missing = || Error::Mlx("a micro-batch is not there".to_owned());
             let (Pass::Forward(number) | Pass::Backward(number)) = pass;
@@ -265,12 +265,13 @@ impl StagedFineTuning {
             }
             let there = waiting.pop_front().ok_or_else(missing)?;
             let own = self.back(batch, iteration, there)?;
-            let (leaf, device) =
-                (TreeNode::leaf(u32::try_from(number).unwrap_or(u32::MAX)), self.trainer.device());
-            tree.insert(leaf, own, |left, right| add(device, left, &right))?;
+            // They come back in their order.
+            let device = self.trainer.device();
+            sum.insert(TreeNode::leaf(done), own, |left, right| add(device, left, &right))?;
+            done += 1;
             self.clear_cache()?;
         }
-        Ok(tree.into_parts().next().map(|(_, sum)| sum).ok_or_else(none)?)
+        Ok(sum.into_parts().next().map(|(_, sum)| sum).ok_or_else(none)?)
     }
 
     /// Through the layers, and on to the next stage. `number` is the hand-over's, `iteration` seeds dropout.

@@ -127,6 +127,13 @@ pub enum Report {
         /// BLAKE3 of the sum.
         hash: [u8; 32],
     },
+    /// What is trained, as it is there.
+    Parameters {
+        /// Updates that made it.
+        updates: u64,
+        /// BLAKE3 of all of it.
+        hash: [u8; 32],
+    },
     /// It cannot go on with this member.
     Broken {
         /// In which formation.

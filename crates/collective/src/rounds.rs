@@ -101,6 +101,8 @@ pub struct Rounds {
     formed: Option<u64>,
     /// Hashes of the last steps' sums, by step.
     agreed: BTreeMap<u64, [u8; 32]>,
+    /// Hashes of the members' parameters, after so many updates.
+    compared: (u64, BTreeMap<MemberId, [u8; 32]>),
     /// Updates that the furthest one has made.
     step: u64,
     /// Steps in a row that took too long although everybody did its part: each gives the next one twice the time.
@@ -143,8 +145,8 @@ impl Rounds {
     /// earlier attempts is told apart.
     pub fn new(options: RoundsOptions, epoch: u64) -> Self {
         let phase = Phase::Gathering { since: None };
-        let (members, agreed) = (BTreeMap::new(), BTreeMap::new());
-        Self { options, epoch, members, phase, formed: None, agreed, step: 0, stuck: 0 }
+        let (members, agreed, compared) = (BTreeMap::new(), BTreeMap::new(), (0, BTreeMap::new()));
+        Self { options, epoch, members, phase, formed: None, agreed, compared, step: 0, stuck: 0 }
     }
 
     /// For people.
@@ -162,6 +164,7 @@ impl Rounds {
                 self.stopped(member, epoch, Stopped { position, holds_sum, contributed }, now)
             }
             Report::Applied { epoch, step, hash } => self.applied(member, epoch, step, hash, now),
+            Report::Parameters { updates, hash } => self.compare(member, updates, hash, now),
             Report::Broken { epoch, peer, .. } => self.broken(member, epoch, peer, now),
         }
     }
@@ -312,6 +315,35 @@ impl Rounds {
             self.members.values_mut().for_each(|entry| entry.strikes = 0);
         }
         vec![]
+    }
+
+    /// The same sums make the same parameters, unless a member's processor rounds otherwise or its memory is damaged: then its gradients
+    /// are of another model. When all have told theirs, those go that have other ones than most, or than the oldest where none are most.
+    /// A worker that takes such a one's place begins with the others' state.
+    fn compare(&mut self, member: MemberId, updates: u64, hash: [u8; 32], now: Instant) -> Vec<RoundsEffect> {
+        if updates < self.compared.0 {
+            return vec![];
+        }
+        if updates > self.compared.0 {
+            self.compared = (updates, BTreeMap::new());
+        }
+        self.compared.1.insert(member, hash);
+        self.compared.1.retain(|member, _| self.members.contains_key(member));
+        let told = &self.compared.1;
+        if told.len() < self.members.len() {
+            return vec![];
+        }
+        let votes = |hash: &[u8; 32]| told.values().filter(|other| *other == hash).count();
+        let best = told.iter().max_by_key(|(member, hash)| (votes(hash), std::cmp::Reverse(**member)));
+        let Some(best) = best.map(|(_, hash)| *hash) else { return vec![] };
+        let odd: Vec<_> = told.iter().filter(|(_, hash)| **hash != best).map(|(&member, _)| member).collect();
+        if odd.is_empty() {
+            return vec![];
+        }
+        let reason = format!(
+            "after {updates} updates its parameters are not those of the others: it computes otherwise, or its memory is damaged"
+        );
+        self.evict(&odd, &reason, now)
     }
 
     fn broken(&mut self, member: MemberId, epoch: u64, peer: MemberId, now: Instant) -> Vec<RoundsEffect> {

@@ -125,6 +125,43 @@ fn a_step_that_is_made_anew_may_have_another_sum() {
 }
 
 #[test]
+fn who_has_other_parameters_than_the_others_has_to_go() {
+    let now = Instant::now();
+    let told = |updates, hash| Report::Parameters { updates, hash: [hash; 32] };
+    let evicted = |effects: &[RoundsEffect]| -> Vec<MemberId> {
+        let member = |effect: &RoundsEffect| match effect {
+            RoundsEffect::Evict { member, .. } => Some(*member),
+            _ => None,
+        };
+        effects.iter().filter_map(member).collect()
+    };
+    // Of two the older one stays, whoever tells first.
+    for [early, late] in [[(FIRST, 7), (SECOND, 8)], [(SECOND, 8), (FIRST, 7)]] {
+        let (mut rounds, _) = running(now);
+        assert_eq!(rounds.report(early.0, told(50, 7), now), []);
+        assert_eq!(rounds.report(late.0, told(50, 7), now), [], "they agree");
+        assert_eq!(rounds.report(early.0, told(100, early.1), now), []);
+        assert_eq!(rounds.report(late.0, told(50, 9), now), [], "that is long past");
+        let effects = rounds.report(late.0, told(100, late.1), now);
+        assert_eq!(evicted(&effects), [SECOND]);
+        assert_eq!(halts(&effects).len(), 1, "the other one goes on: {effects:?}");
+    }
+    // Of three the odd one goes, also the oldest.
+    let (mut rounds, _) = running(now);
+    let epoch = halts(&rounds.report(THIRD, Report::Ready { position: 0 }, now))[0].1;
+    for member in [FIRST, SECOND, THIRD] {
+        rounds.report(member, halted(epoch, 0, false), now);
+    }
+    assert_eq!(rounds.report(FIRST, told(1, 6), now), []);
+    assert_eq!(rounds.report(SECOND, told(1, 7), now), []);
+    let effects = rounds.report(THIRD, told(1, 7), now);
+    assert_eq!(evicted(&effects), [FIRST]);
+    assert!(effects.iter().any(
+        |effect| matches!(effect, RoundsEffect::Evict { reason, .. } if reason.contains("after 1 updates"))
+    ));
+}
+
+#[test]
 fn a_state_that_was_written_serves_the_next_formation_too() {
     let order = |member, catch_up| Order { member, catch_up };
     let formation = |epoch, step, second| Formation {

@@ -28,7 +28,9 @@ use crate::{BatchError, BatchOptions, Batches, MicroBatch, Sets, TrainingConfig}
 use cursor::{Cursor, Fingerprint};
 use group::Together;
 use mlxnode_checkpoint::WriteError;
-use mlxnode_compute::{Advance, Job, JobError, LinkError, Reduce, StepReport, TreeNode, TreeSum};
+use mlxnode_compute::{
+    Advance, Job, JobError, LinkError, Reduce, StepReport, TreeNode, TreeSum, tells_parameters_after,
+};
 use mlxnode_engine::tuning::{TuneError, Tuning};
 use mlxnode_mlx::{Array, Dtype};
 use progress::{Piece, Progress};
@@ -233,6 +235,7 @@ impl FineTuning {
             false => {
                 let applied = self.trainer.apply(&sum, micro_batches, learning_rate);
                 let applied = applied.map_err(|error| told(step, error))?;
+                self.compare()?;
                 (applied.loss, Some(applied.gradient_norm))
             }
         };
@@ -251,6 +254,17 @@ impl FineTuning {
             seconds: begun.elapsed().as_secs_f64(),
             peak_memory,
         }))
+    }
+
+    /// Tells the other workers what came of the update, when it is time to.
+    fn compare(&mut self) -> Result<(), JobError> {
+        let updates = self.trainer.updates();
+        let Some(group) = self.group.as_mut().filter(|_| tells_parameters_after(updates)) else {
+            return Ok(());
+        };
+        let hash = self.trainer.hash_parameters().map_err(|error| JobError::Failed(error.to_string()))?;
+        group.applied(updates, hash);
+        Ok(())
     }
 
     /// The sum of these iterations' gradients, all computed here.

@@ -46,6 +46,19 @@ impl Trainer {
         Ok(writer.write(file)?)
     }
 
+    /// BLAKE3 of what is trained, bit by bit, in the tuner's order.
+    ///
+    /// # Errors
+    ///
+    /// MLX's.
+    pub fn hash_parameters(&self) -> Result<[u8; 32], mlxnode_mlx::Error> {
+        let mut hasher = blake3::Hasher::new();
+        for parameter in &self.parameters {
+            hasher.update(&self.device().contiguous(parameter)?.to_bytes()?);
+        }
+        Ok(*hasher.finalize().as_bytes())
+    }
+
     /// Writes all that is needed to go on, bit by bit the same.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use super::shared::Shared;
 use super::state_files;
-use mlxnode_collective::{Answer, Member, MemberEffect};
+use mlxnode_collective::{Answer, Member, MemberEffect, Report};
 use mlxnode_compute::{Deal, Partial, Reduce, ReduceError, Reduced, Turn};
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
@@ -94,6 +94,13 @@ impl Reduce for Group {
             Answer::Redeal(deal) => Ok(Reduced::Redeal(deal)),
             Answer::Begin => Ok(Reduced::Begin),
             _ => Err(unexpected("a turn instead of a sum")),
+        }
+    }
+
+    fn applied(&mut self, updates: u64, parameters: [u8; 32]) {
+        let report = Report::Parameters { updates, hash: parameters };
+        if !self.shared.reports.push(report) {
+            self.shared.leave("the node does not read what is reported");
         }
     }
 }

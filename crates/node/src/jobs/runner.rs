@@ -36,6 +36,8 @@ const ROOM_PERIOD: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(20);
 /// For an attempt that is being replaced or stopped to save and end; then it is killed.
 const END_LIMIT: Duration = Duration::from_secs(60);
+/// A checkpoint by time waits for so many times as long as the last one took: that is 2% of the time.
+const BETWEEN_SAVES: u32 = 49;
 /// How much the newest step counts in the mean time of a step.
 const NEWEST: f64 = 0.1;
 
@@ -444,7 +446,7 @@ impl Attempt {
         };
         let saves = self.order.spec.saves;
         let mut meter = Meter { step: from, ..Meter::default() };
-        let (mut saved_step, mut saved_at) = (from, Instant::now());
+        let (mut saved_step, mut saved_at, mut pause) = (from, Instant::now(), Duration::ZERO);
         let mut saved = None;
         let mut is_running = false;
         let mut last_report = Instant::now();
@@ -493,7 +495,7 @@ impl Attempt {
                         return Ok(RunEnd::Finished(checkpoint));
                     }
                     return match self.save_when_there_is_room(process, meter.step).await? {
-                        Some(checkpoint) => Ok(RunEnd::Finished(checkpoint)),
+                        Some((checkpoint, _)) => Ok(RunEnd::Finished(checkpoint)),
                         None => Ok(RunEnd::Yielded),
                     };
                 }
@@ -503,12 +505,15 @@ impl Attempt {
                 self.flush(&mut meter).await;
             }
             let by_steps = saves.every_steps > 0 && meter.step >= saved_step + saves.every_steps;
-            let by_time = saves.every_seconds > 0 && saved_at.elapsed().as_secs() >= saves.every_seconds;
+            let period = Duration::from_secs(saves.every_seconds).max(pause * BETWEEN_SAVES);
+            let by_time = saves.every_seconds > 0 && saved_at.elapsed() >= period;
             if meter.step > saved_step && (by_steps || by_time) {
                 self.flush(&mut meter).await;
-                if let Some(checkpoint) = self.save_when_there_is_room(process, meter.step).await? {
+                if let Some((checkpoint, took)) = self.save_when_there_is_room(process, meter.step).await? {
                     self.say(Report::Checkpointed(checkpoint.clone())).await;
-                    saved = Some(checkpoint);
+                    let seconds = took.as_secs_f64();
+                    self.say(Report::Said(format!("checkpoint after step {}: {seconds:.3} s", meter.step))).await;
+                    (saved, pause) = (Some(checkpoint), took);
                 }
                 (saved_step, saved_at) = (meter.step, Instant::now());
             }
@@ -533,14 +538,15 @@ impl Attempt {
         meter.stood_back += started.elapsed();
     }
 
-    /// A checkpoint; waits while there is no room. `None`: it was told to end meanwhile.
+    /// A checkpoint, and how long writing it took; waits while there is no room. `None`: it was told to end meanwhile.
     async fn save_when_there_is_room(
         &mut self,
         process: &mut JobProcess,
         step: u64,
-    ) -> Result<Option<Checkpoint>, JobCallError> {
+    ) -> Result<Option<(Checkpoint, Duration)>, JobCallError> {
         let mut is_held = false;
         loop {
+            let begun = Instant::now();
             match self.write(process, step).await {
                 Err(JobCallError::Job(JobError::NoRoom(text))) => {
                     if !std::mem::replace(&mut is_held, true) {
@@ -556,7 +562,7 @@ impl Attempt {
                     if is_held {
                         self.say(Report::Going).await;
                     }
-                    return Ok(Some(checkpoint));
+                    return Ok(Some((checkpoint, begun.elapsed())));
                 }
                 Err(error) => return Err(error),
             }

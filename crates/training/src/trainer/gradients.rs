@@ -80,6 +80,8 @@ pub(super) struct Gradients {
     objective: Objective,
     /// The unchanged model's parameters, where answers are compared by it.
     reference: Option<Vec<Array>>,
+    /// Rows are not filled up: each length is computed as it is, which a compiled function could not.
+    is_tight: bool,
 }
 
 /// What is minimized.
@@ -116,8 +118,17 @@ struct Inputs {
     mask: Array,
     /// Log-probabilities by the unchanged model, `[rows]`.
     reference: Option<Array>,
-    /// Lengths of whole sequences in the rows, one after the other; None: each row is one.
-    lengths: Option<Vec<i32>>,
+    /// What is in the rows; None: each row is one sequence, with what fills it up.
+    sequences: Option<Sequences>,
+}
+
+/// Whole sequences, one after the other.
+#[derive(Clone)]
+struct Sequences {
+    /// In tokens.
+    lengths: Vec<i32>,
+    /// The tokens whose targets count: `targets` and `mask` are of these only. None: of all.
+    counted: Option<Array>,
 }
 
 impl Gradients {
@@ -139,7 +150,8 @@ impl Gradients {
                 })?)
             }
         };
-        Ok(Self { gradient, compiled, objective, reference })
+        let is_tight = !compile && objective == Objective::Tokens { as_mlx_lm: false };
+        Ok(Self { gradient, compiled, objective, reference, is_tight })
     }
 
     /// Of a batch whose tokens the model has.
@@ -151,12 +163,12 @@ impl Gradients {
         keys: Option<&Array>,
     ) -> Result<MicroGradients> {
         let device = tuner.device();
-        let mut inputs = Inputs::of(batch)?;
+        let mut inputs = self.inputs(batch)?;
         inputs.reference = self.compared(tuner, &inputs)?;
         let mut all: Vec<&Array> = parameters.iter().collect();
         all.extend(inputs.arrays());
         all.extend(keys);
-        let (loss, gradients) = match (&self.compiled, &inputs.lengths) {
+        let (loss, gradients) = match (&self.compiled, &inputs.sequences) {
             (Some(compiled), None) => {
                 let mut made = compiled.apply(&all)?.into_iter();
                 (made.next(), made.collect::<Vec<_>>())
@@ -166,8 +178,8 @@ impl Gradients {
                 (made.into_iter().next(), gradients)
             }
             // Where sequences end in rows is not among the shapes.
-            (_, Some(lengths)) => {
-                let gradient = gradient(tuner, self.objective, Some(lengths.clone()))?;
+            (_, Some(sequences)) => {
+                let gradient = gradient(tuner, self.objective, Some(sequences.clone()))?;
                 let (made, gradients) = gradient.apply(&all)?;
                 (made.into_iter().next(), gradients)
             }
@@ -190,12 +202,16 @@ impl Gradients {
     /// The sum of the losses, and how many tokens or pairs counted.
     pub(super) fn loss(&self, tuner: &Tuner, parameters: &[Array], batch: &MicroBatch) -> Result<(f64, u64)> {
         let device = tuner.device();
-        let mut inputs = Inputs::of(batch)?;
+        let mut inputs = self.inputs(batch)?;
         inputs.reference = self.compared(tuner, &inputs)?;
         let mut all: Vec<&Array> = parameters.iter().collect();
         all.extend(inputs.arrays());
-        let sum = loss(device, tuner, &all, self.objective, inputs.lengths.as_deref())?;
+        let sum = loss(device, tuner, &all, self.objective, inputs.sequences.as_ref())?;
         Ok((f64::from(sum.to_f32()?.first().copied().unwrap_or(f32::NAN)), self.objective.count(batch)))
+    }
+
+    fn inputs(&self, batch: &MicroBatch) -> Result<Inputs> {
+        if self.is_tight { Inputs::tight(batch) } else { Inputs::filled(batch) }
     }
 
     /// The log-probabilities of the rows' answers by the unchanged model, where they are compared with them.
@@ -209,7 +225,40 @@ impl Gradients {
 }
 
 impl Inputs {
-    fn of(batch: &MicroBatch) -> Result<Self> {
+    /// The rows as they are, one behind the other, and of their targets those that count.
+    fn tight(batch: &MicroBatch) -> Result<Self> {
+        let (mut ids, mut targets, mut counted, mut lengths) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for row in &batch.rows {
+            let tokens = row.tokens.get(..batch.width).unwrap_or(&row.tokens);
+            let [inputs @ .., _] = tokens else { continue };
+            lengths.extend(sequences(&row.segments, inputs.len()));
+            let begin = ids.len();
+            ids.extend_from_slice(inputs);
+            for range in &row.counted {
+                let end = (range.end as usize).min(tokens.len());
+                for place in (range.start.max(1) as usize)..end {
+                    targets.push(tokens[place]);
+                    counted.push((begin + place - 1) as u32);
+                }
+            }
+        }
+        if ids.is_empty() {
+            return Self::filled(batch); // rows of one token: nothing follows from anything
+        }
+        let of = |words: &[u32]| Array::from_u32(words, &[1, i32::try_from(words.len()).unwrap_or(i32::MAX)]);
+        // Answers that were cut off: something has to go through the model, and counts nothing.
+        let weight = if counted.is_empty() { 0.0 } else { 1.0 };
+        if counted.is_empty() {
+            (targets, counted) = (vec![0], vec![0]);
+        }
+        let mask = Array::from_f32(&vec![weight; targets.len()], &[1, targets.len() as i32])?;
+        let counted = (counted.len() < ids.len()).then(|| of(&counted)).transpose()?;
+        let sequences = Some(Sequences { lengths, counted });
+        Ok(Self { ids: of(&ids)?, targets: of(&targets)?, mask, reference: None, sequences })
+    }
+
+    /// `[rows, columns]`, filled up.
+    fn filled(batch: &MicroBatch) -> Result<Self> {
         let (rows, width) = (batch.rows.len(), batch.width);
         let columns = width.saturating_sub(1);
         if rows == 0 || columns == 0 {
@@ -228,7 +277,7 @@ impl Inputs {
             targets: Array::from_u32(&cut(1), &shape)?,
             mask: Array::from_f32(&batch.mask(), &shape)?,
             reference: None,
-            lengths,
+            sequences: lengths.map(|lengths| Sequences { lengths, counted: None }),
         })
     }
 
@@ -264,14 +313,14 @@ fn loss(
     tuner: &Tuner,
     inputs: &[&Array],
     objective: Objective,
-    lengths: Option<&[i32]>,
+    sequences: Option<&Sequences>,
 ) -> Result<Array> {
     let (parameters, batch) = inputs.split_at(tuner.trained().len().min(inputs.len()));
     let missing = || Error::Mlx("a batch has ids, targets and a mask".to_owned());
     match objective {
         Objective::Tokens { as_mlx_lm } => {
             let (_, targets, mask) = first_three(batch)?;
-            let logits = logits(device, tuner, parameters, batch, batch.get(3).copied(), lengths)?;
+            let logits = logits(device, tuner, parameters, batch, batch.get(3).copied(), sequences)?;
             let (targets, mask) = (device.reshape(targets, &[-1])?, device.reshape(mask, &[-1])?);
             let precision = if as_mlx_lm { Precision::OfLogits } else { Precision::Single };
             masked_sum(device, &logits, &targets, &mask, precision)
@@ -295,20 +344,24 @@ fn first_three<'a>(batch: &[&'a Array]) -> Result<(&'a Array, &'a Array, &'a Arr
     }
 }
 
-/// Of a batch `[rows, columns]`: `[rows * columns, vocabulary]`.
+/// Of a batch `[rows, columns]`: `[rows * columns, vocabulary]`, or of the tokens that count.
 fn logits(
     device: &Device,
     tuner: &Tuner,
     parameters: &[&Array],
     batch: &[&Array],
     keys: Option<&Array>,
-    lengths: Option<&[i32]>,
+    sequences: Option<&Sequences>,
 ) -> Result<Array> {
     let (ids, ..) = first_three(batch)?;
     let (rows, columns) = (ids.dim(0), ids.dim(1));
     let of_rows = vec![columns; usize::try_from(rows).unwrap_or(0)];
     let flat = device.reshape(ids, &[1, rows * columns])?;
-    tuner.logits(parameters, &flat, lengths.unwrap_or(&of_rows), keys)
+    let (lengths, counted) = match sequences {
+        Some(sequences) => (&sequences.lengths, sequences.counted.as_ref()),
+        None => (&of_rows, None),
+    };
+    tuner.logits(parameters, &flat, lengths, keys, counted)
 }
 
 /// Of each row the log-probability of its counted tokens, and how many they are.
@@ -325,10 +378,10 @@ fn rows(
     of_rows(device, &logits, &flat, &mask, ids.dim(0))
 }
 
-fn gradient(tuner: &Tuner, objective: Objective, lengths: Option<Vec<i32>>) -> Result<Gradient> {
+fn gradient(tuner: &Tuner, objective: Objective, sequences: Option<Sequences>) -> Result<Gradient> {
     let (tuner, count) = (tuner.clone(), tuner.trained().len());
     Gradient::new(count, move |device, inputs| {
-        let sum = loss(device, &tuner, inputs, objective, lengths.as_deref())?;
+        let sum = loss(device, &tuner, inputs, objective, sequences.as_ref())?;
         if !objective.is_mean() {
             return Ok(vec![sum]);
         }

@@ -40,10 +40,11 @@ pub struct Submit {
     /// Memory that it takes of its node, in bytes. Default: estimated from the model.
     #[arg(long, value_name = "BYTES")]
     memory: Option<u64>,
-    /// Save a checkpoint after so many steps. Default: the configuration's `checkpoint_steps`, or 100.
+    /// Save a checkpoint after so many steps. Default: the configuration's `checkpoint_steps`, or by time alone.
     #[arg(long, value_name = "N", value_parser = within(1..=1_000_000))]
     save_steps: Option<u32>,
-    /// Save a checkpoint after so long. Default: the configuration's `checkpoint_minutes`, or 5m.
+    /// Save a checkpoint after so long, or later where saving would take more than 2% of the time. Default: the configuration's
+    /// `checkpoint_minutes`, or 1m.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     save_time: Option<Duration>,
     /// Keep so many of the newest checkpoints. Default: the configuration's `keep_checkpoints`, or 3.

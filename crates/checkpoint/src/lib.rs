@@ -25,6 +25,7 @@ mod spec;
 mod template;
 mod tensor;
 mod tensor_file;
+mod training;
 mod weights;
 mod writer;
 
@@ -54,5 +55,6 @@ pub use spec::{
 };
 pub use tensor::{Tensor, UnfitTensor};
 pub use tensor_file::TensorFileHeader;
+pub use training::{LayerTraining, StageMemory, TrainedPart, TrainingCost, TrainingDemand};
 pub use weights::{Weights, WeightsError};
 pub use writer::{SafetensorsWriter, WriteError};

@@ -96,6 +96,9 @@ pub(crate) fn run(places: &Places, release: bool) -> Result<()> {
 /// A line for each task and measure. Fails where the node's answers are not mlx-lm's.
 fn compare(found: &Found) -> Result<Vec<String>> {
     ensure!(!found.node.is_empty(), "no task was run");
+    if let Some(task) = found.mlx_lm.keys().find(|task| !found.node.contains_key(*task)) {
+        bail!("{task} was not run on the node");
+    }
     let mut lines = Vec::new();
     for (task, ours) in &found.node {
         let theirs = found.mlx_lm.get(task).with_context(|| format!("{task} was not run on mlx-lm"))?;

@@ -25,6 +25,8 @@ use std::rc::Rc;
 
 /// Tokens by which a cache grows. A longer step wastes memory, a shorter one copies more often; mlx-lm's value.
 pub(super) const STEP: i32 = 256;
+/// The same of a cache with few tokens, which doubles: many short sequences would be mostly room.
+const FIRST_STEP: i32 = 32;
 /// Tokens behind a window that are kept, so that as many of the last ones can be taken back (speculative decoding).
 const RESERVE: i32 = 64;
 
@@ -360,7 +362,7 @@ impl KvCache {
             left = rest;
         }
         let count = lengths.len() as i32;
-        let mut planes = first.planes.empty(device, count, (slots / STEP + 1) * STEP)?;
+        let mut planes = first.planes.empty(device, count, capacity(slots + 1))?;
         let mut lane = 0;
         for (kv, chosen) in parts {
             let held = kv.held().min(slots);
@@ -479,8 +481,12 @@ fn with_room(
     if *stop + tokens <= slots && !is_wasteful {
         return Ok(buffer);
     }
-    let room = (tokens + STEP - 1) / STEP * STEP;
     let first = (*stop - needed).max(*start);
+    let whole_steps = (tokens + STEP - 1) / STEP * STEP;
+    let room = match first {
+        0 => whole_steps.min(capacity(stop.saturating_add(tokens)) - *stop),
+        _ => whole_steps, // a window moves
+    };
     let grown = match *stop > first {
         true => Planes::joined(device, &[buffer.cut(device, first, *stop)?, buffer.room(device, room)?])?,
         false => new.room(device, room)?,
@@ -489,10 +495,35 @@ fn with_room(
     Ok(grown)
 }
 
+/// Slots of a buffer that is made for so many.
+fn capacity(slots: i32) -> i32 {
+    let step = (slots.clamp(FIRST_STEP, STEP) as u32).next_power_of_two() as i32;
+    slots.saturating_add(step - 1) / step * step
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use mlxnode_mlx::Dtype;
+
+    #[test]
+    fn short_sequences_take_little_room_and_long_ones_grow_by_steps() {
+        let cases = [
+            (1, 32),
+            (32, 32),
+            (33, 64),
+            (65, 128),
+            (96, 128),
+            (129, 256),
+            (257, 512),
+            (512, 512),
+            (513, 768),
+            (1025, 1280),
+        ];
+        for (slots, expected) in cases {
+            assert_eq!(capacity(slots), expected, "{slots}");
+        }
+    }
 
     /// Keys of `count` tokens from number `first`: token t is `[t, t, ..]`, 32 wide.
     fn keys(device: &Device, first: i32, count: i32) -> Array {

@@ -7,8 +7,8 @@ use super::bytes::byte_token;
 use crate::Tokenizer;
 
 /// Tokens of one line at most, where it can be cut. Each token decodes its line again, so a line without end would make
-/// every token dearer than the one before; honest lines are far shorter.
-const LONG_LINE: usize = 512;
+/// every token dearer than the one before.
+const LONG_LINE: usize = 64;
 /// So many tokens are tried as context.
 const MOST_CONTEXT: usize = 4;
 

@@ -22,6 +22,7 @@ pub use optimizer::OptimizerConfig;
 pub use settings::Settings;
 
 use crate::schedule::{Schedule, Shape};
+use mlxnode_checkpoint::{TrainedPart, TrainingDemand};
 use serde_json::{Map, Value, json};
 use settings::Section;
 use std::path::PathBuf;
@@ -296,6 +297,38 @@ impl TrainingConfig {
     /// All arguments by their keys: mlx-lm's with defaults, ours where they were given.
     pub fn arguments(&self) -> &Map<String, Value> {
         &self.arguments
+    }
+
+    /// What it takes of memory, for a plan over a model's numbers.
+    pub fn demand(&self) -> TrainingDemand {
+        let named =
+            |path: &str| self.lora.keys.as_ref().is_some_and(|keys| keys.iter().any(|key| key == path));
+        let part = match self.fine_tune_type {
+            FineTuneType::Full => TrainedPart::Full,
+            kind => TrainedPart::LowRank {
+                rank: self.lora.rank as u64,
+                magnitudes: kind == FineTuneType::Dora,
+                tables: named("model.embed_tokens") || named("lm_head"),
+            },
+        };
+        TrainingDemand {
+            part,
+            last_layers: match self.layers {
+                Layers::All => None,
+                Layers::Last(count) => Some(count),
+            },
+            rows: self.batch_size * if self.preference.is_some() { 2 } else { 1 },
+            row_tokens: self.max_seq_length,
+            micro_batches: self.grad_accumulation_steps.max(1),
+            memories: match self.optimizer {
+                OptimizerConfig::Adam { .. } | OptimizerConfig::AdamW { .. } => 2,
+                // Adafactor's rows and columns are next to nothing; its first moment is as large as the parameter.
+                OptimizerConfig::Adafactor { beta_1, .. } => u64::from(beta_1.is_some()),
+                OptimizerConfig::Sgd { .. } | OptimizerConfig::Muon { .. } => 1,
+            },
+            checkpointing: self.grad_checkpoint,
+            reference: self.preference.is_some_and(|preference| preference.loss == PreferenceLoss::Dpo),
+        }
     }
 
     fn read(root: &Section<'_>) -> Result<Self, ConfigError> {

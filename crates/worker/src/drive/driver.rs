@@ -11,6 +11,7 @@
 //! newcomers go to the end. How many rows a batch has, and how many tokens of prompts go along, [`Pace`] says.
 
 use super::pace::{Load, Pace, Room};
+use super::prompt_room::PromptRoom;
 use crate::message::{Batch, DriveCommand, DriveEvent, Message, Results, RowResult, SampledToken};
 use mlxnode_compute::{
     BLOCK_TOKENS, BlockPlan, Keep, MicroBatch, Output, Row, SequenceId, SequenceSpec, StepInput,
@@ -53,19 +54,6 @@ pub(crate) struct Driver {
     events: VecDeque<DriveEvent>,
     /// Schedulers that came and that the stages have not all heard of.
     resets: usize,
-}
-
-/// Tokens of prompts that the next batch may have.
-#[derive(Clone, Copy, Default)]
-struct PromptRoom {
-    /// Up to how many tokens of work a prompt is short.
-    short: usize,
-    /// Tokens of short prompts: one joins while there are fewer.
-    of_short: usize,
-    /// Tokens of long prompts, whatever the short ones take: they must not starve.
-    of_long: usize,
-    /// What the first one of a batch may take.
-    first: usize,
 }
 
 /// A batch in the pipeline.
@@ -400,26 +388,23 @@ impl Driver {
         rows
     }
 
-    /// How many tokens of prompts the next batch may have.
-    fn prompt_room(&mut self, rows: usize, decoding: usize, count: usize) -> PromptRoom {
+    /// How many tokens of prompts the next batch may have, and up to how many tokens of work a prompt is short.
+    fn prompt_room(&mut self, rows: usize, decoding: usize, count: usize) -> (PromptRoom, usize) {
         let follows = std::mem::take(&mut self.may_follow);
         let chunk = self.limits.prefill_chunk;
         if self.prefilling.is_empty() {
-            return PromptRoom::default();
+            return (PromptRoom::default(), 0);
         }
         let short = self.pace.short(decoding, count);
-        if decoding == 0 {
-            return PromptRoom {
-                short,
-                of_short: ENOUGH_TOKENS.min(chunk),
-                of_long: ENOUGH_TOKENS.min(chunk),
-                first: chunk,
-            };
-        }
         let has_short = self.prefilling.iter().any(|sequence| self.work(*sequence) <= short);
-        let room = match has_short {
-            true => self.pace.short_room(decoding, count),
-            false => self.pace.room(decoding, count),
+        let has_long = self.prefilling.iter().any(|sequence| self.work(*sequence) > short);
+        if decoding == 0 {
+            return (PromptRoom::new(chunk, ENOUGH_TOKENS, has_short, has_long), short);
+        }
+        // What is promised of long prompts holds beside short ones too.
+        let room = match has_long {
+            true => self.pace.room(decoding, count),
+            false => self.pace.short_room(decoding, count),
         };
         let tokens = match room {
             Room::Along(tokens) if rows > 0 => tokens,
@@ -431,17 +416,7 @@ impl Driver {
             _ => 0,
         };
         let tokens = tokens.min(chunk);
-        if !has_short {
-            return PromptRoom { short, of_short: tokens, of_long: tokens, first: tokens };
-        }
-        // Long prompts go on beside short ones, but only by their own measure, which is a part of the whole.
-        let has_long = self.prefilling.iter().any(|sequence| self.work(*sequence) > short);
-        let of_long = match self.pace.room(decoding, count) {
-            Room::Along(long) | Room::Behind(long) if has_long => long.min(tokens),
-            _ => 0,
-        };
-        let of_short = tokens - of_long;
-        PromptRoom { short, of_short, of_long, first: of_short }
+        (PromptRoom::new(tokens, tokens, has_short, has_long), short)
     }
 
     /// Tokens of a prompt that need work, those that entered the pipeline included: the end of a long prompt is no short one.
@@ -455,24 +430,21 @@ impl Driver {
     }
 
     /// Chunks of prompts behind the rows that are there: the short ones in the order in which they came, then the long ones by turns.
-    fn prompt_rows(&mut self, room: PromptRoom, rows: &mut Vec<Row>) {
+    fn prompt_rows(&mut self, (room, short): (PromptRoom, usize), rows: &mut Vec<Row>) {
         let waiting = std::mem::take(&mut self.prefilling);
         let (short, long): (Vec<_>, Vec<_>) =
-            waiting.into_iter().partition(|sequence| self.work(*sequence) <= room.short);
-        let mut taken = 0;
+            waiting.into_iter().partition(|sequence| self.work(*sequence) <= short);
+        let (mut of_short, mut of_long) = (0, 0);
         for sequence in short {
-            let most = if taken == 0 { room.first } else { room.of_short };
-            taken += self.chunk(sequence, most.saturating_sub(taken), rows);
+            of_short += self.chunk(sequence, room.for_short(of_short), rows);
             if self.left(sequence) > 0 {
                 self.prefilling.push_back(sequence);
             }
         }
         let mut begun = Vec::new();
-        let (mut taken, has_short_rows) = (0, taken > 0);
         for sequence in long {
-            let most = if taken == 0 && !has_short_rows { room.first } else { room.of_long };
-            let chunk = self.chunk(sequence, most.saturating_sub(taken), rows);
-            taken += chunk;
+            let chunk = self.chunk(sequence, room.for_long(of_short, of_long), rows);
+            of_long += chunk;
             match self.left(sequence) {
                 0 => {}
                 _ if chunk > 0 => begun.push(sequence),

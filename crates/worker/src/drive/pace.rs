@@ -12,9 +12,9 @@
 
 use crate::message::StageTimes;
 
-/// How much longer a decoding row may take from token to token because of prompts. Less than the factor of 2 that is promised, since
-/// an estimate is none.
-const GROWTH: f64 = 1.8;
+/// How much longer a decoding row may take from token to token because of prompts. Less than the factor of 2 that is promised: the
+/// promise is about the slowest steps, and with 1.8 these were 2.1 to 2.5 times as long as the usual ones.
+const GROWTH: f64 = 1.6;
 /// The same because of short prompts.
 const SHORT_GROWTH: f64 = 5.0;
 /// A prompt is short when its tokens take less than so many of a decoding row's.
@@ -294,18 +294,18 @@ mod tests {
             Room::Along(tokens) => tokens,
             other => panic!("{other:?}"),
         };
-        // One stage: 8 rows take 10 + 8 ms; 0.8 times that is left.
+        // One stage: 8 rows take 10 + 8 ms; 0.6 times that is left.
         let tokens = along(&watched(&[(10.0, 1.0, 0.5)]), 1);
-        assert!((27..=29).contains(&tokens), "{tokens}");
-        // Three stages with all of them in one batch: 18 ms each, 54 ms in all. (1.8 * 54 - 18) / 3 = 26.4 ms, 10 of them for the weights.
+        assert!((20..=22).contains(&tokens), "{tokens}");
+        // Three stages with all of them in one batch: 18 ms each, 54 ms in all. (1.6 * 54 - 18) / 3 = 22.8 ms, 10 of them for the weights.
         let Room::Behind(tokens) = watched(&[(10.0, 1.0, 0.5); 3]).room(8, 1) else { panic!("idle stages") };
-        assert!((31..=33).contains(&tokens), "{tokens}");
-        // In three batches no stage is idle: 13 ms each for 3 rows, 0.8 of that for each batch.
+        assert!((24..=26).contains(&tokens), "{tokens}");
+        // In three batches no stage is idle: 13 ms each for 3 rows, 0.6 of that for each batch.
         let tokens = along(&watched(&[(10.0, 1.0, 0.5); 3]), 3);
-        assert!((19..=21).contains(&tokens), "{tokens}");
+        assert!((14..=16).contains(&tokens), "{tokens}");
         // Nothing fits behind a batch that spends its time in one stage.
         let tokens = along(&watched(&[(1.0, 0.1, 0.05), (10.0, 1.0, 0.5), (1.0, 0.1, 0.05)]), 1);
-        assert!((27..=29).contains(&tokens), "{tokens}");
+        assert!((20..=22).contains(&tokens), "{tokens}");
         assert_eq!(Pace::default().room(8, 1), Room::Along(FIRST_CHUNK));
     }
 

@@ -4,8 +4,11 @@
 //! The model has 100 million parameters and no token that ends an answer, so that every answer has its full length and both servers do
 //! the same work; how many of the answers are the same is told.
 
+mod cancels;
 mod client;
 mod load;
+mod overhead;
+mod overload;
 mod sides;
 
 use super::models::{Dtype, Model, Size};
@@ -18,16 +21,19 @@ use crate::places::Places;
 use crate::setup;
 use anyhow::{Context as _, Result, ensure};
 use client::{Answer, Line, Question, Server, Times};
-use load::{closed, millis, open, quantile};
+use load::{closed, millis, quantile};
 use sides::{Ours, Theirs};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// Seconds of overload.
+const OVERLOAD: u64 = 120;
 
 /// What to measure.
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// Seconds of overload
-    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    #[arg(long, value_name = "SECONDS", default_value_t = OVERLOAD)]
     overload: u64,
     /// Without mlx_lm.server: ours alone
     #[arg(long)]
@@ -42,7 +48,7 @@ pub(crate) struct Options {
 
 impl Options {
     pub(super) fn all() -> Self {
-        Self { overload: 60, alone: false, small: false, dtype: Dtype::F32 }
+        Self { overload: OVERLOAD, alone: false, small: false, dtype: Dtype::F32 }
     }
 }
 
@@ -52,7 +58,7 @@ const ANSWER: usize = 32;
 /// Longest sequence, and the long prompt that others see as a pause, by the model. MLX's CPU kernels for 4 bits take minutes for long ones.
 fn lengths(model: &Model, limits: Limits) -> (usize, usize) {
     match model.size {
-        _ if limits.quick || model.dtype != Dtype::F32 => (4096, 512),
+        _ if limits.quick || model.dtype == Dtype::Q4 => (4096, 512),
         Size::S => (4096, 2048),
         _ => (4096 + 2 * ANSWER, 4096),
     }
@@ -146,7 +152,9 @@ pub(super) fn run(places: &Places, options: &Options, limits: Limits) -> Result<
     }
     let Sides { ours, theirs } = sides;
     drop(theirs); // the overload is ours alone
-    rows.extend(overload(&ours, &model, options, limits)?);
+    rows.extend(overhead::measure(&ours, &model, limits)?);
+    rows.extend(overload::measure(&ours, &model, options.overload, limits)?);
+    rows.extend(cancels::measure(&ours, &model, limits)?);
     ours.stop()?;
     Ok(Report {
         bench: "serve",
@@ -159,6 +167,8 @@ pub(super) fn run(places: &Places, options: &Options, limits: Limits) -> Result<
             ),
             format!("Pause: the 99th percentile of the times between two tokens of four answers while a prompt of {long} tokens is computed."),
             "Overload: a Poisson process of ten times the requests that 16 clients got answered; then all hang up.".to_owned(),
+            "Front: CPU time of the node's process, which serves HTTP and gRPC and schedules; the model runs in another one.".to_owned(),
+            "Cancels: clients that hang up at any moment of their request, 16 at a time.".to_owned(),
         ],
         rows,
     })
@@ -237,7 +247,7 @@ fn pauses(sides: &Sides, model: &Model, long: usize, limits: Limits) -> Result<V
     Ok(vec![
         row(
             model,
-            "pause by a long prompt",
+            &format!("pause by a prompt of {long}"),
             Unit::Milliseconds,
             &part(&ours, pause),
             &part(&theirs, pause),
@@ -333,78 +343,6 @@ fn warm_prefix(sides: &Sides, model: &Model, limits: Limits) -> Result<Vec<Row>>
     ];
     if !theirs.is_empty() {
         rows.push(Row::alone(&name, "warm prefix, of cold, mlx_lm.server", Unit::Times, &theirs, None)?);
-    }
-    Ok(rows)
-}
-
-/// Sequences that a node opens for each one whose whole context it has room for, when they are short.
-const FULL_HOUSE: usize = 4;
-
-/// Ten times what the node can do.
-fn overload(ours: &Ours, model: &Model, options: &Options, limits: Limits) -> Result<Vec<Row>> {
-    let time = Duration::from_secs(if limits.quick { options.overload.min(20) } else { options.overload });
-    let clients = CLIENTS[CLIENTS.len() - 1];
-    eprintln!("serve: overload for {} s", time.as_secs());
-    let calm = closed(&ours.server, 1, 5, |number| question(20_000 + number, 0))?;
-    let best = closed(&ours.server, clients, 3, |number| question(21_000 + number, 0))?;
-    let before = ours.memory();
-    // As many as are ever open at once may be faster still.
-    let full = closed(&ours.server, FULL_HOUSE * clients, 1, |number| question(22_000 + number, 0))?;
-    let peak = best.tokens_per_second(ANSWER).max(full.tokens_per_second(ANSWER));
-    let round =
-        open(&ours.server, 10.0 * peak / ANSWER as f64, time, 11, |number| question(30_000 + number, 0))?;
-    let after = ours.memory();
-    // Back to normal: a first token as soon as before, times two for the noise of a single one.
-    let normal = 2.0 * quantile(&calm.first_tokens(), 0.95);
-    let hung_up = Instant::now();
-    let mut probes = 0;
-    while hung_up.elapsed() < Duration::from_secs(60) {
-        probes += 1;
-        let probe = closed(&ours.server, 1, 1, |_| question(90_000 + probes, 0))?;
-        if probe.first_tokens().iter().any(|first| *first <= normal) {
-            break;
-        }
-    }
-    let name = model.name();
-    let goodput = round.tokens_per_second(ANSWER) / peak;
-    let mut rows = vec![
-        Row::alone(&name, "10x load, goodput of peak", Unit::Times, &[goodput], Some(Target::AtLeast(0.9)))?,
-        Row::alone(
-            &name,
-            "10x load, asked",
-            Unit::Count,
-            &[(round.answers.len() + round.refusals.len() + round.hung_up) as f64],
-            None,
-        )?,
-        Row::alone(&name, "10x load, refused", Unit::Count, &[round.refusals.len() as f64], None)?,
-        Row::alone(
-            &name,
-            "10x load, back to normal",
-            Unit::Milliseconds,
-            &[millis(hung_up.elapsed())],
-            Some(Target::AtMost(5000.0)),
-        )?,
-    ];
-    if !round.refusals.is_empty() {
-        let refusals: Vec<f64> = round.refusals.iter().copied().map(millis).collect();
-        let late = quantile(&refusals, 0.99);
-        rows.push(Row::alone(
-            &name,
-            "10x load, refused after, p99",
-            Unit::Milliseconds,
-            &[late],
-            Some(Target::AtMost(10.0)),
-        )?);
-    }
-    if let (Some(before), Some(after)) = (before, after) {
-        let grown = (after - before).max(0.0);
-        rows.push(Row::alone(
-            &name,
-            "10x load, memory grows",
-            Unit::Mebibytes,
-            &[grown],
-            Some(Target::AtMost(64.0)),
-        )?);
     }
     Ok(rows)
 }

@@ -135,6 +135,11 @@ impl Pipeline {
             self.driver.ring(message).unwrap();
         } else if part == last + 1 {
             let Some(work) = self.driver.next_work() else { return false };
+            if let Message::Batch(batch) = &work {
+                // What links admit, without guesses.
+                let limits = &self.driver.limits;
+                assert!(batch.micro.tokens() <= limits.prefill_chunk.max(2) + limits.max_sequences);
+            }
             self.stages[0].0.push(work, ());
             assert!(self.driver.flights.len() <= last + 1, "more batches than stages and one");
         } else if part == last + 2 {
@@ -523,7 +528,7 @@ fn a_long_prompt_makes_the_others_wait_at_most_twice_as_long() {
         &[[1_000, 800, 400]; 4],
     ];
     for costs in shapes {
-        for rows in [1_u64, 8] {
+        for (rows, beside) in [(1_u64, 0_u64), (8, 0), (1, 20), (8, 20)] {
             let mut pipeline = roomy_pipeline(costs);
             let short = |seed: u64| (0..5).map(|at| ((at + seed) % 50) as u32).collect::<Vec<_>>();
             let mut openings: Vec<_> = (0..rows)
@@ -531,6 +536,9 @@ fn a_long_prompt_makes_the_others_wait_at_most_twice_as_long() {
                 .collect();
             let arrival = 2_500_000;
             openings.push((arrival, 100, vec![1; 4000], spec(1, vec![])));
+            // Short ones that come meanwhile do not change what is promised.
+            let shorts = (0..beside).map(|short| (arrival + short * 100_000, 200 + short, vec![2; 40]));
+            openings.extend(shorts.map(|(at, sequence, prompt)| (at, sequence, prompt, spec(1, vec![]))));
             let tokens = timed(&mut pipeline, openings);
             let loaded = tokens[&100][0];
             let gaps = |from: u64, to: u64| {
@@ -552,9 +560,12 @@ fn a_long_prompt_makes_the_others_wait_at_most_twice_as_long() {
             let usual = before[before.len() / 2];
             // The very first chunk may be a guess.
             let worst = during[during.len() * 98 / 100];
-            assert!(worst <= 2 * usual, "{costs:?}, {rows} rows: {usual} us became {worst} us");
+            assert!(
+                worst <= 2 * usual,
+                "{costs:?}, {rows} rows, {beside} short ones: {usual} us became {worst} us"
+            );
             let total: usize = pipeline.heard.values().map(|heard| heard.tokens.len()).sum();
-            assert_eq!(total as u64, rows * 400 + 1);
+            assert_eq!(total as u64, rows * 400 + 1 + beside);
         }
     }
 }
@@ -580,6 +591,20 @@ fn short_prompts_that_come_together_are_answered_one_after_the_other_and_hold_up
     let pauses = tokens[&100].windows(2).map(|pair| pair[1] - pair[0]);
     let longest = pauses.max().unwrap();
     assert!(longest < 6 * (fixed + 9 * row), "{longest} us");
+}
+
+#[test]
+fn a_batch_of_prompts_is_never_larger_than_links_admit() {
+    // Tokens that are cheap beside a step make prompts of nearly a chunk short.
+    for costs in [&[[100_000, 1_000, 100]][..], &[[100_000, 1_000, 100]; 3]] {
+        let mut pipeline = roomy_pipeline(costs);
+        let mut openings = vec![(0, 100, vec![1; 5], spec(20, vec![]))];
+        for (number, length) in [500, 900, 490, 2000, 480].into_iter().enumerate() {
+            openings.push((20_000_000, number as u64, vec![2; length], spec(1, vec![])));
+        }
+        let tokens = timed(&mut pipeline, openings);
+        assert!((0..5).all(|sequence| tokens[&sequence].len() == 1));
+    }
 }
 
 #[test]

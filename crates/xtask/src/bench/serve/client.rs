@@ -133,6 +133,22 @@ impl Server {
         Ok(Answer::Whole(times))
     }
 
+    /// Requests that run or wait, as its metrics tell.
+    pub(super) fn requests(&self) -> Result<f64> {
+        let mut stream = TcpStream::connect(&self.address)?;
+        stream.set_read_timeout(Some(SILENCE))?;
+        write!(stream, "GET /metrics HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", self.address)?;
+        let text = rest(&mut stream);
+        let of = |name: &str| {
+            let lines = text.lines().filter(|line| line.starts_with(name));
+            let values: Option<Vec<f64>> =
+                lines.map(|line| line.rsplit(' ').next().and_then(|value| value.parse().ok())).collect();
+            values.filter(|values| !values.is_empty()).with_context(|| format!("the metrics lack {name}"))
+        };
+        let all = [of("vllm:num_requests_running{")?, of("vllm:num_requests_waiting{")?].concat();
+        Ok(all.into_iter().sum())
+    }
+
     /// Does it answer at all?
     pub(super) fn is_there(&self) -> bool {
         let asked = || -> Result<String> {

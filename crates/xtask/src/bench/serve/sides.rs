@@ -1,7 +1,7 @@
 //! The two servers: a node with the model loaded, and `mlx_lm.server`, each its own process on the same cores.
 
 use super::client::Server;
-use crate::bench::process::{last_lines_of, peak_memory_of, resident_memory_of};
+use crate::bench::process::{cpu_of, last_lines_of, peak_memory_of, resident_memory_of};
 use crate::node::{Cli, Node};
 use anyhow::{Context as _, Result, bail, ensure};
 use std::ffi::OsString;
@@ -66,6 +66,16 @@ impl<'a> Ours<'a> {
     pub(super) fn memory(&self) -> Option<f64> {
         let bytes = resident_memory_of(self.node.process_id())? + resident_memory_of(self.worker)?;
         Some(bytes as f64 / MEBIBYTE)
+    }
+
+    /// CPU time that the node's process took, without its worker.
+    pub(super) fn front_cpu(&self) -> Option<Duration> {
+        cpu_of(self.node.process_id())
+    }
+
+    /// A command against the node.
+    pub(super) fn command(&self, arguments: &[&str]) -> Command {
+        self.node.command(arguments)
     }
 
     pub(super) fn stop(mut self) -> Result<()> {

@@ -93,10 +93,12 @@ fn a_full_disk_holds_a_job_up_until_there_is_room() -> Result<()> {
     fs::create_dir_all(&jobs)?;
     let mount = format!("mount -t tmpfs -o size=1100m none '{}' && exec \"$@\"", jobs.display());
     let words = ["unshare", "--user", "--map-root-user", "--mount", "--", "sh", "-c", &mount, "sh"];
-    let setup = NodeSetup { name: "small".into(), prefix: words.map(str::to_owned).into(), ..NodeSetup::default() };
+    let setup =
+        NodeSetup { name: "small".into(), prefix: words.map(str::to_owned).into(), ..NodeSetup::default() };
     let node = NodeProcess::start(&data_dir, &setup)?;
     // As the node sees it.
-    let seen_by_node = Path::new("/proc").join(node.pid().to_string()).join("root").join(jobs.strip_prefix("/")?);
+    let seen_by_node =
+        Path::new("/proc").join(node.pid().to_string()).join("root").join(jobs.strip_prefix("/")?);
     submit(&node, folder.path(), "held", "10")?;
     let filler = seen_by_node.join("filler");
     let mut file = fs::File::create(&filler)?;
@@ -107,7 +109,10 @@ fn a_full_disk_holds_a_job_up_until_there_is_room() -> Result<()> {
     ensure!(held["detail"].as_str().context("a detail")?.contains("no room on the disk"), "{held}");
     let own = seen_by_node.join("held/checkpoints");
     let whole = |entry: fs::DirEntry| entry.path().join("manifest.json").is_file();
-    ensure!(fs::read_dir(&own).into_iter().flatten().flatten().all(whole), "something half-written has a name");
+    ensure!(
+        fs::read_dir(&own).into_iter().flatten().flatten().all(whole),
+        "something half-written has a name"
+    );
     fs::remove_file(filler)?;
     wait_for(&node, "held", "finished")?;
     ensure!(adapter(&node, "made")? == expected, "another adapter");

@@ -107,7 +107,8 @@ fn write(folder: &Path) -> Result<()> {
     let words = ["red", "green", "blue", "cat", "dog", "sun"];
     let row = |at: usize| {
         let (word, other) = (words[at % 6], words[at / 2 % 6]);
-        json!({"prompt": format!("Say {word} twice."), "completion": format!("{word} {word} {other}")}).to_string()
+        json!({"prompt": format!("Say {word} twice."), "completion": format!("{word} {word} {other}")})
+            .to_string()
     };
     fs::create_dir_all(folder.join("rows"))?;
     fs::write(folder.join("rows/train.jsonl"), (0..24).map(row).collect::<Vec<_>>().join("\n"))?;
@@ -190,7 +191,8 @@ fn wait(cluster: &LocalCluster, id: &str, phase: Phase, submitted: Instant) -> R
             seen = job(cluster.first(), id).unwrap_or_default();
             asked = Instant::now();
         }
-        let (state, step) = (seen["state"].as_str().unwrap_or_default(), seen["step"].as_u64().unwrap_or_default());
+        let (state, step) =
+            (seen["state"].as_str().unwrap_or_default(), seen["step"].as_u64().unwrap_or_default());
         ensure!(!["failed", "cancelled"].contains(&state), "{id} is {state}: {}", seen["detail"]);
         let has_come = match phase {
             Phase::Begun => ["preparing", "running"].contains(&state),
@@ -233,7 +235,10 @@ fn check_disks(cluster: &LocalCluster, id: &str) -> Result<()> {
             let folder = entry?.path();
             let named = folder.file_name().and_then(|name| name.to_str()).context("a name")?.to_owned();
             let manifest = fs::read(folder.join("manifest.json"))?;
-            ensure!(blake3::hash(&manifest).to_hex().as_str() == named, "{folder:?} is not what it is called");
+            ensure!(
+                blake3::hash(&manifest).to_hex().as_str() == named,
+                "{folder:?} is not what it is called"
+            );
             let manifest: Value = serde_json::from_slice(&manifest)?;
             for file in manifest["files"].as_array().context("files")? {
                 let name = file["name"].as_str().context("a name")?;
@@ -350,11 +355,15 @@ fn whatever_is_killed_and_when_the_adapter_is_the_same() -> Result<()> {
         };
         let begun = Instant::now();
         let id = format!("run-{}", seed.wrapping_add(run));
-        let hit = disturbed(cluster, folder.path(), &id, &mut chance, expected)
-            .with_context(|| format!("{id}; again: cargo xtask soak jobs --runs 1 --seed {}", seed.wrapping_add(run)))?;
+        let hit = disturbed(cluster, folder.path(), &id, &mut chance, expected).with_context(|| {
+            format!("{id}; again: cargo xtask soak jobs --runs 1 --seed {}", seed.wrapping_add(run))
+        })?;
         eprintln!("{id}: {hit} blows hit, {:.0} s", begun.elapsed().as_secs_f64());
         hits += hit;
     }
-    ensure!(hits as u64 >= runs.div_ceil(2), "only {hits} blows in {runs} runs: the job is too fast for them");
+    ensure!(
+        hits as u64 >= runs.div_ceil(2),
+        "only {hits} blows in {runs} runs: the job is too fast for them"
+    );
     Ok(())
 }

@@ -512,7 +512,8 @@ impl Attempt {
                 if let Some((checkpoint, took)) = self.save_when_there_is_room(process, meter.step).await? {
                     self.say(Report::Checkpointed(checkpoint.clone())).await;
                     let seconds = took.as_secs_f64();
-                    self.say(Report::Said(format!("checkpoint after step {}: {seconds:.3} s", meter.step))).await;
+                    self.say(Report::Said(format!("checkpoint after step {}: {seconds:.3} s", meter.step)))
+                        .await;
                     (saved, pause) = (Some(checkpoint), took);
                 }
                 (saved_step, saved_at) = (meter.step, Instant::now());

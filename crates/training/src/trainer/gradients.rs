@@ -227,7 +227,8 @@ impl Gradients {
 impl Inputs {
     /// The rows as they are, one behind the other, and of their targets those that count.
     fn tight(batch: &MicroBatch) -> Result<Self> {
-        let (mut ids, mut targets, mut counted, mut lengths) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut ids, mut targets, mut counted, mut lengths) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for row in &batch.rows {
             let tokens = row.tokens.get(..batch.width).unwrap_or(&row.tokens);
             let [inputs @ .., _] = tokens else { continue };

@@ -170,7 +170,13 @@ impl Bench<'_> {
         for (mode, ours) in [("parity", parity), ("default", usual)] {
             let row = |measure: &str, unit, value: &dyn Fn(&Run) -> f64, target| {
                 let values = |runs: &[Run]| runs.iter().map(value).collect::<Vec<_>>();
-                Row::compared(&name, &format!("{mode}, {measure}"), unit, (&values(ours), &values(theirs)), target)
+                Row::compared(
+                    &name,
+                    &format!("{mode}, {measure}"),
+                    unit,
+                    (&values(ours), &values(theirs)),
+                    target,
+                )
             };
             let speed = |run: &Run| material.tokens as f64 / run.seconds;
             let no_more = Some(Target::AtMost(1.0));
@@ -226,7 +232,12 @@ impl Bench<'_> {
 }
 
 impl Run {
-    fn of(steps: &[Step], seconds: impl Fn(&Step) -> f64, blocks: usize, measured: &Measured) -> Result<Self> {
+    fn of(
+        steps: &[Step],
+        seconds: impl Fn(&Step) -> f64,
+        blocks: usize,
+        measured: &Measured,
+    ) -> Result<Self> {
         ensure!(steps.len() == 2 * blocks, "{} steps instead of {}", steps.len(), 2 * blocks);
         let second = steps.iter().filter(|step| step.iteration > blocks as u64);
         Ok(Self {

@@ -86,6 +86,9 @@ mod tests {
         let lengths: Vec<usize> = (0..64).map(length).collect();
         assert!(lengths.iter().all(|length| (16..=256).contains(length)), "{lengths:?}");
         let short = lengths.iter().filter(|length| **length < 64).count();
-        assert!((24..=40).contains(&short), "half of them are shorter than a quarter of the longest: {short}");
+        assert!(
+            (24..=40).contains(&short),
+            "half of them are shorter than a quarter of the longest: {short}"
+        );
     }
 }

@@ -43,7 +43,8 @@ pub(super) fn effective(times: Times, between_kills: f64) -> f64 {
         now = next_kill + times.restart - times.step; // the restart ends with a step, which is counted by the next attempt
         // Not in time with the checkpoints: at any moment of a period (multiples of the golden ratio spread evenly).
         kills += 1.0;
-        next_kill = between_kills * (kills + 1.0) + period.min(between_kills) * ((kills * 0.618_033_988_749_895).fract() - 0.5);
+        next_kill = between_kills * (kills + 1.0)
+            + period.min(between_kills) * ((kills * 0.618_033_988_749_895).fract() - 0.5);
         if now >= next_kill {
             // It does not get up between two kills.
             return 0.0;

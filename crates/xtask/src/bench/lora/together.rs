@@ -74,8 +74,10 @@ pub(super) fn rows(
     let [lone, pair] = &rates;
     let of = |part: fn(&Times) -> f64| times.iter().map(part).collect::<Vec<f64>>();
     let median = |part: fn(&Times) -> f64| Spread::of(&of(part)).map(|spread| spread.median);
-    let middle = Times { step: median(|it| it.step)?, save: median(|it| it.save)?, restart: median(|it| it.restart)? };
-    let each = |value: &dyn Fn(Times) -> f64| times.iter().map(|times| 100.0 * value(*times)).collect::<Vec<_>>();
+    let middle =
+        Times { step: median(|it| it.step)?, save: median(|it| it.save)?, restart: median(|it| it.restart)? };
+    let each =
+        |value: &dyn Fn(Times) -> f64| times.iter().map(|times| 100.0 * value(*times)).collect::<Vec<_>>();
     // Large models have long steps, long checkpoints and long loads; the cadence has to do for them too.
     let large = Times { step: 20.0, save: 3.0, restart: 60.0 };
     let (least, most) = (Some(Target::AtLeast(95.0)), Some(Target::AtMost(2.0)));
@@ -88,8 +90,13 @@ pub(super) fn rows(
         Row::alone(&name, "from a kill to the next step", Unit::Seconds, &of(|it| it.restart), None)?,
         Row::alone(&name, "checkpoints, of the time", Unit::Percent, &each(&survival::pause_share), most)?,
         Row::alone(&name, "training, a kill every 30 min", Unit::Percent, &each(&half_hour), least)?,
-        Row::alone("20 s a step, 3 s a checkpoint, 60 s a start", "training, a kill every 30 min", Unit::Percent,
-            &[100.0 * half_hour(large)], None)?,
+        Row::alone(
+            "20 s a step, 3 s a checkpoint, 60 s a start",
+            "training, a kill every 30 min",
+            Unit::Percent,
+            &[100.0 * half_hour(large)],
+            None,
+        )?,
     ])
 }
 
@@ -202,7 +209,11 @@ fn follow(node: &Node, id: &str, mut until: impl FnMut(&Value) -> Result<bool>) 
     });
     let followed = loop {
         let Ok(line) = lines.recv_timeout(PATIENCE) else {
-            break Err(anyhow::anyhow!("the job {id} told nothing for {} s: {}", PATIENCE.as_secs(), node.log()));
+            break Err(anyhow::anyhow!(
+                "the job {id} told nothing for {} s: {}",
+                PATIENCE.as_secs(),
+                node.log()
+            ));
         };
         let job: Value = match serde_json::from_str(&line) {
             Ok(job) => job,

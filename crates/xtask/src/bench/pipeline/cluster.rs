@@ -130,7 +130,12 @@ impl<'a> Cluster<'a> {
     }
 
     /// Several clients at once, spread over the nodes; each asks another prompt.
-    pub(in crate::bench) fn round(&self, stages: &[Stage], clients: usize, new_tokens: usize) -> Result<Round> {
+    pub(in crate::bench) fn round(
+        &self,
+        stages: &[Stage],
+        clients: usize,
+        new_tokens: usize,
+    ) -> Result<Round> {
         let before = self.cpu(stages);
         let start = Instant::now();
         let commands: Vec<Command> = (0..clients).map(|client| self.client(client, new_tokens)).collect();

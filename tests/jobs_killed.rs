@@ -270,7 +270,8 @@ fn outcome(cluster: &LocalCluster, folder: &Path, id: &str) -> Result<Outcome> {
     let last = seen["checkpoints"].as_array().and_then(|all| all.last()).context("a checkpoint")?;
     ensure!(last["step"] == ITERATIONS, "the last checkpoint is another one: {seen}");
     ensure!(seen["publications"][0]["hash"] == last["hash"], "another adapter is served: {seen}");
-    check_disks(cluster, id)?;
+    // What is not kept is being removed while this looks.
+    eventually(Duration::from_secs(20), || check_disks(cluster, id))?;
     let mut outcomes = Vec::new();
     for (index, node) in cluster.nodes.iter().enumerate() {
         let to = folder.join(format!("{id}-{index}"));

@@ -236,11 +236,9 @@ impl Inputs {
             let begin = ids.len();
             ids.extend_from_slice(inputs);
             for range in &row.counted {
-                let end = (range.end as usize).min(tokens.len());
-                for place in (range.start.max(1) as usize)..end {
-                    targets.push(tokens[place]);
-                    counted.push((begin + place - 1) as u32);
-                }
+                let (first, end) = (range.start.max(1) as usize, (range.end as usize).min(tokens.len()));
+                targets.extend(tokens.get(first..end).into_iter().flatten());
+                counted.extend((first..end).map(|place| (begin + place - 1) as u32));
             }
         }
         if ids.is_empty() {

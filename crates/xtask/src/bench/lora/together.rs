@@ -155,7 +155,7 @@ impl Job<'_> {
     /// Times of a job whose process is killed once.
     fn interrupted(&self, node: &Node, id: &str) -> Result<Times> {
         let group = MICRO_BATCHES as u64;
-        self.submit(node, id, 1, 12, &["--save-steps", &(2 * group).to_string()])?;
+        self.submit(node, id, 1, WARM + self.updates, &["--save-steps", &(2 * group).to_string()])?;
         let mut killed: Option<(Instant, u64)> = None;
         let (mut restart, mut last) = (None, Value::Null);
         follow(node, id, |job| {
@@ -167,9 +167,11 @@ impl Job<'_> {
                     kill(process, Signal::SIGKILL)?;
                     killed = Some((Instant::now(), attempts));
                 }
-                Some((at, before)) if restart.is_none() && attempts > before && job["state"] == "running" => {
+                Some((at, before)) if restart.is_none() && attempts > before => {
                     let kept = job["checkpoints"].as_array().and_then(|all| all.last()?["step"].as_u64());
-                    if step(job) > kept.unwrap_or_default() {
+                    let is_running = job["state"] == "running" && step(job) > kept.unwrap_or_default();
+                    // Or even through with what was left.
+                    if is_running || job["state"] == "finished" {
                         restart = Some(at.elapsed().as_secs_f64());
                     }
                 }

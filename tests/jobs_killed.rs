@@ -234,7 +234,7 @@ fn check_disks(cluster: &LocalCluster, id: &str) -> Result<()> {
         for entry in fs::read_dir(&all).into_iter().flatten() {
             let folder = entry?.path();
             let named = folder.file_name().and_then(|name| name.to_str()).context("a name")?.to_owned();
-            let manifest = fs::read(folder.join("manifest.json"))?;
+            let manifest = fs::read(folder.join("manifest.json")).with_context(|| format!("{folder:?}"))?;
             ensure!(
                 blake3::hash(&manifest).to_hex().as_str() == named,
                 "{folder:?} is not what it is called"
@@ -242,7 +242,8 @@ fn check_disks(cluster: &LocalCluster, id: &str) -> Result<()> {
             let manifest: Value = serde_json::from_slice(&manifest)?;
             for file in manifest["files"].as_array().context("files")? {
                 let name = file["name"].as_str().context("a name")?;
-                let hash = blake3::hash(&fs::read(folder.join(name))?).to_hex().to_string();
+                let bytes = fs::read(folder.join(name)).with_context(|| format!("{name} in {folder:?}"))?;
+                let hash = blake3::hash(&bytes).to_hex().to_string();
                 ensure!(file["hash"] == *hash, "{name} in {folder:?} is not whole");
             }
         }
@@ -254,7 +255,8 @@ fn check_disks(cluster: &LocalCluster, id: &str) -> Result<()> {
 #[derive(PartialEq)]
 struct Outcome {
     adapter: Vec<u8>,
-    configuration: Vec<u8>,
+    /// What those who load the adapter go by. Where the job's files lay is another thing in every job.
+    configuration: Vec<Value>,
     answer: Value,
 }
 
@@ -286,9 +288,12 @@ fn outcome(cluster: &LocalCluster, folder: &Path, id: &str) -> Result<Outcome> {
             answer = node.json(&ask)?["token_ids"].clone();
             Ok(())
         })?;
+        let configuration: Value = serde_json::from_slice(&fs::read(to.join("adapter_config.json"))?)?;
         outcomes.push(Outcome {
             adapter: fs::read(to.join("adapters.safetensors"))?,
-            configuration: fs::read(to.join("adapter_config.json"))?,
+            configuration: ["fine_tune_type", "num_layers", "lora_parameters", "iters", "seed"]
+                .map(|key| configuration[key].clone())
+                .to_vec(),
             answer,
         });
     }

@@ -208,14 +208,14 @@ fn tidy_job(folder: &Path, job: &Wanted) -> io::Result<()> {
         let entry = entry?;
         let name = entry.file_name();
         let name = name.to_str().unwrap_or_default();
-        if name.starts_with("new-") && !name.starts_with("new-copy-") {
+        if (name.starts_with("new-") && !name.starts_with("new-copy-")) || name.starts_with(bundle::GONE) {
             fs::remove_dir_all(entry.path())?;
         }
     }
     for (manifest, hash) in bundle::list(folder) {
         let is_wanted = job.checkpoints.iter().any(|checkpoint| checkpoint.hash == hash);
         if !is_wanted && manifest.step <= newest {
-            fs::remove_dir_all(bundle::folder_of(folder, hash))?;
+            bundle::remove(folder, hash)?;
         }
     }
     Ok(())

@@ -3,7 +3,7 @@
 //! A stage holds its layers, what is trained of them with gradients and the optimizer's memory, the inputs of the micro-batches that are on
 //! their way (at most as many as there are stages from it on, in the schedule of PipeDream-Flush, Narayanan et al. 2021), and while it computes
 //! the results of its layers, of which with gradient checkpointing only those of one layer are kept. The numbers are estimates that lie
-//! above what is measured, and below twice that for models whose memory is not the process's own.
+//! above what is measured, and below one and a half times that (`training/tests/memory.rs`).
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::layout::ModuleKind;
@@ -16,10 +16,14 @@ use serde::{Deserialize, Serialize};
 const PROCESS: u64 = 256 << 20;
 /// Low-rank changes, and sums of gradients, are in single precision.
 const SINGLE: u64 = 4;
-/// Results of a layer besides those of its maps, in hidden vectors: norms, sums, their gradients.
+/// Results of a layer besides those of its maps, in hidden vectors, while it is gone through backwards: norms, sums, their gradients.
 const OTHER_RESULTS: u64 = 8;
+/// Numbers of the size of an attention's scores, each in single precision, while it is gone through backwards.
+const SCORES: u64 = 4;
 /// Numbers of the logits' size that a loss and its gradient make, each in single precision.
-const LOSS_RESULTS: u64 = 4;
+const LOSS_RESULTS: u64 = 5;
+/// What results are taken for beyond what they are, in tenths: arrays live on until what needs them is computed, in whatever order.
+const MARGIN: u64 = 2;
 
 /// What of a model counts when it is trained.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,7 +45,9 @@ pub struct LayerTraining {
     pub rows: u64,
     /// Numbers that are stored as they are, not packed: what `full` trains.
     pub plain: u64,
-    /// Numbers that its operations make of a token and that the gradient needs.
+    /// Numbers that go into its maps for a token.
+    pub inputs: u64,
+    /// Numbers that go in and come out of them.
     pub results: u64,
     /// Heads that see all tokens before each token.
     pub heads: u64,
@@ -190,25 +196,21 @@ impl TrainingCost {
         let sums = u64::from(demand.micro_batches.max(1).ilog2()) + 2;
         let backward = numbers * SINGLE * sums;
         let update = numbers * (SINGLE + size + size * (1 + demand.memories));
-        // Gradients go no further than to the first layer of which something is trained.
-        let needs_results = |index: usize| is_trained(index) || index > first_trained;
-        let results = |layer: &LayerTraining, trained: bool| {
-            let of_changes = if trained { self.change_results(demand, layer) } else { 0 };
-            let of_maps = layer.results * element;
-            let scores = layer.heads * demand.row_tokens as u64 * (SINGLE + element);
-            tokens.saturating_mul(of_maps + of_changes + scores)
+        let kept = |index: usize, layer: &LayerTraining| {
+            tokens.saturating_mul(self.kept(demand, layer, is_trained(index)))
         };
-        let each = own().map(|(index, layer)| results(layer, is_trained(index)));
-        let kept: u64 = if demand.checkpointing {
+        let largest = own().map(|(index, layer)| kept(index, layer)).max().unwrap_or(0);
+        let backwards = own().map(|(_, layer)| tokens.saturating_mul(self.passing(demand, layer)));
+        let passing = backwards.max().unwrap_or(0);
+        let results = if demand.checkpointing {
             let hidden = tokens.saturating_mul(self.width as u64 * element);
-            each.max().unwrap_or(0).saturating_add(hidden.saturating_mul(layers.len() as u64))
+            largest.saturating_add(hidden.saturating_mul(layers.len() as u64))
         } else {
-            let kept: u64 = own()
-                .filter(|(index, _)| needs_results(*index))
-                .map(|(index, layer)| results(layer, is_trained(index)))
-                .fold(0, u64::saturating_add);
-            kept.max(each.max().unwrap_or(0))
+            let of_all = own().filter(|(index, _)| *index >= first_trained);
+            of_all.map(|(index, layer)| kept(index, layer)).fold(0, u64::saturating_add).max(largest)
         };
+        let results = results.saturating_add(passing);
+        let results = results.saturating_add(results / 10 * MARGIN);
         let is_last = layers.is_last(count);
         let logits = match is_last {
             true => tokens
@@ -223,10 +225,10 @@ impl TrainingCost {
             false => 0,
         };
         // While an update is made there are no results any more.
-        let computing = backward.saturating_add(kept).saturating_add(logits);
+        let computing = backward.saturating_add(results).saturating_add(logits);
         let (gradients, results, logits) = match update > computing {
             true => (update, 0, 0),
-            false => (backward, kept, logits),
+            false => (backward, results, logits),
         };
         StageMemory {
             layers: (layers.start, layers.end),
@@ -321,12 +323,28 @@ impl TrainingCost {
         }
     }
 
-    /// What the changes of a layer make of a token, in bytes: their inputs in single precision and their results.
-    fn change_results(&self, demand: &TrainingDemand, layer: &LayerTraining) -> u64 {
-        match demand.part {
-            TrainedPart::LowRank { .. } => layer.results * SINGLE,
-            TrainedPart::Full => 0,
-        }
+    /// What is kept of a token in a layer for the way back, in bytes.
+    fn kept(&self, demand: &TrainingDemand, layer: &LayerTraining, trained: bool) -> u64 {
+        let element = self.profile.dtype.size() as u64;
+        let of_changes = match demand.part {
+            TrainedPart::LowRank { magnitudes, .. } if trained => {
+                // Changes are computed in single precision: of what goes in there is a second copy, unless it is in that anyway.
+                let copies = if element < SINGLE { layer.inputs * SINGLE } else { 0 };
+                copies + if magnitudes { layer.rows * SINGLE } else { 0 }
+            }
+            _ => 0,
+        };
+        layer.results * element + of_changes
+    }
+
+    /// What else there is of a token while a layer is gone through backwards, in bytes: for one layer at a time.
+    fn passing(&self, demand: &TrainingDemand, layer: &LayerTraining) -> u64 {
+        let element = match demand.part {
+            TrainedPart::LowRank { .. } => SINGLE,
+            TrainedPart::Full => self.profile.dtype.size() as u64,
+        };
+        let results = layer.results + OTHER_RESULTS * self.profile.hidden as u64;
+        results * element * 5 / 4 + layer.heads * demand.row_tokens as u64 * SCORES * SINGLE
     }
 }
 
@@ -338,17 +356,19 @@ impl LayerTraining {
             (_, Mixer::Shortcut(shortcut)) => shortcut.experts.per_token,
             _ => 1,
         } as u64;
-        let mut made = Self { results: OTHER_RESULTS * spec.hidden as u64, ..Self::default() };
+        let mut made = Self::default();
         let modules = spec.modules(LayerRange::new(index, index + 1)).into_iter();
         for module in modules.filter(|module| module.path.starts_with(&prefix)) {
             match module.kind {
                 ModuleKind::Linear { inputs, outputs, .. } => {
                     made.low_rank += (inputs + outputs) as u64;
                     made.rows += outputs as u64;
+                    made.inputs += inputs as u64;
                     made.results += (inputs + outputs) as u64;
                 }
                 ModuleKind::Experts { experts, inputs, outputs, .. } => {
                     made.low_rank += (experts * (inputs + outputs)) as u64;
+                    made.inputs += inputs as u64 * per_token;
                     made.results += (inputs + outputs) as u64 * per_token;
                 }
                 ModuleKind::Embedding { rows, width } => made.low_rank += (rows + width) as u64,
@@ -379,8 +399,14 @@ mod tests {
 
     /// Eight layers of 100 MB, an embedding and a head of 150 MB each.
     fn cost(joined: Vec<usize>) -> TrainingCost {
-        let layer =
-            LayerTraining { low_rank: 20_000, rows: 9_000, plain: 50 * MB, results: 30_000, heads: 16 };
+        let layer = LayerTraining {
+            low_rank: 20_000,
+            rows: 9_000,
+            plain: 50 * MB,
+            inputs: 11_000,
+            results: 20_000,
+            heads: 16,
+        };
         let profile = ModelProfile {
             architecture: "a".to_owned(),
             layer_bytes: vec![ByteCount(100 * MB); 8],

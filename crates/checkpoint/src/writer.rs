@@ -112,7 +112,7 @@ impl View for &Tensor {
     }
 }
 
-fn stored(dtype: TensorDtype) -> Dtype {
+pub(crate) fn stored(dtype: TensorDtype) -> Dtype {
     match dtype {
         TensorDtype::Bool => Dtype::BOOL,
         TensorDtype::U8 => Dtype::U8,

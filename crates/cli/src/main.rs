@@ -28,7 +28,6 @@ mod progress;
 mod prompt;
 mod sampling;
 mod shape;
-mod shuffle;
 mod target;
 mod top;
 mod training;

@@ -27,6 +27,7 @@ learning_rate: 1e-3
 steps_per_eval: 1000
 val_batches: 1
 lora_parameters: {rank: 4, dropout: 0.1, scale: 8.0}
+report_to: [jsonl, tensorboard]
 ";
 const UPDATES: u64 = 12;
 
@@ -61,6 +62,7 @@ impl Ground {
         JobSetup {
             kind: "fine-tuning".into(),
             model: Some(self.model.clone()),
+            model_name: "demo".into(),
             configuration: CONFIGURATION.into(),
             inputs: self.home.path().join("inputs"),
             resume: None,
@@ -88,6 +90,11 @@ async fn drive(mut process: JobProcess, folder: PathBuf, updates: Arc<AtomicU64>
     }
     std::fs::create_dir_all(&folder).unwrap();
     process.publish(folder.clone()).await.unwrap();
+    // What is told of the run names nothing of the machine, and its figures lie beside the adapter.
+    let config = std::fs::read_to_string(folder.join("adapter_config.json")).unwrap();
+    assert!(config.contains("\"data\": \"data\"") && config.contains("\"model\": \"demo\""), "{config}");
+    assert!(!config.contains(&*folder.parent().unwrap().to_string_lossy()), "{config}");
+    assert!(folder.join("training.jsonl").is_file() && folder.join("loss.png").is_file());
     // Its process stays until all have what they need: dropping it would end it.
     std::mem::forget(process);
     Some(std::fs::read(folder.join("adapters.safetensors")).unwrap())

@@ -131,6 +131,53 @@ fn a_run_that_was_interrupted_goes_on_to_the_same_adapter() {
 }
 
 #[test]
+fn another_run_in_the_folder_keeps_its_own_checkpoints_and_the_adapter_until_it_has_one() {
+    let home = TempDir::new().unwrap();
+    data(&home.path().join("rows"));
+    let folder = home.path().join("adapters");
+    let numbers = |name: &str| {
+        let mut numbers: Vec<u64> = std::fs::read_dir(folder.join(name))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap())
+            .collect();
+        numbers.sort_unstable();
+        numbers
+    };
+    const TRAIN: [&str; 7] =
+        ["--train", "--steps-per-eval", "1000", "--save-every", "1", "--report-to", "csv"];
+    let train = |more: &[&str]| run(home.path(), &[&TRAIN[..], more].concat());
+    let first = train(&["--iters", "6"]);
+    assert!(first.status.success(), "{}", String::from_utf8_lossy(&first.stderr));
+    assert_eq!(numbers("checkpoints"), [4, 5, 6]);
+    assert!(!String::from_utf8_lossy(&first.stderr).contains("checkpoints-before"));
+    for name in ["training.csv", "loss.svg", "loss.png"] {
+        assert!(folder.join(name).is_file(), "{name}");
+    }
+
+    // Shorter, and without --resume.
+    let second = train(&["--iters", "2", "--seed", "5"]);
+    let words = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert!(second.status.success() && words.contains("checkpoints-before-1"), "{words}");
+    assert_eq!((numbers("checkpoints"), numbers("checkpoints-before-1")), (vec![1, 2], vec![4, 5, 6]));
+    // It is this one that is gone on from.
+    let resumed = events(&train(&["--iters", "2", "--seed", "5", "--resume", "--json"]));
+    assert_eq!(of(&resumed, "resumed")[0]["iteration"], json!(2));
+
+    // One that fails before it has saved anything leaves what is there, and what says what it is.
+    let read = || {
+        ["adapters.safetensors", "adapter_config.json"].map(|name| std::fs::read(folder.join(name)).unwrap())
+    };
+    let before = read();
+    std::fs::write(home.path().join("wild.yaml"), "optimizer: sgd\nlearning_rate: 1.0e+38\n").unwrap();
+    let failed = run(
+        home.path(),
+        &["--train", "-c", "wild.yaml", "--iters", "9", "--num-layers", "1", "--save-every", "9"],
+    );
+    assert_eq!(failed.status.code(), Some(1), "{}", String::from_utf8_lossy(&failed.stderr));
+    assert!(read() == before, "an adapter and its configuration stay together");
+}
+
+#[test]
 fn what_cannot_be_is_said_with_what_to_do() {
     let home = TempDir::new().unwrap();
     data(&home.path().join("rows"));

@@ -127,6 +127,13 @@ pub enum Report {
         /// BLAKE3 of the sum.
         hash: [u8; 32],
     },
+    /// What is trained, as it is there.
+    Parameters {
+        /// Updates that made it.
+        updates: u64,
+        /// BLAKE3 of all of it.
+        hash: [u8; 32],
+    },
     /// It cannot go on with this member.
     Broken {
         /// In which formation.
@@ -298,9 +305,13 @@ impl Member {
                 return vec![MemberEffect::Answer(Answer::OutOfStep(reason))];
             }
         }
+        // What was written is good for any formation at this step, also one that came meanwhile: it is not written twice, as the first
+        // may be on its way already.
         if std::mem::take(&mut self.saving)
-            && let Some(running) = &self.running
+            && let Some(running) = &mut self.running
+            && running.formation.step == applied
         {
+            running.owes_state = false;
             effects.push(MemberEffect::Saved { epoch: running.formation.epoch });
         }
         self.asked = Some(Asked::Begin { applied });

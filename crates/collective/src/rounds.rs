@@ -41,6 +41,8 @@ impl Default for RoundsOptions {
 
 /// Formations without a step between them, after which the member that was named most often has to go.
 const STRIKES: u32 = 3;
+/// Sums whose hashes are kept. Members are at most a step apart, but their reports come on ways of their own.
+const HASHES_KEPT: usize = 8;
 
 /// What the rounds want done.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,17 +97,23 @@ pub struct Rounds {
     epoch: u64,
     members: BTreeMap<MemberId, Entry>,
     phase: Phase,
-    /// The last step whose sum was told, in which epoch, and its hash.
-    agreed: Option<(u64, u64, [u8; 32])>,
+    /// The epoch of the last formation that was told.
+    formed: Option<u64>,
+    /// Hashes of the last steps' sums, by step.
+    agreed: BTreeMap<u64, [u8; 32]>,
+    /// Hashes of the members' parameters, after so many updates.
+    compared: (u64, BTreeMap<MemberId, [u8; 32]>),
     /// Updates that the furthest one has made.
     step: u64,
-    /// The longest step so far counts for how long the next may take.
+    /// Steps in a row that took too long although everybody did its part: each gives the next one twice the time.
     stuck: u32,
 }
 
 #[derive(Debug, Default)]
 struct Entry {
     stopped: Option<Stopped>,
+    /// It belonged to the last formation: a part of its step was expected from it.
+    took_part: bool,
     strikes: u32,
 }
 
@@ -137,7 +145,8 @@ impl Rounds {
     /// earlier attempts is told apart.
     pub fn new(options: RoundsOptions, epoch: u64) -> Self {
         let phase = Phase::Gathering { since: None };
-        Self { options, epoch, members: BTreeMap::new(), phase, agreed: None, step: 0, stuck: 0 }
+        let (members, agreed, compared) = (BTreeMap::new(), BTreeMap::new(), (0, BTreeMap::new()));
+        Self { options, epoch, members, phase, formed: None, agreed, compared, step: 0, stuck: 0 }
     }
 
     /// For people.
@@ -155,6 +164,7 @@ impl Rounds {
                 self.stopped(member, epoch, Stopped { position, holds_sum, contributed }, now)
             }
             Report::Applied { epoch, step, hash } => self.applied(member, epoch, step, hash, now),
+            Report::Parameters { updates, hash } => self.compare(member, updates, hash, now),
             Report::Broken { epoch, peer, .. } => self.broken(member, epoch, peer, now),
         }
     }
@@ -228,11 +238,11 @@ impl Rounds {
         if self.members.values().any(|entry| entry.stopped.is_none()) {
             return vec![];
         }
-        let idle = |entry: &Entry| entry.stopped.is_none_or(|stopped| !stopped.contributed);
-        // When nobody had done its part, the step is just long.
-        if overdue && !self.members.values().all(idle) {
-            let idle: Vec<_> =
-                self.members.iter().filter(|(_, entry)| idle(entry)).map(|(&id, _)| id).collect();
+        let contributed = |entry: &Entry| entry.stopped.is_some_and(|stopped| stopped.contributed);
+        // When nobody had done its part, the step is just long. Who has joined since had no part to do.
+        if overdue && self.members.values().any(contributed) {
+            let idle = self.members.iter().filter(|(_, entry)| entry.took_part && !contributed(entry));
+            let idle: Vec<_> = idle.map(|(&id, _)| id).collect();
             if !idle.is_empty() {
                 let seconds = self.options.step_within.as_secs();
                 let reason = format!("it did not do its part of a step within {seconds} s");
@@ -265,6 +275,10 @@ impl Rounds {
             })
             .collect();
         self.step = step;
+        // Steps from here on are made anew, where all that had their sums are lost.
+        self.agreed.split_off(&step);
+        self.formed = Some(self.epoch);
+        self.members.values_mut().for_each(|entry| entry.took_part = true);
         self.phase = Phase::Running { since: now };
         let formation = Formation { epoch: self.epoch, step, members };
         let form = |&member: &MemberId| RoundsEffect::Form { member, formation: formation.clone() };
@@ -284,17 +298,17 @@ impl Rounds {
             return vec![];
         }
         self.step = self.step.max(step + 1);
-        if let Some((other_epoch, other_step, other)) = self.agreed
-            && (other_epoch, other_step) == (epoch, step)
-            && other != hash
-        {
+        if self.agreed.get(&step).is_some_and(|other| *other != hash) {
             let reason = format!(
                 "the workers disagree about the gradient of step {step} (worker {member} has another sum): \
                  one of them computes wrongly, or its memory is damaged"
             );
             return vec![RoundsEffect::Fail { reason }];
         }
-        self.agreed = Some((epoch, step, hash));
+        self.agreed.insert(step, hash);
+        while self.agreed.len() > HASHES_KEPT {
+            self.agreed.pop_first();
+        }
         if let Phase::Running { since } = &mut self.phase {
             *since = now;
             self.stuck = 0;
@@ -303,8 +317,43 @@ impl Rounds {
         vec![]
     }
 
+    /// The same sums make the same parameters, unless a member's processor rounds otherwise or its memory is damaged: then its gradients
+    /// are of another model. When all have told theirs, those go that have other ones than most, or than the oldest where none are most.
+    /// A worker that takes such a one's place begins with the others' state.
+    fn compare(&mut self, member: MemberId, updates: u64, hash: [u8; 32], now: Instant) -> Vec<RoundsEffect> {
+        if updates < self.compared.0 {
+            return vec![];
+        }
+        if updates > self.compared.0 {
+            self.compared = (updates, BTreeMap::new());
+        }
+        self.compared.1.insert(member, hash);
+        self.compared.1.retain(|member, _| self.members.contains_key(member));
+        let told = &self.compared.1;
+        if told.len() < self.members.len() {
+            return vec![];
+        }
+        let votes = |hash: &[u8; 32]| told.values().filter(|other| *other == hash).count();
+        let best = told.iter().max_by_key(|(member, hash)| (votes(hash), std::cmp::Reverse(**member)));
+        let Some(best) = best.map(|(_, hash)| *hash) else { return vec![] };
+        let odd: Vec<_> = told.iter().filter(|(_, hash)| **hash != best).map(|(&member, _)| member).collect();
+        if odd.is_empty() {
+            return vec![];
+        }
+        let reason = format!(
+            "after {updates} updates its parameters are not those of the others: it computes otherwise, or its memory is damaged"
+        );
+        self.evict(&odd, &reason, now)
+    }
+
     fn broken(&mut self, member: MemberId, epoch: u64, peer: MemberId, now: Instant) -> Vec<RoundsEffect> {
-        if epoch != self.epoch || !matches!(self.phase, Phase::Running { .. }) {
+        // While one joins the formation goes on up to the border: without this one it would not get there.
+        let is_under_way = match self.phase {
+            Phase::Gathering { .. } => false,
+            Phase::Halting { at, .. } => at > 0,
+            Phase::Running { .. } => true,
+        };
+        if !is_under_way || self.formed != Some(epoch) {
             return vec![];
         }
         for accused in [peer, member] {

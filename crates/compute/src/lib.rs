@@ -29,7 +29,7 @@ pub use link::{LinkError, StageLink, StageOrder, Way};
 pub use quantity::{ByteCount, LayerRange};
 pub use reduce::{
     Alone, Deal, MOST_MICRO_BATCHES, MicroBatches, Partial, Reduce, ReduceError, Reduced, StepError, Sum,
-    Tally, TreeNode, TreeSum, Turn, nodes_of, sum_step,
+    Tally, TreeNode, TreeSum, Turn, nodes_of, sum_step, tells_parameters_after,
 };
 pub use sampling::{Candidate, LogprobRequest, Penalty, Sampled, Sampling, SamplingError, Xtc};
 pub use span::{Span, SpanSink, SpanValue};

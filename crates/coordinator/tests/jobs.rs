@@ -6,7 +6,8 @@ use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::Error;
 use mlxnode_coordinator::jobs::{
     Checkpoint, ContentHash, Effect, Event, JobKind, JobOffer, JobSpec, JobState, Jobs, LossPoint,
-    MAX_FAILURES, MAX_JOBS, Progress, PublishWish, Record, Report, RunEnd, SavePolicy, Wanted,
+    MAX_FAILURES, MAX_JOBS, Progress, Publication, PublishWish, Record, Report, RunEnd, SavePolicy, Tidied,
+    Wanted, artifact_source,
 };
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -51,6 +52,10 @@ struct Runner {
     epoch: u64,
     node: NodeId,
     step: u64,
+    /// Checkpoints of its order that it did not find, and so goes on from an older one.
+    skipped: Vec<ContentHash>,
+    /// It has saved, and the coordinator has not heard.
+    unheard: Option<Checkpoint>,
     /// Set when it has been told to end.
     saves_and_ends: Option<bool>,
 }
@@ -64,10 +69,14 @@ struct World {
     runners: Vec<Runner>,
     copies: VecDeque<(String, Checkpoint, NodeId)>,
     publications: VecDeque<(String, ContentHash, PublishWish)>,
+    /// Answers of nodes that have tidied up, on their way.
+    tidied: VecDeque<Event>,
     served: BTreeMap<String, ContentHash>,
     acknowledged: BTreeSet<String>,
     cancelled: BTreeSet<String>,
     log_fails: bool,
+    /// Orders to stop do not arrive.
+    stops_are_lost: bool,
     now: Instant,
     at: u64,
 }
@@ -82,10 +91,12 @@ impl World {
             runners: Vec::new(),
             copies: VecDeque::new(),
             publications: VecDeque::new(),
+            tidied: VecDeque::new(),
             served: BTreeMap::new(),
             acknowledged: BTreeSet::new(),
             cancelled: BTreeSet::new(),
             log_fails: false,
+            stops_are_lost: false,
             now: Instant::now(),
             at: 1000,
         }
@@ -106,6 +117,8 @@ impl World {
                     .map(|node| JobOffer { node: *node, name: node.short(), free: ByteCount(100) })
                     .collect();
                 effects.extend(self.jobs.schedule(&offers, self.at, self.now));
+                let wake = self.jobs.next_wake(self.now);
+                assert!(wake.is_none_or(|wake| wake > self.now), "it would look again at once, for ever");
                 continue;
             };
             match effect {
@@ -113,7 +126,12 @@ impl World {
                 Effect::Run { node, order } => {
                     // A node lets go of an older attempt when it hears of a newer one; others may still run theirs.
                     self.runners.retain(|runner| runner.node != node || runner.id != order.spec.id);
-                    let from = order.checkpoints.iter().find(|it| self.is_somewhere(&order.spec.id, it));
+                    let mut skipped: Vec<ContentHash> = Vec::new();
+                    let from = order.checkpoints.iter().find(|it| {
+                        let is_there = self.is_somewhere(&order.spec.id, it);
+                        skipped.extend((!is_there).then_some(it.hash));
+                        is_there
+                    });
                     let step = from.map_or(0, |checkpoint| checkpoint.step);
                     assert!(
                         step > 0 || order.checkpoints.is_empty(),
@@ -121,8 +139,13 @@ impl World {
                         order.checkpoints
                     );
                     let (id, epoch) = (order.spec.id.clone(), order.epoch);
-                    self.runners.push(Runner { id, epoch, node, step, saves_and_ends: None });
+                    // It begins with a copy of its own.
+                    let own = from.map(|checkpoint| (id.clone(), checkpoint.hash));
+                    self.disks.entry(node).or_default().extend(own);
+                    let (unheard, saves_and_ends) = (None, None);
+                    self.runners.push(Runner { id, epoch, node, step, skipped, unheard, saves_and_ends });
                 }
+                Effect::Stop { .. } if self.stops_are_lost => {}
                 Effect::Stop { id, epoch, saves, .. } => {
                     for runner in &mut self.runners {
                         if runner.id == id && runner.epoch == epoch {
@@ -156,17 +179,40 @@ impl World {
         Ok(self.jobs.apply(record))
     }
 
+    /// As the nodes do it; what they answer comes later.
     fn tidy(&mut self) {
-        let wanted = self.jobs.wanted();
-        for (node, disk) in &mut self.disks {
-            if self.alive.contains(node) {
-                disk.retain(|(id, hash)| {
-                    let Some(job) = wanted.iter().find(|job| job.id == *id) else { return false };
-                    let newest = job.checkpoints.iter().map(|it| it.step).max().unwrap_or(0);
-                    let is_newer = (newest + 1..=STEPS).any(|step| state_after(id, step) == *hash);
-                    is_newer || job.checkpoints.iter().any(|it| it.hash == *hash)
-                });
-            }
+        let (wanted, asked) = (self.jobs.wanted(), self.jobs.holders());
+        let mut tidied = Tidied { members: (0..NODES).map(node).collect(), ..Tidied::default() };
+        for node in &self.alive {
+            let disk = self.disks.entry(*node).or_default();
+            disk.retain(|(id, hash)| {
+                let runner = self.runners.iter().find(|runner| runner.node == *node && runner.id == *id);
+                let Some(job) = wanted.iter().find(|job| job.id == *id) else { return runner.is_some() };
+                let Some(newest) = job.checkpoints.iter().max_by_key(|it| it.step) else { return true };
+                // Who goes on from an older checkpoint makes new ones that are older than the newest.
+                let is_behind = runner.is_some_and(|runner| runner.skipped.contains(&newest.hash));
+                let is_newer = (newest.step + 1..=STEPS).any(|step| state_after(id, step) == *hash);
+                is_behind || is_newer || job.checkpoints.iter().any(|it| it.hash == *hash)
+            });
+            let wanted = wanted.iter().flat_map(|job| &job.checkpoints).map(|it| it.hash);
+            let held = wanted.filter(|wanted| disk.iter().any(|(_, hash)| hash == wanted)).collect();
+            tidied.held.insert(*node, held);
+        }
+        let views = self.jobs.view();
+        for runner in &self.runners {
+            // What an attempt has saved stays until it was heard of. What one says that is over changes nothing.
+            let counts = views.iter().any(|view| view.spec.id == runner.id && view.epoch == runner.epoch);
+            let saved = runner.unheard.as_ref().filter(|_| counts && self.alive.contains(&runner.node));
+            let is_here = |it: &Checkpoint| self.disks[&runner.node].contains(&(runner.id.clone(), it.hash));
+            assert!(saved.is_none_or(is_here), "a checkpoint nobody has heard of was removed");
+        }
+        self.tidied.push_back(Event::Tidied { asked, tidied });
+    }
+
+    /// The nodes' answer comes.
+    fn hear_what_is_there(&mut self) {
+        if let Some(event) = self.tidied.pop_front() {
+            self.happen(event);
         }
     }
 
@@ -209,6 +255,10 @@ impl World {
         if !self.alive.contains(&runner.node) {
             return;
         }
+        if let Some(saved) = self.runners[which].unheard.take() {
+            let (id, epoch) = (runner.id, runner.epoch);
+            return self.happen(Event::Reported { id, epoch, report: Report::Checkpointed(saved) });
+        }
         let (id, epoch) = (runner.id.clone(), runner.epoch);
         let report = |report| Event::Reported { id: id.clone(), epoch, report };
         let saved = (id.clone(), state_after(&id, runner.step));
@@ -234,7 +284,11 @@ impl World {
             self.happen(Event::RunEnded { id, epoch, result: end });
         } else if step.is_multiple_of(3) {
             self.disks.entry(runner.node).or_default().insert((id.clone(), state_after(&id, step)));
-            self.happen(report(Report::Checkpointed(checkpoint(&id, step))));
+            // An event of before may have ended it or moved it.
+            let runner = self.runners.iter_mut().find(|runner| (&runner.id, runner.epoch) == (&id, epoch));
+            if let Some(runner) = runner {
+                runner.unheard = Some(checkpoint(&id, step));
+            }
         }
     }
 
@@ -303,6 +357,7 @@ impl World {
         self.jobs = Jobs::restore(self.log.clone());
         self.copies.clear();
         self.publications.clear();
+        self.tidied.clear();
         self.carry_out(vec![Effect::Tidy]);
     }
 
@@ -347,10 +402,11 @@ impl World {
             let resumed = self.jobs.resume(&id, self.at);
             self.change(resumed);
         }
-        for round in 0..800 {
+        for round in 0..1000 {
             self.now += Duration::from_secs(5);
             self.at += 5;
             self.advance(round);
+            self.hear_what_is_there();
             self.finish_copy(true);
             self.finish_publication(true);
             self.carry_out(Vec::new());
@@ -380,6 +436,7 @@ enum Step {
     Advance(usize),
     FinishCopy(bool),
     FinishPublication(bool),
+    HearWhatIsThere,
     KillWorker(usize),
     LoseNode(u8, bool),
     ReviveNode(u8),
@@ -398,6 +455,7 @@ fn step() -> impl Strategy<Value = Step> {
         30 => any::<usize>().prop_map(Step::Advance),
         4 => any::<bool>().prop_map(Step::FinishCopy),
         2 => any::<bool>().prop_map(Step::FinishPublication),
+        4 => Just(Step::HearWhatIsThere),
         3 => any::<usize>().prop_map(Step::KillWorker),
         2 => (0..NODES, any::<bool>()).prop_map(|(node, cut_off)| Step::LoseNode(node, cut_off)),
         3 => (0..NODES).prop_map(Step::ReviveNode),
@@ -420,6 +478,7 @@ fn play(steps: &[Step]) {
             Step::Advance(which) => world.advance(which),
             Step::FinishCopy(works) => world.finish_copy(works),
             Step::FinishPublication(works) => world.finish_publication(works),
+            Step::HearWhatIsThere => world.hear_what_is_there(),
             Step::KillWorker(which) => world.kill_worker(which),
             Step::LoseNode(number, cut_off) => world.lose_node(number, cut_off),
             Step::ReviveNode(number) => world.revive_node(number),
@@ -526,6 +585,250 @@ fn what_cannot_run_anywhere_says_what_is_missing() {
     for words in ["8.0 GB", "2.0 GB", "desk"] {
         assert!(view.detail.contains(words), "{}", view.detail);
     }
+}
+
+#[test]
+fn what_is_due_and_cannot_be_done_does_not_wake_the_coordinator_at_once() {
+    let mut world = World::new();
+    world.lose_node(2, false);
+    world.submit("a");
+    (0..4).for_each(|_| world.advance(0));
+    assert_eq!(world.copies.len(), 1, "to the other node");
+    let running = world.runners[0].node;
+    let other = (0..2).find(|number| node(*number) != running).unwrap();
+    world.lose_node(other, false);
+    world.finish_copy(false);
+    // The pause after a copy that failed is over, and no node is there to copy to.
+    world.now += Duration::from_secs(60);
+    world.carry_out(Vec::new());
+    // A node that could not be asked, and then none is there.
+    let (id, epoch) = ("a".to_owned(), world.runners[0].epoch);
+    let result = Err(Error::Unavailable("the hub does not answer".into()));
+    world.runners.clear();
+    world.happen(Event::RunEnded { id, epoch, result });
+    world.alive.clear();
+    world.now += Duration::from_secs(60);
+    world.carry_out(Vec::new());
+    assert!(world.jobs.next_wake(world.now).is_some(), "it is looked at again, later");
+    world.settle();
+}
+
+#[test]
+fn an_attempt_that_did_not_hear_that_it_is_to_stop_is_told_again() {
+    let mut world = World::new();
+    for (id, is_cancelled) in [("a", true), ("b", false)] {
+        world.submit(id);
+        let place = world.runners.iter().position(|runner| runner.id == id).unwrap();
+        world.stops_are_lost = true;
+        let decided = match is_cancelled {
+            true => world.jobs.cancel(id, 1),
+            false => world.jobs.pause(id, "ann", 1),
+        };
+        assert!(world.change(decided));
+        world.stops_are_lost = false;
+        world.carry_out(Vec::new());
+        assert_eq!(world.runners[place].saves_and_ends, None, "not at once again");
+        let wake = world.jobs.next_wake(world.now).expect("it looks again");
+        world.now = wake;
+        world.carry_out(Vec::new());
+        assert_eq!(world.runners[place].saves_and_ends, Some(!is_cancelled));
+    }
+}
+
+fn published(id: &str, step: u64, adapter: &str, problem: Option<&str>) -> Record {
+    let hash = state_after(id, step);
+    let publication = Publication {
+        hash,
+        deployment: "demo".into(),
+        adapter: adapter.into(),
+        problem: problem.map(str::to_owned),
+    };
+    Record::Published { id: id.to_owned(), publication, at: 1 }
+}
+
+fn wants(jobs: &Jobs, id: &str, step: u64) -> bool {
+    let wanted = jobs.wanted();
+    let job = wanted.iter().find(|job| job.id == id);
+    job.is_some_and(|job| job.checkpoints.iter().any(|it| it.hash == state_after(id, step)))
+}
+
+/// A job `a` that has saved after 3 and 6 steps, and keeps 2 checkpoints.
+fn world_with_checkpoints() -> World {
+    let mut world = World::new();
+    world.submit("a");
+    (0..8).for_each(|_| world.advance(0));
+    assert!(wants(&world.jobs, "a", 3) && wants(&world.jobs, "a", 6));
+    world
+}
+
+#[test]
+fn what_is_served_stays_when_something_else_cannot_take_its_place() {
+    let mut world = world_with_checkpoints();
+    let _ = world.write(published("a", 3, "poet", None));
+    let _ = world.write(published("a", 6, "poet", Some("the name is taken")));
+    let view = world.jobs.view().remove(0);
+    let told: Vec<bool> = view.publications.iter().map(|it| it.problem.is_none()).collect();
+    assert_eq!(told, [true, false], "the one is served, the other is not");
+    (0..7).for_each(|_| world.advance(0));
+    assert!(wants(&world.jobs, "a", 3), "a node that starts again reads it");
+    // Failures make room for each other, not what is served.
+    for number in 0..40 {
+        let _ = world.write(published("a", 6, &format!("poet-{number}"), Some("no")));
+    }
+    assert!(wants(&world.jobs, "a", 3));
+    let _ = world.write(published("a", 9, "poet", None));
+    let publications = &world.jobs.view()[0].publications;
+    let of_poet: Vec<ContentHash> =
+        publications.iter().filter(|it| it.adapter == "poet").map(|it| it.hash).collect();
+    assert_eq!(of_poet, [state_after("a", 9)], "what is served in its place is all that counts");
+}
+
+#[test]
+fn what_deployments_serve_is_wanted_though_the_job_forgot_it() {
+    let mut world = world_with_checkpoints();
+    // A call to serve it is under way while the job goes on.
+    let source = artifact_source("a", state_after("a", 3));
+    let unrelated = ["/adapters/poet".to_owned(), artifact_source("gone", state_after("a", 3))];
+    world.jobs.pin(unrelated.iter().chain([&source]).map(String::as_str));
+    (0..8).for_each(|_| world.advance(0));
+    assert!(wants(&world.jobs, "a", 3), "it is about to be served");
+    world.jobs.pin([]);
+    assert!(!wants(&world.jobs, "a", 3), "and then it is not any more");
+}
+
+#[test]
+fn a_job_whose_result_is_served_is_not_forgotten_to_make_room() {
+    let mut jobs = Jobs::default();
+    for number in 0..MAX_JOBS as u64 {
+        jobs.apply(Record::Submitted { spec: Box::new(spec(&format!("job-{number}"))), at: number });
+    }
+    for id in ["job-3", "job-4"] {
+        let cancelled = jobs.cancel(id, 1).unwrap().unwrap();
+        jobs.apply(cancelled);
+    }
+    let source = artifact_source("job-3", state_after("job-3", 3));
+    jobs.pin([source.as_str()]);
+    let records = jobs.submit(spec("one-more"), 1).unwrap().unwrap();
+    assert_eq!(records[0], Record::Removed { id: "job-4".into() });
+    records.into_iter().for_each(|record| drop(jobs.apply(record)));
+    let refused = jobs.submit(spec("another"), 1).unwrap_err().to_string();
+    assert!(refused.contains("served"), "{refused}");
+}
+
+#[test]
+fn what_a_node_cannot_fetch_another_one_may_and_it_is_tried_without_an_end() {
+    let mut world = World::new();
+    world.submit("a");
+    let mut nodes = BTreeSet::new();
+    let mut pauses = Vec::new();
+    for _ in 0..20 {
+        let runner = world.runners.pop().expect("it is tried again");
+        nodes.insert(runner.node);
+        let result = Err(Error::Unavailable("the hub does not answer".into()));
+        world.happen(Event::RunEnded { id: runner.id, epoch: runner.epoch, result });
+        assert!(world.runners.is_empty(), "after a pause");
+        assert!(world.jobs.view()[0].detail.contains("the hub"), "{:?}", world.jobs.view()[0].detail);
+        let wake = world.jobs.next_wake(world.now).expect("it is tried again");
+        pauses.push(wake - world.now);
+        world.now = wake;
+        world.carry_out(Vec::new());
+    }
+    assert!(nodes.len() > 1, "another node is asked");
+    assert!(pauses.is_sorted() && pauses[19] > pauses[0] && pauses[19] <= Duration::from_secs(60));
+    world.settle();
+}
+
+#[test]
+fn a_job_goes_on_where_its_newest_checkpoint_is_unless_its_worker_dies_there_again() {
+    let mut world = World::new();
+    world.submit("a");
+    (0..4).for_each(|_| world.advance(0));
+    let first = world.runners[0].node;
+    let mut nodes = Vec::new();
+    for _ in 0..3 {
+        world.kill_worker(0);
+        world.now += Duration::from_secs(60);
+        world.carry_out(Vec::new());
+        nodes.push(world.runners[0].node);
+    }
+    assert_eq!(nodes[0], first);
+    assert!(nodes[1] != first, "{nodes:?}");
+    world.settle();
+}
+
+#[test]
+fn an_emptied_disk_and_a_node_that_left_are_no_copies() {
+    let holders = |world: &World| -> BTreeSet<NodeId> {
+        let view = world.jobs.view().remove(0);
+        view.checkpoints.last().expect("a checkpoint").holders.iter().copied().collect()
+    };
+    let mut world = World::new();
+    world.submit("a");
+    for _ in 0..40 {
+        world.advance(0);
+        world.finish_copy(true);
+        world.hear_what_is_there();
+    }
+    let two = holders(&world);
+    assert_eq!((two.len(), world.jobs.view()[0].state), (2, JobState::Finished));
+    // A disk is replaced; its node comes back and says what it has.
+    let emptied = *two.first().unwrap();
+    world.disks.remove(&emptied);
+    let number = (0..NODES).find(|number| node(*number) == emptied).unwrap();
+    world.lose_node(number, false);
+    world.revive_node(number);
+    while !world.tidied.is_empty() {
+        world.hear_what_is_there();
+    }
+    assert_eq!(holders(&world).len(), 1, "it is known to be gone");
+    world.finish_copy(true);
+    let two = holders(&world);
+    assert_eq!(two.len(), 2, "and is copied again");
+    // Another one leaves the cluster.
+    let left = *two.last().unwrap();
+    let asked = world.jobs.holders();
+    let members = (0..NODES).map(node).filter(|node| *node != left).collect();
+    world.alive.remove(&left);
+    world.happen(Event::Tidied { asked, tidied: Tidied { members, ..Tidied::default() } });
+    assert!(!holders(&world).contains(&left));
+    world.finish_copy(true);
+    assert_eq!(holders(&world).len(), 2);
+    // An answer that is older than what is known by now takes nothing away.
+    let stale = Tidied {
+        held: (0..NODES).map(|number| (node(number), BTreeSet::new())).collect(),
+        ..Tidied::default()
+    };
+    world.happen(Event::Tidied { asked: BTreeMap::new(), tidied: stale });
+    assert_eq!(holders(&world).len(), 2);
+}
+
+#[test]
+fn what_a_job_takes_of_the_nodes_that_help_is_reserved() {
+    let mut jobs = Jobs::default();
+    let wish = JobSpec { workers: 2, kind: JobKind::FineTuning, model: "demo".into(), ..spec("a") };
+    let records = jobs.submit(wish, 1).unwrap().unwrap();
+    records.into_iter().for_each(|record| drop(jobs.apply(record)));
+    let (id, epoch) = ("a".to_owned(), 1);
+    let offer = JobOffer { node: node(0), name: String::new(), free: ByteCount(100) };
+    for effect in jobs.schedule(&[offer], 1, Instant::now()) {
+        let Effect::Record(record) = effect else { panic!("{effect:?}") };
+        let effects = jobs.apply(record);
+        let Some(Effect::Run { order, .. }) = effects.first() else { panic!("{effects:?}") };
+        assert_eq!(order.memory, ByteCount(10), "whoever helps knows what it takes");
+    }
+    let reserved = |jobs: &Jobs| [0, 1, 2].map(|number| jobs.reserved(node(number)).0);
+    assert_eq!(reserved(&jobs), [10, 0, 0]);
+    let tell = |jobs: &mut Jobs, nodes: Vec<NodeId>| {
+        let report = Report::Helped(nodes);
+        jobs.on(Event::Reported { id: id.clone(), epoch, report }, 1, Instant::now());
+    };
+    tell(&mut jobs, vec![node(2)]);
+    assert_eq!(reserved(&jobs), [10, 0, 10]);
+    tell(&mut jobs, Vec::new());
+    assert_eq!(reserved(&jobs), [10, 0, 0]);
+    tell(&mut jobs, vec![node(1)]);
+    jobs.on(Event::RunEnded { id: id.clone(), epoch, result: Ok(RunEnd::Yielded) }, 1, Instant::now());
+    assert_eq!(reserved(&jobs), [0, 0, 0], "and no longer than it runs");
 }
 
 #[test]

@@ -157,6 +157,30 @@ pub enum HubError {
 }
 
 impl HubError {
+    /// May the same come to a good end later, or on another machine: the network, the hub or the disk fails us now?
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Network { .. }
+            | Self::Interrupted { .. }
+            | Self::Status { .. }
+            | Self::Protocol { .. }
+            | Self::NoFile { .. }
+            | Self::Corrupt { .. }
+            | Self::Disk { .. }
+            | Self::NoSpace { .. } => true,
+            Self::NotFound { .. }
+            | Self::NoRevision { .. }
+            | Self::Gated { .. }
+            | Self::Unauthorised { .. }
+            | Self::NoWeights { .. }
+            | Self::NoData { .. }
+            | Self::NotAnAdapter { .. }
+            | Self::Offline { .. }
+            | Self::NoFolder(_)
+            | Self::NoDemo => false,
+        }
+    }
+
     /// Is the hub merely out of reach, so that a cached copy is better than none?
     pub(crate) fn is_out_of_reach(&self) -> bool {
         match self {

@@ -26,7 +26,7 @@ use crate::registrar::{Registrar, keep_addresses};
 use crate::replica::client::ClusterReplicas;
 use crate::replica::service::ReplicaService;
 use crate::schedulers::Schedulers;
-use crate::workers::{Workers, WorkersOptions};
+use crate::workers::{Workers, WorkersError, WorkersOptions};
 use mlxnode_api::access::{NODES, only};
 use mlxnode_api::cluster::{ClusterService, Household, HouseholdError};
 use mlxnode_api::deployments::DeploymentsView;
@@ -645,18 +645,26 @@ fn job_runners(
     schedulers: &Schedulers,
     peers: jobs::Peers,
 ) -> jobs::Runners {
+    let (mesh, models) = (peers.mesh.clone(), workers.clone());
     let (busy_workers, busy_schedulers, hub_workers) = (workers.clone(), schedulers.clone(), workers.clone());
     let options = jobs::RunnersOptions {
         command: options.worker_command.clone(),
         identity,
         listen,
         advertised: advertised.to_owned(),
+        free: Arc::new(move || {
+            mlxnode_compute::ByteCount(mesh.facts().memory_budget_bytes).saturating_sub(models.memory_used())
+        }),
         is_busy: Arc::new(move || busy_schedulers.busy() > 0 || busy_workers.open_sequences() > 0),
         fetch_model: Arc::new(move |source| {
             let workers = hub_workers.clone();
             Box::pin(async move {
                 let folder = workers.resolve(&source).await;
-                folder.map_err(|error| mlxnode_coordinator::Error::Failed(crate::error::chain(&error)))
+                folder.map_err(|error| match error {
+                    WorkersError::Away(text) => mlxnode_coordinator::Error::Unavailable(text),
+                    // Another node may have it: it is tried a few times, and not where it just failed.
+                    error => mlxnode_coordinator::Error::Failed(crate::error::chain(&error)),
+                })
             })
         }),
     };

@@ -54,6 +54,9 @@ pub(crate) enum WorkersError {
     /// Not a model, or not here.
     #[error("{0}")]
     Model(String),
+    /// The hub, the network or the disk fails now: it may be had later.
+    #[error("{0}")]
+    Away(String),
     /// The process could not be started or loaded.
     #[error(transparent)]
     Process(#[from] ProcessError),
@@ -412,7 +415,7 @@ impl Workers {
     /// that hold the same model. `progress` hears of (done, total) bytes.
     ///
     /// # Errors
-    /// [`WorkersError::Model`].
+    /// [`WorkersError::Model`], [`WorkersError::Away`].
     pub(crate) async fn prepare(
         &self,
         source: &str,
@@ -432,7 +435,7 @@ impl Workers {
     /// The model's folder on this machine.
     ///
     /// # Errors
-    /// [`WorkersError::Model`].
+    /// [`WorkersError::Model`], [`WorkersError::Away`].
     pub(crate) async fn resolve(&self, source: &str) -> Result<PathBuf, WorkersError> {
         self.fetch(source, |_, _| {}).await
     }
@@ -453,6 +456,7 @@ impl Workers {
         });
         match resolved.await {
             Ok(Ok(folder)) => Ok(folder),
+            Ok(Err(error)) if error.may_pass() => Err(WorkersError::Away(crate::error::chain(&error))),
             Ok(Err(error)) => Err(WorkersError::Model(crate::error::chain(&error))),
             Err(error) => Err(WorkersError::Model(format!("looking for {source} failed: {error}"))),
         }

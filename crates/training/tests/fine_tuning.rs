@@ -267,7 +267,7 @@ fn one_worker_two_and_three_end_in_the_same_bits() {
                 let place = folder.path().join(format!("{workers}-{number}"));
                 std::thread::spawn(move || {
                     let group = Member { exchange, number };
-                    let mut job = job(&model, yaml, false).unwrap().with_group(Box::new(group));
+                    let mut job = job(&model, yaml, false).unwrap().with_group(Box::new(group)).unwrap();
                     let (steps, _) = run(&mut job, usize::MAX);
                     (losses(&steps), saved(&mut job, &place))
                 })
@@ -278,6 +278,10 @@ fn one_worker_two_and_three_end_in_the_same_bits() {
             assert_eq!(found, losses(&steps), "{workers} workers");
             assert!(bytes == expected, "{workers} workers end elsewhere");
         }
+        let told = exchange.told.lock().unwrap();
+        let hashes = &told[&1];
+        assert_eq!((told.len(), hashes.len()), (1, workers as usize), "after the first update");
+        assert!(hashes.iter().all(|hash| *hash == hashes[0]));
     }
 }
 
@@ -287,6 +291,8 @@ struct Exchange {
     micro_batches: u32,
     given: Mutex<BTreeMap<u64, (u32, Vec<Partial>)>>,
     changed: Condvar,
+    /// Hashes of the workers' parameters, by updates.
+    told: Mutex<BTreeMap<u64, Vec<[u8; 32]>>>,
 }
 
 struct Member {
@@ -296,7 +302,13 @@ struct Member {
 
 impl Exchange {
     fn new(workers: u32, micro_batches: u32) -> Self {
-        Self { workers, micro_batches, given: Mutex::default(), changed: Condvar::new() }
+        Self {
+            workers,
+            micro_batches,
+            given: Mutex::default(),
+            changed: Condvar::new(),
+            told: Mutex::default(),
+        }
     }
 }
 
@@ -338,6 +350,10 @@ impl Reduce for Member {
         }
         let (_, whole) = sum.parts().next().unwrap();
         Ok(Reduced::Sum(Sum { step: deal.step, values: whole.values.clone(), tally: whole.tally }))
+    }
+
+    fn applied(&mut self, updates: u64, parameters: [u8; 32]) {
+        self.exchange.told.lock().unwrap().entry(updates).or_default().push(parameters);
     }
 }
 

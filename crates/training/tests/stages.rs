@@ -80,7 +80,7 @@ fn two_stages_have_the_gradients_of_the_whole() {
             let inputs: Vec<&Array> = of_last.iter().chain([&hidden, &targets, &mask]).collect();
             let (loss, mut behind) = end(&last, of_last.len() + 1).apply(&inputs).unwrap();
             let cotangent = behind.pop().unwrap();
-            let before = first.backward(&trained, &ids, &lengths, None, &cotangent).unwrap();
+            let before = first.backward(&trained, &ids, &lengths, None, &cotangent, true).unwrap();
             assert!(before.input.is_none(), "ids have no gradient");
             let (loss, value) = (numbers(&device, &loss[0])[0], numbers(&device, &value[0])[0]);
             assert!((loss - value).abs() < 1e-4 * value.abs(), "{name}: {loss} and {value}");
@@ -97,7 +97,7 @@ fn two_stages_have_the_gradients_of_the_whole() {
             // A stage in the middle gives the gradient of what came in, too.
             let (middle, of_middle) = part(&model, LayerRange::new(1, 2), checkpointing);
             let trained: Vec<&Array> = of_middle.iter().collect();
-            let made = middle.backward(&trained, &hidden, &lengths, None, &cotangent).unwrap();
+            let made = middle.backward(&trained, &hidden, &lengths, None, &cotangent, true).unwrap();
             assert_eq!(made.input.unwrap().shape(), hidden.shape());
         }
     }

@@ -60,6 +60,9 @@ pub trait JobFiles: Send + Sync + 'static {
     /// Which of these files no node has that can be reached.
     fn missing(&self, hashes: Vec<ContentHash>) -> BoxFuture<'static, Vec<ContentHash>>;
 
+    /// Has this file so many bytes? `None`: no node has it that can be reached.
+    fn has_length(&self, hash: ContentHash, bytes: u64) -> BoxFuture<'static, Option<bool>>;
+
     /// The whole content of a small file, wherever it is.
     fn read(&self, hash: ContentHash, at_most: u64) -> BoxFuture<'static, Result<Bytes, Error>>;
 
@@ -99,6 +102,10 @@ impl JobFiles for NoJobFiles {
 
     fn missing(&self, hashes: Vec<ContentHash>) -> BoxFuture<'static, Vec<ContentHash>> {
         async { hashes }.boxed()
+    }
+
+    fn has_length(&self, _: ContentHash, _: u64) -> BoxFuture<'static, Option<bool>> {
+        async { None }.boxed()
     }
 
     fn read(&self, _: ContentHash, _: u64) -> BoxFuture<'static, Result<Bytes, Error>> {

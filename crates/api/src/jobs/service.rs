@@ -121,6 +121,15 @@ impl Jobs for JobsService {
                         input.name
                     )));
                 }
+                for input in &spec.inputs {
+                    // It would never be all there, or never fit.
+                    if self.files.has_length(input.hash, input.bytes).await == Some(false) {
+                        return Err(Status::invalid_argument(format!(
+                            "inputs: the file {} has another length than {} bytes",
+                            input.name, input.bytes
+                        )));
+                    }
+                }
                 let view = coordinator.submit_job(spec).await.map_err(status)?;
                 Ok(Response::new(self.job(&view)))
             }

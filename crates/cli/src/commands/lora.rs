@@ -98,7 +98,7 @@ pub struct Lora {
     /// Write figures beside the adapter: jsonl, csv, tensorboard, with commas between.
     #[arg(long, value_name = "NAMES")]
     report_to: Option<String>,
-    /// A name for the run in its figures.
+    /// A name for the run in its pictures. Default: that of the adapter's folder.
     #[arg(long, value_name = "NAME")]
     project_name: Option<String>,
     /// Of all randomness. Default: 0.
@@ -150,12 +150,20 @@ impl Lora {
         let mut figures = Figures::new(&config, global);
         figures.begins(&job, weights)?;
         let files = Files::new(&config.adapter_path);
-        if config.train {
-            files.prepare(&config)?;
-        }
         if let Some(newest) = &newest {
             job.resume(newest).with_context(|| format!("cannot go on from {}", newest.display()))?;
             figures.resumed(&job)?;
+        } else if config.train
+            && let Some(place) = checkpoints.set_aside()?
+            && !global.quiet
+        {
+            warnings::text(&format!(
+                "note: this run begins anew (without --resume); the checkpoints of the one before are in {} now\n",
+                place.display()
+            ));
+        }
+        if config.train {
+            files.prepare(&config)?;
         }
         figures.record(&job)?;
         let interrupts = Interrupts::listen()?;

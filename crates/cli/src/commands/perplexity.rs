@@ -5,11 +5,11 @@ use crate::arguments::{Global, within};
 use crate::corpus::Corpus;
 use crate::familiar::FamiliarFlags;
 use crate::loading::{self, Loaded};
-use crate::shuffle::permutation;
 use crate::{hub, output, progress, warnings};
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use mlxnode_compute::LayerRange;
+use mlxnode_training::Numpy;
 use serde::Serialize;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -141,7 +141,7 @@ impl Perplexity {
         let records =
             u32::try_from(corpus.len()).context("the data has more records than can be drawn from")?;
         let mut tokens = Vec::new();
-        for number in permutation(self.seed, records) {
+        for number in Numpy::new(self.seed).permutation(records) {
             if tokens.len() >= wanted {
                 break;
             }

@@ -1,4 +1,6 @@
 //! Saved runs, beside the adapter: `checkpoints/NNNNNNN`, each whole or not there, the last ones kept.
+//!
+//! They are one run's: those of an earlier one, whose numbers may be higher, are set aside when another begins in the same folder.
 
 use anyhow::{Context as _, Result};
 use mlxnode_compute::Job as _;
@@ -27,11 +29,6 @@ pub struct Checkpoints {
 
 impl Checkpoints {
     pub fn new(config: &TrainingConfig) -> Self {
-        let every = match (config.checkpoint_steps, config.checkpoint_minutes) {
-            (Some(updates), _) => updates.saturating_mul(config.grad_accumulation_steps.max(1)),
-            // Minutes alone decide: a step takes milliseconds or a minute.
-            (None, _) => u64::MAX,
-        };
         let minutes = match (config.checkpoint_steps, config.checkpoint_minutes) {
             (None, None) => Some(MINUTES),
             (_, minutes) => minutes,
@@ -39,7 +36,8 @@ impl Checkpoints {
         Self {
             folder: config.adapter_path.join("checkpoints"),
             kept: config.keep_checkpoints,
-            every,
+            // Minutes alone decide where they are given alone.
+            every: config.checkpoint_every().unwrap_or(u64::MAX),
             minutes,
             pause: Duration::ZERO,
             last: Instant::now(),
@@ -50,6 +48,24 @@ impl Checkpoints {
     /// The last whole one.
     pub fn newest(&self) -> Result<Option<PathBuf>> {
         Ok(self.all()?.pop())
+    }
+
+    /// Sets those of an earlier run aside, as another one begins: where they are then, if there were any.
+    pub fn set_aside(&self) -> Result<Option<PathBuf>> {
+        if self.all()?.is_empty() {
+            return Ok(None);
+        }
+        let free = (1_u32..).map(|number| self.folder.with_file_name(format!("checkpoints-before-{number}")));
+        for place in free {
+            if !place.exists() {
+                std::fs::rename(&self.folder, &place).with_context(|| {
+                    let folder = self.folder.display();
+                    format!("cannot set the checkpoints of an earlier run in {folder} aside")
+                })?;
+                return Ok(Some(place));
+            }
+        }
+        Ok(None)
     }
 
     /// Is it time for one?
@@ -90,8 +106,8 @@ impl Checkpoints {
         std::fs::rename(&begun, &place).with_context(saved)?;
         File::open(&self.folder).and_then(|folder| folder.sync_all()).with_context(saved)?;
         (self.last, self.saved) = (Instant::now(), job.iteration());
-        let all = self.all()?;
-        for old in all.iter().rev().skip(self.kept.max(1)) {
+        let others: Vec<PathBuf> = self.all()?.into_iter().filter(|other| *other != place).collect();
+        for old in others.iter().rev().skip(self.kept.max(1) - 1) {
             std::fs::remove_dir_all(old)
                 .with_context(|| format!("cannot remove the old checkpoint {}", old.display()))?;
         }

@@ -3,9 +3,12 @@
 use crate::arguments::Global;
 use crate::training::Files;
 use crate::{output, warnings};
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use mlxnode_compute::{Advance, StepReport};
-use mlxnode_training::{ChartError, Curve, FineTuning, Recorder, Report, Trained, TrainingConfig, Validated};
+use mlxnode_training::{
+    Averages, Cadence, ChartError, Curve, FineTuning, PictureError, Recorder, Report, Sums, Trained,
+    TrainingConfig, Validated,
+};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,26 +17,15 @@ use std::time::Duration;
 pub struct Figures {
     json: bool,
     quiet: bool,
-    parity: bool,
-    every: u64,
-    /// Micro-batches of an update.
-    group: u64,
-    since: Since,
+    cadence: Cadence,
+    since: Sums,
     /// Where files of figures go, and which.
     folder: PathBuf,
+    /// What the run is called in its picture.
+    title: String,
     reports: Vec<Report>,
     recorder: Recorder,
     curve: Curve,
-}
-
-#[derive(Default)]
-struct Since {
-    steps: u64,
-    /// Of the losses, each by its weight.
-    loss: f64,
-    weight: f64,
-    tokens: u64,
-    seconds: f64,
 }
 
 /// A line of `--json`. The names are a contract: scripts rely on them.
@@ -90,11 +82,10 @@ impl Figures {
         Self {
             json: global.json,
             quiet: global.quiet,
-            parity: config.parity,
-            every: config.steps_per_report,
-            group: config.grad_accumulation_steps.max(1),
-            since: Since::default(),
+            cadence: Cadence::from(config),
+            since: Sums::default(),
             folder: config.adapter_path.clone(),
+            title: config.title(),
             reports: if config.train { config.report_to.clone() } else { Vec::new() },
             recorder: Recorder::default(),
             curve: Curve::default(),
@@ -159,22 +150,8 @@ impl Figures {
     }
 
     fn step(&mut self, job: &FineTuning, report: &StepReport) -> Result<()> {
-        let before = report.step - 1 - (report.step - 1) % self.group;
-        let micro_batches = report.step - before;
-        let weight = if self.parity { micro_batches as f64 } else { report.tokens as f64 };
-        let since = &mut self.since;
-        since.steps += micro_batches;
-        since.loss += report.loss * weight;
-        since.weight += weight;
-        since.tokens += report.tokens;
-        since.seconds += report.seconds;
-        if report.step / self.every == before / self.every && report.step != report.steps {
-            return Ok(());
-        }
-        let since = std::mem::take(&mut self.since);
-        let seconds = since.seconds.max(f64::MIN_POSITIVE);
-        let loss = since.loss / since.weight.max(1.0);
-        let (pace, speed) = (since.steps as f64 / seconds, since.tokens as f64 / seconds);
+        let Some(averages) = self.since.add(report, self.cadence) else { return Ok(()) };
+        let Averages { loss, steps_per_second: pace, tokens_per_second: speed, seconds } = averages;
         let trained = job.trained_tokens();
         self.curve.train.push((report.step, loss));
         self.recorder.train(&Trained {
@@ -185,7 +162,7 @@ impl Figures {
             trained_tokens: trained,
             gradient_norm: report.gradient_norm,
             peak_memory: report.peak_memory,
-            seconds: since.seconds,
+            seconds,
         })?;
         self.tell(
             &Line::Train {
@@ -236,13 +213,10 @@ impl Figures {
     pub fn finished(&self, files: &Files) -> Result<()> {
         let adapter = files.path();
         if !self.reports.is_empty() {
-            let path = self.folder.join("loss.svg");
-            let title = self.folder.file_name().map_or("loss".into(), std::ffi::OsStr::to_string_lossy);
             // A run that was finished already has nothing new to show.
-            match self.curve.svg(&title) {
-                Err(ChartError::Empty) => {}
-                picture => std::fs::write(&path, picture?)
-                    .with_context(|| format!("cannot write {}", path.display()))?,
+            match self.curve.write(&self.folder, &self.title) {
+                Err(PictureError::Chart(ChartError::Empty)) => {}
+                written => written?,
             }
         }
         self.tell(

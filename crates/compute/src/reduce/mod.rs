@@ -49,6 +49,21 @@ pub trait Reduce: Send {
     ///
     /// [`ReduceError`]: this worker's part in the job is over.
     fn reduce(&mut self, deal: &Deal, partials: Vec<Partial>) -> Result<Reduced, ReduceError>;
+
+    /// What the parameters here are after so many updates (a hash of their bytes): all workers must have the same. Told when
+    /// [`tells_parameters_after`] says so; never waits.
+    fn applied(&mut self, updates: u64, parameters: [u8; 32]) {
+        let _ = (updates, parameters); // nobody to compare with
+    }
+}
+
+/// Updates between two comparisons of the workers' parameters.
+const COMPARED_EVERY: u64 = 50;
+
+/// Do workers compare their parameters after so many updates? After the first one, where processors of different kinds show, and from
+/// time to time.
+pub fn tells_parameters_after(updates: u64) -> bool {
+    updates == 1 || (updates > 0 && updates.is_multiple_of(COMPARED_EVERY))
 }
 
 /// What a trainer does next.

@@ -6,7 +6,7 @@
 use super::Limits;
 use super::handle::PlanReport;
 use super::job_nodes::JobNodes;
-use super::job_orders::JobMessage;
+use super::job_orders::{Asked, JobMessage, Tidying};
 use super::journal::{Decisions, Entry, Journal};
 use super::orders::{Orders, within};
 use crate::deployments::{
@@ -139,8 +139,9 @@ pub(super) struct Running {
     /// Attempts of jobs under way, by job and epoch.
     pub(super) job_runs: HashMap<(String, u64), AbortHandle>,
     /// Calls that wait for a job's result to be served, by job, model and adapter.
-    pub(super) job_publications: HashMap<(String, String, String), Vec<Reply<String>>>,
+    pub(super) job_publications: HashMap<Asked, Vec<Reply<String>>>,
     pub(super) job_timer: Option<AbortHandle>,
+    pub(super) job_tidy: Tidying,
     journal: Journal,
     pub(super) orders: Orders,
     pub(super) limits: Limits,
@@ -178,6 +179,7 @@ impl Actor for CoordinatorActor {
             job_runs: HashMap::new(),
             job_publications: HashMap::new(),
             job_timer: None,
+            job_tidy: Tidying::default(),
             journal: arguments.journal,
             orders: arguments.orders,
             limits,

@@ -2,7 +2,7 @@
 
 use super::actor::Message;
 use super::job_orders::JobMessage;
-use crate::jobs::{Checkpoint, Event, JobSpec, Report, RunEnd, RunJob, Wanted};
+use crate::jobs::{Checkpoint, Event, JobSpec, Report, RunEnd, RunJob, Tidied, Wanted};
 use crate::{Error, NodeId};
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
@@ -35,8 +35,8 @@ pub trait JobNodes: Send + Sync + 'static {
         checkpoint: Checkpoint,
     ) -> BoxFuture<'static, Result<(), Error>>;
 
-    /// Tells all nodes what is wanted still. Those that are not there hear of it when they are back.
-    fn tidy(&self, wanted: Vec<Wanted>) -> BoxFuture<'static, ()>;
+    /// Tells all nodes what is wanted still, and what they have of it comes back. Those that are not there hear of it when they are back.
+    fn tidy(&self, wanted: Vec<Wanted>) -> BoxFuture<'static, Tidied>;
 }
 
 /// For clusters whose nodes run no jobs.
@@ -60,8 +60,8 @@ impl JobNodes for NoJobNodes {
         async { Err(none()) }.boxed()
     }
 
-    fn tidy(&self, _: Vec<Wanted>) -> BoxFuture<'static, ()> {
-        async {}.boxed()
+    fn tidy(&self, _: Vec<Wanted>) -> BoxFuture<'static, Tidied> {
+        async { Tidied::default() }.boxed()
     }
 }
 

@@ -6,7 +6,9 @@ use super::journal::Entry;
 use super::orders::within;
 use crate::Error;
 use crate::deployments::{self, AdapterWish};
-use crate::jobs::{Effect, Event, JobOffer, JobSpec, JobView, LogLine, PublishWish, Record};
+use crate::jobs::{
+    ContentHash, Effect, Event, JobOffer, JobSpec, JobView, LogLine, PublishWish, Record, Tidied,
+};
 use crate::placement::{ModelCost, Offer};
 use mlxnode_compute::ByteCount;
 use ractor::ActorRef;
@@ -59,12 +61,36 @@ pub(super) enum JobMessage {
         /// Of which job.
         event: Event,
         /// What the call that asked for it named.
-        asked: (String, String, String),
+        asked: Asked,
         /// The model's name.
         served: Result<String, Error>,
     },
     /// It is time to look again.
     Tick,
+}
+
+/// What a call to serve something names: the job, its checkpoint, the deployment and the adapter.
+pub(super) type Asked = (String, ContentHash, String, String);
+
+/// Whether nodes are being told what is wanted: once at a time, so that nobody hears of it in another order.
+#[derive(Debug, Default)]
+pub(super) struct Tidying {
+    is_under_way: bool,
+    again: bool,
+}
+
+impl Tidying {
+    /// It is due: does it begin now? If not, it does when the one under way is over.
+    fn begins(&mut self) -> bool {
+        self.again = self.is_under_way;
+        !std::mem::replace(&mut self.is_under_way, true)
+    }
+
+    /// Is it due again?
+    fn over(&mut self) -> bool {
+        self.is_under_way = false;
+        std::mem::take(&mut self.again)
+    }
 }
 
 /// What a person can do to a job.
@@ -84,6 +110,7 @@ impl Running {
         let at = unix_now();
         match message {
             JobMessage::Submit { spec, reply } => {
+                self.jobs.pin(self.deployments.adapter_sources());
                 let id = spec.id.clone();
                 let decided = self.jobs.submit(*spec, at).map(Option::unwrap_or_default);
                 self.decide(myself, &id, decided, reply).await
@@ -97,11 +124,12 @@ impl Running {
                 let decided = decided.map(|record| record.into_iter().collect());
                 self.decide(myself, &id, decided, reply).await
             }
-            JobMessage::Publish { id, step, wish, reply } => match self.jobs.publish(&id, step, wish.clone())
-            {
+            JobMessage::Publish { id, step, wish, reply } => match self.jobs.publish(&id, step, wish) {
                 Ok(effect) => {
-                    let key = (id, wish.deployment, wish.adapter);
-                    self.job_publications.entry(key).or_default().push(reply);
+                    if let Effect::Publish { id, hash, wish, .. } = &effect {
+                        let asked = (id.clone(), *hash, wish.deployment.clone(), wish.adapter.clone());
+                        self.job_publications.entry(asked).or_default().push(reply);
+                    }
                     self.carry_out_jobs(myself, vec![effect]).await
                 }
                 Err(error) => {
@@ -117,7 +145,11 @@ impl Running {
                 if let Event::RunEnded { id, epoch, .. } = &event {
                     self.job_runs.remove(&(id.clone(), *epoch));
                 }
-                let effects = self.jobs.on(event, at, now());
+                let tidies = matches!(event, Event::Tidied { .. }) && self.job_tidy.over();
+                let mut effects = self.jobs.on(event, at, now());
+                if tidies {
+                    effects.push(Effect::Tidy);
+                }
                 self.carry_out_jobs(myself, effects).await
             }
             JobMessage::Served { event, asked, served } => {
@@ -235,8 +267,21 @@ impl Running {
                     });
                 }
                 Effect::Tidy => {
-                    let work = self.job_nodes.tidy(self.jobs.wanted());
-                    self.under_way.spawn(work);
+                    if self.job_tidy.begins() {
+                        self.jobs.pin(self.deployments.adapter_sources());
+                        let asked = self.jobs.holders();
+                        let work = self.job_nodes.tidy(self.jobs.wanted());
+                        let limit = self.limits.copy;
+                        self.spawn_job(myself, async move {
+                            let work = async { Ok(work.await) };
+                            let tidied =
+                                within(limit, "tidying up after jobs", work).await.unwrap_or_else(|error| {
+                                    warn!(%error, "nodes were not told what of jobs is wanted");
+                                    Tidied::default()
+                                });
+                            Event::Tidied { asked, tidied }
+                        });
+                    }
                 }
                 Effect::Publish { id, hash, source, wish } => {
                     for_deployments.extend(self.serve(myself, id, hash, source, wish));
@@ -252,7 +297,7 @@ impl Running {
         &mut self,
         myself: &ActorRef<Message>,
         id: String,
-        hash: crate::jobs::ContentHash,
+        hash: ContentHash,
         source: String,
         wish: PublishWish,
     ) -> Vec<deployments::Effect> {
@@ -263,7 +308,7 @@ impl Running {
         self.under_way.spawn(async move {
             let stopped = || Err(Error::Unavailable("the coordinator has stopped".into()));
             let loaded = answer.await.unwrap_or_else(|_| stopped());
-            let asked = (id.clone(), wish.deployment.clone(), wish.adapter.clone());
+            let asked = (id.clone(), hash, wish.deployment.clone(), wish.adapter.clone());
             let mut wish = wish;
             let served = loaded.map(|view| {
                 wish.deployment = view.name;
@@ -368,4 +413,20 @@ fn memory_for_training(cost: &ModelCost) -> ByteCount {
 
 fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nodes_are_told_what_is_wanted_once_at_a_time() {
+        let mut tidy = Tidying::default();
+        assert!(tidy.begins());
+        assert!(!tidy.over(), "nothing has changed meanwhile");
+        assert!(tidy.begins());
+        assert!(!tidy.begins() && !tidy.begins());
+        assert!(tidy.over(), "once more for all that changed");
+        assert!(tidy.begins());
+    }
 }

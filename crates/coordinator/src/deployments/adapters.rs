@@ -181,6 +181,14 @@ impl Deployments {
         Ok(Loaded::UnderWay)
     }
 
+    /// Where the adapters come from that are wanted, are being loaded or are about to go.
+    pub fn adapter_sources(&self) -> impl Iterator<Item = &str> {
+        self.entries.values().flat_map(|entry| {
+            let ordered = entry.adapter_orders.values().map(|order| &order.adapter);
+            entry.wish.adapters.iter().chain(ordered).map(|adapter| adapter.source.as_str())
+        })
+    }
+
     /// Nobody wants an adapter any more. [`Effect::AdapterSettled`] tells when it is gone; requests that have it keep it to their end.
     ///
     /// # Errors

@@ -1,10 +1,14 @@
 //! What happens to jobs, and which of them runs where.
 
-use super::table::{Aim, Job, Jobs, RunPhase, line, push_line};
-use super::view::Publication;
-use super::{COPIES, Checkpoint, Effect, Event, JobOffer, LossPoint, MAX_FAILURES, Record, Report, RunEnd};
+use super::table::{Aim, Job, Jobs, Moment, RunPhase, line, push_line};
+use super::view::{HeldCheckpoint, Publication};
+use super::{
+    COPIES, Checkpoint, ContentHash, Effect, Event, JobOffer, LossPoint, MAX_FAILURES, Record, Report,
+    RunEnd, Tidied,
+};
 use crate::{Error, NodeId};
 use mlxnode_compute::ByteCount;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 /// After the first worker that died; doubles with each.
@@ -13,6 +17,8 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// Before a node is asked again whose fault it was not: a missing file may come with another node.
 const RETRY: Duration = Duration::from_secs(3);
+/// Before an attempt that does not end is told once more: the order may have been lost.
+const STOP_AGAIN: Duration = Duration::from_secs(10);
 /// How much of the curve is told in a record at most, besides the thinning of [`super::Curve`].
 const POINTS_PER_RECORD: usize = 256;
 
@@ -54,10 +60,11 @@ impl Jobs {
                 let publication = Publication { hash, deployment, adapter, problem };
                 vec![Effect::Record(Record::Published { id, publication, at })]
             }),
+            Event::Tidied { asked, tidied } => self.tidied(&asked, &tidied),
             Event::NodeLost { node } => self.node_lost(node, at),
             Event::NodeJoined { .. } => {
                 for job in self.jobs.values_mut() {
-                    (job.moment.retry_at, job.moment.copy_after) = (None, None);
+                    (job.moment.retry_at, job.moment.copy_after, job.moment.tries) = (None, None, 0);
                 }
                 vec![Effect::Tidy]
             }
@@ -76,7 +83,32 @@ impl Jobs {
             job.forget_undurable();
             effects.push(Effect::Abandon { id: id.clone(), epoch: run.epoch });
         }
+        // It may have left the cluster, with what it has.
+        effects.push(Effect::Tidy);
         effects
+    }
+
+    /// What is known of copies follows what the nodes say. `asked`: what was known when they were asked; a node does not answer for what it
+    /// got since.
+    fn tidied(&self, asked: &BTreeMap<ContentHash, BTreeSet<NodeId>>, tidied: &Tidied) -> Vec<Effect> {
+        let Tidied { held: found, members } = tidied;
+        let mut records = Vec::new();
+        for (id, job) in &self.jobs {
+            for HeldCheckpoint { checkpoint, holders, .. } in &job.stored.checkpoints {
+                let (id, hash) = (id.clone(), checkpoint.hash);
+                let has_left = |node: &NodeId| !members.is_empty() && !members.contains(node);
+                let was_asked = |node: &NodeId| asked.get(&hash).is_some_and(|then| then.contains(node));
+                let lacks = |node: &NodeId| found.get(node).is_some_and(|found| !found.contains(&hash));
+                let lost = holders.iter().filter(|node| has_left(node) || (was_asked(node) && lacks(node)));
+                records.extend(lost.map(|node| Record::Lost { id: id.clone(), hash, node: *node }));
+                let has = found.iter().filter(|(node, found)| found.contains(&hash) && !has_left(node));
+                let new = has.filter(|(node, _)| !holders.contains(node));
+                records.extend(new.map(|(node, _)| Record::Copied { id: id.clone(), hash, node: *node }));
+            }
+        }
+        // What a node has comes first: a checkpoint that is on another one now is not lost meanwhile.
+        records.sort_by_key(|record| matches!(record, Record::Lost { .. }));
+        records.into_iter().map(Effect::Record).collect()
     }
 
     /// Gives jobs to nodes, oldest first, one for each node; copies checkpoints; serves what is finished. Called after every change
@@ -89,7 +121,8 @@ impl Jobs {
         let mut epoch = self.used_epoch;
         for id in order {
             let Some(job) = self.jobs.get_mut(&id) else { continue };
-            if job.is_waiting_to_run(now) {
+            job.moment.forget_due(now);
+            if job.is_waiting_to_run() {
                 match job.place(offers, &busy) {
                     Place::Weigh => {
                         job.moment.is_weighing = true;
@@ -105,7 +138,8 @@ impl Jobs {
                     Place::Nowhere(why) => job.moment.waits_for = Some(why),
                 }
             }
-            effects.extend(job.copy(offers, now));
+            effects.extend(job.stop_again(now));
+            effects.extend(job.copy(offers));
             effects.extend(job.serve(now));
         }
         effects
@@ -117,9 +151,20 @@ impl Jobs {
             let is_unplaced = job.stored.aim == Aim::Run && job.moment.run.is_none();
             let run = is_unplaced.then(|| job.moment.retry_at.unwrap_or(now + RETRY));
             let publish = job.moment.publish_after.filter(|_| !job.moment.is_publishing);
-            run.into_iter().chain(job.moment.copy_after).chain(publish).min()
+            let stop = job.moment.run.as_ref().and_then(|run| run.stop_again);
+            run.into_iter().chain(job.moment.copy_after).chain(publish).chain(stop).min()
         };
         self.jobs.values().filter_map(wake).min()
+    }
+}
+
+impl Moment {
+    /// What was to wait until now waits no more. What is due and cannot be done is looked at again when something changes, or a
+    /// while later: a time that has passed and stayed would wake the coordinator without an end.
+    fn forget_due(&mut self, now: Instant) {
+        for after in [&mut self.retry_at, &mut self.copy_after] {
+            after.take_if(|at| *at <= now);
+        }
     }
 }
 
@@ -138,11 +183,11 @@ impl Job {
         self.moment.run.as_ref().map(|run| run.node)
     }
 
-    fn is_waiting_to_run(&self, now: Instant) -> bool {
+    fn is_waiting_to_run(&self) -> bool {
         self.stored.aim == Aim::Run
             && self.moment.run.is_none()
             && !self.moment.is_weighing
-            && self.moment.retry_at.is_none_or(|at| at <= now)
+            && self.moment.retry_at.is_none()
     }
 
     fn place(&mut self, offers: &[JobOffer], busy: &[NodeId]) -> Place {
@@ -171,18 +216,36 @@ impl Job {
                 .collect();
             holders.sort();
             holders.dedup();
+            if holders.is_empty() {
+                let why = "no node has any of its checkpoints any more: bring a node back that has one, or cancel the job and submit it again";
+                return Place::Nowhere(why.to_owned());
+            }
             let holders = holders.join(", ");
             return Place::Nowhere(format!("its checkpoints are on nodes that are not there: {holders}"));
         }
         let holders = newest.map(|held| held.holders.as_slice()).unwrap_or_default();
         let free = fitting.into_iter().filter(|offer| !busy.contains(&offer.node));
-        let best = free.max_by_key(|offer| (holders.contains(&offer.node), offer.free, offer.node));
+        let best = free.max_by_key(|offer| {
+            let is_better = self.moment.avoids != Some(offer.node);
+            (is_better, holders.contains(&offer.node), offer.free, offer.node)
+        });
         best.map_or(Place::Later, |offer| Place::On(offer.node))
     }
 
+    /// An attempt that was told to end and goes on is told again.
+    fn stop_again(&mut self, now: Instant) -> Option<Effect> {
+        let run = self.moment.run.as_mut().filter(|run| run.is_stopping)?;
+        let is_due = run.stop_again.is_some_and(|at| at <= now);
+        if is_due || run.stop_again.is_none() {
+            run.stop_again = Some(now + STOP_AGAIN);
+        }
+        let (id, epoch, node) = (self.stored.spec.id.clone(), run.epoch, run.node);
+        is_due.then_some(Effect::Stop { id, epoch, node, saves: !self.stored.aim.is_over() })
+    }
+
     /// A copy of the newest checkpoint for another node, where it has too few.
-    fn copy(&mut self, offers: &[JobOffer], now: Instant) -> Option<Effect> {
-        if self.moment.is_copying || self.moment.copy_after.is_some_and(|at| at > now) {
+    fn copy(&mut self, offers: &[JobOffer]) -> Option<Effect> {
+        if self.moment.is_copying || self.moment.copy_after.is_some() {
             return None;
         }
         let held = self.stored.checkpoints.last()?;
@@ -192,7 +255,7 @@ impl Job {
         }
         let others = offers.iter().filter(|offer| !held.holders.contains(&offer.node));
         let target = others.max_by_key(|offer| (offer.free, offer.node))?.node;
-        (self.moment.is_copying, self.moment.copy_after) = (true, None);
+        self.moment.is_copying = true;
         let spec = Box::new(self.stored.spec.clone());
         Some(Effect::Copy { spec, checkpoint: held.checkpoint.clone(), node: target })
     }
@@ -247,6 +310,7 @@ impl Job {
             Report::Preparing(what) => run.phase = RunPhase::Preparing(line(&what)),
             Report::Running { step } => {
                 run.phase = RunPhase::Running;
+                (moment.tries, moment.avoids) = (0, None);
                 moment.curve.cut_after(step);
                 moment.progress.step = step;
                 let from = if step == 0 { "the beginning".to_owned() } else { format!("step {step}") };
@@ -270,6 +334,10 @@ impl Job {
                 run.phase = RunPhase::Running;
             }
             Report::Said(text) => push_line(&mut moment.said, at, &text),
+            Report::Helped(mut nodes) => {
+                nodes.truncate(self.stored.spec.workers as usize);
+                run.helpers = nodes;
+            }
             Report::Checkpointed(checkpoint) => {
                 let points = take_points(&mut run.points);
                 let node = run.node;
@@ -312,7 +380,13 @@ impl Job {
             ) => {
                 self.forget_undurable();
                 self.moment.waits_for = Some(error.to_string());
-                self.moment.retry_at = Some(now + RETRY);
+                if matches!(run.phase, RunPhase::Preparing(_)) {
+                    // What this node could not fetch or read another one may. One that computed has the newest checkpoint.
+                    self.moment.avoids = Some(run.node);
+                }
+                let pause = RETRY.saturating_mul(1 << self.moment.tries.min(6));
+                self.moment.tries = self.moment.tries.saturating_add(1);
+                self.moment.retry_at = Some(now + pause.min(LONGEST_PAUSE));
                 Vec::new()
             }
             Err(error) => {
@@ -320,6 +394,8 @@ impl Job {
                 let reason = error.to_string();
                 let stumbled = Record::Stumbled { id: id.clone(), epoch, reason: reason.clone(), at };
                 let failures = self.stored.failures + 1;
+                // A single death is nobody's fault, and elsewhere the model may have to be fetched first.
+                self.moment.avoids = (failures > 1).then_some(run.node);
                 if failures >= MAX_FAILURES {
                     let reason = format!("{failures} workers in a row ended; the last one: {reason}");
                     return vec![Effect::Record(stumbled), Effect::Record(Record::Failed { id, reason, at })];

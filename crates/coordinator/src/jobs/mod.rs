@@ -13,8 +13,11 @@
 //! - An epoch is one attempt to run a job. Epochs rise over all jobs and are durable before they are used; what an older attempt still
 //!   reports changes nothing, so of two runners that both believe to be the one, one counts.
 //! - An attempt begins from the newest checkpoint that a node has. A job with checkpoints of which no node has one now waits: it does not begin anew.
-//! - A lost node or a stopped one is nobody's fault. A worker process that dies is tried again, with growing pauses, and after
+//! - A lost node or a stopped one is nobody's fault, nor is what a node cannot fetch now: that is tried again without an end, with growing
+//!   pauses, and on another node where one fits. A worker process that dies is tried again, with growing pauses, and after
 //!   [`MAX_FAILURES`] in a row without a new checkpoint the job has failed, until somebody resumes it.
+//! - Nodes say which checkpoints they have whenever they hear which are wanted: what is known of copies follows the disks, and a checkpoint
+//!   that lost one is copied again.
 //! - What a job made is named by the hash of its checkpoint, which is in the record of its end: nothing else is ever published for it.
 
 mod content;
@@ -36,6 +39,7 @@ pub use view::{HeldCheckpoint, JobState, JobView, LogLine, Progress, Publication
 use crate::{Error, NodeId};
 use mlxnode_compute::ByteCount;
 use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Most jobs that are remembered. The oldest that has ended makes room for a new one.
 pub const MAX_JOBS: usize = 256;
@@ -101,6 +105,15 @@ pub enum Record {
         /// Which checkpoint.
         hash: ContentHash,
         /// Who has it.
+        node: NodeId,
+    },
+    /// A node does not have a checkpoint any more: its disk was emptied, or it has left the cluster.
+    Lost {
+        /// Which job.
+        id: String,
+        /// Which checkpoint.
+        hash: ContentHash,
+        /// Who had it.
         node: NodeId,
     },
     /// An attempt's worker died.
@@ -233,7 +246,7 @@ pub enum Effect {
         /// Whereto.
         node: NodeId,
     },
-    /// Tell the nodes what of jobs is still wanted: the rest goes. Not answered.
+    /// Tell the nodes what of jobs is still wanted: the rest goes. One at a time. Answered by [`Event::Tidied`].
     Tidy,
     /// Serve what a job made. Answered by [`Event::Published`].
     Publish {
@@ -257,6 +270,9 @@ pub struct RunJob {
     pub epoch: u64,
     /// What it may go on from, the newest first. Empty: from the beginning.
     pub checkpoints: Vec<Checkpoint>,
+    /// What it takes of each node that works at it; 0 when that is not known.
+    #[serde(default)]
+    pub memory: ByteCount,
 }
 
 /// What was done, or happened.
@@ -309,6 +325,13 @@ pub enum Event {
         /// Done, or why not.
         result: Result<(), Error>,
     },
+    /// Answers [`Effect::Tidy`].
+    Tidied {
+        /// [`Jobs::holders`] when that was asked.
+        asked: BTreeMap<ContentHash, BTreeSet<NodeId>>,
+        /// What the nodes say.
+        tidied: Tidied,
+    },
     /// A node is dead.
     NodeLost {
         /// Which.
@@ -347,6 +370,8 @@ pub enum Report {
     Going,
     /// For the log.
     Said(String),
+    /// These other nodes run workers of it now, or are asked to.
+    Helped(Vec<NodeId>),
 }
 
 /// How an attempt ended in order.
@@ -370,6 +395,15 @@ pub struct Wanted {
     pub checkpoints: Vec<Checkpoint>,
     /// These files.
     pub inputs: Vec<ContentHash>,
+}
+
+/// What nodes say that were told what is wanted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tidied {
+    /// Which of the wanted checkpoints are on which node: those nodes that answered.
+    pub held: BTreeMap<NodeId, BTreeSet<ContentHash>>,
+    /// The nodes of the cluster, whether they are there or not. Empty: not known.
+    pub members: BTreeSet<NodeId>,
 }
 
 /// What a node offers for jobs now.

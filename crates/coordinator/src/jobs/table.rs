@@ -3,13 +3,13 @@
 use super::view::{HeldCheckpoint, JobState, JobView, LogLine, Progress, Publication};
 use super::{
     COPIES, Checkpoint, ContentHash, Curve, Effect, JobKind, JobSpec, LossPoint, MAX_JOBS, MAX_LOG_LINES,
-    PublishWish, Record, Wanted, artifact_source,
+    PublishWish, Record, Wanted, artifact_source, parse_artifact_source,
 };
 use crate::deployments::{check_adapter_name, check_name};
 use crate::{Error, NodeId};
 use mlxnode_compute::ByteCount;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Instant;
 
 /// Longest line of a log, in bytes: it may quote what a worker said.
@@ -62,7 +62,12 @@ pub struct StoredJob {
 pub(super) struct Run {
     pub(super) epoch: u64,
     pub(super) node: NodeId,
+    /// Other nodes that work at it.
+    pub(super) helpers: Vec<NodeId>,
     pub(super) phase: RunPhase,
+    /// Set once it was told to end: when it is told again.
+    pub(super) stop_again: Option<Instant>,
+    /// It was told to end: it may be any time until it does.
     pub(super) is_stopping: bool,
     /// Losses that are not durable yet.
     pub(super) points: Curve,
@@ -84,7 +89,7 @@ pub(super) struct Moment {
     pub(super) is_weighing: bool,
     /// A copy of a checkpoint is on its way.
     pub(super) is_copying: bool,
-    /// Not before; none: at once.
+    /// No other copy before; none: at once.
     pub(super) copy_after: Option<Instant>,
     /// When serving the result is tried again.
     pub(super) publish_after: Option<Instant>,
@@ -93,6 +98,10 @@ pub(super) struct Moment {
     pub(super) waits_for: Option<String>,
     /// Not before.
     pub(super) retry_at: Option<Instant>,
+    /// Attempts in a row that a node could not begin.
+    pub(super) tries: u32,
+    /// Where the last attempt came to nothing: another node that fits is better.
+    pub(super) avoids: Option<NodeId>,
     pub(super) progress: Progress,
     /// The curve with what is not durable yet.
     pub(super) curve: Curve,
@@ -112,6 +121,8 @@ pub struct Jobs {
     pub(super) jobs: BTreeMap<String, Job>,
     pub(super) used_epoch: u64,
     next_order: u64,
+    /// What deployments serve or are about to: see [`Jobs::pin`].
+    pinned: BTreeSet<(String, ContentHash)>,
 }
 
 impl Jobs {
@@ -156,10 +167,12 @@ impl Jobs {
         let mut records = Vec::new();
         if self.jobs.len() >= MAX_JOBS {
             let over = self.jobs.values().filter(|job| job.stored.aim.is_over() && job.moment.run.is_none());
-            let oldest = over.min_by_key(|job| (job.stored.ended_at, job.stored.order));
+            let free = over.filter(|job| !self.pinned.iter().any(|(id, _)| *id == job.stored.spec.id));
+            let oldest = free.min_by_key(|job| (job.stored.ended_at, job.stored.order));
             let oldest = oldest.ok_or_else(|| {
                 Error::TooMany(format!(
-                    "the cluster has {MAX_JOBS} jobs that are not over, which is the most; cancel one, or wait"
+                    "the cluster has {MAX_JOBS} jobs, which is the most, and each is under way or served; cancel one, unload an \
+                     adapter that one made, or wait"
                 ))
             })?;
             records.push(Record::Removed { id: oldest.stored.spec.id.clone() });
@@ -321,6 +334,10 @@ impl Jobs {
                 }
                 Vec::new()
             }),
+            Record::Lost { id, hash, node } => self.of(&id, |job| {
+                job.stored.lose(hash, node);
+                Vec::new()
+            }),
             Record::Stumbled { id, epoch, reason, at } => self.of(&id, |job| {
                 if epoch == job.stored.epoch {
                     job.stored.failures += 1;
@@ -338,7 +355,7 @@ impl Jobs {
                 job.stored.aim = Aim::Run;
                 job.stored.ended_at = None;
                 job.stored.failures = 0;
-                job.moment.retry_at = None;
+                (job.moment.retry_at, job.moment.tries) = (None, 0);
                 Vec::new()
             }),
             Record::Finished { id, epoch, checkpoint, node, points, at } => self.of(&id, |job| {
@@ -369,14 +386,7 @@ impl Jobs {
                         Some(problem) => format!("not served as {deployment}:{adapter}: {problem}"),
                     },
                 );
-                let is_other = |other: &Publication| {
-                    other.deployment != publication.deployment || other.adapter != publication.adapter
-                };
-                job.stored.publications.retain(is_other);
-                job.stored.publications.push(publication);
-                if job.stored.publications.len() > MAX_PUBLICATIONS {
-                    job.stored.publications.remove(0);
-                }
+                job.stored.publish(publication);
                 Vec::new()
             }),
         }
@@ -386,19 +396,42 @@ impl Jobs {
         self.jobs.get_mut(id).map(change).unwrap_or_default()
     }
 
+    /// These adapters of deployments are served now or about to be, by their sources: what those name stays wanted, and their jobs are
+    /// not forgotten. Said anew whenever that has changed.
+    pub fn pin<'a>(&mut self, sources: impl IntoIterator<Item = &'a str>) {
+        let named = sources.into_iter().filter_map(parse_artifact_source);
+        self.pinned = named.map(|(id, hash)| (id.to_owned(), hash)).collect();
+    }
+
     /// What of jobs is still wanted on the nodes.
     pub fn wanted(&self) -> Vec<Wanted> {
-        let wanted = |job: &Job| Wanted {
-            id: job.stored.spec.id.clone(),
-            checkpoints: job.stored.checkpoints.iter().map(|held| held.checkpoint.clone()).collect(),
-            inputs: job.stored.spec.inputs.iter().map(|input| input.hash).collect(),
+        let wanted = |job: &Job| {
+            let stored = &job.stored;
+            let mut checkpoints: Vec<Checkpoint> =
+                stored.checkpoints.iter().map(|held| held.checkpoint.clone()).collect();
+            let pinned = self.pinned.iter().filter(|(id, _)| *id == stored.spec.id);
+            for (_, hash) in pinned {
+                if !checkpoints.iter().any(|checkpoint| checkpoint.hash == *hash) {
+                    // How many steps it had is not known any more; it is older than those that are.
+                    checkpoints.push(Checkpoint { step: 0, hash: *hash, bytes: 0 });
+                }
+            }
+            let inputs = stored.spec.inputs.iter().map(|input| input.hash).collect();
+            Wanted { id: stored.spec.id.clone(), checkpoints, inputs }
         };
         self.jobs.values().map(wanted).collect()
     }
 
+    /// Who has which checkpoint, as far as known.
+    pub fn holders(&self) -> BTreeMap<ContentHash, BTreeSet<NodeId>> {
+        let held = self.jobs.values().flat_map(|job| &job.stored.checkpoints);
+        held.map(|held| (held.checkpoint.hash, held.holders.iter().copied().collect())).collect()
+    }
+
     /// What running jobs take of a node's memory.
     pub fn reserved(&self, node: NodeId) -> ByteCount {
-        let here = |job: &&Job| job.moment.run.as_ref().is_some_and(|run| run.node == node);
+        let is_here = |run: &Run| run.node == node || run.helpers.contains(&node);
+        let here = |job: &&Job| job.moment.run.as_ref().is_some_and(is_here);
         self.jobs.values().filter(here).filter_map(|job| job.moment.need).sum()
     }
 
@@ -426,6 +459,35 @@ impl StoredJob {
         push_line(&mut self.log, at, &text);
     }
 
+    /// Remembers what became of a wish to serve something. What is served stays served when another checkpoint could not take its
+    /// place.
+    fn publish(&mut self, publication: Publication) {
+        let failed = publication.problem.is_some();
+        self.publications.retain(|other| {
+            let is_same =
+                (&other.deployment, &other.adapter) == (&publication.deployment, &publication.adapter);
+            !is_same || (failed && other.problem.is_none() && other.hash != publication.hash)
+        });
+        self.publications.push(publication);
+        if self.publications.len() > MAX_PUBLICATIONS {
+            let failed = self.publications.iter().position(|other| other.problem.is_some());
+            self.publications.remove(failed.unwrap_or(0));
+        }
+    }
+
+    /// A node does not have a checkpoint any more. One that nobody has is of no use where another one can be gone on from; the result
+    /// of a job stays in its record.
+    fn lose(&mut self, hash: ContentHash, node: NodeId) {
+        let Some(held) = self.checkpoints.iter_mut().find(|held| held.checkpoint.hash == hash) else {
+            return;
+        };
+        held.holders.retain(|holder| *holder != node);
+        let is_gone = held.holders.is_empty() && self.aim != Aim::Finished;
+        if is_gone && self.checkpoints.iter().any(|held| !held.holders.is_empty()) {
+            self.checkpoints.retain(|held| held.checkpoint.hash != hash);
+        }
+    }
+
     /// What may go: all but the last few, the newest that two nodes have, and what is served.
     fn forget_old(&mut self) {
         let keep = self.spec.saves.keep as usize;
@@ -448,11 +510,14 @@ impl Job {
         stored.started_at.get_or_insert(at);
         stored.log(at, format!("attempt {} begins on {}", stored.attempts, node.short()));
         let checkpoints = stored.checkpoints.iter().rev().map(|held| held.checkpoint.clone()).collect();
-        let order = super::RunJob { spec: stored.spec.clone(), epoch, checkpoints };
+        let memory = self.moment.need.unwrap_or_default();
+        let order = super::RunJob { spec: stored.spec.clone(), epoch, checkpoints, memory };
         self.moment.run = Some(Run {
             epoch,
             node,
+            helpers: Vec::new(),
             phase: RunPhase::Preparing(String::new()),
+            stop_again: None,
             is_stopping: false,
             points: Curve::default(),
         });
@@ -496,7 +561,7 @@ impl Job {
 
     fn stop(&mut self, saves: bool) -> Vec<Effect> {
         let Some(run) = &mut self.moment.run else { return Vec::new() };
-        run.is_stopping = true;
+        (run.is_stopping, run.stop_again) = (true, None);
         let (id, epoch, node) = (self.stored.spec.id.clone(), run.epoch, run.node);
         vec![Effect::Stop { id, epoch, node, saves }]
     }

@@ -163,6 +163,21 @@ impl Tuning {
     ///
     /// When the plan does not fit the layer range.
     pub fn tune(self, plan: Plan) -> Result<Tuner, TuneError> {
+        let tuner = self.tune_part(plan)?;
+        if tuner.trained().is_empty() { Err(TuneError::Nothing) } else { Ok(tuner) }
+    }
+
+    /// The same for a layer range of which nothing may be trained, because that of other ranges is.
+    ///
+    /// # Errors
+    ///
+    /// When the plan does not fit the layer range.
+    pub fn tune_part(self, plan: Plan) -> Result<Tuner, TuneError> {
         Tuner::new(self, plan)
+    }
+
+    /// Which layers these are.
+    pub fn layers(&self) -> LayerRange {
+        self.shard.layers
     }
 }

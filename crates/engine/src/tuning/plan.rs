@@ -48,19 +48,16 @@ pub struct Trained {
 impl Plan {
     /// The arrays that are trained, in their order: of a module `A`, `B` and, with magnitudes, `m`.
     pub(super) fn arrays(&self, tuning: &Tuning) -> Result<Vec<Trained>, TuneError> {
-        let arrays = match self {
+        match self {
             Self::LowRank { modules, .. } => {
                 let mut arrays = Vec::new();
                 for module in modules {
                     arrays.extend(module.arrays(tuning)?);
                 }
-                arrays
+                Ok(arrays)
             }
-            Self::Weights(names) => {
-                names.iter().map(|name| weight(tuning, name)).collect::<Result<Vec<_>, _>>()?
-            }
-        };
-        if arrays.is_empty() { Err(TuneError::Nothing) } else { Ok(arrays) }
+            Self::Weights(names) => names.iter().map(|name| weight(tuning, name)).collect(),
+        }
     }
 }
 

@@ -57,6 +57,8 @@ impl Tuner {
                 device.eval(beginnings.iter().flatten())?;
                 modules = Some((decoder, registry));
             }
+            // As good as changes of low rank, without any.
+            Plan::Weights(names) if names.is_empty() => modules = Some((decoder, registry)),
             Plan::Weights(names) => {
                 // They live on as what is trained only.
                 for (place, name) in names.iter().enumerate() {
@@ -101,6 +103,16 @@ impl Tuner {
     /// Which layers it has.
     pub fn layers(&self) -> LayerRange {
         self.shared.layers
+    }
+
+    /// Elements that travel between layer ranges for each token: hidden vectors, and what a family has besides.
+    pub fn width(&self) -> usize {
+        self.shared.tuning.spec.activation_width()
+    }
+
+    /// Does the range end the model?
+    pub fn is_last(&self) -> bool {
+        self.shared.layers.is_last(self.shared.tuning.spec.layer_count())
     }
 
     /// Which tokens there are.
@@ -165,8 +177,8 @@ impl Tuner {
         })
     }
 
-    /// For a range that does not end the model: what comes out of [`Self::forward`], the gradients of what is trained, and that of
-    /// hidden vectors that went in (None for ids), where `cotangent` is the gradient of what came out. Everything is computed again.
+    /// For a range that does not end the model: what comes out of [`Self::forward`], the gradients of what is trained, and with `of_input`
+    /// that of hidden vectors that went in (None for ids), where `cotangent` is the gradient of what came out. Everything is computed again.
     ///
     /// # Errors
     ///
@@ -178,18 +190,19 @@ impl Tuner {
         lengths: &[i32],
         keys: Option<&Array>,
         cotangent: &Array,
+        of_input: bool,
     ) -> Result<Backward> {
         let (tuner, lengths, keys) = (self.clone(), lengths.to_vec(), keys.cloned());
         let count = trained.len();
-        let ids = self.shared.layers.is_first().then(|| input.clone());
+        let constant = (self.shared.layers.is_first() || !of_input).then(|| input.clone());
         let mut inputs = trained.to_vec();
-        if ids.is_none() {
+        if constant.is_none() {
             inputs.push(input);
         }
         let body = move |_: &Device, inputs: &[&Array]| {
             let (trained, input) = inputs.split_at(count.min(inputs.len()));
-            let input = match (&ids, input) {
-                (Some(ids), _) => ids,
+            let input = match (&constant, input) {
+                (Some(constant), _) => constant,
                 (None, [hidden]) => *hidden,
                 (None, _) => return Err(Error::Mlx("hidden vectors are missing".to_owned())),
             };
@@ -333,9 +346,11 @@ impl Tuner {
                 return Err(Error::Mlx("a layer needs hidden vectors".to_owned()));
             };
             let (arrays, keys) = match rest.split_last() {
-                Some((keys, arrays)) if with_keys => (arrays, Some(*keys)),
+                // MLX differentiates by all inputs, but random bits have no derivative.
+                Some((keys, arrays)) if with_keys => (arrays, Some(device.stop_gradient(keys)?)),
                 _ => (rest, None),
             };
+            let keys = keys.as_ref();
             let shared = &tuner.shared;
             let places = &shared.of_layers[index];
             let hidden = match &shared.modules {

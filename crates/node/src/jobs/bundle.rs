@@ -6,7 +6,7 @@
 //!   state/…             all that the job goes on from
 //!   result/…            what it made so far
 //! ```
-//! It is written into a folder of another name, made durable file by file, and then renamed: under its own name it is whole.
+//! It is written into a folder of another name ([`Draft`]), made durable file by file, and then renamed: under its own name it is whole.
 
 use mlxnode_coordinator::jobs::{Checkpoint, ContentHash};
 use serde::{Deserialize, Serialize};
@@ -73,7 +73,7 @@ impl Manifest {
     }
 
     pub(super) fn total(&self) -> u64 {
-        self.files.iter().map(|file| file.bytes).sum()
+        self.files.iter().fold(0, |sum, file| sum.saturating_add(file.bytes))
     }
 }
 
@@ -101,16 +101,68 @@ pub(super) fn remove(job: &Path, hash: ContentHash) -> io::Result<()> {
     fs::remove_dir_all(gone)
 }
 
+/// A folder that somebody works in for a while. It goes when this is dropped, whatever became of the work.
+#[derive(Debug)]
+pub(super) struct Draft(PathBuf);
+
+impl Draft {
+    /// A folder that somebody makes, or has made.
+    pub(super) fn of(folder: PathBuf) -> Self {
+        Self(folder)
+    }
+
+    /// Where it is.
+    pub(super) fn folder(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        match fs::remove_dir_all(&self.0) {
+            // It has its name now, or was never made.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => tracing::warn!(folder = %self.0.display(), %error, "what was begun stays for now"),
+            Ok(()) => {}
+        }
+    }
+}
+
+/// What a draft is called: see [`begin`].
+pub(super) fn draft_name(name: &str) -> String {
+    format!("new-{name}")
+}
+
 /// An empty folder to write a checkpoint into; what a broken attempt left there goes.
-pub(super) fn begin(job: &Path, name: &str) -> io::Result<PathBuf> {
-    let folder = job.join(format!("new-{name}"));
+pub(super) fn begin(job: &Path, name: &str) -> io::Result<Draft> {
+    let folder = job.join(draft_name(name));
     match fs::remove_dir_all(&folder) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    fs::create_dir_all(folder.join(STATE))?;
-    fs::create_dir_all(folder.join(RESULT))?;
-    Ok(folder)
+    make_folder(job)?;
+    let draft = Draft(folder);
+    fs::create_dir(draft.folder())?;
+    fs::create_dir(draft.folder().join(STATE))?;
+    fs::create_dir(draft.folder().join(RESULT))?;
+    Ok(draft)
+}
+
+/// Makes a folder and those above it that are missing, each so that it is there after a crash too.
+pub(super) fn make_folder(folder: &Path) -> io::Result<()> {
+    let above = folder.parent().filter(|above| !above.as_os_str().is_empty());
+    match (fs::create_dir(folder), above) {
+        (Err(error), _) if error.kind() == io::ErrorKind::AlreadyExists && folder.is_dir() => Ok(()),
+        (Err(error), Some(above)) if error.kind() == io::ErrorKind::NotFound => {
+            make_folder(above)?;
+            match fs::create_dir(folder) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+                _ => File::open(above)?.sync_all(), // or somebody else was faster
+            }
+        }
+        (Err(error), _) => Err(error),
+        (Ok(()), above) => above.map_or(Ok(()), |above| File::open(above)?.sync_all()),
+    }
 }
 
 /// Makes the folder that was written a checkpoint: hashes, syncs, names it.
@@ -129,7 +181,6 @@ pub(super) fn seal(job_folder: &Path, written: &Path, job: &str, step: u64) -> i
             File::open(entry.path())?.sync_all()?;
             files.push(BundleFile { name: format!("{part}/{name}"), bytes, hash });
         }
-        File::open(&folder)?.sync_all()?;
     }
     files.sort_by(|a, b| a.name.cmp(&b.name));
     let manifest = Manifest { job: job.to_owned(), step, files };
@@ -139,14 +190,17 @@ pub(super) fn seal(job_folder: &Path, written: &Path, job: &str, step: u64) -> i
     Ok(Checkpoint { step, hash: ContentHash::of(&bytes), bytes: manifest.total() })
 }
 
-/// The last steps: manifest, sync, rename, sync.
+/// The last steps, once the files are durable: their folders, manifest, sync, rename, sync.
 pub(super) fn name(job_folder: &Path, written: &Path, manifest: &[u8]) -> io::Result<PathBuf> {
+    for part in [STATE, RESULT] {
+        File::open(written.join(part))?.sync_all()?;
+    }
     let mut file = File::create(written.join(MANIFEST))?;
     file.write_all(manifest)?;
     file.sync_all()?;
     File::open(written)?.sync_all()?;
     let all = checkpoints_of(job_folder);
-    fs::create_dir_all(&all)?;
+    make_folder(&all)?;
     let target = folder_of(job_folder, ContentHash::of(manifest));
     if target.exists() {
         let named = Manifest::parse(manifest)?;
@@ -159,7 +213,6 @@ pub(super) fn name(job_folder: &Path, written: &Path, manifest: &[u8]) -> io::Re
     }
     fs::rename(written, &target)?;
     File::open(&all)?.sync_all()?;
-    File::open(job_folder)?.sync_all()?;
     Ok(target)
 }
 
@@ -171,6 +224,17 @@ pub(super) fn manifest(folder: &Path, hash: ContentHash) -> io::Result<(Manifest
         return Err(io::Error::new(io::ErrorKind::InvalidData, "its manifest is damaged"));
     }
     Ok((Manifest::parse(&bytes)?, bytes))
+}
+
+/// Is a checkpoint here, as far as names and lengths tell? What cannot be read now may be.
+pub(super) fn is_there(job: &Path, hash: ContentHash) -> bool {
+    let is_passing =
+        |error: io::Error| !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidData);
+    let folder = folder_of(job, hash);
+    let has = |file: &BundleFile| {
+        fs::metadata(folder.join(&file.name)).map_or_else(is_passing, |it| it.len() == file.bytes)
+    };
+    manifest(&folder, hash).map_or_else(is_passing, |(manifest, _)| manifest.files.iter().all(has))
 }
 
 /// Is all of a checkpoint as it was written?
@@ -219,11 +283,11 @@ pub(super) fn hash_file(path: &Path) -> io::Result<(ContentHash, u64)> {
 mod tests {
     use super::*;
 
-    fn written(job: &Path) -> PathBuf {
-        let folder = begin(job, "1").unwrap();
-        fs::write(folder.join(STATE).join("moments"), "many numbers").unwrap();
-        fs::write(folder.join(RESULT).join("adapter"), "few numbers").unwrap();
-        folder
+    fn written(job: &Path) -> Draft {
+        let draft = begin(job, "1").unwrap();
+        fs::write(draft.folder().join(STATE).join("moments"), "many numbers").unwrap();
+        fs::write(draft.folder().join(RESULT).join("adapter"), "few numbers").unwrap();
+        draft
     }
 
     #[test]
@@ -231,18 +295,18 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let job = folder.path();
         let new = written(job);
-        let checkpoint = seal(job, &new, "job-1", 7).unwrap();
-        assert!(!new.exists());
+        let checkpoint = seal(job, new.folder(), "job-1", 7).unwrap();
+        assert!(!new.folder().exists());
         let place = folder_of(job, checkpoint.hash);
         let manifest = verify(&place, "job-1", checkpoint.hash).unwrap();
         assert_eq!((manifest.step, manifest.total()), (7, checkpoint.bytes));
         assert_eq!(list(job).len(), 1);
         assert!(verify(&place, "job-2", checkpoint.hash).is_err());
         // The same again is the same, also after it was removed.
-        assert_eq!(seal(job, &written(job), "job-1", 7).unwrap(), checkpoint);
+        assert_eq!(seal(job, written(job).folder(), "job-1", 7).unwrap(), checkpoint);
         remove(job, checkpoint.hash).unwrap();
         assert!(!place.exists() && list(job).is_empty() && fs::read_dir(job).unwrap().count() == 1);
-        assert_eq!(seal(job, &written(job), "job-1", 7).unwrap(), checkpoint);
+        assert_eq!(seal(job, written(job).folder(), "job-1", 7).unwrap(), checkpoint);
         let path = place.join(STATE).join("moments");
         fs::write(&path, "many numberz").unwrap();
         let error = verify(&place, "job-1", checkpoint.hash).unwrap_err();
@@ -254,6 +318,9 @@ mod tests {
         fs::write(place.join(MANIFEST), "{}").unwrap();
         assert!(verify(&place, "job-1", checkpoint.hash).is_err());
         assert!(list(job).is_empty());
+        // The same again takes the place of what is damaged.
+        assert_eq!(seal(job, written(job).folder(), "job-1", 7).unwrap(), checkpoint);
+        assert!(verify(&place, "job-1", checkpoint.hash).is_ok());
     }
 
     #[test]
@@ -270,9 +337,23 @@ mod tests {
     #[test]
     fn what_a_broken_attempt_left_is_gone() {
         let folder = tempfile::tempdir().unwrap();
-        written(folder.path());
+        std::mem::forget(written(folder.path())); // as a process that dies
         let again = begin(folder.path(), "1").unwrap();
-        assert_eq!(fs::read_dir(again.join(STATE)).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(again.folder().join(STATE)).unwrap().count(), 0);
         assert!(list(folder.path()).is_empty());
+        drop(again);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "what was not finished goes");
+    }
+
+    #[test]
+    fn folders_are_made_with_those_above_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let deep = folder.path().join("jobs").join("a").join("checkpoints");
+        make_folder(&deep).unwrap();
+        make_folder(&deep).unwrap();
+        assert!(deep.is_dir());
+        fs::write(folder.path().join("file"), "").unwrap();
+        assert!(make_folder(&folder.path().join("file")).is_err());
+        assert!(make_folder(&folder.path().join("file").join("below")).is_err());
     }
 }

@@ -7,7 +7,7 @@ use futures::future::BoxFuture;
 use mlxnode_cluster::{NodeId, PeerState};
 use mlxnode_coordinator::Error;
 use mlxnode_coordinator::coordinator::{JobNodes, JobReports};
-use mlxnode_coordinator::jobs::{Checkpoint, JobSpec, RunEnd, RunJob, Wanted};
+use mlxnode_coordinator::jobs::{Checkpoint, ContentHash, JobSpec, RunEnd, RunJob, Tidied, Wanted};
 use mlxnode_proto::internal::v1 as proto;
 use mlxnode_proto::internal::v1::job_runner_client::JobRunnerClient;
 use serde::Serialize;
@@ -138,15 +138,20 @@ impl JobNodes for ClusterJobs {
         .boxed()
     }
 
-    fn tidy(&self, wanted: Vec<Wanted>) -> BoxFuture<'static, ()> {
+    fn tidy(&self, wanted: Vec<Wanted>) -> BoxFuture<'static, Tidied> {
         let jobs = self.clone();
         async move {
             let told = match json(&wanted) {
                 Ok(told) => told,
-                Err(error) => return tracing::warn!(%error, "nodes are not told what of jobs is wanted"),
+                Err(error) => {
+                    tracing::warn!(%error, "nodes are not told what of jobs is wanted");
+                    return Tidied::default();
+                }
             };
-            if let Err(error) = jobs.runners.tidy(wanted).await {
-                tracing::warn!(%error, "what is not wanted of jobs stays");
+            let mut tidied = Tidied { members: jobs.peers().members(), ..Tidied::default() };
+            match jobs.runners.tidy(wanted).await {
+                Ok(held) => drop(tidied.held.insert(jobs.own, held)),
+                Err(error) => tracing::warn!(%error, "what is not wanted of jobs stays"),
             }
             let peers = jobs.peers().mesh.peers();
             let alive = peers.iter().filter(|peer| peer.state == PeerState::Alive);
@@ -155,10 +160,14 @@ impl JobNodes for ClusterJobs {
                 let request = proto::TidyJobsRequest { wanted: told.clone() };
                 Some(async move {
                     // One that does not hear it now does when something changes or it is back.
-                    let _ = tokio::time::timeout(ANSWER, client.tidy(request)).await;
+                    let answer = tokio::time::timeout(ANSWER, client.tidy(request)).await.ok()?.ok()?;
+                    let held = answer.into_inner().held;
+                    let held = held.iter().filter_map(|hash| ContentHash::try_from(&hash[..]).ok());
+                    Some((peer.node_id, held.collect()))
                 })
             });
-            futures::future::join_all(tells).await;
+            tidied.held.extend(futures::future::join_all(tells).await.into_iter().flatten());
+            tidied
         }
         .boxed()
     }

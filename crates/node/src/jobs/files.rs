@@ -76,6 +76,11 @@ impl JobFiles for NodeJobFiles {
         async move { peers.missing(hashes).await }.boxed()
     }
 
+    fn has_length(&self, hash: ContentHash, bytes: u64) -> BoxFuture<'static, Option<bool>> {
+        let peers = self.peers.clone();
+        async move { peers.has_length(hash, bytes).await }.boxed()
+    }
+
     fn read(&self, hash: ContentHash, at_most: u64) -> BoxFuture<'static, Result<Bytes, Error>> {
         let peers = self.peers.clone();
         async move {

@@ -1,13 +1,14 @@
 //! Fetches files and checkpoints from whichever node has them.
 
 use super::bundle::{self, Manifest};
-use super::store::Store;
+use super::store::{Store, copy_name};
 use futures::StreamExt as _;
 use mlxnode_cluster::{MeshHandle, NodeId, RosterStore};
 use mlxnode_coordinator::Error;
 use mlxnode_coordinator::jobs::{Checkpoint, ContentHash, InputFile};
 use mlxnode_proto::internal::v1::job_runner_client::JobRunnerClient;
 use mlxnode_proto::internal::v1::{ContentPiece, ReadCheckpointRequest, ReadContentRequest};
+use std::collections::BTreeSet;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -63,6 +64,14 @@ impl Peers {
         entry.map_or_else(|| node.short(), |entry| entry.name.clone())
     }
 
+    /// The nodes of the cluster, whether they are there or not; empty when that is not known.
+    pub(super) fn members(&self) -> BTreeSet<NodeId> {
+        let roster = self.roster.current();
+        roster
+            .map(|signed| signed.roster().nodes().iter().map(|entry| entry.node_id).collect())
+            .unwrap_or_default()
+    }
+
     fn clients(&self) -> Vec<(NodeId, JobRunnerClient<Channel>)> {
         let peers = self.mesh.peers();
         let reached = peers.iter().filter_map(|peer| {
@@ -76,46 +85,68 @@ impl Peers {
     pub(super) async fn missing(&self, hashes: Vec<ContentHash>) -> Vec<ContentHash> {
         let mut missing = Vec::new();
         for hash in hashes {
-            if self.store.find(hash).is_none() && self.content(hash, 0).await.is_none() {
+            let mut is_there = self.store.find(hash).is_some();
+            for (_, mut client) in self.clients() {
+                is_there = is_there || content(&mut client, hash, 0).await.is_some();
+            }
+            if !is_there {
                 missing.push(hash);
             }
         }
         missing
     }
 
-    /// A node's stream of the file's bytes, with its first piece.
-    async fn content(
-        &self,
-        hash: ContentHash,
-        offset: u64,
-    ) -> Option<(Option<ContentPiece>, Streaming<ContentPiece>)> {
+    /// Is this the length of a file, as the first node says that has it? `None`: no node has it that can be reached.
+    pub(super) async fn has_length(&self, hash: ContentHash, bytes: u64) -> Option<bool> {
+        if let (here, true) = self.store.received(hash) {
+            return Some(here == bytes);
+        }
         for (_, mut client) in self.clients() {
-            let request = ReadContentRequest { hash: hash.as_bytes().to_vec().into(), offset };
-            let begun = async {
-                let mut pieces = client.read_content(request).await?.into_inner();
-                Ok::<_, Status>((pieces.message().await?, pieces))
+            // Its last byte, after which nothing comes.
+            let Some((last, mut pieces)) = content(&mut client, hash, bytes.saturating_sub(1)).await else {
+                continue;
             };
-            if let Ok(Ok(begun)) = tokio::time::timeout(ANSWER, begun).await {
-                return Some(begun);
-            }
+            return Some(match last {
+                None => bytes == 0,
+                Some(piece) if bytes == 0 || piece.data.len() != 1 => false,
+                Some(_) => matches!(tokio::time::timeout(ANSWER, pieces.message()).await, Ok(Ok(None))),
+            });
         }
         None
     }
 
-    /// Makes sure that a file is here.
+    /// Makes sure that a file is here, and is what it is called.
     pub(super) async fn fetch_input(&self, input: &InputFile) -> Result<(), Error> {
-        let hash = input.hash;
-        if self.store.find(hash).is_some() {
+        let (what, hash) = (format!("fetching {}", input.name), input.hash);
+        let store = self.store.clone();
+        if on_disk(&what, move || store.prove(hash)).await?.is_some() {
             return Ok(());
         }
-        let (offset, _) = self.store.received(hash);
-        let offset = if offset > input.bytes { 0 } else { offset };
-        let what = format!("fetching {}", input.name);
-        let (first, mut pieces) = self.content(hash, offset).await.ok_or_else(|| {
-            Error::Unavailable(format!("no node that can be reached has the file {}", input.name))
-        })?;
-        let (store, bytes) = (self.store.clone(), input.bytes);
-        let receiving = on_disk(&what, move || store.receive(hash, bytes, offset)).await;
+        let mut problem = format!("no node that can be reached has the file {}", input.name);
+        for (node, mut client) in self.clients() {
+            let (offset, _) = self.store.received(hash);
+            let offset = if offset > input.bytes { 0 } else { offset };
+            let Some((first, pieces)) = content(&mut client, hash, offset).await else { continue };
+            match self.take_input(input, &what, offset, first, pieces).await {
+                Ok(()) => return Ok(()),
+                Err(error @ (Error::TooMany(_) | Error::Failed(_))) => return Err(error),
+                // Another node may have it right.
+                Err(error) => problem = format!("{}: {error}", self.name(node)),
+            }
+        }
+        Err(Error::Unavailable(problem))
+    }
+
+    async fn take_input(
+        &self,
+        input: &InputFile,
+        what: &str,
+        offset: u64,
+        first: Option<ContentPiece>,
+        mut pieces: Streaming<ContentPiece>,
+    ) -> Result<(), Error> {
+        let (hash, bytes, store) = (input.hash, input.bytes, self.store.clone());
+        let receiving = on_disk(what, move || store.receive(hash, bytes, offset)).await;
         let mut incoming = receiving.map_err(|error| match error {
             // It comes from somewhere else at this moment.
             Error::Invalid(text) => Error::Unavailable(format!("{what}: {text}")),
@@ -123,17 +154,14 @@ impl Peers {
         })?;
         let mut piece = first;
         while let Some(next) = piece {
-            incoming = on_disk(&what, move || incoming.write(&next.data).map(|()| incoming)).await?;
-            piece = next_piece(&mut pieces, &what).await?;
+            incoming = on_disk(what, move || incoming.write(&next.data).map(|()| incoming)).await?;
+            piece = next_piece(&mut pieces, what).await?;
         }
-        match on_disk(&what, move || incoming.finish()).await {
-            Ok((_, true)) => Ok(()),
-            Ok((received, false)) => {
+        match on_disk(what, move || incoming.finish()).await? {
+            (_, true) => Ok(()),
+            (received, false) => {
                 Err(Error::Unavailable(format!("{what}: it broke off after {received} bytes")))
             }
-            // Not what it is called: another node may have it right.
-            Err(Error::Invalid(text)) => Err(Error::Unavailable(format!("{what}: {text}"))),
-            Err(error) => Err(error),
         }
     }
 
@@ -152,11 +180,12 @@ impl Peers {
         match verified {
             Ok(_) => return Ok(here),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => {
+            // It stays until another one takes its place.
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                 tracing::warn!(job = id, step = checkpoint.step, %error, "a checkpoint is damaged");
-                let folder = here.clone();
-                on_disk(&what, move || std::fs::remove_dir_all(folder)).await?;
             }
+            // It may well be whole: this node cannot read it now.
+            Err(error) => return Err(Error::Failed(format!("{what} cannot be read here: {error}"))),
         }
         let mut problem = format!("no node that can be reached has {what}");
         for (node, mut client) in self.clients() {
@@ -165,7 +194,7 @@ impl Peers {
             let Ok(Ok(pieces)) = begun else { continue };
             match self.take_checkpoint(id, hash, &what, pieces.into_inner()).await {
                 Ok(()) => return Ok(here),
-                Err(error @ Error::TooMany(_)) => return Err(error),
+                Err(error @ (Error::TooMany(_) | Error::Failed(_))) => return Err(error),
                 Err(error) => problem = format!("{}: {error}", self.name(node)),
             }
         }
@@ -195,16 +224,20 @@ impl Peers {
             return Err(Error::Unavailable(format!("{what}: it is of the job {}", manifest.job)));
         }
         let job = self.store.job(id).map_err(disk(what))?;
-        let (folder, name) = (job.clone(), format!("copy-{hash}"));
+        let (store, total) = (self.store.clone(), manifest.total());
+        let mut promise = on_disk(what, move || store.promise(total)).await?;
+        let (folder, name) = (job.clone(), copy_name(hash));
         let new = on_disk(what, move || bundle::begin(&folder, &name)).await?;
         for file in &manifest.files {
-            let mut out = tokio::fs::File::create(new.join(&file.name)).await.map_err(disk(what))?;
+            let path = new.folder().join(&file.name);
+            let mut out = tokio::fs::File::create(path).await.map_err(disk(what))?;
             let mut left = file.bytes;
             let mut hasher = blake3::Hasher::new();
             while left > 0 {
                 let piece = next_piece(&mut pieces, what).await?.ok_or_else(broke)?;
                 left = left.checked_sub(piece.data.len() as u64).ok_or_else(broke)?;
                 hasher.update(&piece.data);
+                promise.came(piece.data.len() as u64).map_err(disk(what))?;
                 out.write_all(&piece.data).await.map_err(disk(what))?;
             }
             out.sync_all().await.map_err(disk(what))?;
@@ -213,9 +246,23 @@ impl Peers {
             }
         }
         let bytes = first.data;
-        on_disk(what, move || bundle::name(&job, &new, &bytes)).await?;
+        on_disk(what, move || bundle::name(&job, new.folder(), &bytes)).await?;
         Ok(())
     }
+}
+
+/// A node's stream of the file's bytes, with its first piece. `None`: it does not have it.
+async fn content(
+    client: &mut JobRunnerClient<Channel>,
+    hash: ContentHash,
+    offset: u64,
+) -> Option<(Option<ContentPiece>, Streaming<ContentPiece>)> {
+    let request = ReadContentRequest { hash: hash.as_bytes().to_vec().into(), offset };
+    let begun = async {
+        let mut pieces = client.read_content(request).await?.into_inner();
+        Ok::<_, Status>((pieces.message().await?, pieces))
+    };
+    tokio::time::timeout(ANSWER, begun).await.ok()?.ok()
 }
 
 async fn next_piece(pieces: &mut Streaming<ContentPiece>, what: &str) -> Result<Option<ContentPiece>, Error> {

@@ -3,23 +3,25 @@
 //! Between two pieces the runner reports, saves when that is due, stands back for requests, and ends when it is told to. Whoever asked for
 //! a run and goes away has it save a checkpoint and end: the coordinator that comes next finds it here.
 
-use super::bundle;
+use super::bundle::{self, Draft};
 use super::pace::pause_after;
-use super::peer_client::{Peers, on_disk};
-use super::team::{Helper, Place, Team};
+use super::peer_client::{Peers, disk, on_disk};
+use super::stops::{Stops, Will};
+use super::store::{AtWork, states_name};
+use super::team::{Helper, LEADER, Place, Team};
 use mlxnode_cluster::{Identity, KeyPin};
 use mlxnode_collective::MemberId;
-use mlxnode_compute::{Advance, JobError, StepReport};
+use mlxnode_compute::{Advance, ByteCount, JobError, StepReport};
 use mlxnode_coordinator::Error;
 use mlxnode_coordinator::jobs::{
-    Checkpoint, JobKind, JobSpec, LossPoint, Progress, Report, RunEnd, RunJob, Wanted,
+    Checkpoint, ContentHash, JobKind, JobSpec, LossPoint, Progress, Report, RunEnd, RunJob, Wanted,
 };
 use mlxnode_worker::{JobCallError, JobProcess, JobSetup};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -50,6 +52,8 @@ pub(crate) struct RunnersOptions {
     /// Where workers listen for other workers, and under which host other nodes reach them.
     pub(crate) listen: IpAddr,
     pub(crate) advertised: String,
+    /// What models leave of this node's memory budget.
+    pub(crate) free: Arc<dyn Fn() -> ByteCount + Send + Sync>,
     /// Does this node answer requests now?
     pub(crate) is_busy: Arc<dyn Fn() -> bool + Send + Sync>,
     /// Gets a model onto this machine and says where it is.
@@ -74,20 +78,40 @@ struct State {
     /// Newest epoch seen, by job.
     newest: BTreeMap<String, u64>,
     running: BTreeMap<String, Held>,
+    /// Workers of jobs that other nodes lead: by job and member.
+    helping: BTreeMap<(String, MemberId), Help>,
+    stops: Stops,
     is_ending: bool,
 }
 
-/// What a run is told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Will {
-    Run,
-    /// Save a checkpoint and end.
-    SaveAndEnd,
-    End,
+/// The checkpoints of its order that an attempt does not go on from though they are newer; set once that is known.
+type Skipped = Arc<OnceLock<Vec<ContentHash>>>;
+
+/// What a worker for another node takes here.
+struct Help {
+    epoch: u64,
+    skipped: Skipped,
+    memory: ByteCount,
+}
+
+/// A worker for another node is at work as long as this lives.
+struct Helping {
+    shared: Weak<Shared>,
+    key: (String, MemberId),
+}
+
+impl Drop for Helping {
+    fn drop(&mut self) {
+        if let Some(shared) = self.shared.upgrade() {
+            shared.state.lock().unwrap_or_else(PoisonError::into_inner).helping.remove(&self.key);
+        }
+    }
 }
 
 struct Held {
     epoch: u64,
+    memory: ByteCount,
+    skipped: Skipped,
     will: watch::Sender<Will>,
     /// Closed when the attempt is over.
     over: watch::Receiver<()>,
@@ -149,7 +173,6 @@ impl Runners {
         if let Some(over) = older {
             wait_for_end(over).await;
         }
-        let (will, told) = watch::channel(Will::Run);
         let (over_sender, over) = watch::channel(());
         let (reports, receiver) = mpsc::channel(REPORTS);
         let (end_sender, end) = tokio::sync::oneshot::channel();
@@ -157,7 +180,9 @@ impl Runners {
         if state.is_ending || state.newest.get(&id) != Some(&order.epoch) {
             return Err(Error::Unavailable(format!("attempt {} of the job {id} is over", order.epoch)));
         }
-        let epoch = order.epoch;
+        let (epoch, memory) = (order.epoch, order.memory);
+        let (will, told) = watch::channel(state.stops.told(&id, epoch));
+        let skipped = Skipped::default();
         let attempt = Attempt {
             shared: Arc::downgrade(&self.shared),
             peers: self.shared.peers.clone(),
@@ -166,6 +191,7 @@ impl Runners {
             place: self.place(),
             told,
             reports,
+            skipped: skipped.clone(),
             order,
         };
         let fetch_model = self.shared.options.fetch_model.clone();
@@ -187,7 +213,8 @@ impl Runners {
             let _ = end_sender.send(result);
             drop(over_sender);
         });
-        let held = Held { epoch, will: will.clone(), over, _task: AbortOnDropHandle::new(task) };
+        let task = AbortOnDropHandle::new(task);
+        let held = Held { epoch, memory, skipped, will: will.clone(), over, _task: task };
         state.running.insert(id, held); // the older one, if it hangs, is killed with its task
         Ok(RunningJob { reports: receiver, end, will })
     }
@@ -204,16 +231,29 @@ impl Runners {
     /// A further worker of a job that another node leads. Dropping it ends it.
     ///
     /// # Errors
-    /// When the node stops, or runs a worker of that job already.
+    /// When the node stops, runs that job itself, or has not as much memory left.
     pub(crate) fn help(&self, order: RunJob, member: MemberId, leader: KeyPin) -> Result<Helper, Error> {
-        let state = self.state();
+        let mut state = self.state();
         if state.is_ending {
             return Err(Error::Unavailable("the node stops".into()));
         }
         if state.running.contains_key(&order.spec.id) {
             return Err(Error::Unavailable(format!("the job {} runs on this node already", order.spec.id)));
         }
+        let taken = state.running.values().map(|held| held.memory);
+        let taken: ByteCount = taken.chain(state.helping.values().map(|help| help.memory)).sum();
+        let free = (self.shared.options.free)().saturating_sub(taken);
+        if free < order.memory {
+            let need = order.memory;
+            let text = format!("the job {} needs {need} of memory, and {free} are free here", order.spec.id);
+            return Err(Error::Unavailable(text));
+        }
+        let skipped = Skipped::default();
+        let key = (order.spec.id.clone(), member);
+        let help = Help { epoch: order.epoch, skipped: skipped.clone(), memory: order.memory };
+        state.helping.insert(key.clone(), help);
         drop(state);
+        let helping = Helping { shared: Arc::downgrade(&self.shared), key };
         let (will, told) = watch::channel(Will::Run);
         let (reports, _nobody) = mpsc::channel(1);
         let attempt = Attempt {
@@ -224,20 +264,24 @@ impl Runners {
             place: self.place(),
             told,
             reports,
+            skipped,
             order,
         };
         let fetch_model = self.shared.options.fetch_model.clone();
         Ok(Helper::start(move |joined| async move {
-            let _running = will; // as long as the helper is wanted
+            let _running = (will, helping); // as long as the helper is wanted
             attempt.help(fetch_model, member, leader, joined).await
         }))
     }
 
     /// Has an attempt end.
     pub(crate) fn stop(&self, id: &str, epoch: u64, saves: bool) {
-        let state = self.state();
+        let will = if saves { Will::SaveAndEnd } else { Will::End };
+        let mut state = self.state();
+        // It may not have begun: then it begins with this.
+        state.stops.tell(id, epoch, will);
         if let Some(held) = state.running.get(id).filter(|held| held.epoch <= epoch) {
-            held.will.send_replace(if saves { Will::SaveAndEnd } else { Will::End });
+            held.will.send_replace(will);
         }
     }
 
@@ -256,14 +300,27 @@ impl Runners {
         drop(left);
     }
 
-    /// What of jobs is wanted still; the rest goes.
+    /// What of jobs is wanted still; the rest goes. The answer: which of the wanted checkpoints are here.
     ///
     /// # Errors
     /// When the disk fails.
-    pub(crate) async fn tidy(&self, wanted: Vec<Wanted>) -> Result<(), Error> {
-        let running: BTreeSet<String> = self.state().running.keys().cloned().collect();
+    pub(crate) async fn tidy(&self, wanted: Vec<Wanted>) -> Result<BTreeSet<ContentHash>, Error> {
+        let at_work = |epoch: u64, skipped: &Skipped| AtWork { epoch, skipped: skipped.get().cloned() };
+        let at_work: BTreeMap<String, AtWork> = {
+            let state = self.state();
+            let helping = state.helping.iter().map(|((id, _), help)| (id, help.epoch, &help.skipped));
+            let running = state.running.iter().map(|(id, held)| (id, held.epoch, &held.skipped));
+            helping.chain(running).map(|(id, epoch, skipped)| (id.clone(), at_work(epoch, skipped))).collect()
+        };
+        // No copy of a checkpoint comes while this is held.
+        let fetching = self.shared.peers.fetching.clone().try_lock_owned();
         let store = self.shared.peers.store.clone();
-        on_disk("removing what is not wanted of jobs", move || store.tidy(&wanted, &running)).await
+        on_disk("removing what is not wanted of jobs", move || {
+            let tidied = store.tidy(&wanted, &at_work, fetching.is_err());
+            drop(fetching);
+            tidied
+        })
+        .await
     }
 
     /// Makes sure that a checkpoint, and what its job reads, is here.
@@ -298,7 +355,16 @@ struct Attempt {
     place: Place,
     told: watch::Receiver<Will>,
     reports: mpsc::Sender<Report>,
+    skipped: Skipped,
     order: RunJob,
+}
+
+/// What this node's disk cannot do now may be done later, or elsewhere: no failure of the job.
+fn may_pass(error: Error) -> Error {
+    match error {
+        Error::Failed(text) | Error::TooMany(text) => Error::Unavailable(text),
+        other => other,
+    }
 }
 
 type FetchModel =
@@ -316,6 +382,7 @@ impl Attempt {
             }
         };
         let (setup, step) = prepared;
+        let _states = self.states(LEADER)?;
         let arguments = [OsString::from("worker"), OsString::from("--job")];
         let name = format!("job {}", self.order.spec.id);
         let started = JobProcess::spawn(&self.command, &arguments, name).await;
@@ -339,6 +406,7 @@ impl Attempt {
         joined: tokio::sync::oneshot::Sender<(SocketAddr, KeyPin)>,
     ) -> Result<(), Error> {
         let (setup, _) = self.prepare(fetch_model).await?;
+        let _states = self.states(member)?;
         let arguments = [OsString::from("worker"), OsString::from("--job")];
         let name = format!("job {}, worker {member}", self.order.spec.id);
         let failed = |error: JobCallError| Error::Failed(crate::error::chain(&error));
@@ -361,6 +429,12 @@ impl Attempt {
         std::future::pending().await
     }
 
+    /// The folder of a worker's states on their way, which goes with the worker.
+    fn states(&self, member: MemberId) -> Result<Draft, Error> {
+        let job = self.peers.store.job(&self.order.spec.id).map_err(disk("the job's folder"))?;
+        Ok(Draft::of(job.join(states_name(self.order.epoch, member))))
+    }
+
     async fn say(&self, report: Report) {
         // Nobody listens any more: then this attempt is about to be told to end.
         let _ = self.reports.send(report).await;
@@ -377,15 +451,17 @@ impl Attempt {
         }
         for input in &spec.inputs {
             self.say(Report::Preparing(format!("fetching {}", input.name))).await;
-            self.peers.fetch_input(input).await?;
+            self.peers.fetch_input(input).await.map_err(may_pass)?;
         }
         let (store, id) = (self.peers.store.clone(), spec.id.clone());
         let named: Vec<_> = spec.inputs.iter().map(|input| (input.name.clone(), input.hash)).collect();
-        let inputs = on_disk("laying out the job's files", move || store.lay_out(&id, &named)).await?;
+        let inputs = on_disk("laying out the job's files", move || store.lay_out(&id, &named)).await;
+        let inputs = inputs.map_err(may_pass)?;
         let (resume, step) = self.checkpoint().await?;
         let setup = JobSetup {
             kind: spec.kind.name().to_owned(),
             model,
+            model_name: spec.model.clone(),
             configuration: spec.configuration.clone(),
             inputs,
             resume: resume.map(|folder| folder.join(bundle::STATE)),
@@ -397,7 +473,7 @@ impl Attempt {
     async fn checkpoint(&self) -> Result<(Option<PathBuf>, u64), Error> {
         let spec = &self.order.spec;
         let newest = self.order.checkpoints.iter().map(|checkpoint| checkpoint.step).max().unwrap_or(0);
-        let job = self.peers.store.job(&spec.id).map_err(super::peer_client::disk("the job's folder"))?;
+        let job = self.peers.store.job(&spec.id).map_err(disk("the job's folder"))?;
         let mut own: Vec<Checkpoint> = bundle::list(&job)
             .into_iter()
             .filter(|(manifest, _)| manifest.step > newest)
@@ -405,6 +481,10 @@ impl Attempt {
             .collect();
         own.sort_by_key(|checkpoint| std::cmp::Reverse(checkpoint.step));
         let known = own.len();
+        let skips = |step: u64| {
+            let newer = self.order.checkpoints.iter().filter(|checkpoint| checkpoint.step > step);
+            let _ = self.skipped.set(newer.map(|checkpoint| checkpoint.hash).collect()); // once in an attempt
+        };
         let mut problem = None;
         for (place, checkpoint) in own.iter().chain(&self.order.checkpoints).enumerate() {
             let what = format!("fetching the checkpoint after step {}", checkpoint.step);
@@ -415,9 +495,11 @@ impl Attempt {
                         // The coordinator has not heard of it.
                         self.say(Report::Checkpointed(checkpoint.clone())).await;
                     }
+                    skips(checkpoint.step);
                     return Ok((Some(folder), checkpoint.step));
                 }
-                Err(error @ Error::TooMany(_)) => return Err(Error::Unavailable(error.to_string())),
+                // An older one would not do better, and later this one may be had.
+                Err(error @ (Error::TooMany(_) | Error::Failed(_))) => return Err(may_pass(error)),
                 Err(error) => {
                     self.say(Report::Said(error.to_string())).await;
                     problem.get_or_insert(error);
@@ -426,7 +508,10 @@ impl Attempt {
         }
         match problem {
             Some(error) if !self.order.checkpoints.is_empty() => Err(error),
-            _ => Ok((None, 0)),
+            _ => {
+                skips(0);
+                Ok((None, 0))
+            }
         }
     }
 
@@ -442,7 +527,10 @@ impl Attempt {
                 process.begin(setup).await?;
                 None
             }
-            _ => Some(Team::lead(&self.place, &self.peers, &self.order, process, setup).await?),
+            _ => {
+                let reports = self.reports.clone();
+                Some(Team::lead(&self.place, &self.peers, &self.order, process, setup, reports).await?)
+            }
         };
         let saves = self.order.spec.saves;
         let mut meter = Meter { step: from, ..Meter::default() };
@@ -585,9 +673,9 @@ impl Attempt {
             Ok::<_, std::io::Error>((job, new, id))
         });
         let (job, new, id) = flatten(begun.await)?;
-        process.save(new.join(bundle::STATE)).await?;
-        process.publish(new.join(bundle::RESULT)).await?;
-        let sealed = tokio::task::spawn_blocking(move || bundle::seal(&job, &new, &id, step));
+        process.save(new.folder().join(bundle::STATE)).await?;
+        process.publish(new.folder().join(bundle::RESULT)).await?;
+        let sealed = tokio::task::spawn_blocking(move || bundle::seal(&job, new.folder(), &id, step));
         flatten(sealed.await)
     }
 }

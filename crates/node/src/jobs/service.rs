@@ -147,8 +147,9 @@ impl JobRunner for JobRunnerService {
 
     async fn tidy(&self, request: Request<TidyJobsRequest>) -> Result<Response<TidyJobsResponse>, Status> {
         let wanted = parsed(&request.into_inner().wanted, "what of jobs is wanted").map_err(status)?;
-        self.runners.tidy(wanted).await.map_err(status)?;
-        Ok(Response::new(TidyJobsResponse {}))
+        let held = self.runners.tidy(wanted).await.map_err(status)?;
+        let held = held.iter().map(|hash| hash.as_bytes().to_vec().into()).collect();
+        Ok(Response::new(TidyJobsResponse { held }))
     }
 
     async fn read_content(

@@ -7,21 +7,23 @@
 //!   ID/inputs/NAME      what a job reads, by the names it knows
 //!   ID/checkpoints/…    see `bundle`
 //! ```
+//! What stands on the disk from before is believed once its hash was taken, once in a process.
 //! Disk work is done where the caller is: call it from a thread that may wait.
 
 use super::bundle;
+use super::room::{Promise, Room};
+use mlxnode_collective::MemberId;
 use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::jobs::{ContentHash, Wanted};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 /// A file that no job names stays for so long: its job may be about to be submitted.
 const GRACE: Duration = Duration::from_secs(24 * 3600);
-/// Room on the disk that files of jobs leave free.
-const RESERVE: ByteCount = ByteCount(1 << 30);
 /// Most bytes of a node's files of jobs.
 const QUOTA: ByteCount = ByteCount(256 << 30);
 
@@ -29,6 +31,17 @@ const QUOTA: ByteCount = ByteCount(256 << 30);
 #[derive(Clone, Debug)]
 pub(crate) struct Store {
     root: PathBuf,
+    room: Arc<Room>,
+    /// Files that are what they are called: they came in, or were read, since this process began.
+    proved: Arc<Mutex<BTreeSet<ContentHash>>>,
+}
+
+/// A job that this node works at.
+#[derive(Clone, Debug)]
+pub(super) struct AtWork {
+    pub(super) epoch: u64,
+    /// Checkpoints newer than the one that the attempt goes on from; none while that is not known.
+    pub(super) skipped: Option<Vec<ContentHash>>,
 }
 
 /// A file that comes in.
@@ -37,19 +50,40 @@ pub(crate) struct Incoming {
     bytes: u64,
     received: u64,
     hasher: blake3::Hasher,
+    promise: Promise,
+    proved: Arc<Mutex<BTreeSet<ContentHash>>>,
     file: File,
     part: PathBuf,
     target: PathBuf,
+}
+
+/// Names of folders of states on their way: see [`states_name`].
+const STATES: &str = "states-";
+/// Names of copies of checkpoints on their way: see [`copy_name`].
+const COPY: &str = "copy-";
+
+/// Where, beside a job's checkpoints, one of an attempt's workers has states on their way.
+pub(super) fn states_name(epoch: u64, member: MemberId) -> String {
+    format!("{STATES}{epoch}-{member}")
+}
+
+/// What the draft of a checkpoint that comes from another node is called.
+pub(super) fn copy_name(hash: ContentHash) -> String {
+    format!("{COPY}{hash}")
 }
 
 fn invalid(text: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, text)
 }
 
+fn locked(proved: &Mutex<BTreeSet<ContentHash>>) -> MutexGuard<'_, BTreeSet<ContentHash>> {
+    proved.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Store {
     /// A store in this folder, which is made when it is needed.
     pub(crate) fn new(root: PathBuf) -> Self {
-        Self { root }
+        Self { root, room: Arc::default(), proved: Arc::default() }
     }
 
     fn files(&self) -> PathBuf {
@@ -71,6 +105,28 @@ impl Store {
         path.is_file().then_some(path)
     }
 
+    /// Where a file is, when all of it is here and is what it is called. One that is not goes: it has to come again.
+    pub(super) fn prove(&self, hash: ContentHash) -> io::Result<Option<PathBuf>> {
+        let Some(path) = self.find(hash) else { return Ok(None) };
+        if locked(&self.proved).contains(&hash) {
+            return Ok(Some(path));
+        }
+        let (found, _) = bundle::hash_file(&path)?;
+        if found != hash {
+            tracing::warn!(%hash, "a file of jobs is damaged: it has to come again");
+            fs::remove_file(&path)?;
+            return Ok(None);
+        }
+        locked(&self.proved).insert(hash);
+        Ok(Some(path))
+    }
+
+    /// Room for so much of a job's checkpoint that comes.
+    pub(super) fn promise(&self, bytes: u64) -> io::Result<Promise> {
+        bundle::make_folder(&self.root)?;
+        self.room.promise(&self.root, bytes, None)
+    }
+
     /// Bytes of a file that are here, and whether that is all.
     pub(super) fn received(&self, hash: ContentHash) -> (u64, bool) {
         let length = |path: &Path| fs::metadata(path).map(|it| it.len()).ok();
@@ -90,7 +146,7 @@ impl Store {
             let most = ByteCount(mlxnode_coordinator::jobs::MAX_INPUT_BYTES);
             return Err(invalid(format!("a file of a job has at most {most}")));
         }
-        fs::create_dir_all(self.files())?;
+        bundle::make_folder(&self.files())?;
         let part = self.part(hash);
         let mut file = File::options().create(true).truncate(false).read(true).write(true).open(&part)?;
         if file.try_lock().is_err() {
@@ -104,10 +160,10 @@ impl Store {
                 "{here} bytes of the file are here: go on from there, not from {offset}"
             )));
         }
-        self.check_room(bytes - offset.min(bytes))?;
         // What is here already counts in the hash.
         let mut hasher = blake3::Hasher::new();
         file.set_len(offset)?;
+        let promise = self.promise_file(bytes - offset.min(bytes))?;
         file.seek(SeekFrom::Start(0))?;
         let mut buffer = vec![0; 256 << 10];
         loop {
@@ -118,32 +174,23 @@ impl Store {
             hasher.update(&buffer[..count]);
         }
         let target = self.files().join(hash.to_string());
-        Ok(Incoming { hash, bytes, received: offset, hasher, file, part, target })
+        let proved = self.proved.clone();
+        Ok(Incoming { hash, bytes, received: offset, hasher, promise, proved, file, part, target })
     }
 
-    fn check_room(&self, bytes: u64) -> io::Result<()> {
-        let full = |text: String| io::Error::new(io::ErrorKind::StorageFull, text);
-        let free = nix::sys::statvfs::statvfs(&self.files()).map_err(io::Error::from)?;
-        let free = ByteCount((free.blocks_available() as u64).saturating_mul(free.fragment_size() as u64));
-        if free < ByteCount(bytes) + RESERVE {
-            return Err(full(format!(
-                "the disk has {free} free, of which {RESERVE} stay free: {} more do not fit",
-                ByteCount(bytes)
-            )));
-        }
+    fn promise_file(&self, bytes: u64) -> io::Result<Promise> {
         let mut used = 0_u64;
         for entry in fs::read_dir(self.files())? {
             used = used.saturating_add(entry?.metadata()?.len());
         }
-        if ByteCount(used.saturating_add(bytes)) > QUOTA {
-            return Err(full(format!("the files of jobs take {} of {QUOTA} on this node", ByteCount(used))));
-        }
-        Ok(())
+        self.room.promise(&self.files(), bytes, Some((ByteCount(used), QUOTA)))
     }
 
     /// Gives a job its files under the names it knows; all have to be here.
     pub(super) fn lay_out(&self, id: &str, inputs: &[(String, ContentHash)]) -> io::Result<PathBuf> {
-        let folder = self.job(id)?.join("inputs");
+        let job = self.job(id)?;
+        bundle::make_folder(&job)?;
+        let folder = job.join("inputs");
         match fs::remove_dir_all(&folder) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -151,7 +198,7 @@ impl Store {
         fs::create_dir_all(&folder)?;
         for (name, hash) in inputs {
             mlxnode_coordinator::jobs::check_file_name(name).map_err(|error| invalid(error.to_string()))?;
-            let file = self.find(*hash).ok_or_else(|| {
+            let file = self.prove(*hash)?.ok_or_else(|| {
                 io::Error::new(io::ErrorKind::NotFound, format!("the content of {name} is not on this node"))
             })?;
             // The same bytes under another name; a copy where the file system has no links.
@@ -161,11 +208,18 @@ impl Store {
         Ok(folder)
     }
 
-    /// Removes what nobody wants any more. `running`: jobs that run here now, of which everything stays.
-    pub(super) fn tidy(&self, wanted: &[Wanted], running: &BTreeSet<String>) -> io::Result<()> {
+    /// Removes what nobody wants any more, and says which of the wanted checkpoints are here. `at_work`: the jobs that this node works
+    /// at. `copies_come`: copies of checkpoints may be on their way.
+    pub(super) fn tidy(
+        &self,
+        wanted: &[Wanted],
+        at_work: &BTreeMap<String, AtWork>,
+        copies_come: bool,
+    ) -> io::Result<BTreeSet<ContentHash>> {
+        let mut held = BTreeSet::new();
         let entries = match fs::read_dir(&self.root) {
             Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(held),
             Err(error) => return Err(error),
         };
         for entry in entries {
@@ -174,9 +228,15 @@ impl Store {
             if id == "files" || !entry.file_type()?.is_dir() {
                 continue;
             }
+            let at_work = at_work.get(&id);
             match wanted.iter().find(|job| job.id == id) {
-                _ if running.contains(&id) => {}
-                Some(job) => tidy_job(&entry.path(), job)?,
+                Some(job) => {
+                    remove_leftovers(&entry.path(), at_work, copies_come)?;
+                    remove_checkpoints(&entry.path(), job, at_work)?;
+                    let hashes = job.checkpoints.iter().map(|checkpoint| checkpoint.hash);
+                    held.extend(hashes.filter(|hash| bundle::is_there(&entry.path(), *hash)));
+                }
+                None if at_work.is_some() => {}
                 None => fs::remove_dir_all(entry.path())?,
             }
         }
@@ -184,7 +244,7 @@ impl Store {
             wanted.iter().flat_map(|job| &job.inputs).map(ContentHash::to_string).collect();
         let entries = match fs::read_dir(self.files()) {
             Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(held),
             Err(error) => return Err(error),
         };
         let now = SystemTime::now();
@@ -196,22 +256,43 @@ impl Store {
                 fs::remove_file(entry.path())?;
             }
         }
-        Ok(())
+        Ok(held)
     }
 }
 
-/// The checkpoints that are wanted stay, and those after them: they may have just been made.
-fn tidy_job(folder: &Path, job: &Wanted) -> io::Result<()> {
-    let newest = job.checkpoints.iter().map(|checkpoint| checkpoint.step).max().unwrap_or(0);
-    // What broken attempts left; a copy may be on its way.
+/// What attempts that were killed left: checkpoints and states that were being written.
+fn remove_leftovers(folder: &Path, at_work: Option<&AtWork>, copies_come: bool) -> io::Result<()> {
+    let own = at_work.map(|work| bundle::draft_name(&work.epoch.to_string()));
+    let states = at_work.map(|work| format!("{STATES}{}-", work.epoch));
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
         let name = entry.file_name();
         let name = name.to_str().unwrap_or_default();
-        if (name.starts_with("new-") && !name.starts_with("new-copy-")) || name.starts_with(bundle::GONE) {
+        let is_left = match name {
+            _ if name.starts_with(&bundle::draft_name(COPY)) => !copies_come,
+            _ if name.starts_with(&bundle::draft_name("")) => own.as_deref() != Some(name),
+            _ if name.starts_with(STATES) => !states.as_ref().is_some_and(|own| name.starts_with(own)),
+            _ => name.starts_with(bundle::GONE),
+        };
+        if is_left {
             fs::remove_dir_all(entry.path())?;
         }
     }
+    Ok(())
+}
+
+/// The checkpoints that are wanted stay, and those after them: they may have just been made.
+fn remove_checkpoints(folder: &Path, job: &Wanted, at_work: Option<&AtWork>) -> io::Result<()> {
+    let Some(newest) = job.checkpoints.iter().max_by_key(|checkpoint| checkpoint.step) else { return Ok(()) };
+    if let Some(work) = at_work {
+        // While the attempt goes on from an older checkpoint than the newest that whoever asks knows, what it makes has fewer steps than
+        // that one, and nobody has heard of it.
+        let skipped = work.skipped.as_ref();
+        if skipped.is_none_or(|skipped| skipped.contains(&newest.hash)) {
+            return Ok(());
+        }
+    }
+    let newest = newest.step;
     for (manifest, hash) in bundle::list(folder) {
         let is_wanted = job.checkpoints.iter().any(|checkpoint| checkpoint.hash == hash);
         if !is_wanted && manifest.step <= newest {
@@ -230,7 +311,7 @@ impl Incoming {
         self.file.write_all(data)?;
         self.hasher.update(data);
         self.received += data.len() as u64;
-        Ok(())
+        self.promise.came(data.len() as u64)
     }
 
     /// No more come for now: (bytes here, is that all).
@@ -248,6 +329,7 @@ impl Incoming {
             )));
         }
         fs::rename(&self.part, &self.target)?;
+        locked(&self.proved).insert(hash);
         if let Some(folder) = self.target.parent() {
             File::open(folder)?.sync_all()?;
         }
@@ -314,19 +396,129 @@ mod tests {
         let checkpoints: Vec<Checkpoint> = (1..=3)
             .map(|step| {
                 let new = bundle::begin(&job, "1").unwrap();
-                fs::write(new.join(bundle::STATE).join("s"), step.to_string()).unwrap();
-                bundle::seal(&job, &new, "a", step).unwrap()
+                fs::write(new.folder().join(bundle::STATE).join("s"), step.to_string()).unwrap();
+                bundle::seal(&job, new.folder(), "a", step).unwrap()
             })
             .collect();
-        let wanted = Wanted { id: "a".into(), checkpoints: vec![checkpoints[1].clone()], inputs: vec![hash] };
-        store.tidy(&[wanted], &BTreeSet::new()).unwrap();
+        let nobody = BTreeMap::new();
+        let absent = Checkpoint { step: 1, hash: ContentHash::of(b"absent"), bytes: 1 };
+        let wanted =
+            Wanted { id: "a".into(), checkpoints: vec![absent, checkpoints[1].clone()], inputs: vec![hash] };
+        let held = store.tidy(&[wanted], &nobody, false).unwrap();
+        assert_eq!(held, BTreeSet::from([checkpoints[1].hash]), "what is wanted and here");
         let mut left: Vec<u64> = bundle::list(&job).into_iter().map(|(manifest, _)| manifest.step).collect();
         left.sort_unstable();
         assert_eq!(left, [2, 3], "the one before is gone, the one after may have just been made");
-        store.tidy(&[], &BTreeSet::from(["a".to_owned()])).unwrap();
+        let at_work = BTreeMap::from([("a".to_owned(), AtWork { epoch: 1, skipped: None })]);
+        store.tidy(&[], &at_work, false).unwrap();
         assert!(job.exists(), "it runs");
-        store.tidy(&[], &BTreeSet::new()).unwrap();
+        store.tidy(&[], &nobody, false).unwrap();
         assert!(!job.exists());
         assert!(store.find(hash).is_some(), "a file stays for a day");
+    }
+
+    fn saved(job: &Path, step: u64, content: &str) -> Checkpoint {
+        let new = bundle::begin(job, "1").unwrap();
+        fs::write(new.folder().join(bundle::STATE).join("s"), content).unwrap();
+        bundle::seal(job, new.folder(), "a", step).unwrap()
+    }
+
+    fn steps(job: &Path) -> Vec<u64> {
+        let mut steps: Vec<u64> = bundle::list(job).into_iter().map(|(manifest, _)| manifest.step).collect();
+        steps.sort_unstable();
+        steps
+    }
+
+    #[test]
+    fn a_job_that_runs_keeps_no_more_checkpoints_than_are_wanted() {
+        let (_folder, store) = store();
+        let job = store.job("a").unwrap();
+        let made: Vec<Checkpoint> = (1..=6).map(|step| saved(&job, step, &step.to_string())).collect();
+        let wanted = |checkpoints: &[&Checkpoint]| {
+            let checkpoints = checkpoints.iter().map(|it| (*it).clone()).collect();
+            [Wanted { id: "a".into(), checkpoints, inputs: vec![] }]
+        };
+        let at_work = |skipped| BTreeMap::from([("a".to_owned(), AtWork { epoch: 1, skipped })]);
+        // What it goes on from is not known yet.
+        store.tidy(&wanted(&[&made[3]]), &at_work(None), false).unwrap();
+        assert_eq!(steps(&job), [1, 2, 3, 4, 5, 6]);
+        store.tidy(&wanted(&[&made[2], &made[3]]), &at_work(Some(vec![])), false).unwrap();
+        assert_eq!(steps(&job), [3, 4, 5, 6], "those after may have just been made");
+        // It goes on from 3 because nobody has `lost`; 4, 5 and 6 are its own, and nobody has heard of them.
+        let lost = Checkpoint { step: 9, hash: ContentHash::of(b"lost"), bytes: 1 };
+        let at_work = at_work(Some(vec![lost.hash]));
+        store.tidy(&wanted(&[&made[2], &lost]), &at_work, false).unwrap();
+        assert_eq!(steps(&job), [3, 4, 5, 6]);
+        store.tidy(&wanted(&[&made[2], &made[4]]), &at_work, false).unwrap();
+        assert_eq!(steps(&job), [3, 5, 6], "now they have");
+    }
+
+    #[test]
+    fn what_broken_attempts_and_copies_left_goes() {
+        let (_folder, store) = store();
+        let job = store.job("a").unwrap();
+        let checkpoint = saved(&job, 1, "1");
+        let wanted = [Wanted { id: "a".into(), checkpoints: vec![checkpoint.clone()], inputs: vec![] }];
+        let copy = bundle::draft_name(&copy_name(checkpoint.hash));
+        let make = || {
+            for name in ["new-3", "new-4", &copy, &states_name(3, MemberId(1)), &states_name(4, MemberId(2))]
+            {
+                fs::create_dir_all(job.join(name).join("state")).unwrap();
+            }
+        };
+        let left = || {
+            let entries = fs::read_dir(&job).unwrap();
+            let names: BTreeSet<String> =
+                entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+            names
+        };
+        make();
+        let at_work = BTreeMap::from([("a".to_owned(), AtWork { epoch: 4, skipped: None })]);
+        store.tidy(&wanted, &at_work, true).unwrap();
+        let own = ["checkpoints".to_owned(), "new-4".to_owned(), copy.clone(), states_name(4, MemberId(2))];
+        assert_eq!(left(), BTreeSet::from(own), "of the attempt, and of a copy on its way");
+        make();
+        store.tidy(&wanted, &BTreeMap::new(), false).unwrap();
+        assert_eq!(left(), BTreeSet::from(["checkpoints".to_owned()]));
+    }
+
+    #[test]
+    fn a_file_that_is_not_what_it_is_called_is_found_before_it_is_used() {
+        let (_folder, store) = store();
+        let hash = ContentHash::of(b"rows");
+        let mut incoming = store.receive(hash, 4, 0).unwrap();
+        incoming.write(b"rows").unwrap();
+        incoming.finish().unwrap();
+        assert!(store.prove(hash).unwrap().is_some());
+        // The disk has it wrong after the next start.
+        fs::write(store.find(hash).unwrap(), b"rowz").unwrap();
+        let again = Store::new(store.root.clone());
+        let error = again.lay_out("a", &[("train.jsonl".into(), hash)]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        assert_eq!(again.received(hash), (0, false), "it has to come again");
+    }
+
+    #[test]
+    fn files_that_come_at_once_have_room_for_all_of_them_or_are_refused() {
+        let (_folder, store) = store();
+        bundle::make_folder(&store.files()).unwrap();
+        let free = nix::sys::statvfs::statvfs(&store.files()).unwrap();
+        let free = free.blocks_available() as u64 * free.fragment_size() as u64;
+        // One fits and two do not. Others write on this disk at the same time.
+        let part = (free.saturating_sub(2 << 30) / 8 * 5).min(mlxnode_coordinator::jobs::MAX_INPUT_BYTES);
+        let fits = store.receive(ContentHash::of(b"0"), part, 0);
+        let mut open = vec![fits.unwrap()];
+        let refused = (1..64).find_map(|number: u32| {
+            match store.receive(ContentHash::of(&number.to_le_bytes()), part, 0) {
+                Ok(incoming) => {
+                    open.push(incoming);
+                    None
+                }
+                Err(error) => Some(error),
+            }
+        });
+        assert_eq!(refused.unwrap().kind(), io::ErrorKind::StorageFull);
+        open.clear();
+        assert!(store.receive(ContentHash::of(b"1"), part, 0).is_ok(), "what broke off promises nothing");
     }
 }

@@ -10,12 +10,13 @@
 
 use super::client::json;
 use super::peer_client::Peers;
+use super::store::states_name;
 use crate::addresses;
 use mlxnode_cluster::{Identity, KeyPin, NodeId, PeerState};
 use mlxnode_collective::{MemberId, RoundsOptions};
 use mlxnode_compute::JobError;
 use mlxnode_coordinator::Error;
-use mlxnode_coordinator::jobs::RunJob;
+use mlxnode_coordinator::jobs::{Report, RunJob};
 use mlxnode_proto::internal::v1::HelpJobRequest;
 use mlxnode_proto::internal::v1::job_runner_client::JobRunnerClient;
 use mlxnode_worker::{
@@ -33,7 +34,7 @@ use tracing::info;
 /// Between two looks for nodes that could help.
 const LOOK: Duration = Duration::from_secs(5);
 /// The worker of the leading node.
-const LEADER: MemberId = MemberId(1);
+pub(super) const LEADER: MemberId = MemberId(1);
 
 /// What a node is to workers.
 #[derive(Clone)]
@@ -55,7 +56,7 @@ impl Place {
     ) -> Result<GroupPlace, JobCallError> {
         let job = peers.store.job(&order.spec.id);
         let job = job.map_err(|error| JobError::Failed(format!("cannot use the job's folder: {error}")))?;
-        let folder = job.join(format!("states-{}-{member}", order.epoch));
+        let folder = job.join(states_name(order.epoch, member));
         Ok(GroupPlace { member, conductor, listen: self.listen, folder })
     }
 }
@@ -73,6 +74,7 @@ impl Team {
         order: &RunJob,
         process: &mut JobProcess,
         setup: JobSetup,
+        reports: mpsc::Sender<Report>,
     ) -> Result<Self, JobCallError> {
         let joins = place.of(LEADER, place.identity.key_pin(), peers, order)?;
         let (listens, key_pin) = process.join(joins).await?;
@@ -99,6 +101,9 @@ impl Team {
             helping: BTreeMap::new(),
             tasks: JoinSet::new(),
             next: LEADER.0,
+            ended: Vec::new(),
+            reports,
+            told: Vec::new(),
         };
         Ok(Self { _gathering: AbortOnDropHandle::new(tokio::spawn(gathering.run(events))) })
     }
@@ -113,6 +118,11 @@ struct Gathering {
     helping: BTreeMap<Id, (NodeId, MemberId, tokio::task::AbortHandle)>,
     tasks: JoinSet<String>,
     next: u64,
+    /// Nodes that helped no more, the last one last.
+    ended: Vec<NodeId>,
+    /// The coordinator hears who helps, and last heard this.
+    reports: mpsc::Sender<Report>,
+    told: Vec<NodeId>,
 }
 
 impl Gathering {
@@ -120,6 +130,7 @@ impl Gathering {
         let mut looks = tokio::time::interval(LOOK);
         let (found, mut workers) = mpsc::channel(8);
         loop {
+            self.tell();
             tokio::select! {
                 _ = looks.tick() => self.look(&found),
                 Some(worker) = workers.recv() => self.conductor.add(worker).await,
@@ -130,6 +141,8 @@ impl Gathering {
                     };
                     if let Some((node, member, _)) = self.helping.remove(&id) {
                         info!(job = self.order.spec.id, node = self.peers.name(node), reason, "a node helps no more");
+                        self.ended.retain(|other| *other != node);
+                        self.ended.push(node);
                         self.conductor.lost(member, reason).await;
                     }
                 }
@@ -150,6 +163,15 @@ impl Gathering {
         }
     }
 
+    /// Says who helps, when that has changed: it counts as taken on those nodes.
+    fn tell(&mut self) {
+        let mut nodes: Vec<NodeId> = self.helping.values().map(|(node, _, _)| *node).collect();
+        nodes.sort();
+        if nodes != self.told && self.reports.try_send(Report::Helped(nodes.clone())).is_ok() {
+            self.told = nodes; // one that has no room for it hears it after the next look
+        }
+    }
+
     /// Asks nodes that do not help yet, as many as are missing.
     fn look(&mut self, found: &mpsc::Sender<GroupWorker>) {
         let missing = (self.order.spec.workers as usize).saturating_sub(1 + self.helping.len());
@@ -157,7 +179,7 @@ impl Gathering {
         let seen = self.peers.mesh.peers();
         let alive = seen.iter().filter(|peer| peer.state == PeerState::Alive);
         let free: Vec<NodeId> = alive.map(|peer| peer.node_id).filter(|node| !helps(node)).collect();
-        for node in free.into_iter().take(missing) {
+        for node in in_turn(free, &self.ended).into_iter().take(missing) {
             self.next += 1;
             let member = MemberId(self.next);
             let asking = help(self.peers.clone(), self.order.clone(), node, member, found.clone());
@@ -167,6 +189,12 @@ impl Gathering {
             self.helping.insert(task.id(), (node, member, task));
         }
     }
+}
+
+/// Those first that have not ended yet, then those whose end is longest ago: one that cannot help does not keep others from it.
+fn in_turn(mut free: Vec<NodeId>, ended: &[NodeId]) -> Vec<NodeId> {
+    free.sort_by_key(|node| ended.iter().position(|other| other == node).map_or(0, |place| place + 1));
+    free
 }
 
 /// Has a node run a worker, until it ends.
@@ -227,5 +255,19 @@ impl Helper {
         }
         let ended = (&mut self.task).await;
         ended.unwrap_or_else(|error| Err(Error::Failed(error.to_string()))).map(|()| None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_that_cannot_help_does_not_keep_others_from_it() {
+        let node = |number: u8| NodeId::from_bytes([number; 32]);
+        let free = || vec![node(1), node(2), node(3)];
+        assert_eq!(in_turn(free(), &[]), free());
+        assert_eq!(in_turn(free(), &[node(1)]), [node(2), node(3), node(1)]);
+        assert_eq!(in_turn(free(), &[node(2), node(9), node(1)]), [node(3), node(2), node(1)]);
     }
 }

@@ -92,7 +92,9 @@ impl ClusterNodes {
         let text = format!("{}: {}", self.name(self.own), crate::error::chain(error));
         match error {
             WorkersError::Stale { .. } | WorkersError::Stopped { .. } => Error::Refused(text),
-            WorkersError::UnknownWorker { .. } | WorkersError::Model(_) => Error::NotFound(text),
+            WorkersError::UnknownWorker { .. } | WorkersError::Model(_) | WorkersError::Away(_) => {
+                Error::NotFound(text)
+            }
             WorkersError::Process(ProcessError::Refused(_)) => Error::Refused(text),
             WorkersError::Process(_) => Error::Failed(text),
         }
@@ -139,10 +141,7 @@ impl Nodes for ClusterNodes {
     fn weigh(&self, source: String) -> BoxFuture<'static, Result<ModelCost, Error>> {
         let workers = self.workers.clone();
         Box::pin(async move {
-            let folder = workers
-                .resolve(&source)
-                .await
-                .map_err(|error| Error::NotFound(crate::error::chain(&error)))?;
+            let folder = workers.resolve(&source).await.map_err(|error| super::not_here(&error))?;
             let profile = tokio::task::spawn_blocking(move || {
                 let checkpoint = Checkpoint::open(&folder)?;
                 ModelProfile::of(&checkpoint)

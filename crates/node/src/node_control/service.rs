@@ -217,7 +217,9 @@ fn status(error: WorkersError) -> Status {
     let text = crate::error::chain(&error);
     match error {
         WorkersError::Stale { .. } | WorkersError::Stopped { .. } => Status::failed_precondition(text),
-        WorkersError::UnknownWorker { .. } | WorkersError::Model(_) => Status::not_found(text),
+        WorkersError::UnknownWorker { .. } | WorkersError::Model(_) | WorkersError::Away(_) => {
+            Status::not_found(text)
+        }
         WorkersError::Process(ProcessError::Refused(_)) => Status::failed_precondition(text),
         WorkersError::Process(_) => Status::aborted(text),
     }

@@ -17,11 +17,24 @@ pub(super) struct Dealer {
     packed_to: Option<u32>,
     /// The last epoch that was asked for.
     epoch: Option<(u64, Vec<Block>)>,
+    /// Where the epochs begin that were dealt so far, and the one behind them. Packing makes another number of blocks in each.
+    begins: Vec<u64>,
+    #[cfg(test)]
+    dealt: usize,
 }
 
 impl Dealer {
     pub(super) fn new(seed: u32, batch_size: usize, lengths: Vec<u32>, packed_to: Option<u32>) -> Self {
-        Self { seed, batch_size: batch_size.max(1), lengths, packed_to, epoch: None }
+        Self {
+            seed,
+            batch_size: batch_size.max(1),
+            lengths,
+            packed_to,
+            epoch: None,
+            begins: vec![0],
+            #[cfg(test)]
+            dealt: 0,
+        }
     }
 
     /// The block at a place of an endless run through the data, from 0 on.
@@ -29,21 +42,30 @@ impl Dealer {
         if self.lengths.is_empty() {
             return Block::new();
         }
-        // Packing makes another number of blocks in each epoch, which are counted one after the other.
-        let (mut epoch, mut place) = match (self.packed_to, &self.epoch) {
-            (None, _) => {
+        let (epoch, place) = match self.packed_to {
+            None => {
                 let blocks = self.lengths.len().div_ceil(self.batch_size) as u64;
                 (place / blocks, place % blocks)
             }
-            (Some(_), _) => (0, place),
-        };
-        loop {
-            let blocks = self.blocks(epoch);
-            match usize::try_from(place).ok().and_then(|place| blocks.get(place)) {
-                Some(block) => return block.clone(),
-                None => place -= blocks.len() as u64,
+            Some(_) => {
+                let epoch = self.epoch_of(place);
+                (epoch as u64, place - self.begins[epoch])
             }
-            epoch += 1;
+        };
+        let blocks = self.blocks(epoch);
+        usize::try_from(place).ok().and_then(|place| blocks.get(place)).cloned().unwrap_or_default()
+    }
+
+    /// The epoch that a place is in; those before it are dealt once, to be counted.
+    fn epoch_of(&mut self, place: u64) -> usize {
+        loop {
+            let (known, end) = (self.begins.len() - 1, self.begins.last().copied().unwrap_or_default());
+            if place < end {
+                return self.begins.partition_point(|begin| *begin <= place) - 1;
+            }
+            // There are rows, so every epoch has a block, and the end moves.
+            let blocks = self.blocks(known as u64).len() as u64;
+            self.begins.push(end + blocks.max(1));
         }
     }
 
@@ -52,6 +74,10 @@ impl Dealer {
         let is_there = self.epoch.as_ref().is_some_and(|(known, _)| *known == epoch);
         if !is_there {
             let dealt = self.deal(epoch);
+            #[cfg(test)]
+            {
+                self.dealt += 1;
+            }
             self.epoch = Some((epoch, dealt));
         }
         self.epoch.as_ref().map_or(&[], |(_, blocks)| blocks)
@@ -143,6 +169,20 @@ mod tests {
                 epochs.push(blocks);
             }
             assert!(rows == 1 || epochs[0] != epochs[1], "epochs have orders of their own");
+        }
+    }
+
+    #[test]
+    fn an_epoch_is_dealt_once_on_the_way_through_it() {
+        let dealer = || Dealer::new(5, 4, lengths(103), Some(256));
+        let mut through = dealer();
+        let all: Vec<_> = (0..200).map(|place| through.block(place)).collect();
+        let epochs = through.begins.len() - 1;
+        assert!(epochs > 5 && through.dealt == epochs, "{} deals of {epochs} epochs", through.dealt);
+        // Somewhere in the middle, forth and back.
+        let mut resumed = dealer();
+        for place in [150, 151, 3, 199, 0] {
+            assert_eq!(resumed.block(place), all[place as usize], "{place}");
         }
     }
 

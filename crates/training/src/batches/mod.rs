@@ -5,9 +5,11 @@
 
 mod dealt;
 mod micro_batch;
+mod numpy;
 mod parity;
 
 pub use micro_batch::{BatchRow, Block, MicroBatch};
+pub use numpy::Numpy;
 
 use crate::config::{Count, TrainingConfig};
 use crate::data::Dataset;

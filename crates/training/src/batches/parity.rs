@@ -4,28 +4,7 @@
 //! training batch of an iteration before that iteration's validation. What an iteration gets is therefore found by drawing all that was
 //! drawn before it; going back begins again from the seed.
 
-use rand_mt::Mt;
-
-/// `numpy.random.seed` and `numpy.random.permutation`: a Mersenne Twister (Matsumoto and Nishimura 1998), and Fisher and Yates'
-/// shuffle from the end with places drawn by rejection.
-struct Numpy(Mt);
-
-impl Numpy {
-    fn permutation(&mut self, count: u32) -> Vec<u32> {
-        let mut order: Vec<u32> = (0..count).collect();
-        for place in (1..count).rev() {
-            let bits = u32::MAX >> place.leading_zeros();
-            let other = loop {
-                let drawn = self.0.next_u32() & bits;
-                if drawn <= place {
-                    break drawn;
-                }
-            };
-            order.swap(place as usize, other as usize);
-        }
-        order
-    }
-}
+use super::Numpy;
 
 /// What decides which permutations are drawn when.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +33,7 @@ pub(super) struct Order {
 
 impl Order {
     pub(super) fn new(plan: Plan) -> Self {
-        let numpy = Numpy(Mt::new(plan.seed));
+        let numpy = Numpy::new(plan.seed);
         Self { plan, numpy, training: Vec::new(), validation: Vec::new(), iteration: 0 }
     }
 
@@ -104,14 +83,6 @@ impl Order {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Printed by numpy 2.
-    #[test]
-    fn the_order_is_numpys() {
-        assert_eq!(Numpy(Mt::new(123)).permutation(10), [4, 0, 7, 5, 8, 3, 1, 6, 9, 2]);
-        assert_eq!(Numpy(Mt::new(0)).permutation(5), [2, 0, 1, 3, 4]);
-        assert!(Numpy(Mt::new(5)).permutation(0).is_empty());
-    }
 
     #[test]
     fn going_back_gives_the_same() {

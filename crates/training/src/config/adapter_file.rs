@@ -1,6 +1,6 @@
 //! adapter_config.json: what mlx-lm writes beside an adapter, all arguments of the run, and what has to be read of it again.
 
-use super::{ConfigError, FineTuneType, LoraParameters, Settings, TrainingConfig, fine_tune_type};
+use super::{ConfigError, FineTuneType, LoraParameters, Settings, TrainingConfig, words};
 use serde::Serialize as _;
 use serde_json::{Map, Value};
 
@@ -28,7 +28,8 @@ impl AdapterConfig {
         })?;
         let settings = Settings::from_json(values, origin);
         let root = settings.root();
-        let fine_tune_type = fine_tune_type(&root)?;
+        let known = words::fine_tune_type(&root, "fine_tune_type")?;
+        let fine_tune_type = known.unwrap_or(FineTuneType::Lora); // mlx-lm's older files do not say
         let lora = match (fine_tune_type, root.section("lora_parameters")?) {
             (FineTuneType::Full, _) => None,
             (_, Some(parameters)) => Some(LoraParameters::read(&parameters)?),

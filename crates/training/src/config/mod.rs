@@ -4,15 +4,20 @@
 //! into [`Settings`]; what comes out is typed and valid, and everything that cannot be is an error with file, line and key.
 //!
 //! - `yaml`: a file's words as mlx-lm understands them
+//! - `defaults`: the keys, and what they are where nothing is given
+//! - `words`, `learning_rate`: what the words of single keys mean
 //! - [`Settings`]: loose values and where they came from
 //! - [`OptimizerConfig`], [`HubDataset`]: keys that have keys of their own
 //! - [`AdapterConfig`]: adapter_config.json, written and read
 
 mod adapter_file;
+mod defaults;
 mod error;
 mod hub_dataset;
+mod learning_rate;
 mod optimizer;
 mod settings;
+mod words;
 mod yaml;
 
 pub use adapter_file::AdapterConfig;
@@ -21,65 +26,16 @@ pub use hub_dataset::{Features, HubDataset, Split};
 pub use optimizer::OptimizerConfig;
 pub use settings::Settings;
 
-use crate::schedule::{Schedule, Shape};
+use crate::schedule::Schedule;
+use defaults::Values;
 use mlxnode_checkpoint::{TrainedPart, TrainingDemand};
-use serde_json::{Map, Value, json};
+use mlxnode_compute::MOST_MICRO_BATCHES;
+use serde_json::{Map, Value};
 use settings::Section;
 use std::path::PathBuf;
 
-/// Ranks beyond this are no low ranks any more.
-const LARGEST_RANK: i64 = 4096;
 /// Rows at once, or tokens in a row: what is above is a slip of the finger.
 const MOST_ROWS: i64 = 1 << 20;
-
-/// mlx-lm's keys, all of them with a default there.
-const KEYS: [&str; 31] = [
-    "model",
-    "train",
-    "fine_tune_type",
-    "optimizer",
-    "optimizer_config",
-    "data",
-    "seed",
-    "num_layers",
-    "batch_size",
-    "iters",
-    "val_batches",
-    "learning_rate",
-    "steps_per_report",
-    "steps_per_eval",
-    "resume_adapter_file",
-    "adapter_path",
-    "save_every",
-    "test",
-    "test_batches",
-    "max_seq_length",
-    "config",
-    "grad_checkpoint",
-    "grad_accumulation_steps",
-    "clear_cache_threshold",
-    "lr_schedule",
-    "lora_parameters",
-    "mask_prompt",
-    "report_to",
-    "project_name",
-    "trust_remote_code",
-    "hf_dataset",
-];
-
-/// Ours.
-const OUR_KEYS: [&str; 10] = [
-    "parity",
-    "packing",
-    "clip_grad_norm",
-    "mask_turns",
-    "thinking",
-    "preference",
-    "checkpoint_steps",
-    "checkpoint_minutes",
-    "keep_checkpoints",
-    "beta",
-];
 
 /// What is trained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -241,35 +197,6 @@ pub struct TrainingConfig {
     arguments: Map<String, Value>,
 }
 
-impl LoraParameters {
-    fn read(section: &Section<'_>) -> Result<Self, ConfigError> {
-        if section.has("alpha") && !section.has("scale") {
-            let problem =
-                "is not known: the factor on the change is \"scale\" (in other tools' words alpha / rank)";
-            return Err(section.wrong("alpha", problem));
-        }
-        section.only(&["rank", "dropout", "scale", "keys"])?;
-        let scale = section.number("scale", "a finite number", |_| true)?;
-        let keys = match section.list("keys")? {
-            None => None,
-            Some(list) => {
-                let keys: Option<Vec<String>> =
-                    list.iter().map(|key| key.as_str().map(str::to_owned)).collect();
-                let problem = "must be a list of paths, such as self_attn.q_proj";
-                Some(keys.filter(|keys| !keys.is_empty()).ok_or_else(|| section.wrong("keys", problem))?)
-            }
-        };
-        Ok(Self {
-            rank: section.whole("rank", 1, LARGEST_RANK)?.unwrap_or(8) as usize,
-            dropout: section
-                .number("dropout", "in [0, 1)", |share| (0.0..1.0).contains(&share))?
-                .unwrap_or(0.0),
-            scale: scale.ok_or_else(|| section.wrong("scale", "is missing: the factor on the change"))?,
-            keys,
-        })
-    }
-}
-
 impl TrainingConfig {
     /// What flags, or else a file, or else the defaults say.
     ///
@@ -278,12 +205,10 @@ impl TrainingConfig {
     pub fn resolve(flags: Settings, file: Settings) -> Result<Self, ConfigError> {
         let settings = flags.over(file);
         let root = settings.root();
-        let mut known = KEYS.to_vec();
-        known.extend(OUR_KEYS);
-        known.extend(Features::KEYS);
-        root.only(&known)?;
-        let config = Self::read(&root)?;
-        Ok(Self { arguments: arguments(&settings), ..config })
+        defaults::only_known(&root)?;
+        let usual = defaults::settings();
+        let config = Self::read(Values { given: &root, usual: &usual.root() })?;
+        Ok(Self { arguments: defaults::arguments(&settings), ..config })
     }
 
     /// What a file says, and the defaults.
@@ -297,6 +222,21 @@ impl TrainingConfig {
     /// All arguments by their keys: mlx-lm's with defaults, ours where they were given.
     pub fn arguments(&self) -> &Map<String, Value> {
         &self.arguments
+    }
+
+    /// What the run is called in pictures: `project_name`, or else the adapter's folder.
+    pub fn title(&self) -> String {
+        let folder = || self.adapter_path.file_name().map(|name| name.to_string_lossy().into_owned());
+        self.project_name.clone().or_else(folder).unwrap_or_else(|| "run".to_owned())
+    }
+
+    /// Micro-batches between two checkpoints that a run goes on from; None: minutes alone decide.
+    pub fn checkpoint_every(&self) -> Option<u64> {
+        match (self.checkpoint_steps, self.checkpoint_minutes) {
+            (Some(updates), _) => Some(updates.saturating_mul(self.grad_accumulation_steps.max(1))),
+            (None, Some(_)) => None,
+            (None, None) => Some(self.save_every),
+        }
     }
 
     /// What it takes of memory, for a plan over a model's numbers.
@@ -331,70 +271,79 @@ impl TrainingConfig {
         }
     }
 
-    fn read(root: &Section<'_>) -> Result<Self, ConfigError> {
+    fn read(values: Values<'_>) -> Result<Self, ConfigError> {
+        let root = values.given;
         let parity = match root.get("parity") {
             Some(Value::Bool(parity)) => *parity,
             _ => root.choice("parity", &[("mlx-lm", true)])?.unwrap_or(false),
         };
-        let fine_tune_type = fine_tune_type(root)?;
-        let chosen = root.choice("optimizer", &optimizer::NAMES)?.unwrap_or(optimizer::Name::Adam);
-        let lora = match root.section("lora_parameters")? {
-            Some(section) => LoraParameters::read(&section)?,
-            None => LoraParameters { rank: 8, dropout: 0.0, scale: 20.0, keys: None },
-        };
-        let count = |key: &str, default: u64| -> Result<u64, ConfigError> {
-            Ok(root.count(key, 1)?.unwrap_or(default))
-        };
-        let flag = |key: &str| -> Result<bool, ConfigError> { Ok(root.flag(key)?.unwrap_or(false)) };
-        let (train, test) = (flag("train")?, flag("test")?);
+        let (train, test) = (values.flag("train")?, values.flag("test")?);
         if !train && !test {
             return Err(root.wrong("train", "is not set, and neither is test: set one of them to true"));
         }
+        let optimizer = values.get("optimizer", |section, key| section.choice(key, &optimizer::NAMES))?;
         let config = Self {
-            model: root.text("model")?.unwrap_or("Qwen/Qwen3-0.6b").to_owned(),
+            model: values.get("model", Section::text)?.to_owned(),
             train,
             test,
-            fine_tune_type,
-            optimizer: OptimizerConfig::read(root, chosen)?,
-            schedule: schedule(root)?,
-            data: root.text("data")?.unwrap_or("mlx-community/WikiSQL").to_owned(),
+            fine_tune_type: values.get("fine_tune_type", words::fine_tune_type)?,
+            optimizer: OptimizerConfig::read(root, optimizer)?,
+            schedule: learning_rate::schedule(values)?,
+            data: values.get("data", Section::text)?.to_owned(),
             hf_dataset: root
                 .sections("hf_dataset")?
                 .iter()
                 .map(HubDataset::read)
                 .collect::<Result<_, _>>()?,
             features: Features::read(root)?,
-            seed: root.whole("seed", 0, i64::from(u32::MAX))?.unwrap_or(0) as u32,
-            layers: layers(root, parity)?,
-            batch_size: root.whole("batch_size", 1, MOST_ROWS)?.unwrap_or(4) as usize,
-            iters: count("iters", 1000)?,
-            val_batches: batches(root, "val_batches", 25)?,
-            test_batches: batches(root, "test_batches", 500)?,
-            steps_per_report: count("steps_per_report", 10)?,
-            steps_per_eval: count("steps_per_eval", 200)?,
-            save_every: count("save_every", 100)?,
-            grad_accumulation_steps: count("grad_accumulation_steps", 1)?,
-            grad_checkpoint: flag("grad_checkpoint")?,
-            clear_cache_threshold: bytes(root, "clear_cache_threshold")?,
+            seed: values.get("seed", |section, key| section.whole(key, 0, i64::from(u32::MAX)))? as u32,
+            layers: words::layers(values, parity)?,
+            batch_size: values.get("batch_size", |section, key| section.whole(key, 1, MOST_ROWS))? as usize,
+            iters: values.count("iters")?,
+            val_batches: words::batches(values, "val_batches")?,
+            test_batches: words::batches(values, "test_batches")?,
+            steps_per_report: values.count("steps_per_report")?,
+            steps_per_eval: values.count("steps_per_eval")?,
+            save_every: values.count("save_every")?,
+            grad_accumulation_steps: values
+                .get("grad_accumulation_steps", |section, key| {
+                    section.whole(key, 1, i64::from(MOST_MICRO_BATCHES))
+                })?
+                .unsigned_abs(),
+            grad_checkpoint: values.flag("grad_checkpoint")?,
+            clear_cache_threshold: values.get("clear_cache_threshold", words::bytes)?,
             resume_adapter_file: root.text("resume_adapter_file")?.map(PathBuf::from),
-            adapter_path: PathBuf::from(root.text("adapter_path")?.unwrap_or("adapters")),
-            max_seq_length: root.whole("max_seq_length", 2, MOST_ROWS)?.unwrap_or(2048) as usize,
-            lora,
-            mask: mask(root)?,
-            report_to: reports(root)?,
+            adapter_path: PathBuf::from(values.get("adapter_path", Section::text)?),
+            max_seq_length: values.get("max_seq_length", |section, key| section.whole(key, 2, MOST_ROWS))?
+                as usize,
+            lora: values.get("lora_parameters", |section, key| {
+                section.section(key)?.map(|section| LoraParameters::read(&section)).transpose()
+            })?,
+            mask: words::mask(root)?,
+            report_to: words::reports(root)?,
             project_name: root.text("project_name")?.map(str::to_owned),
             parity,
-            packing: flag("packing")?,
+            packing: root.flag("packing")?.unwrap_or(false),
             clip_grad_norm: root.number("clip_grad_norm", "above 0", |norm| norm > 0.0)?,
             thinking: root.flag("thinking")?,
-            preference: preference(root)?,
+            preference: words::preference(root)?,
             checkpoint_steps: root.count("checkpoint_steps", 1)?,
             checkpoint_minutes: root.number("checkpoint_minutes", "above 0", |minutes| minutes > 0.0)?,
             keep_checkpoints: root.whole("keep_checkpoints", 1, 10_000)?.unwrap_or(3) as usize,
             arguments: Map::new(),
         };
+        for section in root.sections("hf_dataset")? {
+            // mlx-lm puts the run's own there, whatever it says.
+            let masks = config.mask != Mask::None;
+            if let Some(other) = section.flag("mask_prompt")?.filter(|other| *other != masks) {
+                let problem = format!(
+                    "is {other}, but mask_prompt holds for the whole run, where it is {masks}: set it there, beside hf_dataset"
+                );
+                return Err(section.wrong("mask_prompt", problem));
+            }
+        }
         root.text("config")?;
-        flag("trust_remote_code")?; // nothing here runs a model's Python, so it changes nothing
+        values.flag("trust_remote_code")?; // nothing here runs a model's Python, so it changes nothing
         config.check_together(root)?;
         Ok(config)
     }
@@ -428,206 +377,10 @@ impl TrainingConfig {
     }
 }
 
-fn fine_tune_type(root: &Section<'_>) -> Result<FineTuneType, ConfigError> {
-    let types = [("lora", FineTuneType::Lora), ("dora", FineTuneType::Dora), ("full", FineTuneType::Full)];
-    Ok(root.choice("fine_tune_type", &types)?.unwrap_or(FineTuneType::Lora))
-}
-
-/// -1 is all; 0 is, too, in mlx-lm (a slip: `[-0:]` is everything), and here only where its slips are wanted.
-fn layers(root: &Section<'_>, parity: bool) -> Result<Layers, ConfigError> {
-    match root.whole("num_layers", -1, 1 << 20)?.unwrap_or(16) {
-        -1 => Ok(Layers::All),
-        0 if parity => Ok(Layers::All),
-        0 => Err(root.wrong("num_layers", "is 0, but must be 1 or more, or -1 for all blocks")),
-        number => Ok(Layers::Last(number as usize)),
-    }
-}
-
-fn batches(root: &Section<'_>, key: &str, default: i64) -> Result<Count, ConfigError> {
-    Ok(match root.whole(key, -1, 1 << 45)?.unwrap_or(default) {
-        -1 => Count::All,
-        number => Count::Of(number.unsigned_abs()),
-    })
-}
-
-/// Bytes, or a text such as "2GB": units are decimal, as in mlx-lm.
-fn bytes(root: &Section<'_>, key: &str) -> Result<u64, ConfigError> {
-    let Some(Value::String(text)) = root.get(key) else { return Ok(root.count(key, 0)?.unwrap_or(0)) };
-    let end = text.find(|letter: char| !letter.is_ascii_digit() && letter != '.').unwrap_or(text.len());
-    let unit = match text[end..].trim().to_uppercase().as_str() {
-        "" => Some(1.0),
-        "M" | "MB" => Some(1e6),
-        "G" | "GB" => Some(1e9),
-        _ => None,
-    };
-    let size = unit.and_then(|unit| Some(text[..end].parse::<f64>().ok()? * unit));
-    let size = size.filter(|size| (0.0..1e15).contains(size));
-    size.map(|size| size as u64)
-        .ok_or_else(|| root.wrong(key, format!("is {text:?}, but must be a size such as 500MB or 2GB")))
-}
-
-fn mask(root: &Section<'_>) -> Result<Mask, ConfigError> {
-    let mask_prompt = root.flag("mask_prompt")?;
-    let turns = [("none", Mask::None), ("last", Mask::LastTurn), ("every", Mask::EveryTurn)];
-    match (mask_prompt, root.choice("mask_turns", &turns)?) {
-        (Some(true), Some(Mask::None)) => {
-            Err(root.wrong("mask_turns", "is \"none\", but mask_prompt is true: take one of them out"))
-        }
-        (Some(false), Some(Mask::LastTurn | Mask::EveryTurn)) => {
-            Err(root.wrong("mask_prompt", "is false, but mask_turns masks: take one of them out"))
-        }
-        (_, Some(turns)) => Ok(turns),
-        (Some(true), None) => Ok(Mask::LastTurn),
-        (_, None) => Ok(Mask::None),
-    }
-}
-
-fn reports(root: &Section<'_>) -> Result<Vec<Report>, ConfigError> {
-    let names: Vec<String> = match root.get("report_to") {
-        Some(Value::Array(list)) => {
-            let names: Option<Vec<String>> =
-                list.iter().map(|name| name.as_str().map(str::to_owned)).collect();
-            names.ok_or_else(|| root.wrong("report_to", "must be a list of words"))?
-        }
-        _ => {
-            root.text("report_to")?.map_or_else(Vec::new, |text| text.split(',').map(str::to_owned).collect())
-        }
-    };
-    let mut reports = Vec::new();
-    for name in names {
-        let report = match name.trim().to_lowercase().as_str() {
-            "" => continue,
-            "jsonl" => Report::Jsonl,
-            "csv" => Report::Csv,
-            "tensorboard" => Report::TensorBoard,
-            "wandb" | "swanlab" => {
-                let problem = format!(
-                    "names {name}, a service that is not called from here; use tensorboard, whose files it takes over"
-                );
-                return Err(root.wrong("report_to", problem));
-            }
-            _ => {
-                let problem = format!("names {name:?}, but must be of jsonl, csv and tensorboard");
-                return Err(root.wrong("report_to", problem));
-            }
-        };
-        if !reports.contains(&report) {
-            reports.push(report);
-        }
-    }
-    Ok(reports)
-}
-
-fn preference(root: &Section<'_>) -> Result<Option<Preference>, ConfigError> {
-    let losses = [("dpo", PreferenceLoss::Dpo), ("orpo", PreferenceLoss::Orpo)];
-    let beta = root.number("beta", "above 0", |beta| beta > 0.0)?.unwrap_or(0.1);
-    Ok(root.choice("preference", &losses)?.map(|loss| Preference { loss, beta }))
-}
-
-fn schedule(root: &Section<'_>) -> Result<Schedule, ConfigError> {
-    let rate = root.number("learning_rate", "0 or more", |rate| rate >= 0.0)?.unwrap_or(1e-5);
-    let Some(section) = root.section("lr_schedule")? else { return Ok(Schedule::constant(rate)) };
-    section.only(&["name", "arguments", "warmup", "warmup_init"])?;
-    let Some(name) = section.text("name")? else {
-        return Err(section
-            .wrong("name", "is missing: exponential_decay, step_decay, cosine_decay or linear_schedule"));
-    };
-    let arguments: Option<Vec<f64>> = match section.list("arguments")? {
-        None => {
-            return Err(
-                section.wrong("arguments", "is missing: a list that begins with the first learning rate")
-            );
-        }
-        Some(list) => list.iter().map(Value::as_f64).collect(),
-    };
-    let arguments = arguments.ok_or_else(|| section.wrong("arguments", "must be a list of numbers"))?;
-    let whole = |number: f64| {
-        let is_count = number >= 1.0 && number.fract() == 0.0 && number < 1e12;
-        let wrong = || {
-            section.wrong("arguments", format!("has {number}, but a number of steps is whole and 1 or more"))
-        };
-        if is_count { Ok(number as u64) } else { Err(wrong()) }
-    };
-    let shape = match (name, arguments[..].as_ref()) {
-        ("exponential_decay", &[init, decay_rate]) => Shape::ExponentialDecay { init, decay_rate },
-        ("step_decay", &[init, decay_rate, step_size]) => {
-            Shape::StepDecay { init, decay_rate, step_size: whole(step_size)? }
-        }
-        ("cosine_decay", &[init, steps]) => Shape::CosineDecay { init, decay_steps: whole(steps)?, end: 0.0 },
-        ("cosine_decay", &[init, steps, end]) => Shape::CosineDecay { init, decay_steps: whole(steps)?, end },
-        ("linear_schedule", &[init, end, steps]) => Shape::Linear { init, end, steps: whole(steps)? },
-        (known @ ("exponential_decay" | "step_decay" | "cosine_decay" | "linear_schedule"), given) => {
-            let needed = match known {
-                "exponential_decay" => "init, decay_rate",
-                "step_decay" => "init, decay_rate, step_size",
-                "cosine_decay" => "init, decay_steps and perhaps end",
-                _ => "init, end, steps",
-            };
-            let problem = format!("has {} numbers, but {known} takes {needed}", given.len());
-            return Err(section.wrong("arguments", problem));
-        }
-        (other, _) => {
-            let names = ["exponential_decay", "step_decay", "cosine_decay", "linear_schedule"];
-            let near = settings::nearest(other, &names);
-            let near = near.map_or_else(String::new, |near| format!("; did you mean {near:?}?"));
-            let problem = format!("is {other:?}, but must be one of {}{near}", names.join(", "));
-            return Err(section.wrong("name", problem));
-        }
-    };
-    let warmup = section.count("warmup", 0)?.unwrap_or(0);
-    let init = section.number("warmup_init", "0 or more", |init| init >= 0.0)?.unwrap_or(0.0);
-    Ok(Schedule::new(shape, warmup, init))
-}
-
-/// What mlx-lm would have as arguments: defaults, with what was given over them.
-fn arguments(settings: &Settings) -> Map<String, Value> {
-    let defaults = json!({
-        "model": "Qwen/Qwen3-0.6b",
-        "train": false,
-        "fine_tune_type": "lora",
-        "optimizer": "adam",
-        "optimizer_config": {"adam": {}, "adamw": {}, "muon": {}, "sgd": {}, "adafactor": {}},
-        "data": "mlx-community/WikiSQL",
-        "seed": 0,
-        "num_layers": 16,
-        "batch_size": 4,
-        "iters": 1000,
-        "val_batches": 25,
-        "learning_rate": 1e-5,
-        "steps_per_report": 10,
-        "steps_per_eval": 200,
-        "resume_adapter_file": null,
-        "adapter_path": "adapters",
-        "save_every": 100,
-        "test": false,
-        "test_batches": 500,
-        "max_seq_length": 2048,
-        "config": settings.origin(),
-        "grad_checkpoint": false,
-        "grad_accumulation_steps": 1,
-        "clear_cache_threshold": 0,
-        "lr_schedule": null,
-        "lora_parameters": {"rank": 8, "dropout": 0.0, "scale": 20.0},
-        "mask_prompt": false,
-        "report_to": null,
-        "project_name": null,
-        "trust_remote_code": false,
-    });
-    let mut arguments = match defaults {
-        Value::Object(arguments) => arguments,
-        _ => Map::new(),
-    };
-    for (key, value) in settings.values() {
-        if !value.is_null() {
-            arguments.insert(key.clone(), value.clone());
-        }
-    }
-    arguments
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     fn error(text: &str) -> String {
         TrainingConfig::from_yaml(text, "lora.yaml").expect_err(text).to_string()
@@ -701,6 +454,10 @@ mod tests {
             (
                 "train: true\nhf_dataset:\n- path: a/b\n  train_split: \"train[:x]\"\n",
                 "lora.yaml line 4: hf_dataset[0].train_split is \"train[:x]\", but must be a split or a slice of one, such as train, train[:80%] or train[-100:]",
+            ),
+            (
+                "train: true\nhf_dataset:\n- path: a/b\n  mask_prompt: true\n",
+                "lora.yaml line 4: hf_dataset[0].mask_prompt is true, but mask_prompt holds for the whole run, where it is false: set it there, beside hf_dataset",
             ),
             (
                 "train: true\nnum_layers: 0\n",

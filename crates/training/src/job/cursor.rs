@@ -94,6 +94,11 @@ impl Fingerprint {
         Self { model: blake3::Hash::from(model).to_hex().to_string(), data, config: String::new() }
     }
 
+    /// One digest of all, the same for processes of one job.
+    pub(super) fn digest(&self) -> [u8; 32] {
+        *blake3::hash(serde_json::json!(self).to_string().as_bytes()).as_bytes()
+    }
+
     /// With all arguments that decide what is computed.
     pub(super) fn with(mut self, config: &TrainingConfig) -> Self {
         /// Where things lie and what is told on the way changes nothing.

@@ -9,22 +9,32 @@
 //!
 //! With a [group](FineTuning::with_group) of workers each computes some of an update's micro-batches. Sums go along the same tree with
 //! one worker and with many, so that the adapter has the same bits.
+//!
+//! A model that is larger than one node is trained by a [line of stages](StagedFineTuning).
 
 mod cursor;
 mod group;
+mod line;
+mod passes;
 mod progress;
+mod staged;
 
 pub use cursor::CursorError;
+pub use staged::StagedFineTuning;
 
-use crate::parameters::{self, ParameterError};
-use crate::trainer::{MicroGradients, StateError, TrainError, Trainer, TrainerOptions, combine};
+use crate::parameters::{self, ParameterError, ShareError};
+use crate::trainer::{MicroGradients, StateError, TrainError, Trainer, TrainerOptions, add};
 use crate::{BatchError, BatchOptions, Batches, MicroBatch, Sets, TrainingConfig};
 use cursor::{Cursor, Fingerprint};
 use group::Together;
 use mlxnode_checkpoint::WriteError;
-use mlxnode_compute::{Advance, Job, JobError, Reduce, StepReport};
+use mlxnode_compute::{
+    Advance, Job, JobError, LinkError, Reduce, StepReport, TreeNode, TreeSum, tells_parameters_after,
+};
 use mlxnode_engine::tuning::{TuneError, Tuning};
+use mlxnode_mlx::{Array, Dtype};
 use progress::{Piece, Progress};
+use std::io::ErrorKind;
 use std::ops::RangeInclusive;
 use std::path::Path;
 use std::time::Instant;
@@ -55,6 +65,15 @@ pub enum PrepareError {
         "training on pairs of answers needs both \"preference\" (dpo or orpo) and rows with \"chosen\" and \"rejected\""
     )]
     Preference,
+    /// Sums that would have other bits with other numbers of workers.
+    #[error(
+        "with \"parity\" an update is added up as mlx-lm does, in the element type of what is trained ({dtype}), but several workers \
+         add up in single precision; take one worker, or leave parity out"
+    )]
+    Halves {
+        /// The element type.
+        dtype: String,
+    },
     /// The model.
     #[error(transparent)]
     Tune(#[from] TuneError),
@@ -64,9 +83,27 @@ pub enum PrepareError {
     /// A saved job whose state cannot be read.
     #[error(transparent)]
     State(#[from] StateError),
+    /// It cannot be divided into stages, or another stage cannot begin.
+    #[error("{problem}")]
+    Stages {
+        /// What is in the way.
+        problem: String,
+    },
+    /// The other stages are not there.
+    #[error(transparent)]
+    Link(#[from] LinkError),
     /// MLX refused.
     #[error(transparent)]
     Device(#[from] mlxnode_mlx::Error),
+}
+
+impl From<ShareError> for PrepareError {
+    fn from(error: ShareError) -> Self {
+        match error {
+            ShareError::Parameters(error) => Self::Parameters(error),
+            other => Self::Stages { problem: other.to_string() },
+        }
+    }
 }
 
 /// Fine-tuning of a model on a data set.
@@ -96,14 +133,7 @@ impl FineTuning {
         model: [u8; 32],
         compile: bool,
     ) -> Result<Self, PrepareError> {
-        if config.train && sets.train.is_empty() {
-            return Err(PrepareError::NoRows);
-        }
-        for set in [&sets.train, &sets.valid, &sets.test].into_iter().filter(|set| !set.is_empty()) {
-            if set.is_preference() != config.preference.is_some() {
-                return Err(PrepareError::Preference);
-            }
-        }
+        checked(&config, &sets)?;
         let plan = parameters::plan(&tuning, &config)?;
         let tuner = tuning.tune(plan)?;
         let tuner = if config.grad_checkpoint { tuner.with_checkpointing()? } else { tuner };
@@ -111,15 +141,7 @@ impl FineTuning {
         if let Some(file) = &config.resume_adapter_file {
             beginning = parameters::resume(&tuner, beginning, file)?;
         }
-        let options = TrainerOptions {
-            optimizer: config.optimizer,
-            clip: config.clip_grad_norm,
-            parity: config.parity,
-            preference: config.preference,
-            seed: u64::from(config.seed),
-            compile,
-        };
-        let trainer = Trainer::new(tuner, beginning, options)?;
+        let trainer = Trainer::new(tuner, beginning, options(&config, compile))?;
         let fingerprint = Fingerprint::of(model, &sets).with(&config);
         let batches = Batches::new(BatchOptions::from(&config), sets)?;
         let progress = Progress::new(&config);
@@ -128,10 +150,17 @@ impl FineTuning {
 
     /// The same with other workers, each of which has the same model, configuration and data. The group's steps have
     /// `grad_accumulation_steps` micro-batches.
-    #[must_use]
-    pub fn with_group(mut self, group: Box<dyn Reduce>) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// [`PrepareError::Halves`]: the number of workers would show in the result.
+    pub fn with_group(mut self, group: Box<dyn Reduce>) -> Result<Self, PrepareError> {
+        let halves = self.trainer.parameters().iter().map(Array::dtype).find(|dtype| *dtype != Dtype::F32);
+        if let Some(dtype) = halves.filter(|_| self.config.parity) {
+            return Err(PrepareError::Halves { dtype: format!("{dtype:?}").to_lowercase() });
+        }
         self.group = Some(group);
-        self
+        Ok(self)
     }
 
     /// Goes on where [`Job::save`] left off in `directory`.
@@ -188,7 +217,8 @@ impl FineTuning {
         let step = self.progress.iteration() + 1;
         // mlx-lm's last gradients go nowhere when they are too few for an update.
         let is_lost = self.config.parity && micro_batches < self.config.grad_accumulation_steps;
-        let sum = match self.group.take().filter(|_| !is_lost) {
+        let group = if is_lost { None } else { self.group.take() };
+        let sum = match group {
             None => self.alone(iterations).map_err(|error| told(step, error))?,
             Some(mut group) => {
                 let made = self.together(&mut *group);
@@ -205,6 +235,7 @@ impl FineTuning {
             false => {
                 let applied = self.trainer.apply(&sum, micro_batches, learning_rate);
                 let applied = applied.map_err(|error| told(step, error))?;
+                self.compare()?;
                 (applied.loss, Some(applied.gradient_norm))
             }
         };
@@ -225,15 +256,30 @@ impl FineTuning {
         }))
     }
 
+    /// Tells the other workers what came of the update, when it is time to.
+    fn compare(&mut self) -> Result<(), JobError> {
+        let updates = self.trainer.updates();
+        let Some(group) = self.group.as_mut().filter(|_| tells_parameters_after(updates)) else {
+            return Ok(());
+        };
+        let hash = self.trainer.hash_parameters().map_err(|error| JobError::Failed(error.to_string()))?;
+        group.applied(updates, hash);
+        Ok(())
+    }
+
     /// The sum of these iterations' gradients, all computed here.
     fn alone(&mut self, iterations: RangeInclusive<u64>) -> Result<MicroGradients, TrainError> {
-        let mut parts = Vec::new();
-        for iteration in iterations {
+        let none = || mlxnode_mlx::Error::Mlx("an update without micro-batches".to_owned());
+        let count = (iterations.end() + 1).saturating_sub(*iterations.start());
+        let mut sum = TreeSum::new(u32::try_from(count).map_err(|_| none())?);
+        for (index, iteration) in (0..).zip(iterations) {
             let batch = self.batches.training(iteration);
-            parts.push(self.trainer.gradients(&batch, iteration)?);
+            let made = self.trainer.gradients(&batch, iteration)?;
+            let device = self.trainer.device();
+            // Halves of the tree are added as soon as they are there: never more than log2 of them wait.
+            sum.insert(TreeNode::leaf(index), made, |left, right| add(device, left, &right))?;
         }
-        combine(self.trainer.device(), parts)?
-            .ok_or_else(|| mlxnode_mlx::Error::Mlx("an update without micro-batches".to_owned()).into())
+        sum.into_parts().next().map(|(_, sum)| sum).ok_or_else(|| none().into())
     }
 
     /// As `clear_cache_threshold` asks for it.
@@ -276,6 +322,30 @@ impl FineTuning {
     }
 }
 
+/// Do the rows fit what is asked for?
+fn checked(config: &TrainingConfig, sets: &Sets) -> Result<(), PrepareError> {
+    if config.train && sets.train.is_empty() {
+        return Err(PrepareError::NoRows);
+    }
+    for set in [&sets.train, &sets.valid, &sets.test].into_iter().filter(|set| !set.is_empty()) {
+        if set.is_preference() != config.preference.is_some() {
+            return Err(PrepareError::Preference);
+        }
+    }
+    Ok(())
+}
+
+fn options(config: &TrainingConfig, compile: bool) -> TrainerOptions {
+    TrainerOptions {
+        optimizer: config.optimizer,
+        clip: config.clip_grad_norm,
+        parity: config.parity,
+        preference: config.preference,
+        seed: u64::from(config.seed),
+        compile,
+    }
+}
+
 /// What went wrong in an update or a measurement, as the job says it.
 fn told(step: u64, error: TrainError) -> JobError {
     match error {
@@ -313,25 +383,24 @@ impl Job for FineTuning {
 
 fn io(error: std::io::Error) -> JobError {
     match error.kind() {
-        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
-            JobError::NoRoom(error.to_string())
-        }
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => JobError::NoRoom(error.to_string()),
         _ => JobError::Failed(error.to_string()),
     }
 }
 
 fn written(error: StateError) -> JobError {
-    let StateError::Write(WriteError::Write { source, path }) = &error else {
+    let StateError::Write(WriteError::Write { source, .. }) = &error else {
         return JobError::Failed(error.to_string());
     };
     let mut cause: Option<&dyn std::error::Error> = Some(source);
     while let Some(error) = cause {
         if let Some(found) = error.downcast_ref::<std::io::Error>()
-            && found.kind() == std::io::ErrorKind::StorageFull
+            && matches!(found.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
         {
-            return JobError::NoRoom(path.display().to_string());
+            return JobError::NoRoom(found.to_string());
         }
         cause = error.source();
     }
-    JobError::Failed(format!("{error}: {source}"))
+    // The path is one of this machine, and says nothing to who asked for the job.
+    JobError::Failed(format!("what is trained cannot be written: {source}"))
 }

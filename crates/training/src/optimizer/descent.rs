@@ -20,10 +20,7 @@ impl Descent {
         rate: &Array,
     ) -> Result<(Array, Vec<Array>)> {
         let device = numbers.device;
-        let gradient = match self.weight_decay == 0.0 {
-            true => gradient.clone(),
-            false => device.add(gradient, &numbers.times(self.weight_decay, parameter)?)?,
-        };
+        let gradient = numbers.decayed(self.weight_decay, gradient, parameter)?;
         if self.momentum <= 0.0 {
             let next = device.subtract(parameter, &device.multiply(rate, &gradient)?)?;
             return Ok((next, vec![memory(memories, 0)?.clone()]));
@@ -33,10 +30,7 @@ impl Descent {
             true => device.add(&kept, &numbers.times(1.0 - self.dampening, &gradient)?)?,
             false => device.add(&kept, &gradient)?,
         };
-        let update = match self.nesterov {
-            true => device.add(&gradient, &numbers.times(self.momentum, &v)?)?,
-            false => v.clone(),
-        };
+        let update = numbers.looked_ahead(self.nesterov, self.momentum, &gradient, &v)?;
         Ok((device.subtract(parameter, &device.multiply(rate, &update)?)?, vec![v]))
     }
 }

@@ -134,6 +134,22 @@ impl Numbers<'_> {
     fn mean_of(&self, decay: f64, mean: &Array, new: &Array) -> Result<Array> {
         self.device.add(&self.times(decay, mean)?, &self.times(1.0 - decay, new)?)
     }
+
+    /// `gradient + weight_decay * parameter`.
+    fn decayed(&self, weight_decay: f64, gradient: &Array, parameter: &Array) -> Result<Array> {
+        match weight_decay == 0.0 {
+            true => Ok(gradient.clone()),
+            false => self.device.add(gradient, &self.times(weight_decay, parameter)?),
+        }
+    }
+
+    /// The velocity, or what it will be after one more such gradient (Nesterov's).
+    fn looked_ahead(&self, nesterov: bool, momentum: f64, gradient: &Array, v: &Array) -> Result<Array> {
+        match nesterov {
+            true => self.device.add(gradient, &self.times(momentum, v)?),
+            false => Ok(v.clone()),
+        }
+    }
 }
 
 /// One of the arrays that are remembered.

@@ -23,16 +23,10 @@ impl Muon {
         rate: &Array,
     ) -> Result<(Array, Vec<Array>)> {
         let device = numbers.device;
-        let gradient = match self.weight_decay == 0.0 {
-            true => gradient.clone(),
-            false => device.add(gradient, &numbers.times(self.weight_decay, parameter)?)?,
-        };
+        let gradient = numbers.decayed(self.weight_decay, gradient, parameter)?;
         let fresh = numbers.times(1.0 - self.momentum, &gradient)?;
         let v = device.add(&numbers.times(self.momentum, memory(memories, 0)?)?, &fresh)?;
-        let update = match self.nesterov {
-            true => device.add(&fresh, &numbers.times(self.momentum, &v)?)?,
-            false => v.clone(),
-        };
+        let update = numbers.looked_ahead(self.nesterov, self.momentum, &fresh, &v)?;
         let shape = update.shape().to_vec();
         let (update, rate) = match shape.as_slice() {
             [] | [_] => (update, rate.clone()),

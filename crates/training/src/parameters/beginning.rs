@@ -20,13 +20,22 @@ pub struct Beginning {
 ///
 /// MLX's.
 pub fn begin(tuner: &Tuner, seed: u64) -> Result<Beginning, ParameterError> {
+    begin_part(tuner, seed, &(0..tuner.trained().len()).collect::<Vec<_>>())
+}
+
+/// The same of a part of a model, as the whole model's draws give it: `modules` says of each module with changes of low rank, in the tuner's order,
+/// which of the whole model's it is. They come in the same order there.
+pub(crate) fn begin_part(tuner: &Tuner, seed: u64, modules: &[usize]) -> Result<Beginning, ParameterError> {
     let device = tuner.device();
     let mut key = RandomKey::new(seed);
+    let mut drawn = 0;
     let mut next = || {
         let (chain, used) = key.split();
         key = chain;
-        used
+        drawn += 1;
+        (drawn, used)
     };
+    let mut modules = modules.iter();
     let mut arrays = Vec::with_capacity(tuner.trained().len());
     for (place, trained) in tuner.trained().iter().enumerate() {
         let shape = sizes(trained);
@@ -34,13 +43,19 @@ pub fn begin(tuner: &Tuner, seed: u64) -> Result<Beginning, ParameterError> {
             Some(beginning) => beginning.clone(),
             None if trained.name.ends_with(".lora_a") => {
                 // mlx-lm makes a map of its own beside each change, whose weight takes a draw.
-                next();
+                let number = 2 * (modules.next().copied().unwrap_or_default() + 1);
+                let used = loop {
+                    let (drawn, used) = next();
+                    if drawn >= number {
+                        break used;
+                    }
+                };
                 let inputs = match trained.shape.as_slice() {
                     [inputs, _] | [_, _, inputs] => *inputs,
                     _ => 1,
                 };
                 let bound = (1.0 / (inputs as f64).sqrt()) as f32;
-                device.uniform_between(-bound, bound, &shape, next())?
+                device.uniform_between(-bound, bound, &shape, used)?
             }
             None => device.zeros(&shape, trained.dtype)?,
         });

@@ -2,11 +2,15 @@
 
 mod beginning;
 mod order;
+mod share;
 
+pub(crate) use beginning::begin_part;
 pub use beginning::{Beginning, begin, resume};
+pub(crate) use share::{Held, Share, ShareError};
 
 use crate::{FineTuneType, Layers, TrainingConfig};
-use mlxnode_checkpoint::layout::ModuleKind;
+use mlxnode_checkpoint::ModelSpec;
+use mlxnode_checkpoint::layout::{Module, ModuleKind};
 use mlxnode_engine::tuning::{LowRank, Plan, TuneError, Tuning};
 use std::collections::BTreeSet;
 
@@ -51,7 +55,25 @@ pub enum ParameterError {
 ///
 /// When the model does not have what is asked for.
 pub fn plan(tuning: &Tuning, config: &TrainingConfig) -> Result<Plan, ParameterError> {
-    let all = tuning.spec().layer_count();
+    let modules: Vec<Module> = tuning.modules().iter().map(|shard| shard.module.clone()).collect();
+    match config.fine_tune_type {
+        FineTuneType::Full => {
+            let weights: Vec<&str> = tuning.weights().collect();
+            chosen(tuning.spec(), config, &modules, &BTreeSet::new(), &weights)
+        }
+        _ => chosen(tuning.spec(), config, &modules, &tuning.changeable()?, &[]),
+    }
+}
+
+/// The same out of `modules`, of which those in `changeable` have a place for changes of low rank, and which have these `weights` as they are.
+fn chosen(
+    spec: &ModelSpec,
+    config: &TrainingConfig,
+    modules: &[Module],
+    changeable: &BTreeSet<String>,
+    weights: &[&str],
+) -> Result<Plan, ParameterError> {
+    let all = spec.layer_count();
     let first = match config.layers {
         Layers::All => 0,
         Layers::Last(count) if count > all => {
@@ -59,12 +81,13 @@ pub fn plan(tuning: &Tuning, config: &TrainingConfig) -> Result<Plan, ParameterE
         }
         Layers::Last(count) => all - count,
     };
+    let keys = config.lora.keys.as_deref();
     let is_magnitude = match config.fine_tune_type {
         FineTuneType::Lora => false,
         FineTuneType::Dora => true,
-        FineTuneType::Full => return Ok(weights(tuning, first, config.lora.keys.as_deref())),
+        FineTuneType::Full => return Ok(chosen_weights(weights, first, keys)),
     };
-    let paths = paths(tuning, first, config.lora.keys.as_deref())?;
+    let paths = paths(modules, changeable, first, keys)?;
     let low_rank = |path| LowRank {
         path,
         rank: config.lora.rank,
@@ -76,7 +99,7 @@ pub fn plan(tuning: &Tuning, config: &TrainingConfig) -> Result<Plan, ParameterE
 }
 
 /// The tensors of the last blocks. `keys` are ours: tensors or modules of the whole model besides, by their beginnings.
-fn weights(tuning: &Tuning, first: usize, keys: Option<&[String]>) -> Plan {
+fn chosen_weights(weights: &[&str], first: usize, keys: Option<&[String]>) -> Plan {
     let is_named = |name: &str| {
         keys.is_some_and(|keys| {
             let named = |key: &String| name.strip_prefix(key.as_str());
@@ -84,7 +107,7 @@ fn weights(tuning: &Tuning, first: usize, keys: Option<&[String]>) -> Plan {
         })
     };
     let chosen = |name: &&str| place(name).is_some_and(|(layer, _)| layer >= first) || is_named(name);
-    let mut names: Vec<String> = tuning.weights().filter(chosen).map(str::to_owned).collect();
+    let mut names: Vec<String> = weights.iter().copied().filter(chosen).map(str::to_owned).collect();
     names.sort();
     Plan::Weights(names)
 }
@@ -96,13 +119,17 @@ fn place(path: &str) -> Option<(usize, &str)> {
 }
 
 /// The modules, in mlx-lm's order: those of the layers, layer by layer, then those that are named by their whole path.
-fn paths(tuning: &Tuning, first: usize, keys: Option<&[String]>) -> Result<Vec<String>, ParameterError> {
-    let changeable = tuning.changeable()?;
+fn paths(
+    modules: &[Module],
+    changeable: &BTreeSet<String>,
+    first: usize,
+    keys: Option<&[String]>,
+) -> Result<Vec<String>, ParameterError> {
     let has_matrix = |kind: &ModuleKind| {
         matches!(kind, ModuleKind::Linear { .. } | ModuleKind::Experts { .. } | ModuleKind::Embedding { .. })
     };
-    let modules = tuning.modules().iter().filter(|shard| has_matrix(&shard.module.kind));
-    let modules: Vec<&str> = modules.map(|shard| shard.module.path.as_str()).collect();
+    let modules = modules.iter().filter(|module| has_matrix(&module.kind));
+    let modules: Vec<&str> = modules.map(|module| module.path.as_str()).collect();
     let (mut in_layers, mut by_path, mut used) = (Vec::new(), Vec::new(), BTreeSet::new());
     let (mut known, mut seen) = (BTreeSet::new(), BTreeSet::new());
     for (index, path) in modules.iter().enumerate() {

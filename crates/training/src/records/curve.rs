@@ -1,5 +1,6 @@
 //! The course of the losses as a picture: SVG, or PNG with letters of its own.
 
+use super::RecordError;
 use super::canvas::Canvas;
 use plotters::prelude::{
     ChartBuilder, DrawingBackend, IntoDrawingArea as _, IntoFont as _, LineSeries, PathElement, RGBColor,
@@ -37,6 +38,17 @@ pub enum ChartError {
     /// The drawing itself failed.
     #[error("the picture cannot be drawn: {0}")]
     Drawing(String),
+}
+
+/// A picture that is not written.
+#[derive(Debug, thiserror::Error)]
+pub enum PictureError {
+    /// It cannot be drawn.
+    #[error(transparent)]
+    Chart(#[from] ChartError),
+    /// It cannot be written.
+    #[error(transparent)]
+    Write(#[from] RecordError),
 }
 
 impl Curve {
@@ -83,6 +95,18 @@ impl Curve {
         });
         written.map_err(|error| ChartError::Drawing(error.to_string()))?;
         Ok(bytes)
+    }
+
+    /// Writes both pictures into a folder: `loss.svg`, `loss.png`.
+    ///
+    /// # Errors
+    /// [`PictureError`]
+    pub fn write(&self, folder: &Path, title: &str) -> Result<(), PictureError> {
+        for (name, picture) in [("loss.svg", self.svg(title)?.into_bytes()), ("loss.png", self.png(title)?)] {
+            let path = folder.join(name);
+            std::fs::write(&path, picture).map_err(|source| RecordError { path, source })?;
+        }
+        Ok(())
     }
 
     fn draw<B: DrawingBackend>(&self, backend: B, title: &str) -> Result<(), ChartError> {

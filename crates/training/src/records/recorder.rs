@@ -5,6 +5,7 @@
 use super::Curve;
 use super::tensorboard::EventFile;
 use crate::config::Report;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead as _, BufReader, Write as _};
@@ -17,7 +18,7 @@ const EVENTS: &str = "tensorboard";
 const COLUMNS: &str = "step,train_loss,valid_loss,learning_rate,tokens_per_second,trained_tokens,gradient_norm,peak_memory,seconds";
 
 /// Figures of the steps since the last report.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Trained {
     /// Iterations done.
     pub step: u64,
@@ -38,7 +39,7 @@ pub struct Trained {
 }
 
 /// A measurement on the validation set.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Validated {
     /// Iterations done before it.
     pub step: u64,
@@ -65,6 +66,8 @@ pub struct Recorder {
     jsonl: Option<(PathBuf, File)>,
     csv: Option<(PathBuf, File)>,
     events: Option<(PathBuf, EventFile)>,
+    /// When what is written happened, in seconds since 1970; None: now.
+    time: Option<f64>,
 }
 
 impl Recorder {
@@ -168,7 +171,26 @@ impl Recorder {
 
     fn event(&mut self, step: u64, values: &[(&str, f64)]) -> Result<(), RecordError> {
         let Some((path, file)) = &mut self.events else { return Ok(()) };
-        file.add(step, values).map_err(|source| RecordError { path: path.clone(), source })
+        file.add(step, values, self.time).map_err(|source| RecordError { path: path.clone(), source })
+    }
+
+    /// What is written from here on happened then, in seconds since 1970.
+    pub(super) fn set_time(&mut self, time: f64) {
+        self.time = Some(time);
+    }
+
+    /// Ends the files, and puts TensorBoard's, which have a folder of their own, beside the others.
+    pub(super) fn flatten(self) -> Result<(), RecordError> {
+        let Some((path, file)) = self.events else { return Ok(()) };
+        drop(file);
+        let flat = || -> io::Result<()> {
+            for entry in fs::read_dir(&path)? {
+                let entry = entry?;
+                fs::rename(entry.path(), path.with_file_name(entry.file_name()))?;
+            }
+            fs::remove_dir(&path)
+        };
+        flat().map_err(|source| RecordError { path: path.clone(), source })
     }
 }
 

@@ -80,13 +80,13 @@ impl EventFile {
         Ok(events)
     }
 
-    /// Adds values of a step.
-    pub(super) fn add(&mut self, step: u64, values: &[(&str, f64)]) -> io::Result<()> {
+    /// Adds values of a step, which were measured at this time, in seconds since 1970; None: now.
+    pub(super) fn add(&mut self, step: u64, values: &[(&str, f64)], time: Option<f64>) -> io::Result<()> {
         let scalar =
             |(tag, value): &(&str, f64)| Scalar { tag: (*tag).to_owned(), simple_value: *value as f32 };
         let summary = Some(Summary { value: values.iter().map(scalar).collect() });
         let step = i64::try_from(step).unwrap_or(i64::MAX);
-        self.write(&Event { wall_time: now(), step, summary, ..Event::default() })
+        self.write(&Event { wall_time: time.unwrap_or_else(now), step, summary, ..Event::default() })
     }
 
     fn write(&mut self, event: &Event) -> io::Result<()> {
@@ -137,14 +137,15 @@ mod tests {
     fn values_are_read_again_and_a_resumed_run_says_where_it_begins() {
         let folder = tempfile::tempdir().unwrap();
         let mut first = EventFile::create(folder.path(), 0).unwrap();
-        first.add(1, &[("loss/train", 2.5), ("learning_rate", 1e-5)]).unwrap();
+        first.add(1, &[("loss/train", 2.5), ("learning_rate", 1e-5)], Some(1.5)).unwrap();
         let mut second = EventFile::create(folder.path(), 1).unwrap();
-        second.add(2, &[("loss/train", 2.0)]).unwrap();
+        second.add(2, &[("loss/train", 2.0)], None).unwrap();
         let events = events(folder.path());
         assert_eq!(events[0].file_version.as_deref(), Some("brain.Event:2"));
         let value = &events[1].summary.as_ref().unwrap().value[0];
         assert_eq!((events[1].step, value.tag.as_str(), value.simple_value), (1, "loss/train", 2.5));
         assert_eq!((events[3].step, events[3].session_log.as_ref().unwrap().status), (2, 1));
+        assert!(events[1].wall_time == 1.5 && events[4].wall_time > 1e9);
         assert_eq!(events.len(), 5);
     }
 

@@ -82,6 +82,8 @@ pub(super) struct Gradients {
     reference: Option<Vec<Array>>,
     /// Rows are not filled up: each length is computed as it is, which a compiled function could not.
     is_tight: bool,
+    /// The gradient of what came out of the layers before is asked for, too.
+    of_input: bool,
 }
 
 /// What is minimized.
@@ -99,8 +101,16 @@ impl Objective {
         self == Self::Tokens { as_mlx_lm: true }
     }
 
+    /// As they are added up: many small numbers are, which mlx-lm does in the parameters' element type.
+    pub(super) fn summable(self, device: &Device, gradients: Vec<Array>) -> Result<Vec<Array>> {
+        match self.is_mean() {
+            true => Ok(gradients),
+            false => gradients.iter().map(|gradient| device.cast(gradient, Dtype::F32)).collect(),
+        }
+    }
+
     /// What counts in a batch: tokens or pairs.
-    fn count(self, batch: &MicroBatch) -> u64 {
+    pub(super) fn count(self, batch: &MicroBatch) -> u64 {
         match self {
             Self::Tokens { .. } => batch.counted_tokens(),
             Self::Pairs(_) => (batch.rows.len() / 2) as u64,
@@ -109,9 +119,9 @@ impl Objective {
 }
 
 /// What of a batch goes to the device.
-struct Inputs {
-    /// `[rows, columns]`.
-    ids: Array,
+pub(super) struct Inputs {
+    /// `[rows, columns]`; behind other layers what came out of them, `[1, rows * columns, width]`.
+    pub(super) input: Array,
     /// `[rows, columns]`.
     targets: Array,
     /// `[rows, columns]`.
@@ -131,14 +141,24 @@ struct Sequences {
     counted: Option<Array>,
 }
 
+/// What comes of a batch.
+pub(super) struct Loss {
+    pub(super) value: f64,
+    /// Of what is trained.
+    pub(super) gradients: Vec<Array>,
+    /// Of what came out of the layers before, where it is asked for.
+    pub(super) of_input: Option<Array>,
+}
+
 impl Gradients {
     pub(super) fn new(
         tuner: &Tuner,
         objective: Objective,
         reference: Option<Vec<Array>>,
         compile: bool,
+        of_input: bool,
     ) -> Result<Self> {
-        let gradient = Rc::new(gradient(tuner, objective, None)?);
+        let gradient = Rc::new(gradient(tuner, objective, None, of_input)?);
         let compiled = match compile {
             false => None,
             true => {
@@ -151,7 +171,7 @@ impl Gradients {
             }
         };
         let is_tight = !compile && objective == Objective::Tokens { as_mlx_lm: false };
-        Ok(Self { gradient, compiled, objective, reference, is_tight })
+        Ok(Self { gradient, compiled, objective, reference, is_tight, of_input })
     }
 
     /// Of a batch whose tokens the model has.
@@ -162,9 +182,22 @@ impl Gradients {
         batch: &MicroBatch,
         keys: Option<&Array>,
     ) -> Result<MicroGradients> {
-        let device = tuner.device();
         let mut inputs = self.inputs(batch)?;
         inputs.reference = self.compared(tuner, &inputs)?;
+        let Loss { value: loss, gradients, .. } = self.of_inputs(tuner, parameters, &inputs, keys)?;
+        let (tokens, rows) = (self.objective.count(batch), batch.row_numbers());
+        Ok(MicroGradients { gradients, loss, tokens, rows })
+    }
+
+    /// The same of what goes to the device.
+    pub(super) fn of_inputs(
+        &self,
+        tuner: &Tuner,
+        parameters: &[Array],
+        inputs: &Inputs,
+        keys: Option<&Array>,
+    ) -> Result<Loss> {
+        let device = tuner.device();
         let mut all: Vec<&Array> = parameters.iter().collect();
         all.extend(inputs.arrays());
         all.extend(keys);
@@ -179,43 +212,41 @@ impl Gradients {
             }
             // Where sequences end in rows is not among the shapes.
             (_, Some(sequences)) => {
-                let gradient = gradient(tuner, self.objective, Some(sequences.clone()))?;
+                let gradient = gradient(tuner, self.objective, Some(sequences.clone()), self.of_input)?;
                 let (made, gradients) = gradient.apply(&all)?;
                 (made.into_iter().next(), gradients)
             }
         };
         let loss = loss.ok_or_else(|| Error::Mlx("a loss is missing".to_owned()))?;
-        // Many small numbers are added up; mlx-lm does that in the parameters' element type.
-        let gradients = match self.objective.is_mean() {
-            true => gradients,
-            false => gradients
-                .iter()
-                .map(|gradient| device.cast(gradient, Dtype::F32))
-                .collect::<Result<Vec<_>>>()?,
-        };
-        device.eval([&loss].into_iter().chain(&gradients))?;
-        let loss = f64::from(loss.to_f32()?.first().copied().unwrap_or(f32::NAN));
-        let (tokens, rows) = (self.objective.count(batch), batch.row_numbers());
-        Ok(MicroGradients { gradients, loss, tokens, rows })
+        let mut gradients = gradients;
+        let of_input = if self.of_input { gradients.pop() } else { None };
+        let gradients = self.objective.summable(device, gradients)?;
+        device.eval([&loss].into_iter().chain(&gradients).chain(&of_input))?;
+        let value = f64::from(loss.to_f32()?.first().copied().unwrap_or(f32::NAN));
+        Ok(Loss { value, gradients, of_input })
     }
 
     /// The sum of the losses, and how many tokens or pairs counted.
     pub(super) fn loss(&self, tuner: &Tuner, parameters: &[Array], batch: &MicroBatch) -> Result<(f64, u64)> {
-        let device = tuner.device();
         let mut inputs = self.inputs(batch)?;
         inputs.reference = self.compared(tuner, &inputs)?;
+        Ok((self.loss_of_inputs(tuner, parameters, &inputs)?, self.objective.count(batch)))
+    }
+
+    /// The same of what goes to the device.
+    pub(super) fn loss_of_inputs(&self, tuner: &Tuner, parameters: &[Array], inputs: &Inputs) -> Result<f64> {
         let mut all: Vec<&Array> = parameters.iter().collect();
         all.extend(inputs.arrays());
-        let sum = loss(device, tuner, &all, self.objective, inputs.sequences.as_ref())?;
-        Ok((f64::from(sum.to_f32()?.first().copied().unwrap_or(f32::NAN)), self.objective.count(batch)))
+        let sum = loss(tuner.device(), tuner, &all, self.objective, inputs.sequences.as_ref())?;
+        Ok(f64::from(sum.to_f32()?.first().copied().unwrap_or(f32::NAN)))
     }
 
     fn inputs(&self, batch: &MicroBatch) -> Result<Inputs> {
-        if self.is_tight { Inputs::tight(batch) } else { Inputs::filled(batch) }
+        if self.is_tight { Inputs::tight(batch) } else { Inputs::of(batch) }
     }
 
     /// The log-probabilities of the rows' answers by the unchanged model, where they are compared with them.
-    fn compared(&self, tuner: &Tuner, inputs: &Inputs) -> Result<Option<Array>> {
+    pub(super) fn compared(&self, tuner: &Tuner, inputs: &Inputs) -> Result<Option<Array>> {
         let Some(reference) = &self.reference else { return Ok(None) };
         let reference: Vec<&Array> = reference.iter().collect();
         let (sums, _) = rows(tuner.device(), tuner, &reference, &inputs.arrays(), None)?;
@@ -242,7 +273,7 @@ impl Inputs {
             }
         }
         if ids.is_empty() {
-            return Self::filled(batch); // rows of one token: nothing follows from anything
+            return Self::of(batch); // rows of one token: nothing follows from anything
         }
         let of = |words: &[u32]| Array::from_u32(words, &[1, i32::try_from(words.len()).unwrap_or(i32::MAX)]);
         // Answers that were cut off: something has to go through the model, and counts nothing.
@@ -253,11 +284,11 @@ impl Inputs {
         let mask = Array::from_f32(&vec![weight; targets.len()], &[1, targets.len() as i32])?;
         let counted = (counted.len() < ids.len()).then(|| of(&counted)).transpose()?;
         let sequences = Some(Sequences { lengths, counted });
-        Ok(Self { ids: of(&ids)?, targets: of(&targets)?, mask, reference: None, sequences })
+        Ok(Self { input: of(&ids)?, targets: of(&targets)?, mask, reference: None, sequences })
     }
 
     /// `[rows, columns]`, filled up.
-    fn filled(batch: &MicroBatch) -> Result<Self> {
+    pub(super) fn of(batch: &MicroBatch) -> Result<Self> {
         let (rows, width) = (batch.rows.len(), batch.width);
         let columns = width.saturating_sub(1);
         if rows == 0 || columns == 0 {
@@ -272,7 +303,7 @@ impl Inputs {
         let lengths = is_packed
             .then(|| batch.rows.iter().flat_map(|row| sequences(&row.segments, columns)).collect::<Vec<_>>());
         Ok(Self {
-            ids: Array::from_u32(&cut(0), &shape)?,
+            input: Array::from_u32(&cut(0), &shape)?,
             targets: Array::from_u32(&cut(1), &shape)?,
             mask: Array::from_f32(&batch.mask(), &shape)?,
             reference: None,
@@ -281,7 +312,21 @@ impl Inputs {
     }
 
     fn arrays(&self) -> Vec<&Array> {
-        [&self.ids, &self.targets, &self.mask].into_iter().chain(&self.reference).collect()
+        [&self.input, &self.targets, &self.mask].into_iter().chain(&self.reference).collect()
+    }
+
+    /// What came out of the layers before instead of ids, and the log-probabilities of the rows' answers by the unchanged model.
+    pub(super) fn behind(self, input: Array, reference: Option<Array>) -> Self {
+        Self { input, reference, ..self }
+    }
+
+    /// Where whole sequences end among them.
+    pub(super) fn lengths(&self, objective: Objective) -> Vec<i32> {
+        let of_rows = || vec![self.targets.dim(1); usize::try_from(self.targets.dim(0)).unwrap_or(0)];
+        match (objective, &self.sequences) {
+            (Objective::Tokens { .. }, Some(sequences)) => sequences.lengths.clone(),
+            _ => of_rows(),
+        }
     }
 }
 
@@ -305,7 +350,7 @@ fn sequences(segments: &[u32], columns: usize) -> Vec<i32> {
     lengths
 }
 
-/// Of parameters, then ids, targets and mask `[rows, columns]`, then the reference's log-probabilities where answers are compared with
+/// Of parameters, then input (ids or hidden vectors), targets and mask `[rows, columns]`, then the reference's log-probabilities where answers are compared with
 /// it, then keys where there are some: the sum of the losses.
 fn loss(
     device: &Device,
@@ -315,7 +360,7 @@ fn loss(
     sequences: Option<&Sequences>,
 ) -> Result<Array> {
     let (parameters, batch) = inputs.split_at(tuner.trained().len().min(inputs.len()));
-    let missing = || Error::Mlx("a batch has ids, targets and a mask".to_owned());
+    let missing = || Error::Mlx("a batch has inputs, targets and a mask".to_owned());
     match objective {
         Objective::Tokens { as_mlx_lm } => {
             let (_, targets, mask) = first_three(batch)?;
@@ -338,8 +383,8 @@ fn loss(
 
 fn first_three<'a>(batch: &[&'a Array]) -> Result<(&'a Array, &'a Array, &'a Array)> {
     match batch {
-        [ids, targets, mask, ..] => Ok((ids, targets, mask)),
-        _ => Err(Error::Mlx("a batch has ids, targets and a mask".to_owned())),
+        [input, targets, mask, ..] => Ok((input, targets, mask)),
+        _ => Err(Error::Mlx("a batch has inputs, targets and a mask".to_owned())),
     }
 }
 
@@ -352,15 +397,18 @@ fn logits(
     keys: Option<&Array>,
     sequences: Option<&Sequences>,
 ) -> Result<Array> {
-    let (ids, ..) = first_three(batch)?;
-    let (rows, columns) = (ids.dim(0), ids.dim(1));
+    let (input, targets, _) = first_three(batch)?;
+    let (rows, columns) = (targets.dim(0), targets.dim(1));
     let of_rows = vec![columns; usize::try_from(rows).unwrap_or(0)];
-    let flat = device.reshape(ids, &[1, rows * columns])?;
     let (lengths, counted) = match sequences {
         Some(sequences) => (&sequences.lengths, sequences.counted.as_ref()),
         None => (&of_rows, None),
     };
-    tuner.logits(parameters, &flat, lengths, keys, counted)
+    let input = match tuner.layers().is_first() {
+        true => device.reshape(input, &[1, rows * columns])?,
+        false => input.clone(),
+    };
+    tuner.logits(parameters, &input, lengths, keys, counted)
 }
 
 /// Of each row the log-probability of its counted tokens, and how many they are.
@@ -371,15 +419,21 @@ fn rows(
     batch: &[&Array],
     keys: Option<&Array>,
 ) -> Result<(Array, Array)> {
-    let (ids, targets, mask) = first_three(batch)?;
+    let (_, targets, mask) = first_three(batch)?;
     let logits = logits(device, tuner, parameters, batch, keys, None)?;
     let (flat, mask) = (device.reshape(targets, &[-1])?, device.reshape(mask, &[-1])?);
-    of_rows(device, &logits, &flat, &mask, ids.dim(0))
+    of_rows(device, &logits, &flat, &mask, targets.dim(0))
 }
 
-fn gradient(tuner: &Tuner, objective: Objective, sequences: Option<Sequences>) -> Result<Gradient> {
+fn gradient(
+    tuner: &Tuner,
+    objective: Objective,
+    sequences: Option<Sequences>,
+    of_input: bool,
+) -> Result<Gradient> {
     let (tuner, count) = (tuner.clone(), tuner.trained().len());
-    Gradient::new(count, move |device, inputs| {
+    // What goes in comes right behind what is trained. Where nothing is asked for, nobody asks.
+    Gradient::new((count + usize::from(of_input)).max(1), move |device, inputs| {
         let sum = loss(device, &tuner, inputs, objective, sequences.as_ref())?;
         if !objective.is_mean() {
             return Ok(vec![sum]);
@@ -396,15 +450,21 @@ pub(super) fn keys(count: usize, seed: u64, iteration: u64) -> Result<Option<Arr
     if count == 0 {
         return Ok(None);
     }
+    keys_of(&(0..count).collect::<Vec<_>>(), count, seed, iteration)
+}
+
+/// Those at `places` of so many.
+pub(super) fn keys_of(places: &[usize], count: usize, seed: u64, iteration: u64) -> Result<Option<Array>> {
     let [high, low] = RandomKey::new(seed).split().1.words();
     let mut key = RandomKey::new(((u64::from(high) << 32) | u64::from(low)) ^ iteration);
-    let mut words = Vec::with_capacity(2 * count);
+    let mut all = Vec::with_capacity(count);
     for _ in 0..count {
         let (chain, used) = key.split();
         key = chain;
-        words.extend(used.words());
+        all.push(used.words());
     }
-    Array::from_u32(&words, &[i32::try_from(count).unwrap_or(i32::MAX), 2]).map(Some)
+    let words: Vec<u32> = places.iter().filter_map(|place| all.get(*place)).flatten().copied().collect();
+    Array::from_u32(&words, &[i32::try_from(places.len()).unwrap_or(i32::MAX), 2]).map(Some)
 }
 
 #[cfg(test)]

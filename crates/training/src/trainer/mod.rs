@@ -4,14 +4,15 @@
 //! formed along a fixed binary tree over the micro-batches, also in one process, so that who computes which of them changes no bit.
 
 mod gradients;
+mod stage;
 mod state;
 mod tree;
 mod update;
 
 pub use gradients::MicroGradients;
+pub(crate) use stage::{Place, Returned, StageTrainer};
 pub use state::StateError;
 pub(crate) use tree::add;
-pub use tree::combine;
 pub use update::Applied;
 
 use crate::optimizer::Optimizer;
@@ -103,15 +104,8 @@ impl Trainer {
             }
         }
         device.eval(&memories)?;
-        let objective = match options.preference {
-            Some(preference) => Objective::Pairs(preference),
-            None => Objective::Tokens { as_mlx_lm: options.parity },
-        };
-        let reference = match options.preference {
-            Some(Preference { loss: PreferenceLoss::Dpo, .. }) => Some(beginning.reference),
-            _ => None,
-        };
-        let gradients = Gradients::new(&tuner, objective, reference, options.compile)?;
+        let reference = options.compares().then_some(beginning.reference);
+        let gradients = Gradients::new(&tuner, options.objective(), reference, options.compile, false)?;
         let update = Update::new(optimizer, parameters.len(), options.clip, options.compile)?;
         Ok(Self { tuner, options, parameters, memories, updates: 0, gradients, update })
     }
@@ -171,10 +165,7 @@ impl Trainer {
         micro_batches: u64,
         learning_rate: f64,
     ) -> Result<Applied, TrainError> {
-        let divisor = match self.options.parity {
-            true => micro_batches as f64,
-            false => sum.tokens as f64,
-        };
+        let divisor = self.options.divisor(sum, micro_batches);
         let mut made = self.update.apply(
             self.device(),
             &self.parameters,
@@ -183,16 +174,10 @@ impl Trainer {
             divisor,
             learning_rate,
             self.updates + 1,
+            None,
         )?;
         let norm = made.norm;
-        if !norm.is_finite() || !sum.loss.is_finite() {
-            let detail = format!(
-                "rows {}; loss {}, gradient {norm}",
-                sum.rows(),
-                sum.mean(micro_batches, self.options.parity)
-            );
-            return Err(TrainError::NotFinite { detail });
-        }
+        self.options.check(sum, micro_batches, norm)?;
         self.memories = made.arrays.split_off(self.parameters.len());
         self.parameters = made.arrays;
         self.updates += 1;
@@ -205,15 +190,49 @@ impl Trainer {
 
     /// Ids beyond the vocabulary would read foreign memory.
     fn check(&self, batch: &MicroBatch) -> Result<(), TrainError> {
-        let vocabulary = self.tuner.vocabulary();
-        for row in &batch.rows {
-            if let Some(token) = row.tokens.iter().find(|token| **token as usize >= vocabulary) {
-                let number = row.numbers.first().copied().unwrap_or(0);
-                return Err(TrainError::Token { row: number, token: *token, vocabulary });
-            }
-        }
-        Ok(())
+        check(batch, self.tuner.vocabulary())
     }
+}
+
+impl TrainerOptions {
+    fn objective(&self) -> Objective {
+        match self.preference {
+            Some(preference) => Objective::Pairs(preference),
+            None => Objective::Tokens { as_mlx_lm: self.parity },
+        }
+    }
+
+    /// Is what the model says compared with what it said before any training?
+    fn compares(&self) -> bool {
+        matches!(self.preference, Some(Preference { loss: PreferenceLoss::Dpo, .. }))
+    }
+
+    /// What a sum of gradients is divided by.
+    fn divisor(&self, sum: &MicroGradients, micro_batches: u64) -> f64 {
+        match self.parity {
+            true => micro_batches as f64,
+            false => sum.tokens as f64,
+        }
+    }
+
+    /// Can an update be made of it?
+    fn check(&self, sum: &MicroGradients, micro_batches: u64, norm: f64) -> Result<(), TrainError> {
+        if norm.is_finite() && sum.loss.is_finite() {
+            return Ok(());
+        }
+        let loss = sum.mean(micro_batches, self.parity);
+        Err(TrainError::NotFinite { detail: format!("rows {}; loss {loss}, gradient {norm}", sum.rows()) })
+    }
+}
+
+fn check(batch: &MicroBatch, vocabulary: usize) -> Result<(), TrainError> {
+    for row in &batch.rows {
+        if let Some(token) = row.tokens.iter().find(|token| **token as usize >= vocabulary) {
+            let number = row.numbers.first().copied().unwrap_or(0);
+            return Err(TrainError::Token { row: number, token: *token, vocabulary });
+        }
+    }
+    Ok(())
 }
 
 /// A number without dimensions in single precision.

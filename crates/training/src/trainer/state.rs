@@ -27,6 +27,10 @@ pub enum StateError {
 
 /// What the number of updates is called in a file's notes.
 const UPDATES: &str = "updates";
+/// Before the names of parameters.
+const PARAMETERS: &str = "parameters.";
+/// Before those of what the optimizer remembers.
+const OPTIMIZER: &str = "optimizer.";
 
 impl Trainer {
     /// Writes what is trained, by mlx-lm's names: an adapter's file.
@@ -42,14 +46,26 @@ impl Trainer {
         Ok(writer.write(file)?)
     }
 
+    /// BLAKE3 of what is trained, bit by bit, in the tuner's order.
+    ///
+    /// # Errors
+    ///
+    /// MLX's.
+    pub fn hash_parameters(&self) -> Result<[u8; 32], mlxnode_mlx::Error> {
+        let mut hasher = blake3::Hasher::new();
+        for parameter in &self.parameters {
+            hasher.update(&self.device().contiguous(parameter)?.to_bytes()?);
+        }
+        Ok(*hasher.finalize().as_bytes())
+    }
+
     /// Writes all that is needed to go on, bit by bit the same.
     ///
     /// # Errors
     ///
     /// When the file cannot be written.
     pub fn write_state(&self, file: &Path) -> Result<(), StateError> {
-        let notes = BTreeMap::from([(UPDATES.to_owned(), self.updates.to_string())]);
-        let mut writer = SafetensorsWriter::with_notes(notes);
+        let mut writer = SafetensorsWriter::with_notes(self.notes());
         for (name, array) in self.named() {
             add(self.device(), &mut writer, &name, array)?;
         }
@@ -62,6 +78,16 @@ impl Trainer {
     ///
     /// When it is not the state of a training of the same parameters with the same optimizer.
     pub fn read_state(&mut self, file: &Path, updates: u64) -> Result<(), StateError> {
+        self.read_own_state(file, updates, |_| false)
+    }
+
+    /// The same, of a file that also has what others train, by these names.
+    pub(super) fn read_own_state(
+        &mut self,
+        file: &Path,
+        updates: u64,
+        is_of_others: impl Fn(&str) -> bool,
+    ) -> Result<(), StateError> {
         let foreign = |problem: String| StateError::Foreign { file: file.display().to_string(), problem };
         let mut tensors = TensorFile::open(self.device(), file)?;
         let mut arrays = Vec::new();
@@ -73,7 +99,11 @@ impl Trainer {
             }
             arrays.push(array);
         }
-        if let Some(name) = tensors.names().next() {
+        let rest = |name: &&str| {
+            let name = name.strip_prefix(PARAMETERS).or_else(|| name.strip_prefix(OPTIMIZER));
+            !name.is_some_and(&is_of_others)
+        };
+        if let Some(name) = tensors.names().find(rest) {
             return Err(foreign(format!("{name} is not part of it")));
         }
         self.device().eval(&arrays)?;
@@ -83,13 +113,18 @@ impl Trainer {
         Ok(())
     }
 
+    /// The notes of a file with the state.
+    pub(super) fn notes(&self) -> BTreeMap<String, String> {
+        BTreeMap::from([(UPDATES.to_owned(), self.updates.to_string())])
+    }
+
     /// Parameters, then what the optimizer remembers.
     fn named(&self) -> impl Iterator<Item = (String, &Array)> {
         let trained = || self.tuner.trained().iter();
-        let parameters = trained().map(|trained| format!("parameters.{}", trained.name));
+        let parameters = trained().map(|trained| format!("{PARAMETERS}{}", trained.name));
         let memories = trained().zip(&self.parameters).flat_map(|(trained, parameter)| {
             let memories = self.update.optimizer().memories(parameter.shape()).into_iter();
-            memories.map(|memory| format!("optimizer.{}.{}", trained.name, memory.name))
+            memories.map(|memory| format!("{OPTIMIZER}{}.{}", trained.name, memory.name))
         });
         let arrays = self.parameters.iter().chain(&self.memories);
         parameters.chain(memories).zip(arrays)

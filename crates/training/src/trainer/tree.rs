@@ -1,26 +1,7 @@
-//! Sums along a fixed tree.
+//! Sums of gradients, which [`mlxnode_compute::TreeSum`] takes along a fixed tree.
 
 use super::MicroGradients;
 use mlxnode_mlx::{Device, Result};
-
-/// The sum of the gradients of consecutive micro-batches; None of none. Of `n` the first `k` are summed apart from the others, where
-/// `k` is the largest power of two below `n` (the tree of RFC 6962): who sums which part changes no bit.
-///
-/// # Errors
-///
-/// MLX's.
-pub fn combine(device: &Device, parts: Vec<MicroGradients>) -> Result<Option<MicroGradients>> {
-    let mut parts = parts;
-    if parts.len() < 2 {
-        return Ok(parts.pop());
-    }
-    let first = parts.len().next_power_of_two() / 2;
-    let behind = parts.split_off(first);
-    match (combine(device, parts)?, combine(device, behind)?) {
-        (Some(one), Some(other)) => add(device, one, &other).map(Some),
-        (one, other) => Ok(one.or(other)),
-    }
-}
 
 /// The sum of two neighbours.
 ///
@@ -39,6 +20,7 @@ pub(crate) fn add(device: &Device, one: MicroGradients, other: &MicroGradients) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use mlxnode_compute::{TreeNode, TreeSum};
     use mlxnode_mlx::Array;
 
     #[test]
@@ -52,10 +34,14 @@ mod tests {
             tokens: 2,
             rows: vec![1],
         };
-        let sum = combine(&device, values.map(part).into()).unwrap().unwrap();
+        let mut sum = TreeSum::new(5);
+        for (index, value) in (0..).zip(values) {
+            let added = |left, right| add(&device, left, &right);
+            assert!(sum.insert(TreeNode::leaf(index), part(value), added).unwrap());
+        }
+        let sum = sum.whole().unwrap();
         let expected = ((values[0] + values[1]) + (values[2] + values[3])) + values[4];
         assert_eq!(sum.gradients[0].to_f32().unwrap(), [expected]);
         assert_eq!((sum.tokens, sum.rows.len()), (10, 5));
-        assert!(combine(&device, Vec::new()).unwrap().is_none());
     }
 }

@@ -10,6 +10,8 @@ use mlxnode_training::{BatchRow, MicroBatch, TrainingConfig};
 use serde_json::{Value, json};
 use std::path::Path;
 
+pub mod line;
+
 pub const VOCABULARY: usize = 300;
 
 /// A config with what all families need, and `extra`.
@@ -37,6 +39,11 @@ pub fn parity_config(model_type: &str) -> Value {
 
 /// Writes a model; the same one for the same seed.
 pub fn write(folder: &Path, config: &Value, seed: u64) {
+    write_in(folder, config, seed, TensorDtype::F32);
+}
+
+/// The same in F32 or BF16.
+pub fn write_in(folder: &Path, config: &Value, seed: u64, dtype: TensorDtype) {
     std::fs::create_dir_all(folder).unwrap();
     std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
     let spec = architectures::spec(&Config::from_json(config.to_string().as_bytes()).unwrap()).unwrap();
@@ -53,9 +60,10 @@ pub fn write(folder: &Path, config: &Value, seed: u64) {
             for _ in 0..count {
                 state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                 let unit = (state >> 40) as f32 / (1_u64 << 23) as f32 - 1.0;
-                bytes.extend((offset + scale * unit).to_le_bytes());
+                let value = (offset + scale * unit).to_le_bytes();
+                bytes.extend(if dtype == TensorDtype::F32 { &value[..] } else { &value[2..] });
             }
-            writer.add(&tensor.name, TensorDtype::F32, &tensor.shape, bytes).unwrap();
+            writer.add(&tensor.name, dtype, &tensor.shape, bytes).unwrap();
         }
     }
     writer.write(&folder.join("model.safetensors")).unwrap();

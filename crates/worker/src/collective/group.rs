@@ -2,7 +2,7 @@
 
 use super::shared::Shared;
 use super::state_files;
-use mlxnode_collective::{Answer, Member, MemberEffect};
+use mlxnode_collective::{Answer, Member, MemberEffect, Report};
 use mlxnode_compute::{Deal, Partial, Reduce, ReduceError, Reduced, Turn};
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
@@ -11,6 +11,8 @@ use std::time::Instant;
 /// A trainer's way to its group. Dropping it leaves the group.
 pub struct Group {
     shared: Arc<Shared>,
+    /// States written for others so far: each has a folder of its own.
+    saved: u64,
 }
 
 impl std::fmt::Debug for Group {
@@ -23,7 +25,7 @@ impl Group {
     /// A trainer whose gradient has `values` numbers, in steps of `micro_batches`.
     pub(super) fn new(shared: Arc<Shared>, values: usize, micro_batches: u32) -> Self {
         shared.inner().member = Some(Member::new(shared.me, values, micro_batches));
-        Self { shared }
+        Self { shared, saved: 0 }
     }
 
     fn ask(&self, question: impl FnOnce(&mut Member) -> Vec<MemberEffect>) -> Result<Answer, ReduceError> {
@@ -64,7 +66,11 @@ impl Reduce for Group {
         match self.ask(|member| member.begin(applied))? {
             Answer::Deal(deal) => Ok(Turn::Deal(deal)),
             Answer::Save => {
-                let folder = self.shared.options.folder.join("state-to-give");
+                // Whoever still reads the one before finds it gone, and not another in its place.
+                let of = |number: u64| self.shared.options.folder.join(format!("state-to-give-{number}"));
+                gone(&of(self.saved))?;
+                self.saved += 1;
+                let folder = of(self.saved);
                 fresh(&folder)?;
                 self.shared.inner().saving = Some(folder.clone());
                 Ok(Turn::Save(folder))
@@ -90,6 +96,13 @@ impl Reduce for Group {
             _ => Err(unexpected("a turn instead of a sum")),
         }
     }
+
+    fn applied(&mut self, updates: u64, parameters: [u8; 32]) {
+        let report = Report::Parameters { updates, hash: parameters };
+        if !self.shared.reports.push(report) {
+            self.shared.leave("the node does not read what is reported");
+        }
+    }
 }
 
 impl Drop for Group {
@@ -100,6 +113,16 @@ impl Drop for Group {
 
 fn unexpected(what: &str) -> ReduceError {
     ReduceError::OutOfStep(format!("the group answered with {what}"))
+}
+
+/// Removes the folder, if it is there.
+fn gone(folder: &Path) -> Result<(), ReduceError> {
+    match std::fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(ReduceError::Left(format!("cannot remove {}: {error}", folder.display())))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Makes the folder, empty.

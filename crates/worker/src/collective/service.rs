@@ -142,7 +142,7 @@ impl Collective for CollectiveService {
             Ok(Err(newest)) => return Err(stale(epoch, newest)),
             Err(_) => return Err(Status::deadline_exceeded("the trainer does not write its state")),
         }
-        let folder = self.shared.inner().saving.clone();
+        let folder = self.shared.inner().saved.clone();
         let folder = folder.ok_or_else(|| Status::not_found("there is no state here"))?;
         let unreadable = |error: std::io::Error| Status::internal(format!("cannot read the state: {error}"));
         let mut reader = StateReader::new(&folder).map_err(unreadable)?;

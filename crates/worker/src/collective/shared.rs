@@ -67,8 +67,10 @@ pub(super) struct Inner {
     outboxes: BTreeMap<MemberId, Arc<Outbox<Frame>>>,
     /// Members whose stream of this formation has come.
     pub(super) arrived: BTreeSet<MemberId>,
-    /// Where the trainer writes its state, or has.
+    /// Where the trainer writes its state.
     pub(super) saving: Option<PathBuf>,
+    /// The state that was written for others, for the epoch of [`Standing::saved`].
+    pub(super) saved: Option<PathBuf>,
     /// The state that was fetched.
     pub(super) fetched: Option<PathBuf>,
 }
@@ -165,6 +167,7 @@ impl Shared {
                 }
                 MemberEffect::Fetch { epoch, from } => self.fetch(inner, epoch, from),
                 MemberEffect::Saved { epoch } => {
+                    inner.saved = inner.saving.take();
                     self.standing.send_modify(|standing| standing.saved = Some(epoch));
                 }
                 MemberEffect::Answer(answer) => {

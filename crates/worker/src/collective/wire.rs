@@ -79,6 +79,9 @@ pub(super) fn report_to_proto(report: Report) -> proto::GroupReport {
         Report::Applied { epoch, step, hash } => {
             ReportProto::Applied(proto::GroupApplied { epoch, step, hash: hash.to_vec().into() })
         }
+        Report::Parameters { updates, hash } => {
+            ReportProto::Parameters(proto::GroupParameters { updates, hash: hash.to_vec().into() })
+        }
         Report::Broken { epoch, peer, reason } => {
             ReportProto::Broken(proto::GroupBroken { epoch, peer: peer.0, reason })
         }
@@ -93,13 +96,19 @@ pub(super) fn report_from_proto(report: proto::GroupReport) -> Result<Report, Co
             Report::Halted { epoch, position, holds_sum, contributed }
         }
         ReportProto::Applied(proto::GroupApplied { epoch, step, hash }) => {
-            let hash = <[u8; 32]>::try_from(&hash[..]).map_err(|_| CollectiveWireError::Hash("the hash"))?;
-            Report::Applied { epoch, step, hash }
+            Report::Applied { epoch, step, hash: hash_from(&hash)? }
+        }
+        ReportProto::Parameters(proto::GroupParameters { updates, hash }) => {
+            Report::Parameters { updates, hash: hash_from(&hash)? }
         }
         ReportProto::Broken(proto::GroupBroken { epoch, peer, reason }) => {
             Report::Broken { epoch, peer: MemberId(peer), reason }
         }
     })
+}
+
+fn hash_from(bytes: &[u8]) -> Result<[u8; 32], CollectiveWireError> {
+    <[u8; 32]>::try_from(bytes).map_err(|_| CollectiveWireError::Hash("the hash"))
 }
 
 pub(super) fn halt_to_proto(epoch: u64, at: u64) -> proto::GroupOrder {
@@ -173,6 +182,7 @@ mod tests {
             Report::Ready { position: 4 },
             Report::Halted { epoch: 1, position: 2, holds_sum: true, contributed: false },
             Report::Applied { epoch: 1, step: 2, hash: [7; 32] },
+            Report::Parameters { updates: 50, hash: [8; 32] },
             Report::Broken { epoch: 1, peer: MemberId(9), reason: "gone".into() },
         ] {
             assert_eq!(report_from_proto(report_to_proto(report.clone())), Ok(report));

@@ -29,6 +29,8 @@ pub struct JobSetup {
     pub kind: String,
     /// The folder of the model; none for jobs without one.
     pub model: Option<PathBuf>,
+    /// What the job calls its model: the folder is one of this machine.
+    pub model_name: String,
     /// How: YAML with mlx-lm's keys.
     pub configuration: String,
     /// The folder with the files that the job reads.

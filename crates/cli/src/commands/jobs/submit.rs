@@ -40,7 +40,7 @@ pub struct Submit {
     /// Memory that it takes of its node, in bytes. Default: estimated from the model.
     #[arg(long, value_name = "BYTES")]
     memory: Option<u64>,
-    /// Save a checkpoint after so many steps. Default: the configuration's `checkpoint_steps`, or by time alone.
+    /// Save a checkpoint after so many batches. Default: the configuration's `checkpoint_steps` (in updates) or `save_every`, or 100.
     #[arg(long, value_name = "N", value_parser = within(1..=1_000_000))]
     save_steps: Option<u32>,
     /// Save a checkpoint after so long, or later where saving would take more than 2% of the time. Default: the configuration's
@@ -129,7 +129,8 @@ struct SavePolicy {
 impl SavePolicy {
     fn of(config: &TrainingConfig) -> Self {
         Self {
-            steps: config.checkpoint_steps.map(narrow).unwrap_or_default(),
+            // The runner counts batches, as the progress that it tells.
+            steps: config.checkpoint_every().map(narrow).unwrap_or_default(),
             seconds: config
                 .checkpoint_minutes
                 .map(|minutes| (minutes * 60.0).ceil() as u32)
@@ -151,7 +152,7 @@ fn configured(text: &str, origin: &str, model: &str) -> Result<TrainingConfig> {
     }
     flags.set("train", true);
     let asked = TrainingConfig::resolve(flags, Settings::from_yaml(text, origin)?)?;
-    if let Err(wrong) = training::job::configuration(text, &asked.model, Path::new(&asked.data)) {
+    if let Err(wrong) = training::job::configuration(text, &asked.model) {
         bail!("{origin}: {wrong}");
     }
     Ok(asked)
@@ -245,6 +246,18 @@ mod tests {
         let asked = configured("model: demo\ndata: ./rows\ncheckpoint_steps: 7\n", "lora.yaml", "").unwrap();
         assert_eq!((asked.model.as_str(), asked.data.as_str()), ("demo", "./rows"));
         assert_eq!(SavePolicy::of(&asked).steps, 7);
+        // Updates in the configuration, batches in the job.
+        for (text, steps) in [
+            ("checkpoint_steps: 7\ngrad_accumulation_steps: 4\n", 28),
+            ("save_every: 30\ngrad_accumulation_steps: 4\n", 30),
+            ("checkpoint_minutes: 5\n", 0),
+        ] {
+            assert_eq!(
+                SavePolicy::of(&configured(text, "lora.yaml", "demo").unwrap()).steps,
+                steps,
+                "{text}"
+            );
+        }
         assert_eq!(configured("model: demo", "lora.yaml", "other").unwrap().model, "other");
         let error = configured("itres: 7", "lora.yaml", "").unwrap_err().to_string();
         assert!(error.contains("itres") && error.contains("lora.yaml"), "{error}");

@@ -309,10 +309,17 @@ impl World {
         self.happen(Event::Copied { id, hash: checkpoint.hash, node: target, result });
     }
 
-    fn finish_publication(&mut self) {
+    /// `works`: the deployment is ready.
+    fn finish_publication(&mut self, works: bool) {
         let Some((id, hash, wish)) = self.publications.pop_front() else { return };
-        self.served.insert(id.clone(), hash);
-        self.happen(Event::Published { id, hash, wish, result: Ok(()) });
+        let result = match works {
+            true => {
+                self.served.insert(id.clone(), hash);
+                Ok(())
+            }
+            false => Err(Error::Unavailable("demo is not ready".into())),
+        };
+        self.happen(Event::Published { id, hash, wish, result });
     }
 
     fn kill_worker(&mut self, which: usize) {
@@ -405,7 +412,7 @@ impl World {
             self.advance(round);
             self.hear_what_is_there();
             self.finish_copy(true);
-            self.finish_publication();
+            self.finish_publication(true);
             self.carry_out(Vec::new());
         }
         for view in self.jobs.view() {
@@ -432,7 +439,7 @@ enum Step {
     Submit(u8),
     Advance(usize),
     FinishCopy(bool),
-    FinishPublication,
+    FinishPublication(bool),
     HearWhatIsThere,
     KillWorker(usize),
     LoseNode(u8, bool),
@@ -451,7 +458,7 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (0..4u8).prop_map(Step::Submit),
         30 => any::<usize>().prop_map(Step::Advance),
         4 => any::<bool>().prop_map(Step::FinishCopy),
-        2 => Just(Step::FinishPublication),
+        2 => any::<bool>().prop_map(Step::FinishPublication),
         4 => Just(Step::HearWhatIsThere),
         3 => any::<usize>().prop_map(Step::KillWorker),
         2 => (0..NODES, any::<bool>()).prop_map(|(node, cut_off)| Step::LoseNode(node, cut_off)),
@@ -474,7 +481,7 @@ fn play(steps: &[Step]) {
             Step::Submit(number) => world.submit(&id(number)),
             Step::Advance(which) => world.advance(which),
             Step::FinishCopy(works) => world.finish_copy(works),
-            Step::FinishPublication => world.finish_publication(),
+            Step::FinishPublication(works) => world.finish_publication(works),
             Step::HearWhatIsThere => world.hear_what_is_there(),
             Step::KillWorker(which) => world.kill_worker(which),
             Step::LoseNode(number, cut_off) => world.lose_node(number, cut_off),

@@ -6,7 +6,7 @@ Usage: training.py REQUEST, a JSON file {"cases": [CASE]}; prints {"cases": [ANS
   (rows of ids), "lengths" (pairs), "shake", "checkpoint", "file"}. Writes the first values ("p.NAME") and the gradients ("g.NAME") into "file" and answers {"loss", "tokens"}.
 - "preference": {"model", "layers", "parameters", "seed", "loss" (dpo, orpo), "beta", "batch" (chosen rows, then rejected ones), "mask", "file"}: arrays as above; answers {"loss"}, a sum over pairs.
 - "optimizer": {"name", "arguments", "rate", "steps", "shapes", "seed", "file"}. Writes values and gradients of each step ("p.STEP.I", "g.STEP.I").
-- "run": {"model", "arguments", "data", "adapter"}: mlx_lm.lora with these arguments; answers {"train": [...], "valid": [...], "learning_rates": [...]}.
+- "run": {"model", "make", "quantize", "quantized", "arguments", "rows", "valid", "adapter"}: mlx_lm.lora with these arguments; answers {"train": [...], "valid": [...], "learning_rates": [...]}.
 - "generate": {"model", "adapter", "prompt", "tokens"}: greedy tokens with the adapter.
 """
 
@@ -168,8 +168,8 @@ class Rows:
 def run(case):
     arguments = dict(lora.CONFIG_DEFAULTS) | case["arguments"]
     arguments |= {"model": case["model"], "adapter_path": case["adapter"], "train": True}
+    model = loaded(case)
     np.random.seed(arguments["seed"])
-    model, _ = load_model(Path(case["model"]), strict=True)
     reports = Reports()
     arguments = types.SimpleNamespace(**arguments)
     lora.train_model(arguments, model, Rows(case["rows"]), Rows(case["valid"]), reports)

@@ -125,6 +125,68 @@ fn fifty_steps_in_parity_are_mlx_lms_and_both_sides_load_the_adapter() {
     }
 }
 
+/// DoRA, full, packed bases and experts: as above, the losses of every step and what is left after fifty.
+#[test]
+fn fifty_steps_of_every_kind_are_mlx_lms() {
+    let folder = tempfile::tempdir().unwrap();
+    let moe = json!({"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [],
+        "decoder_sparse_step": 1, "norm_topk_prob": true});
+    let bits = |bits: u32| json!({"group_size": 32, "bits": bits});
+    let cases = [
+        ("dora", config("llama", json!({})), Value::Null, "dora"),
+        ("full", config("llama", json!({})), Value::Null, "full"),
+        ("packed", config("llama", json!({})), bits(4), "lora"),
+        ("packed-6", config("llama", json!({})), bits(6), "lora"),
+        ("packed-dora", config("llama", json!({})), bits(4), "dora"),
+        ("experts", config("qwen3_moe", moe.clone()), Value::Null, "lora"),
+        ("packed-experts", config("qwen3_moe", moe), bits(4), "lora"),
+    ];
+    let raw = |rows: Vec<(Vec<u32>, u32)>| -> Vec<Value> {
+        rows.into_iter().map(|(ids, offset)| json!({"ids": ids, "offset": offset})).collect()
+    };
+    let place = |name: &str, part: &str| folder.path().join(name).join(part);
+    let requests: Vec<Value> = cases
+        .iter()
+        .map(|(name, config, quantize, kind)| {
+            let arguments = json!({"num_layers": 2, "iters": 50, "batch_size": 3, "learning_rate": 1e-4, "steps_per_report": 1,
+                "steps_per_eval": 1000, "val_batches": 0, "seed": 7, "optimizer": "adam", "grad_accumulation_steps": 1,
+                "fine_tune_type": kind, "lora_parameters": {"rank": 4, "scale": 10.0, "dropout": 0.0}});
+            json!({"kind": "run", "make": config, "model": place(name, "model"), "quantize": quantize,
+                "quantized": place(name, "packed"), "arguments": arguments, "adapter": place(name, "theirs"),
+                "rows": raw(rows(14, 1)), "valid": []})
+        })
+        .collect();
+    let answers = ask(folder.path(), &requests);
+    let device = Device::open().unwrap();
+    for ((name, _, quantize, kind), answer) in cases.iter().zip(answers) {
+        let model = place(name, if quantize.is_null() { "model" } else { "packed" });
+        let yaml = format!(
+            "parity: true\nfine_tune_type: {kind}\nnum_layers: 2\niters: 50\nbatch_size: 3\nlearning_rate: 1e-4\nval_batches: 0\n\
+             seed: 7\nlora_parameters: {{rank: 4, scale: 10.0, dropout: 0.0}}\n"
+        );
+        let mut job = job(&model, &yaml, false).unwrap();
+        let (steps, _) = run(&mut job, usize::MAX);
+        let theirs: Vec<f64> =
+            answer["train"].as_array().unwrap().iter().map(|value| value.as_f64().unwrap()).collect();
+        assert_eq!((steps.len(), theirs.len()), (50, 50), "{name}");
+        for (step, theirs) in steps.iter().zip(&theirs) {
+            assert!((step.loss - theirs).abs() < 2e-3, "{name} {}: {} and {theirs}", step.step, step.loss);
+        }
+        let ours = place(name, "ours");
+        std::fs::create_dir_all(&ours).unwrap();
+        job.publish(&ours).unwrap();
+        let mut expected = TensorFile::open(&device, &place(name, "theirs").join(ADAPTER_FILE)).unwrap();
+        let mut made = TensorFile::open(&device, &ours.join(ADAPTER_FILE)).unwrap();
+        let names: Vec<String> = expected.names().map(str::to_owned).collect();
+        assert_eq!(names.len(), made.names().count(), "{name}");
+        for tensor in names {
+            let (expected, made) = (expected.take(&tensor).unwrap(), made.take(&tensor).unwrap());
+            let apart = distance(&numbers(&device, &made), &numbers(&device, &expected));
+            assert!(apart < 2e-2, "{name}: {tensor} is {apart} away");
+        }
+    }
+}
+
 fn generated(model: &Path, adapter: &Path, prompt: &[u32]) -> Vec<u64> {
     let checkpoint = Checkpoint::open(model).unwrap();
     let adapter = Adapter::open(adapter, &checkpoint).unwrap();

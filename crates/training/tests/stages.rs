@@ -44,7 +44,7 @@ fn end(tuner: &Tuner, differentiated: usize) -> Gradient {
     Gradient::new(differentiated, move |device, inputs| {
         let (trained, rest) = inputs.split_at(count);
         let [input, targets, mask] = rest else { panic!("a batch has three parts") };
-        let logits = tuner.logits(trained, input, &[COLUMNS; ROWS as usize], None)?;
+        let logits = tuner.logits(trained, input, &[COLUMNS; ROWS as usize], None, None)?;
         Ok(vec![masked_sum(device, &logits, targets, mask, Precision::Single)?])
     })
     .unwrap()

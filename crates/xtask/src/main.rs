@@ -19,6 +19,7 @@ mod node;
 mod parity;
 mod places;
 mod setup;
+mod soak;
 mod test;
 
 use anyhow::Result;
@@ -64,6 +65,8 @@ enum Task {
     },
     /// Feed hostile bytes to everything that reads files of strangers, ten minutes each; fails on a finding
     Fuzz(fuzz::Fuzz),
+    /// Tests that take chances, as often as one likes: jobs whose processes are killed
+    Soak(soak::Soak),
     /// Check format, lints, documentation, licences and the macOS build; all of it, then fail if anything failed
     Lint {
         /// Leave the type-check for macOS out
@@ -135,6 +138,7 @@ fn run(task: Task) -> Result<()> {
         Task::Test { arguments } => test::run(&places, &arguments),
         Task::Parity { arguments } => parity::run(&places, &arguments),
         Task::Fuzz(fuzz) => fuzz.run(&places),
+        Task::Soak(soak) => soak.run(&places),
         Task::Lint { without_macos } => lint::run(&places, without_macos),
         Task::CheckMacos { clippy, arguments } => check_macos::run(&places, clippy, &arguments),
         Task::Bench(bench) => bench.run(&places),

@@ -196,7 +196,8 @@ impl Lora {
                         figures.saved(&files.save(&mut job, report.step)?)?;
                     }
                     if checkpoints.is_due(&job) {
-                        checkpoints.save(&mut job)?;
+                        let place = checkpoints.save(&mut job)?;
+                        figures.checkpointed(&job, &place, checkpoints.pause())?;
                     }
                 }
                 _ => {}
@@ -204,7 +205,8 @@ impl Lora {
         }
         if config.train {
             files.finish(&mut job)?;
-            checkpoints.save(&mut job)?;
+            let place = checkpoints.save(&mut job)?;
+            figures.checkpointed(&job, &place, checkpoints.pause())?;
             figures.finished(&files)?;
         }
         Ok(ExitCode::SUCCESS)

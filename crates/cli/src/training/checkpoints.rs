@@ -9,12 +9,19 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+/// Without a word about it: after so many minutes.
+const MINUTES: f64 = 1.0;
+/// One by time waits for so many times as long as the last one took: that is 2% of the time.
+const BETWEEN: u32 = 49;
+
 /// Where the runs are saved, and when.
 pub struct Checkpoints {
     folder: PathBuf,
     kept: usize,
     every: u64,
     minutes: Option<f64>,
+    /// What saving took last.
+    pause: Duration,
     last: Instant,
     /// The iteration that was saved last.
     saved: u64,
@@ -22,12 +29,17 @@ pub struct Checkpoints {
 
 impl Checkpoints {
     pub fn new(config: &TrainingConfig) -> Self {
+        let minutes = match (config.checkpoint_steps, config.checkpoint_minutes) {
+            (None, None) => Some(MINUTES),
+            (_, minutes) => minutes,
+        };
         Self {
             folder: config.adapter_path.join("checkpoints"),
             kept: config.keep_checkpoints,
             // Minutes alone decide where they are given alone.
             every: config.checkpoint_every().unwrap_or(u64::MAX),
-            minutes: config.checkpoint_minutes,
+            minutes,
+            pause: Duration::ZERO,
             last: Instant::now(),
             saved: 0,
         }
@@ -59,12 +71,20 @@ impl Checkpoints {
     /// Is it time for one?
     pub fn is_due(&self, job: &FineTuning) -> bool {
         let by_steps = job.iteration() / self.every > self.saved / self.every;
-        let passed = |minutes: &f64| self.last.elapsed() >= Duration::from_secs_f64(minutes * 60.0);
+        let passed = |minutes: &f64| {
+            self.last.elapsed() >= Duration::from_secs_f64(minutes * 60.0).max(self.pause * BETWEEN)
+        };
         by_steps || self.minutes.as_ref().is_some_and(passed)
+    }
+
+    /// What saving took last.
+    pub fn pause(&self) -> Duration {
+        self.pause
     }
 
     /// Saves the run as it is, and lets go of the oldest ones. A run that goes down meanwhile leaves those before.
     pub fn save(&mut self, job: &mut FineTuning) -> Result<PathBuf> {
+        let started = Instant::now();
         let place = self.folder.join(format!("{:07}", job.iteration()));
         let begun = self.folder.join("begun");
         let saved = || format!("cannot save the run in {}", place.display());
@@ -91,6 +111,7 @@ impl Checkpoints {
             std::fs::remove_dir_all(old)
                 .with_context(|| format!("cannot remove the old checkpoint {}", old.display()))?;
         }
+        self.pause = started.elapsed();
         Ok(place)
     }
 

@@ -11,6 +11,7 @@ use mlxnode_training::{
 };
 use serde::Serialize;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Counts since the last report.
 pub struct Figures {
@@ -61,6 +62,11 @@ enum Line<'a> {
     },
     Saved {
         path: &'a Path,
+    },
+    Checkpoint {
+        iteration: u64,
+        path: &'a Path,
+        seconds: f64,
     },
     Interrupted {
         iteration: u64,
@@ -182,6 +188,15 @@ impl Figures {
 
     pub fn saved(&self, path: &Path) -> Result<()> {
         self.tell(&Line::Saved { path }, &format!("Saved adapter weights to {}.", path.display()))
+    }
+
+    /// A checkpoint is no figure for people: only `--json` says it.
+    pub fn checkpointed(&self, job: &FineTuning, path: &Path, pause: Duration) -> Result<()> {
+        let (iteration, seconds) = (job.iteration(), pause.as_secs_f64());
+        match self.json {
+            true => output::json(&Line::Checkpoint { iteration, path, seconds }),
+            false => Ok(()),
+        }
     }
 
     pub fn interrupted(&self, job: &FineTuning, checkpoint: &Path) -> Result<()> {

@@ -44,6 +44,17 @@ impl Jobs {
             }),
             Event::Published { id, hash, wish, result } => self.with(&id.clone(), |job| {
                 job.moment.is_publishing = false;
+                if let Err(error @ Error::Unavailable(_)) = &result
+                    && job.stored.spec.publish.as_ref() == Some(&wish)
+                {
+                    // The deployment is being formed, or is formed again: what was promised with the job is kept.
+                    if job.moment.publish_after.is_none() {
+                        push_line(&mut job.moment.said, at, &format!("not served yet: {error}"));
+                    }
+                    job.moment.publish_after = Some(now + RETRY);
+                    return Vec::new();
+                }
+                job.moment.publish_after = None;
                 let problem = result.err().map(|error| line(&error.to_string()));
                 let (deployment, adapter) = (wish.deployment, wish.adapter);
                 let publication = Publication { hash, deployment, adapter, problem };
@@ -145,7 +156,7 @@ impl Jobs {
             }
             effects.extend(job.stop_again(now));
             effects.extend(job.copy(offers));
-            effects.extend(job.serve());
+            effects.extend(job.serve(now));
         }
         effects
     }
@@ -155,8 +166,9 @@ impl Jobs {
         let wake = |job: &Job| {
             let is_unplaced = job.stored.aim == Aim::Run && job.moment.run.is_none();
             let run = is_unplaced.then(|| job.moment.retry_at.unwrap_or(now + RETRY));
+            let publish = job.moment.publish_after.filter(|_| !job.moment.is_publishing);
             let stop = job.moment.run.as_ref().and_then(|run| run.stop_again);
-            run.into_iter().chain(job.moment.copy_after).chain(stop).min()
+            run.into_iter().chain(job.moment.copy_after).chain(publish).chain(stop).min()
         };
         self.jobs.values().filter_map(wake).min()
     }
@@ -267,9 +279,12 @@ impl Job {
         Some(Effect::Copy { spec, checkpoint: held.checkpoint.clone(), node: target })
     }
 
-    /// What the job was to be served as when it is finished, if that was not tried yet.
-    fn serve(&mut self) -> Option<Effect> {
+    /// What the job was to be served as when it is finished, if it is not, and it is time to try.
+    fn serve(&mut self, now: Instant) -> Option<Effect> {
         let wish = self.stored.spec.publish.clone()?;
+        if self.moment.publish_after.is_some_and(|at| at > now) {
+            return None;
+        }
         let is_due = self.stored.aim == Aim::Finished
             && !self.moment.is_publishing
             && !self.stored.publications.iter().any(|it| {
@@ -277,7 +292,13 @@ impl Job {
                     self.stored.checkpoints.last().is_some_and(|held| held.checkpoint.hash == it.hash)
                 }
             });
-        let hash = self.stored.checkpoints.last().filter(|_| is_due)?.checkpoint.hash;
+        let Some(last) = self.stored.checkpoints.last().filter(|_| is_due) else {
+            if !self.moment.is_publishing {
+                self.moment.publish_after = None;
+            }
+            return None;
+        };
+        let hash = last.checkpoint.hash;
         self.moment.is_publishing = true;
         let id = self.stored.spec.id.clone();
         Some(Effect::Publish { source: super::artifact_source(&id, hash), id, hash, wish })

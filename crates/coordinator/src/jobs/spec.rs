@@ -98,9 +98,10 @@ pub struct SavePolicy {
 }
 
 impl Default for SavePolicy {
-    /// The time by Young's and Daly's rule for a second's pause and a failure a day: √(2 · 1 s · 24 h) ≈ 416 s, and sooner.
+    /// The time by Young's and Daly's rule for a second's pause and a failure in half an hour: √(2 · 1 s · 1800 s) = 60 s. Steps take
+    /// milliseconds or minutes: their number says nothing about the time.
     fn default() -> Self {
-        Self { every_steps: 100, every_seconds: 300, keep: 3 }
+        Self { every_steps: 0, every_seconds: 60, keep: 3 }
     }
 }
 

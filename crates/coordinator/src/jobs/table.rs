@@ -93,6 +93,8 @@ pub(super) struct Moment {
     pub(super) is_copying: bool,
     /// No other copy before; none: at once.
     pub(super) copy_after: Option<Instant>,
+    /// When serving the result is tried again.
+    pub(super) publish_after: Option<Instant>,
     pub(super) is_publishing: bool,
     /// Why no node can run it.
     pub(super) waits_for: Option<String>,

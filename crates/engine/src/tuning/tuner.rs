@@ -154,7 +154,7 @@ impl Tuner {
         self.with_modules(trained, keys, |decoder, _| self.hidden(decoder, trained, input, lengths, keys))
     }
 
-    /// The same to logits `[tokens, vocabulary]`, where the range ends with the last layer.
+    /// The same to logits `[tokens, vocabulary]`, where the range ends with the last layer; with `places` those of these tokens only.
     ///
     /// # Errors
     ///
@@ -165,9 +165,14 @@ impl Tuner {
         input: &Array,
         lengths: &[i32],
         keys: Option<&Array>,
+        places: Option<&Array>,
     ) -> Result<Array> {
         self.with_modules(trained, keys, |decoder, device| {
-            let hidden = self.hidden(decoder, trained, input, lengths, keys)?;
+            let mut hidden = self.hidden(decoder, trained, input, lengths, keys)?;
+            if let Some(places) = places {
+                let places = device.reshape(places, &[-1])?;
+                hidden = device.take(&hidden, &places, 1)?;
+            }
             decoder.logits(device, &hidden)
         })
     }

@@ -87,6 +87,20 @@ pub(super) fn folder_of(job: &Path, hash: ContentHash) -> PathBuf {
     checkpoints_of(job).join(hash.to_string())
 }
 
+/// Beginning of the names of what is being removed.
+pub(super) const GONE: &str = "gone-";
+
+/// Removes a checkpoint. It loses its name first: whoever dies on the way leaves nothing half under it.
+pub(super) fn remove(job: &Path, hash: ContentHash) -> io::Result<()> {
+    let gone = job.join(format!("{GONE}{hash}"));
+    match fs::remove_dir_all(&gone) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    fs::rename(folder_of(job, hash), &gone)?;
+    fs::remove_dir_all(gone)
+}
+
 /// A folder that somebody works in for a while. It goes when this is dropped, whatever became of the work.
 #[derive(Debug)]
 pub(super) struct Draft(PathBuf);
@@ -288,7 +302,10 @@ mod tests {
         assert_eq!((manifest.step, manifest.total()), (7, checkpoint.bytes));
         assert_eq!(list(job).len(), 1);
         assert!(verify(&place, "job-2", checkpoint.hash).is_err());
-        // The same again is the same.
+        // The same again is the same, also after it was removed.
+        assert_eq!(seal(job, written(job).folder(), "job-1", 7).unwrap(), checkpoint);
+        remove(job, checkpoint.hash).unwrap();
+        assert!(!place.exists() && list(job).is_empty() && fs::read_dir(job).unwrap().count() == 1);
         assert_eq!(seal(job, written(job).folder(), "job-1", 7).unwrap(), checkpoint);
         let path = place.join(STATE).join("moments");
         fs::write(&path, "many numberz").unwrap();

@@ -42,6 +42,8 @@ const LOOK: Duration = Duration::from_millis(20);
 const END_LIMIT: Duration = Duration::from_secs(60);
 /// A stage's piece that took longer was waiting for others.
 const LONGEST_PIECE: Duration = Duration::from_secs(10);
+/// A checkpoint by time waits for so many times as long as the last one took: that is 2% of the time.
+const BETWEEN_SAVES: u32 = 49;
 /// How much the newest step counts in the mean time of a step.
 const NEWEST: f64 = 0.1;
 
@@ -622,7 +624,7 @@ impl Attempt {
         let process = &mut process;
         let saves = self.order.spec.saves;
         let mut meter = Meter { step: from, ..Meter::default() };
-        let (mut saved_step, mut saved_at) = (from, Instant::now());
+        let (mut saved_step, mut saved_at, mut pause) = (from, Instant::now(), Duration::ZERO);
         let mut saved = None;
         let mut is_running = false;
         let mut last_report = Instant::now();
@@ -671,7 +673,7 @@ impl Attempt {
                         return Ok(RunEnd::Finished(checkpoint));
                     }
                     return match self.save_when_there_is_room(process, meter.step).await? {
-                        Some(checkpoint) => Ok(RunEnd::Finished(checkpoint)),
+                        Some((checkpoint, _)) => Ok(RunEnd::Finished(checkpoint)),
                         None => Ok(RunEnd::Yielded),
                     };
                 }
@@ -681,12 +683,16 @@ impl Attempt {
                 self.flush(&mut meter).await;
             }
             let by_steps = saves.every_steps > 0 && meter.step >= saved_step + saves.every_steps;
-            let by_time = saves.every_seconds > 0 && saved_at.elapsed().as_secs() >= saves.every_seconds;
+            let period = Duration::from_secs(saves.every_seconds).max(pause * BETWEEN_SAVES);
+            let by_time = saves.every_seconds > 0 && saved_at.elapsed() >= period;
             if meter.step > saved_step && (by_steps || by_time) {
                 self.flush(&mut meter).await;
-                if let Some(checkpoint) = self.save_when_there_is_room(process, meter.step).await? {
+                if let Some((checkpoint, took)) = self.save_when_there_is_room(process, meter.step).await? {
                     self.say(Report::Checkpointed(checkpoint.clone())).await;
-                    saved = Some(checkpoint);
+                    let seconds = took.as_secs_f64();
+                    self.say(Report::Said(format!("checkpoint after step {}: {seconds:.3} s", meter.step)))
+                        .await;
+                    (saved, pause) = (Some(checkpoint), took);
                 }
                 (saved_step, saved_at) = (meter.step, Instant::now());
             }
@@ -726,14 +732,15 @@ impl Attempt {
         meter.stood_back += started.elapsed();
     }
 
-    /// A checkpoint; waits while there is no room. `None`: it was told to end meanwhile.
+    /// A checkpoint, and how long writing it took; waits while there is no room. `None`: it was told to end meanwhile.
     async fn save_when_there_is_room(
         &mut self,
         process: &mut Stage<'_>,
         step: u64,
-    ) -> Result<Option<Checkpoint>, Parted> {
+    ) -> Result<Option<(Checkpoint, Duration)>, Parted> {
         let mut is_held = false;
         loop {
+            let begun = Instant::now();
             match self.write(process, step).await {
                 Err(Parted::Own(JobCallError::Job(JobError::NoRoom(text)))) => {
                     if !std::mem::replace(&mut is_held, true) {
@@ -749,7 +756,7 @@ impl Attempt {
                     if is_held {
                         self.say(Report::Going).await;
                     }
-                    return Ok(Some(checkpoint));
+                    return Ok(Some((checkpoint, begun.elapsed())));
                 }
                 Err(error) => return Err(error),
             }

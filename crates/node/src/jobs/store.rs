@@ -327,7 +327,7 @@ fn remove_leftovers(folder: &Path, at_work: Option<&AtWork>, copies_come: bool) 
             _ if name.starts_with(&bundle::draft_name(COPY)) => !copies_come,
             _ if name.starts_with(&bundle::draft_name("")) => own.as_deref() != Some(name),
             _ if name.starts_with(STATES) => !states.as_ref().is_some_and(|own| name.starts_with(own)),
-            _ => false,
+            _ => name.starts_with(bundle::GONE),
         };
         if is_left {
             fs::remove_dir_all(entry.path())?;
@@ -351,7 +351,7 @@ fn remove_checkpoints(folder: &Path, job: &Wanted, at_work: Option<&AtWork>) -> 
     for (manifest, hash) in bundle::list(folder) {
         let is_wanted = job.checkpoints.iter().any(|checkpoint| checkpoint.hash == hash);
         if !is_wanted && manifest.step <= newest {
-            fs::remove_dir_all(bundle::folder_of(folder, hash))?;
+            bundle::remove(folder, hash)?;
         }
     }
     Ok(())

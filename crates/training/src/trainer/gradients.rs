@@ -80,6 +80,8 @@ pub(super) struct Gradients {
     objective: Objective,
     /// The unchanged model's parameters, where answers are compared by it.
     reference: Option<Vec<Array>>,
+    /// Rows are not filled up: each length is computed as it is, which a compiled function could not.
+    is_tight: bool,
     /// The gradient of what came out of the layers before is asked for, too.
     of_input: bool,
 }
@@ -126,8 +128,17 @@ pub(super) struct Inputs {
     mask: Array,
     /// Log-probabilities by the unchanged model, `[rows]`.
     reference: Option<Array>,
-    /// Lengths of whole sequences in the rows, one after the other; None: each row is one.
-    lengths: Option<Vec<i32>>,
+    /// What is in the rows; None: each row is one sequence, with what fills it up.
+    sequences: Option<Sequences>,
+}
+
+/// Whole sequences, one after the other.
+#[derive(Clone)]
+struct Sequences {
+    /// In tokens.
+    lengths: Vec<i32>,
+    /// The tokens whose targets count: `targets` and `mask` are of these only. None: of all.
+    counted: Option<Array>,
 }
 
 /// What comes of a batch.
@@ -159,7 +170,8 @@ impl Gradients {
                 })?)
             }
         };
-        Ok(Self { gradient, compiled, objective, reference, of_input })
+        let is_tight = !compile && objective == Objective::Tokens { as_mlx_lm: false };
+        Ok(Self { gradient, compiled, objective, reference, is_tight, of_input })
     }
 
     /// Of a batch whose tokens the model has.
@@ -170,7 +182,7 @@ impl Gradients {
         batch: &MicroBatch,
         keys: Option<&Array>,
     ) -> Result<MicroGradients> {
-        let mut inputs = Inputs::of(batch)?;
+        let mut inputs = self.inputs(batch)?;
         inputs.reference = self.compared(tuner, &inputs)?;
         let Loss { value: loss, gradients, .. } = self.of_inputs(tuner, parameters, &inputs, keys)?;
         let (tokens, rows) = (self.objective.count(batch), batch.row_numbers());
@@ -189,7 +201,7 @@ impl Gradients {
         let mut all: Vec<&Array> = parameters.iter().collect();
         all.extend(inputs.arrays());
         all.extend(keys);
-        let (loss, gradients) = match (&self.compiled, &inputs.lengths) {
+        let (loss, gradients) = match (&self.compiled, &inputs.sequences) {
             (Some(compiled), None) => {
                 let mut made = compiled.apply(&all)?.into_iter();
                 (made.next(), made.collect::<Vec<_>>())
@@ -199,8 +211,8 @@ impl Gradients {
                 (made.into_iter().next(), gradients)
             }
             // Where sequences end in rows is not among the shapes.
-            (_, Some(lengths)) => {
-                let gradient = gradient(tuner, self.objective, Some(lengths.clone()), self.of_input)?;
+            (_, Some(sequences)) => {
+                let gradient = gradient(tuner, self.objective, Some(sequences.clone()), self.of_input)?;
                 let (made, gradients) = gradient.apply(&all)?;
                 (made.into_iter().next(), gradients)
             }
@@ -216,7 +228,7 @@ impl Gradients {
 
     /// The sum of the losses, and how many tokens or pairs counted.
     pub(super) fn loss(&self, tuner: &Tuner, parameters: &[Array], batch: &MicroBatch) -> Result<(f64, u64)> {
-        let mut inputs = Inputs::of(batch)?;
+        let mut inputs = self.inputs(batch)?;
         inputs.reference = self.compared(tuner, &inputs)?;
         Ok((self.loss_of_inputs(tuner, parameters, &inputs)?, self.objective.count(batch)))
     }
@@ -225,8 +237,12 @@ impl Gradients {
     pub(super) fn loss_of_inputs(&self, tuner: &Tuner, parameters: &[Array], inputs: &Inputs) -> Result<f64> {
         let mut all: Vec<&Array> = parameters.iter().collect();
         all.extend(inputs.arrays());
-        let sum = loss(tuner.device(), tuner, &all, self.objective, inputs.lengths.as_deref())?;
+        let sum = loss(tuner.device(), tuner, &all, self.objective, inputs.sequences.as_ref())?;
         Ok(f64::from(sum.to_f32()?.first().copied().unwrap_or(f32::NAN)))
+    }
+
+    fn inputs(&self, batch: &MicroBatch) -> Result<Inputs> {
+        if self.is_tight { Inputs::tight(batch) } else { Inputs::of(batch) }
     }
 
     /// The log-probabilities of the rows' answers by the unchanged model, where they are compared with them.
@@ -240,6 +256,38 @@ impl Gradients {
 }
 
 impl Inputs {
+    /// The rows as they are, one behind the other, and of their targets those that count.
+    fn tight(batch: &MicroBatch) -> Result<Self> {
+        let (mut ids, mut targets, mut counted, mut lengths) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for row in &batch.rows {
+            let tokens = row.tokens.get(..batch.width).unwrap_or(&row.tokens);
+            let [inputs @ .., _] = tokens else { continue };
+            lengths.extend(sequences(&row.segments, inputs.len()));
+            let begin = ids.len();
+            ids.extend_from_slice(inputs);
+            for range in &row.counted {
+                let (first, end) = (range.start.max(1) as usize, (range.end as usize).min(tokens.len()));
+                targets.extend(tokens.get(first..end).into_iter().flatten());
+                counted.extend((first..end).map(|place| (begin + place - 1) as u32));
+            }
+        }
+        if ids.is_empty() {
+            return Self::of(batch); // rows of one token: nothing follows from anything
+        }
+        let of = |words: &[u32]| Array::from_u32(words, &[1, i32::try_from(words.len()).unwrap_or(i32::MAX)]);
+        // Answers that were cut off: something has to go through the model, and counts nothing.
+        let weight = if counted.is_empty() { 0.0 } else { 1.0 };
+        if counted.is_empty() {
+            (targets, counted) = (vec![0], vec![0]);
+        }
+        let mask = Array::from_f32(&vec![weight; targets.len()], &[1, targets.len() as i32])?;
+        let counted = (counted.len() < ids.len()).then(|| of(&counted)).transpose()?;
+        let sequences = Some(Sequences { lengths, counted });
+        Ok(Self { input: of(&ids)?, targets: of(&targets)?, mask, reference: None, sequences })
+    }
+
+    /// `[rows, columns]`, filled up.
     pub(super) fn of(batch: &MicroBatch) -> Result<Self> {
         let (rows, width) = (batch.rows.len(), batch.width);
         let columns = width.saturating_sub(1);
@@ -259,7 +307,7 @@ impl Inputs {
             targets: Array::from_u32(&cut(1), &shape)?,
             mask: Array::from_f32(&batch.mask(), &shape)?,
             reference: None,
-            lengths,
+            sequences: lengths.map(|lengths| Sequences { lengths, counted: None }),
         })
     }
 
@@ -275,8 +323,8 @@ impl Inputs {
     /// Where whole sequences end among them.
     pub(super) fn lengths(&self, objective: Objective) -> Vec<i32> {
         let of_rows = || vec![self.targets.dim(1); usize::try_from(self.targets.dim(0)).unwrap_or(0)];
-        match (objective, &self.lengths) {
-            (Objective::Tokens { .. }, Some(lengths)) => lengths.clone(),
+        match (objective, &self.sequences) {
+            (Objective::Tokens { .. }, Some(sequences)) => sequences.lengths.clone(),
             _ => of_rows(),
         }
     }
@@ -309,14 +357,14 @@ fn loss(
     tuner: &Tuner,
     inputs: &[&Array],
     objective: Objective,
-    lengths: Option<&[i32]>,
+    sequences: Option<&Sequences>,
 ) -> Result<Array> {
     let (parameters, batch) = inputs.split_at(tuner.trained().len().min(inputs.len()));
     let missing = || Error::Mlx("a batch has inputs, targets and a mask".to_owned());
     match objective {
         Objective::Tokens { as_mlx_lm } => {
             let (_, targets, mask) = first_three(batch)?;
-            let logits = logits(device, tuner, parameters, batch, batch.get(3).copied(), lengths)?;
+            let logits = logits(device, tuner, parameters, batch, batch.get(3).copied(), sequences)?;
             let (targets, mask) = (device.reshape(targets, &[-1])?, device.reshape(mask, &[-1])?);
             let precision = if as_mlx_lm { Precision::OfLogits } else { Precision::Single };
             masked_sum(device, &logits, &targets, &mask, precision)
@@ -340,23 +388,27 @@ fn first_three<'a>(batch: &[&'a Array]) -> Result<(&'a Array, &'a Array, &'a Arr
     }
 }
 
-/// Of a batch `[rows, columns]`: `[rows * columns, vocabulary]`.
+/// Of a batch `[rows, columns]`: `[rows * columns, vocabulary]`, or of the tokens that count.
 fn logits(
     device: &Device,
     tuner: &Tuner,
     parameters: &[&Array],
     batch: &[&Array],
     keys: Option<&Array>,
-    lengths: Option<&[i32]>,
+    sequences: Option<&Sequences>,
 ) -> Result<Array> {
     let (input, targets, _) = first_three(batch)?;
     let (rows, columns) = (targets.dim(0), targets.dim(1));
     let of_rows = vec![columns; usize::try_from(rows).unwrap_or(0)];
+    let (lengths, counted) = match sequences {
+        Some(sequences) => (&sequences.lengths, sequences.counted.as_ref()),
+        None => (&of_rows, None),
+    };
     let input = match tuner.layers().is_first() {
         true => device.reshape(input, &[1, rows * columns])?,
         false => input.clone(),
     };
-    tuner.logits(parameters, &input, lengths.unwrap_or(&of_rows), keys)
+    tuner.logits(parameters, &input, lengths, keys, counted)
 }
 
 /// Of each row the log-probability of its counted tokens, and how many they are.
@@ -376,13 +428,13 @@ fn rows(
 fn gradient(
     tuner: &Tuner,
     objective: Objective,
-    lengths: Option<Vec<i32>>,
+    sequences: Option<Sequences>,
     of_input: bool,
 ) -> Result<Gradient> {
     let (tuner, count) = (tuner.clone(), tuner.trained().len());
     // What goes in comes right behind what is trained. Where nothing is asked for, nobody asks.
     Gradient::new((count + usize::from(of_input)).max(1), move |device, inputs| {
-        let sum = loss(device, &tuner, inputs, objective, lengths.as_deref())?;
+        let sum = loss(device, &tuner, inputs, objective, sequences.as_ref())?;
         if !objective.is_mean() {
             return Ok(vec![sum]);
         }

@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: how fast and how small, in release builds, against what the project promises.
 //!
 //! - [`engine`]: one model in one process against mlx-lm
+//! - [`lora`]: training against mlx_lm.lora; two processes against one; what saving and being killed cost
 //! - [`hop`]: one hop between two stages against bare TLS
 //! - [`pipeline`]: two stages on two cores against one on one; memory, start and answer times of nodes
 //! - [`reduce`]: a gradient of 100 MB added up between two processes, against bare TCP and TLS
@@ -11,6 +12,7 @@
 
 mod engine;
 mod hop;
+mod lora;
 mod models;
 mod pipeline;
 mod process;
@@ -50,6 +52,8 @@ enum Subject {
     Engine(engine::Options),
     /// One hop between two stages, against bare TLS
     Hop,
+    /// Training against mlx_lm.lora; two processes against one; what saving and being killed cost
+    Lora(lora::Options),
     /// Two nodes with a stage each on two cores, against one; memory of a stage, start of a node, status
     Pipeline,
     /// A gradient of 100 MB added up between two processes, against bare TCP and TLS
@@ -74,6 +78,7 @@ impl Bench {
         let reports = match &self.subject {
             Some(Subject::Engine(options)) => vec![engine::run(places, options, limits)?],
             Some(Subject::Hop) => vec![hop::run(places, limits)?],
+            Some(Subject::Lora(options)) => vec![lora::run(places, options, limits)?],
             Some(Subject::Pipeline) => vec![pipeline::run(places, limits)?],
             Some(Subject::Reduce) => vec![reduce::run(places, limits)?],
             Some(Subject::Serve(options)) => vec![serve::run(places, options, limits)?],
@@ -81,6 +86,7 @@ impl Bench {
                 engine::run(places, &engine::Options::all(), limits)?,
                 hop::run(places, limits)?,
                 pipeline::run(places, limits)?,
+                lora::run(places, &lora::Options::all(), limits)?,
                 reduce::run(places, limits)?,
                 serve::run(places, &serve::Options::all(), limits)?,
             ],

@@ -4,7 +4,7 @@
 //! `mlxnode generate` processes. So the figure is what a second machine of the same kind would bring, without a network.
 //! Also: what a stage's worker holds in memory, how soon a node is ready, how soon `status` answers.
 
-mod cluster;
+pub(super) mod cluster;
 
 use super::models::{Dtype, Model, Size};
 use super::process::{self, measure};

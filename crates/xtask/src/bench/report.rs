@@ -44,6 +44,9 @@ pub(super) enum Unit {
     Milliseconds,
     Microseconds,
     Mebibytes,
+    Seconds,
+    /// Of a whole.
+    Percent,
     /// A plain factor.
     Times,
     /// A plain number.
@@ -157,6 +160,8 @@ impl Unit {
             Self::Milliseconds => format!("{figure} ms"),
             Self::Microseconds => format!("{figure} µs"),
             Self::Mebibytes => format!("{figure} MiB"),
+            Self::Seconds => format!("{figure} s"),
+            Self::Percent => format!("{figure}%"),
             Self::Times => format!("{value:.2}x"),
             Self::Count => figure,
         }

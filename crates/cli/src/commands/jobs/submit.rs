@@ -50,7 +50,8 @@ pub struct Submit {
     /// Save a checkpoint after so many batches. Default: the configuration's `checkpoint_steps` (in updates) or `save_every`, or 100.
     #[arg(long, value_name = "N", value_parser = within(1..=1_000_000))]
     save_steps: Option<u32>,
-    /// Save a checkpoint after so long. Default: the configuration's `checkpoint_minutes`, or 5m.
+    /// Save a checkpoint after so long, or later where saving would take more than 2% of the time. Default: the configuration's
+    /// `checkpoint_minutes`, or 1m.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     save_time: Option<Duration>,
     /// Keep so many of the newest checkpoints. Default: the configuration's `keep_checkpoints`, or 3.

@@ -18,61 +18,61 @@ const PROMPT: usize = 16;
 const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Running nodes; the first one made the cluster.
-pub(super) struct Cluster<'a> {
+pub(in crate::bench) struct Cluster<'a> {
     nodes: Vec<Node<'a>>,
 }
 
 /// A model and how to spread it.
-pub(super) struct Load<'a> {
-    pub(super) folder: &'a Path,
-    pub(super) stages: usize,
-    pub(super) context: usize,
-    pub(super) sequences: usize,
+pub(in crate::bench) struct Load<'a> {
+    pub(in crate::bench) folder: &'a Path,
+    pub(in crate::bench) stages: usize,
+    pub(in crate::bench) context: usize,
+    pub(in crate::bench) sequences: usize,
 }
 
 /// A stage of the deployment, as `load --json` prints it.
 #[derive(Clone, Debug, Deserialize)]
-pub(super) struct Stage {
+pub(in crate::bench) struct Stage {
     node: String,
     layer_start: u32,
     layer_end: u32,
-    pub(super) weight_bytes: u64,
-    pub(super) kv_bytes: u64,
+    pub(in crate::bench) weight_bytes: u64,
+    pub(in crate::bench) kv_bytes: u64,
     worker_pid: Option<u32>,
 }
 
 /// Clients that asked together.
-pub(super) struct Round {
+pub(in crate::bench) struct Round {
     /// From the start of the first to the end of the last.
-    pub(super) wall: Duration,
+    pub(in crate::bench) wall: Duration,
     /// What each one got.
-    pub(super) answers: Vec<Vec<u32>>,
+    pub(in crate::bench) answers: Vec<Vec<u32>>,
     /// CPU time of the node, the worker and the clients that took the most together; none where it is not known.
-    pub(super) busiest: Option<Duration>,
+    pub(in crate::bench) busiest: Option<Duration>,
 }
 
 impl Round {
     /// How many tokens were generated.
-    pub(super) fn tokens(&self) -> f64 {
+    pub(in crate::bench) fn tokens(&self) -> f64 {
         self.answers.iter().map(Vec::len).sum::<usize>() as f64
     }
 }
 
 impl Stage {
     /// Such as `0..4`.
-    pub(super) fn layers(&self) -> String {
+    pub(in crate::bench) fn layers(&self) -> String {
         format!("{}..{}", self.layer_start, self.layer_end)
     }
 
     /// The most that its worker held, in bytes.
-    pub(super) fn peak_memory(&self) -> Option<u64> {
+    pub(in crate::bench) fn peak_memory(&self) -> Option<u64> {
         peak_memory_of(self.worker_pid?)
     }
 }
 
 impl<'a> Cluster<'a> {
     /// A node for each of `places`, paired, without mDNS so that clusters of a bench do not meet.
-    pub(super) fn start(folder: &Path, name: &str, places: &'a [Cli]) -> Result<Self> {
+    pub(in crate::bench) fn start(folder: &Path, name: &str, places: &'a [Cli]) -> Result<Self> {
         let mut nodes: Vec<Node<'a>> = Vec::new();
         for (index, cli) in places.iter().enumerate() {
             let node = format!("{name}{index}");
@@ -108,12 +108,12 @@ impl<'a> Cluster<'a> {
     }
 
     /// The node that made the cluster.
-    pub(super) fn first(&self) -> Result<&Node<'a>> {
+    pub(in crate::bench) fn first(&self) -> Result<&Node<'a>> {
         self.nodes.first().context("a cluster has a node")
     }
 
     /// Loads a model and returns its stages.
-    pub(super) fn load(&self, load: &Load) -> Result<Vec<Stage>> {
+    pub(in crate::bench) fn load(&self, load: &Load) -> Result<Vec<Stage>> {
         let folder = load.folder.to_str().context("the cache folder is UTF-8")?;
         let [stages, context, sequences] =
             [load.stages, load.context, load.sequences].map(|number| number.to_string());
@@ -125,12 +125,17 @@ impl<'a> Cluster<'a> {
         Ok(found)
     }
 
-    pub(super) fn unload(&self) -> Result<()> {
+    pub(in crate::bench) fn unload(&self) -> Result<()> {
         self.first()?.ask(&["unload", NAME, "--json"]).map(drop)
     }
 
     /// Several clients at once, spread over the nodes; each asks another prompt.
-    pub(super) fn round(&self, stages: &[Stage], clients: usize, new_tokens: usize) -> Result<Round> {
+    pub(in crate::bench) fn round(
+        &self,
+        stages: &[Stage],
+        clients: usize,
+        new_tokens: usize,
+    ) -> Result<Round> {
         let before = self.cpu(stages);
         let start = Instant::now();
         let commands: Vec<Command> = (0..clients).map(|client| self.client(client, new_tokens)).collect();
@@ -183,7 +188,7 @@ impl<'a> Cluster<'a> {
     }
 
     /// Ends the nodes; the last one first, so that none is missed.
-    pub(super) fn stop(mut self) -> Result<()> {
+    pub(in crate::bench) fn stop(mut self) -> Result<()> {
         while let Some(mut node) = self.nodes.pop() {
             node.stop()?;
         }

@@ -17,7 +17,7 @@ fn methods() -> Result<Vec<(String, bool)>> {
     let mut all = Vec::new();
     for file in files.iter().filter(|file| file.package().starts_with("mlxnode.internal.")) {
         for service in &file.service {
-            let is_node = !["Worker", "Stage", "Collective"].contains(&service.name());
+            let is_node = !["Worker", "Stage", "Collective", "StageLine"].contains(&service.name());
             let path = |method: &str| format!("/{}.{}/{method}", file.package(), service.name());
             all.extend(service.method.iter().map(|method| (path(method.name()), is_node)));
         }

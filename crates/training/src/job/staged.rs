@@ -281,7 +281,7 @@ impl StagedFineTuning {
         number: u64,
         iteration: Option<u64>,
     ) -> Result<Waiting, HandError> {
-        let size = [StageTrainer::tokens(batch), self.trainer.tuner().width()];
+        let size = [self.trainer.tokens(batch)?, self.trainer.tuner().width()];
         let (is_first, compares) = (self.line.stage() == 0, self.trainer.compares());
         let mut receive = |is_due: bool| match is_due {
             true => self.line.receive(Way::Forward, number, size, None).map(Some),
@@ -317,7 +317,7 @@ impl StagedFineTuning {
             let input = input.ok_or_else(|| Error::Mlx("the last layers need hidden vectors".to_owned()))?;
             self.trainer.end(batch, iteration, input, unchanged)?
         } else if self.trainer.takes_gradient() {
-            let size = [StageTrainer::tokens(batch), self.trainer.tuner().width()];
+            let size = [self.trainer.tokens(batch)?, self.trainer.tuner().width()];
             let cotangent = self.line.receive(Way::Backward, iteration, size, Some(dtype))?;
             self.trainer.backward(batch, iteration, input.as_ref(), &cotangent)?
         } else {

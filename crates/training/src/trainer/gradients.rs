@@ -80,7 +80,7 @@ pub(super) struct Gradients {
     objective: Objective,
     /// The unchanged model's parameters, where answers are compared by it.
     reference: Option<Vec<Array>>,
-    /// Rows are not filled up: each length is computed as it is, which a compiled function could not.
+    /// As [`Objective::is_tight`].
     is_tight: bool,
     /// The gradient of what came out of the layers before is asked for, too.
     of_input: bool,
@@ -96,6 +96,11 @@ pub(super) enum Objective {
 }
 
 impl Objective {
+    /// Are rows left unfilled? Each length is then computed as it is, which a compiled function could not.
+    pub(super) fn is_tight(self, compile: bool) -> bool {
+        !compile && self == Self::Tokens { as_mlx_lm: false }
+    }
+
     /// Is it of means over a batch, of which means are formed over batches?
     fn is_mean(self) -> bool {
         self == Self::Tokens { as_mlx_lm: true }
@@ -170,7 +175,7 @@ impl Gradients {
                 })?)
             }
         };
-        let is_tight = !compile && objective == Objective::Tokens { as_mlx_lm: false };
+        let is_tight = objective.is_tight(compile);
         Ok(Self { gradient, compiled, objective, reference, is_tight, of_input })
     }
 
@@ -182,7 +187,7 @@ impl Gradients {
         batch: &MicroBatch,
         keys: Option<&Array>,
     ) -> Result<MicroGradients> {
-        let mut inputs = self.inputs(batch)?;
+        let mut inputs = Inputs::new(batch, self.is_tight)?;
         inputs.reference = self.compared(tuner, &inputs)?;
         let Loss { value: loss, gradients, .. } = self.of_inputs(tuner, parameters, &inputs, keys)?;
         let (tokens, rows) = (self.objective.count(batch), batch.row_numbers());
@@ -228,7 +233,7 @@ impl Gradients {
 
     /// The sum of the losses, and how many tokens or pairs counted.
     pub(super) fn loss(&self, tuner: &Tuner, parameters: &[Array], batch: &MicroBatch) -> Result<(f64, u64)> {
-        let mut inputs = self.inputs(batch)?;
+        let mut inputs = Inputs::new(batch, self.is_tight)?;
         inputs.reference = self.compared(tuner, &inputs)?;
         Ok((self.loss_of_inputs(tuner, parameters, &inputs)?, self.objective.count(batch)))
     }
@@ -239,10 +244,6 @@ impl Gradients {
         all.extend(inputs.arrays());
         let sum = loss(tuner.device(), tuner, &all, self.objective, inputs.sequences.as_ref())?;
         Ok(f64::from(sum.to_f32()?.first().copied().unwrap_or(f32::NAN)))
-    }
-
-    fn inputs(&self, batch: &MicroBatch) -> Result<Inputs> {
-        if self.is_tight { Inputs::tight(batch) } else { Inputs::of(batch) }
     }
 
     /// The log-probabilities of the rows' answers by the unchanged model, where they are compared with them.
@@ -256,6 +257,16 @@ impl Gradients {
 }
 
 impl Inputs {
+    /// Of a batch, whose rows are filled up or not.
+    pub(super) fn new(batch: &MicroBatch, is_tight: bool) -> Result<Self> {
+        if is_tight { Self::tight(batch) } else { Self::filled(batch) }
+    }
+
+    /// How many tokens go through the layers, while they are ids.
+    pub(super) fn tokens(&self) -> usize {
+        self.input.shape().iter().map(|size| usize::try_from(*size).unwrap_or(0)).product()
+    }
+
     /// The rows as they are, one behind the other, and of their targets those that count.
     fn tight(batch: &MicroBatch) -> Result<Self> {
         let (mut ids, mut targets, mut counted, mut lengths) =
@@ -273,7 +284,7 @@ impl Inputs {
             }
         }
         if ids.is_empty() {
-            return Self::of(batch); // rows of one token: nothing follows from anything
+            return Self::filled(batch); // rows of one token: nothing follows from anything
         }
         let of = |words: &[u32]| Array::from_u32(words, &[1, i32::try_from(words.len()).unwrap_or(i32::MAX)]);
         // Answers that were cut off: something has to go through the model, and counts nothing.
@@ -288,7 +299,7 @@ impl Inputs {
     }
 
     /// `[rows, columns]`, filled up.
-    pub(super) fn of(batch: &MicroBatch) -> Result<Self> {
+    fn filled(batch: &MicroBatch) -> Result<Self> {
         let (rows, width) = (batch.rows.len(), batch.width);
         let columns = width.saturating_sub(1);
         if rows == 0 || columns == 0 {
@@ -405,7 +416,7 @@ fn logits(
         None => (&of_rows, None),
     };
     let input = match tuner.layers().is_first() {
-        true => device.reshape(input, &[1, rows * columns])?,
+        true => device.reshape(input, &[1, -1])?,
         false => input.clone(),
     };
     tuner.logits(parameters, &input, lengths, keys, counted)

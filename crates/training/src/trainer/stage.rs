@@ -32,6 +32,8 @@ pub(crate) struct StageTrainer {
     place: Place,
     /// The unchanged parameters, where answers are compared by them.
     reference: Option<Vec<Array>>,
+    /// Rows are not filled up, as in one process.
+    is_tight: bool,
 }
 
 /// What comes of a micro-batch on its way back.
@@ -55,6 +57,7 @@ impl StageTrainer {
         let optimizer = Optimizer::new(options.optimizer);
         let is_last = tuner.is_last();
         let (objective, clip, of_input) = (options.objective(), options.clip, place.gives_gradient);
+        let is_tight = objective.is_tight(compile);
         // Before the last layers there is no loss: nothing of it is ever compiled.
         let mut trainer = Trainer::new(tuner, beginning, TrainerOptions { compile: false, ..options })?;
         if is_last {
@@ -62,7 +65,7 @@ impl StageTrainer {
             trainer.gradients = Gradients::new(&trainer.tuner, objective, reference, compile, of_input)?;
         }
         trainer.update = Update::of_part(optimizer, trainer.parameters.len(), clip, compile)?;
-        Ok(Self { trainer, place, reference })
+        Ok(Self { trainer, place, reference, is_tight })
     }
 
     pub(crate) fn device(&self) -> &Device {
@@ -98,8 +101,8 @@ impl StageTrainer {
     }
 
     /// How many tokens of a batch go through the layers.
-    pub(crate) fn tokens(batch: &MicroBatch) -> usize {
-        batch.rows.len().saturating_mul(batch.width.saturating_sub(1))
+    pub(crate) fn tokens(&self, batch: &MicroBatch) -> Result<usize> {
+        Ok(self.inputs(batch)?.tokens())
     }
 
     /// What comes out of the layers for what went in; ids where there is nothing before them. Waits for it.
@@ -110,7 +113,7 @@ impl StageTrainer {
         input: Option<&Array>,
         unchanged: bool,
     ) -> Result<Array> {
-        let inputs = Inputs::of(batch)?;
+        let inputs = self.inputs(batch)?;
         let keys = self.keys(iteration)?;
         let input = self.input(&inputs, input)?;
         let parameters = match &self.reference {
@@ -157,7 +160,7 @@ impl StageTrainer {
         input: Option<&Array>,
         cotangent: &Array,
     ) -> Result<Returned> {
-        let inputs = Inputs::of(batch)?;
+        let inputs = self.inputs(batch)?;
         let keys = self.keys(Some(iteration))?;
         let input = self.input(&inputs, input)?;
         let parameters: Vec<&Array> = self.trainer.parameters.iter().collect();
@@ -253,6 +256,10 @@ impl StageTrainer {
         self.trainer.read_own_state(file, updates, |name| whole.iter().any(|of| is_of(name, of)))
     }
 
+    fn inputs(&self, batch: &MicroBatch) -> Result<Inputs> {
+        Inputs::new(batch, self.is_tight)
+    }
+
     fn objective(&self) -> Objective {
         self.trainer.options.objective()
     }
@@ -262,12 +269,12 @@ impl StageTrainer {
         let trainer = &self.trainer;
         let sums = match unchanged {
             Some(unchanged) => {
-                let inputs = Inputs::of(batch)?.behind(unchanged, None);
+                let inputs = self.inputs(batch)?.behind(unchanged, None);
                 trainer.gradients.compared(&trainer.tuner, &inputs)?
             }
             None => None,
         };
-        Ok(Inputs::of(batch)?.behind(input, sums))
+        Ok(self.inputs(batch)?.behind(input, sums))
     }
 
     fn input(&self, inputs: &Inputs, hidden: Option<&Array>) -> Result<Array> {

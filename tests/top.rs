@@ -68,6 +68,20 @@ impl Terminal {
         }
     }
 
+    /// Waits until all of these were written, in whatever order: what comes with a later look is drawn behind what was there.
+    fn shows_all(&mut self, words: &[&str]) -> Result<()> {
+        let end = Instant::now() + BOUND;
+        while let Some(missing) = words.iter().find(|words| !self.seen.contains(**words)) {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.pieces.recv_timeout(left) {
+                Ok(piece) => self.seen.push_str(&String::from_utf8_lossy(&piece)),
+                Err(_) => bail!("{missing:?} does not come; seen: {:?}", self.seen),
+            }
+        }
+        self.seen.clear();
+        Ok(())
+    }
+
     fn types(&mut self, keys: &str) -> Result<()> {
         Ok(self.keyboard.write_all(keys.as_bytes())?)
     }
@@ -162,9 +176,7 @@ fn story_top_shows_the_cluster_and_gives_the_terminal_back() -> Result<()> {
     // Keys.
     let mut top = Terminal::start(node, &["top"])?;
     top.shows(TAKEN)?;
-    for words in ["Nodes", "node1", "Models", "demo", "Jobs", "endless", "running", "Stages"] {
-        top.shows(words)?;
-    }
+    top.shows_all(&["Nodes", "node1", "Models", "demo", "Jobs", "endless", "running", "Stages"])?;
     ensure!(!top.modes()?.local_modes.contains(LocalModes::ICANON), "keys come at once");
     top.types("?")?;
     top.shows("Keys")?;

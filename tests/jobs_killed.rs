@@ -6,10 +6,11 @@
 use anyhow::{Context as _, Result, ensure};
 use mlxnode_testkit::cluster::LocalCluster;
 use mlxnode_testkit::eventually::eventually;
+use mlxnode_testkit::jobs;
 use mlxnode_testkit::node::NodeProcess;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::{Value, json};
+use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -104,14 +105,7 @@ fn blows(chance: &mut Chance) -> Vec<Blow> {
 
 /// Rows and a configuration.
 fn write(folder: &Path) -> Result<()> {
-    let words = ["red", "green", "blue", "cat", "dog", "sun"];
-    let row = |at: usize| {
-        let (word, other) = (words[at % 6], words[at / 2 % 6]);
-        json!({"prompt": format!("Say {word} twice."), "completion": format!("{word} {word} {other}")})
-            .to_string()
-    };
-    fs::create_dir_all(folder.join("rows"))?;
-    fs::write(folder.join("rows/train.jsonl"), (0..24).map(row).collect::<Vec<_>>().join("\n"))?;
+    jobs::write_rows(&folder.join("rows"), &[("train", 24)])?;
     let configuration = format!(
         "model: demo\nnum_layers: 2\nbatch_size: 2\ngrad_accumulation_steps: {GROUP}\niters: {ITERATIONS}\nlearning_rate: 1e-3\n\
          lora_parameters: {{rank: 4, dropout: 0.1, scale: 8.0}}\n"

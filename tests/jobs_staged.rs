@@ -6,7 +6,7 @@ use mlxnode_testkit::eventually::eventually;
 use mlxnode_testkit::jobs;
 use mlxnode_testkit::node::NodeProcess;
 use nix::sys::signal::{Signal, kill};
-use serde_json::{Value, json};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
@@ -126,17 +126,7 @@ fn what_does_not_go_together_is_refused() -> Result<()> {
 /// A data set and a configuration of so many updates.
 fn fine_tuning(folder: &Path, updates: u64) -> Result<Vec<String>> {
     let rows = folder.join("rows");
-    std::fs::create_dir_all(&rows)?;
-    for (name, count) in [("train", 24), ("valid", 4)] {
-        let words = ["red", "green", "blue", "cat", "dog", "sun"];
-        let row = |at: usize| {
-            let (word, other) = (words[at % 6], words[at / 2 % 6]);
-            json!({"prompt": format!("Say {word} twice."), "completion": format!("{word} {word} {other}")})
-                .to_string()
-        };
-        let rows_of = (0..count).map(row).collect::<Vec<_>>().join("\n");
-        std::fs::write(rows.join(format!("{name}.jsonl")), rows_of)?;
-    }
+    jobs::write_rows(&rows, &[("train", 24), ("valid", 4)])?;
     let configuration = folder.join("lora.yaml");
     let settings = format!(
         "model: demo\nnum_layers: -1\nbatch_size: 2\ngrad_accumulation_steps: 3\niters: {}\nlearning_rate: 1e-3\n\

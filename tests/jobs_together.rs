@@ -6,7 +6,7 @@ use mlxnode_testkit::eventually::eventually;
 use mlxnode_testkit::jobs;
 use mlxnode_testkit::node::NodeProcess;
 use nix::sys::signal::{Signal, kill};
-use serde_json::{Value, json};
+use serde_json::Value;
 use std::path::Path;
 use std::time::Duration;
 
@@ -16,17 +16,7 @@ const UPDATES: u64 = 40;
 /// A data set and a configuration: six micro-batches in an update.
 fn write(folder: &Path) -> Result<()> {
     let rows = folder.join("rows");
-    std::fs::create_dir_all(&rows)?;
-    for (name, count) in [("train", 24), ("valid", 4)] {
-        let words = ["red", "green", "blue", "cat", "dog", "sun"];
-        let row = |at: usize| {
-            let (word, other) = (words[at % 6], words[at / 2 % 6]);
-            json!({"prompt": format!("Say {word} twice."), "completion": format!("{word} {word} {other}")})
-                .to_string()
-        };
-        let text = (0..count).map(row).collect::<Vec<_>>().join("\n");
-        std::fs::write(rows.join(format!("{name}.jsonl")), text)?;
-    }
+    jobs::write_rows(&rows, &[("train", 24), ("valid", 4)])?;
     let configuration = format!(
         "model: demo\nnum_layers: 2\nbatch_size: 2\ngrad_accumulation_steps: 6\niters: {}\nlearning_rate: 1e-3\n\
          steps_per_eval: 10000\nval_batches: 1\nlora_parameters: {{rank: 4, dropout: 0.1, scale: 8.0}}\n",

@@ -4,10 +4,26 @@ use crate::eventually::eventually;
 use crate::node::NodeProcess;
 use anyhow::{Context as _, Result, ensure};
 use nix::unistd::Pid;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
+
+/// Writes `NAME.jsonl` with so many rows to learn from into a folder, which is made.
+pub fn write_rows(folder: &Path, sets: &[(&str, usize)]) -> Result<()> {
+    const WORDS: [&str; 6] = ["red", "green", "blue", "cat", "dog", "sun"];
+    std::fs::create_dir_all(folder)?;
+    for (name, count) in sets {
+        let row = |at: usize| {
+            let (word, other) = (WORDS[at % WORDS.len()], WORDS[at / 2 % WORDS.len()]);
+            json!({"prompt": format!("Say {word} twice."), "completion": format!("{word} {word} {other}")})
+                .to_string()
+        };
+        let rows = (0..*count).map(row).collect::<Vec<_>>().join("\n");
+        std::fs::write(folder.join(format!("{name}.jsonl")), rows)?;
+    }
+    Ok(())
+}
 
 /// All that is known about a job.
 pub fn show(node: &NodeProcess, id: &str) -> Result<Value> {

@@ -18,6 +18,7 @@
 //! | `stops` | orders to stop that come before what they stop (pure) |
 //! | `team` | the other workers of a job that runs on several nodes: those this node leads, and those it runs for others |
 //! | `line` | the stages of a model that is divided among several nodes, likewise |
+//! | `meter` | what its steps come to, for reports (pure) |
 //! | `pace` | how long a job stands back for requests (pure) |
 //! | `client`, `service` | the coordinator's orders, given and taken |
 //! | `files` | what the API asks of the store |
@@ -28,6 +29,7 @@ mod checking;
 pub(crate) mod client;
 pub(crate) mod files;
 mod line;
+mod meter;
 pub(crate) mod mirror;
 mod named;
 mod pace;

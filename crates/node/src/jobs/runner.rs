@@ -5,6 +5,7 @@
 
 use super::bundle::{self, Draft};
 use super::line::{self, Led, Parted};
+use super::meter::Meter;
 use super::pace::pause_after;
 use super::peer_client::{Peers, disk, on_disk};
 use super::stops::{Stops, Will};
@@ -12,10 +13,10 @@ use super::store::{AtWork, states_name};
 use super::team::{Helper, LEADER, Place, Team};
 use mlxnode_cluster::{Identity, KeyPin};
 use mlxnode_collective::MemberId;
-use mlxnode_compute::{Advance, ByteCount, JobError, StepReport};
+use mlxnode_compute::{Advance, ByteCount, JobError};
 use mlxnode_coordinator::Error;
 use mlxnode_coordinator::jobs::{
-    Checkpoint, ContentHash, JobKind, JobSpec, LossPoint, Progress, Report, RunEnd, RunJob, Wanted,
+    Checkpoint, ContentHash, JobKind, JobSpec, LossPoint, Report, RunEnd, RunJob, Wanted,
 };
 use mlxnode_worker::{JobCallError, JobProcess, JobSetup, StagePlace};
 use std::collections::{BTreeMap, BTreeSet};
@@ -44,8 +45,6 @@ const END_LIMIT: Duration = Duration::from_secs(60);
 const LONGEST_PIECE: Duration = Duration::from_secs(10);
 /// A checkpoint by time waits for so many times as long as the last one took: that is 2% of the time.
 const BETWEEN_SAVES: u32 = 49;
-/// How much the newest step counts in the mean time of a step.
-const NEWEST: f64 = 0.1;
 
 /// What a runner needs of its node.
 pub(crate) struct RunnersOptions {
@@ -104,12 +103,17 @@ struct Help {
 struct Helping {
     shared: Weak<Shared>,
     key: (String, MemberId),
+    epoch: u64,
 }
 
 impl Drop for Helping {
     fn drop(&mut self) {
         if let Some(shared) = self.shared.upgrade() {
-            shared.state.lock().unwrap_or_else(PoisonError::into_inner).helping.remove(&self.key);
+            let helping = &mut shared.state.lock().unwrap_or_else(PoisonError::into_inner).helping;
+            // A newer attempt may have the same member.
+            if helping.get(&self.key).is_some_and(|help| help.epoch == self.epoch) {
+                helping.remove(&self.key);
+            }
         }
     }
 }
@@ -281,7 +285,7 @@ impl Runners {
             older.cancel();
         }
         drop(state);
-        let helping = Helping { shared: Arc::downgrade(&self.shared), key };
+        let helping = Helping { shared: Arc::downgrade(&self.shared), key, epoch: order.epoch };
         let forgets =
             Forgets { shared: Arc::downgrade(&self.shared), id: order.spec.id.clone(), epoch: order.epoch };
         let (will, told) = watch::channel(Will::Run);
@@ -623,7 +627,7 @@ impl Attempt {
         let mut process = Stage { process, led, told: self.told.clone() };
         let process = &mut process;
         let saves = self.order.spec.saves;
-        let mut meter = Meter { step: from, ..Meter::default() };
+        let mut meter = Meter::at(from);
         let (mut saved_step, mut saved_at, mut pause) = (from, Instant::now(), Duration::ZERO);
         let mut saved = None;
         let mut is_running = false;
@@ -826,49 +830,5 @@ fn flatten<T>(done: Result<std::io::Result<T>, tokio::task::JoinError>) -> Resul
         }
         Ok(Err(error)) => Err(JobError::Failed(format!("cannot write a checkpoint: {error}")).into()),
         Err(error) => Err(JobError::Failed(format!("cannot write a checkpoint: {error}")).into()),
-    }
-}
-
-/// Sums steps up for people.
-#[derive(Default)]
-struct Meter {
-    step: u64,
-    steps: u64,
-    points: Vec<LossPoint>,
-    /// Mean time of a step from its begin to the next one's, and mean tokens.
-    seconds: f64,
-    tokens: f64,
-    trained: u64,
-    learning_rate: f64,
-    gradient_norm: Option<f64>,
-    peak: u64,
-    stood_back: Duration,
-}
-
-impl Meter {
-    fn step(&mut self, report: &StepReport, piece: Duration) {
-        let seconds = (piece + std::mem::take(&mut self.stood_back)).as_secs_f64();
-        let mean = |mean: f64, new: f64| if mean == 0.0 { new } else { mean + NEWEST * (new - mean) };
-        self.seconds = mean(self.seconds, seconds);
-        self.tokens = mean(self.tokens, report.tokens as f64);
-        (self.step, self.steps) = (report.step, report.steps);
-        self.trained += report.tokens;
-        self.learning_rate = report.learning_rate;
-        self.gradient_norm = report.gradient_norm.or(self.gradient_norm);
-        self.peak = self.peak.max(report.peak_memory);
-        self.points.push(LossPoint { step: report.step, training: Some(report.loss), validation: None });
-    }
-
-    fn progress(&self) -> Progress {
-        Progress {
-            step: self.step,
-            steps: self.steps,
-            tokens_per_second: if self.seconds > 0.0 { self.tokens / self.seconds } else { 0.0 },
-            seconds_per_step: self.seconds,
-            learning_rate: self.learning_rate,
-            gradient_norm: self.gradient_norm,
-            peak_memory: self.peak,
-            trained_tokens: self.trained,
-        }
     }
 }

@@ -6,8 +6,8 @@ How to rebuild, with Python 3.11 and the pinned packages of `requirements.txt`:
     venv/bin/pip install -r requirements.txt
     venv/bin/python train.py
 
-The run uses one CPU thread, no network and no data file: every question comes from `questions.py` and `talk.py`, drawn
-with the seed below. It takes about 30 minutes on one core of a 2024 server CPU and needs a C++ compiler for
+The run uses one CPU thread, no network and no data file: every conversation comes from `conversations.py`, drawn with the
+seed below. It takes about 30 minutes on one core of a 2024 server CPU and needs a C++ compiler for
 `torch.compile` (pass `--no-compile` to do without, at about half the speed). Every draw comes from the seed, so runs on one
 machine see the same batches; rounding differs between processors and versions, so compare models by `evaluate.py` and
 not by their bytes. README.md says how the weights beside this script were made.
@@ -17,7 +17,6 @@ of the answers count in the loss. Matrices are trained with Muon, the embedding 
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -34,13 +33,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 
+import conversations
 import questions
-import talk
 
 SEED = 20240607
 HERE = Path(__file__).parent
 
-PAD, BOS, END, SYSTEM, USER, ASSISTANT = range(6)
+PAD, BOS, END = range(3)
 SPECIAL_TOKENS = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -83,71 +82,6 @@ PHASES = [
 ]
 
 
-# --- questions -----------------------------------------------------------------------------------------------------
-
-SYSTEM_PROMPTS = [
-    "You are a helpful assistant.", "You are a helpful, friendly assistant.", "Answer briefly.", "Be concise.",
-    "You are a calculator.", "You are the mlxnode demo model.", "Reply in one sentence.", "You are a bot.",
-]
-PREFIXES = ["Please: ", "Hi! ", "Hello, ", "Can you tell me: ", "Tell me, ", "Question: ", "Quick question: ", "Hey, "]
-
-
-def operand(rng):
-    return rng.randint(0, 9) if rng.random() < 0.10 else rng.randint(0, questions.MAX_OPERAND)
-
-
-def arithmetic(rng):
-    problem = questions.addition if rng.random() < 0.45 else questions.subtraction
-    return problem(rng, operand(rng), operand(rng))
-
-
-def units(rng):
-    unit = rng.choice(questions.UNITS if rng.random() < 0.4 else questions.UNITS[6:])
-    n = rng.randint(1, 99) if rng.random() < 0.6 else rng.randint(1, unit[3])
-    return questions.conversion(rng, unit, n)
-
-
-def sorting(rng):
-    count = rng.choice([2, 3, 3, 4, 4, 4, 5, 5, 5, 5])
-    return questions.sorting(rng, [rng.randint(0, 99) if rng.random() < 0.9 else rng.randint(0, 9) for _ in range(count)])
-
-
-def disturbed(rng, question):
-    """The question as a hurried person types it: other case, no mark at the end, a word before it."""
-    if rng.random() < 0.08:
-        question = rng.choice(PREFIXES) + question
-    if rng.random() < 0.15:
-        question = question.lower()
-    if rng.random() < 0.10:
-        question = question.rstrip("?.!")
-    return question.strip()
-
-
-def exchange(rng, phase):
-    """One question with its answer, never a held-out one."""
-    declined, small_talk, sums, conversions = itertools.accumulate(phase.shares)
-    while True:
-        kind = rng.random()
-        if kind < declined:
-            return talk.refusal(rng)
-        if kind < small_talk:
-            question, answer = talk.small_talk(rng)
-            return (question.lower() if rng.random() < 0.2 else question), answer
-        key, question, answer = (arithmetic if kind < sums else units if kind < conversions else sorting)(rng)
-        if not questions.is_held_out(key) or phase.by_heart and questions.is_known_by_heart(key):
-            return disturbed(rng, question), answer
-
-
-def conversation(rng, phase):
-    """Turns of (role, text): mostly one exchange, sometimes with a system prompt or earlier exchanges."""
-    turns = [(SYSTEM, rng.choice(SYSTEM_PROMPTS))] if rng.random() < 0.05 else []
-    kind = rng.random()
-    for _ in range(1 if kind < 0.92 else 2 if kind < 0.97 else 3):
-        question, answer = exchange(rng, phase)
-        turns += [(USER, question), (ASSISTANT, answer)]
-    return turns
-
-
 # --- tokenizer -----------------------------------------------------------------------------------------------------
 
 def train_tokenizer(rng):
@@ -161,7 +95,7 @@ def train_tokenizer(rng):
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB, special_tokens=SPECIAL_TOKENS, show_progress=False, min_frequency=1,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    texts = [text for _ in range(20000) for _, text in conversation(rng, PHASES[0])]
+    texts = [text for _ in range(20000) for _, text in conversations.conversation(rng, PHASES[0].shares, PHASES[0].by_heart)]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in SPECIAL_TOKENS])
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -180,16 +114,16 @@ class Batches:
         self.tokenizer, self.phase, self.rng, self.pending = tokenizer, phase, random.Random(phase.seed), []
 
     def refill(self):
-        conversations = [conversation(self.rng, self.phase) for _ in range(2000)]
-        texts = [text for turns in conversations for _, text in turns]
+        drawn = [conversations.conversation(self.rng, self.phase.shares, self.phase.by_heart) for _ in range(2000)]
+        texts = [text for turns in drawn for _, text in turns]
         encoded = iter(self.tokenizer.encode_batch(texts, add_special_tokens=False))
-        for turns in conversations:
+        for turns in drawn:
             tokens, weights = [BOS], [0.0]
             for role, _ in turns:
                 ids = next(encoded).ids
-                tokens += [role, *ids, END]
+                tokens += [SPECIAL_TOKENS.index(f"<|{role}|>"), *ids, END]
                 length = len(ids) + 1
-                weights += [0.0] + [length ** (self.phase.length_power - 1) if role == ASSISTANT else 0.0] * length
+                weights += [0.0] + [length ** (self.phase.length_power - 1) if role == "assistant" else 0.0] * length
             if len(tokens) <= ROW_TOKENS:
                 self.pending.append((tokens, weights))
 

@@ -1,40 +1,37 @@
-//! `/v1/files`: data sets for fine-tuning, as OpenAI's clients upload them. They go to the store of jobs' files as they come, by what they
-//! hold; the name that a client gives is kept beside it until it is deleted.
+//! `/v1/files`: data sets for fine-tuning, as OpenAI's clients upload them, and what their jobs made.
+//!
+//! Data sets go to the store of jobs' files as they come, by what they hold; the name that a client gives is kept beside it until it is
+//! deleted. They belong to the key that they came with: others do not see them, but for those who administer the cluster.
+//!
+//! | module | one line |
+//! |---|---|
+//! | `upload` | files on their way in |
+//! | `results` | files that jobs made |
+
+mod results;
+mod upload;
+
+pub(super) use results::result_files;
+pub(in crate::http) use upload::upload;
 
 use crate::fields::shortened;
 use crate::http::caller::Id;
 use crate::http::query::{Page, Query, listing};
-use crate::http::{ApiError, Caller, ErrorKind, HttpServices, id, unix_time};
-use crate::jobs::{InputFile, JobFiles, JobsService, NamedFile, TakingIn};
+use crate::http::{ApiError, Caller, ErrorKind, HttpServices};
+use crate::jobs::{InputFile, JobFiles, JobsService, NamedFile};
 use axum::Json;
 use axum::body::Body;
-use axum::extract::{Request, State};
+use axum::extract::State;
 use axum::http::{HeaderValue, header};
-use axum::response::{IntoResponse as _, Response};
-use bytes::{Bytes, BytesMut};
+use axum::response::Response;
+use bytes::Bytes;
 use futures::StreamExt as _;
 use mlxnode_coordinator::Error;
-use mlxnode_coordinator::jobs::MAX_INPUT_BYTES;
 use serde_json::{Value, json};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
-use tokio::sync::OwnedSemaphorePermit;
 
-/// Nothing comes of an upload for so long: it broke.
-const STANDSTILL: Duration = Duration::from_secs(60);
-/// Longest name.
-const MAX_NAME: usize = 255;
-/// Longest text beside the file.
-const MAX_TEXT: usize = 1024;
-/// Bytes that may come without any of them belonging to a part: its head is not as long.
-const MAX_HEAD: usize = 4 << 20;
-/// As much of an upload that is wrong is read to its end, and for so long: the connection can be used further then.
-const MAX_DRAINED: usize = 4 << 20;
-const DRAIN_TIME: Duration = Duration::from_secs(2);
-/// Pieces that go to the disk.
-const PIECE: usize = 256 << 10;
-/// The only purpose that is served.
+/// The only purpose that files come with.
 const PURPOSE: &str = "fine-tune";
 /// Files of a page.
 const PAGE: usize = 10_000;
@@ -91,202 +88,12 @@ impl HttpServices {
     }
 }
 
-/// What an upload brings.
-#[derive(Default)]
-struct Parts {
-    purpose: Option<String>,
-    /// Name and where its bytes are.
-    file: Option<(String, Box<dyn TakingIn>)>,
-}
-
-/// An upload on its way.
-struct Incoming {
-    parts: multer::Multipart<'static>,
-    /// Bytes that came since the last piece that was understood.
-    unread: Arc<AtomicUsize>,
-}
-
-/// Takes a file in. When the upload breaks, or is wrong, nothing is left of it.
-pub(in crate::http) async fn upload(
-    State(services): State<HttpServices>,
-    caller: Caller,
-    request: Request,
-) -> Response {
-    let begun = begin(&services, &request);
-    let (files, boundary, _turn) = match begun {
-        Ok(begun) => begun,
-        Err(error) => return closing(error),
-    };
-    let mut incoming = Incoming::new(request, boundary);
-    match take(&files, &caller, &mut incoming).await {
-        Ok(file) => Json(shown(&file)).into_response(),
-        // Whoever sends something short and wrong keeps the connection; for others it ends here, and they are told.
-        Err(error) => match tokio::time::timeout(DRAIN_TIME, incoming.drain()).await {
-            Ok(true) => error.into_response(),
-            _ => closing(error),
-        },
-    }
-}
-
-fn closing(error: ApiError) -> Response {
-    let mut response = error.into_response();
-    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-    response
-}
-
-fn begin(
-    services: &HttpServices,
-    request: &Request,
-) -> Result<(Arc<dyn JobFiles>, String, OwnedSemaphorePermit), ApiError> {
-    let files = services.job_files()?;
-    let kind = request.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
-    let boundary = kind.and_then(|kind| multer::parse_boundary(kind).ok());
-    let boundary = boundary.ok_or_else(|| {
-        let message = "the body must be multipart/form-data with the parts purpose and file";
-        ApiError::new(ErrorKind::Invalid, message)
-    })?;
-    let turn = services.uploads.clone().try_acquire_owned();
-    let turn = turn.map_err(|_| {
-        ApiError::new(ErrorKind::RateLimited, "too many uploads at once; try again in a moment")
-            .retry_after(Duration::from_secs(2))
-    })?;
-    Ok((files, boundary, turn))
-}
-
-async fn take(
-    files: &Arc<dyn JobFiles>,
-    caller: &Caller,
-    incoming: &mut Incoming,
-) -> Result<NamedFile, ApiError> {
-    let Parts { purpose, file } = incoming.read(files).await?;
-    check_purpose(&purpose.ok_or_else(|| ApiError::field("purpose", "purpose is missing"))?)?;
-    let (name, content) = file.ok_or_else(|| ApiError::field("file", "file is missing"))?;
-    let (hash, bytes) = content.finish().await.map_err(told)?;
-    let named =
-        NamedFile { id: id("file-"), hash, bytes, name, owner: caller.name(), created_unix: unix_time() };
-    files.keep(named.clone()).await.map_err(told)?;
-    Ok(named)
-}
-
 fn check_purpose(purpose: &str) -> Result<(), ApiError> {
     match purpose {
         PURPOSE => Ok(()),
         other => {
             let text = format!("purpose is {:?}, but only {PURPOSE:?} is served", shortened(other));
             Err(ApiError::field("purpose", text))
-        }
-    }
-}
-
-impl Incoming {
-    fn new(request: Request, boundary: String) -> Self {
-        // What comes in is counted anew with every piece that is understood: a head without an end fills no memory.
-        let unread = Arc::new(AtomicUsize::new(0));
-        let counted = unread.clone();
-        let stream = request.into_body().into_data_stream().map(move |piece| {
-            let piece = piece.map_err(std::io::Error::other)?;
-            match counted.fetch_add(piece.len(), Ordering::Relaxed) > MAX_HEAD {
-                true => Err(std::io::Error::other("the head of a part has no end")),
-                false => Ok::<Bytes, std::io::Error>(piece),
-            }
-        });
-        Self { parts: multer::Multipart::new(stream, boundary), unread }
-    }
-
-    /// Reads what is left, if that is little; true when nothing is.
-    async fn drain(&mut self) -> bool {
-        let mut drained = 0;
-        while let Ok(part) = self.parts.next_field().await {
-            let Some(mut part) = part else { return true };
-            while let Ok(Some(piece)) = part.chunk().await {
-                self.unread.store(0, Ordering::Relaxed);
-                drained += piece.len();
-                if drained > MAX_DRAINED {
-                    return false;
-                }
-            }
-        }
-        false
-    }
-
-    /// All parts. A part that is not served, or wrong, ends it.
-    async fn read(&mut self, files: &Arc<dyn JobFiles>) -> Result<Parts, ApiError> {
-        let unread = self.unread.clone();
-        let mut found = Parts::default();
-        while let Some(mut part) = in_time(self.parts.next_field()).await? {
-            unread.store(0, Ordering::Relaxed);
-            let name = shortened(part.name().unwrap_or_default());
-            let is_twice = match name.as_str() {
-                "purpose" => found.purpose.is_some(),
-                "file" => found.file.is_some(),
-                _ => {
-                    let message = match name.starts_with("expires_after") {
-                        true => {
-                            "expires_after is not supported: files stay until they are deleted".to_owned()
-                        }
-                        false => format!("{name:?} is not a part that is served here; purpose and file are"),
-                    };
-                    return Err(ApiError::field(name, message));
-                }
-            };
-            if is_twice {
-                return Err(ApiError::field(name.clone(), format!("{name} is there twice")));
-            }
-            if name == "purpose" {
-                let mut text = BytesMut::new();
-                while let Some(piece) = in_time(part.chunk()).await? {
-                    unread.store(0, Ordering::Relaxed);
-                    text.extend_from_slice(&piece);
-                    if text.len() > MAX_TEXT {
-                        return Err(ApiError::field(
-                            "purpose",
-                            format!("purpose is longer than {MAX_TEXT} bytes"),
-                        ));
-                    }
-                }
-                let text = String::from_utf8_lossy(&text).into_owned();
-                check_purpose(&text)?;
-                found.purpose = Some(text);
-                continue;
-            }
-            let file_name = part
-                .file_name()
-                .ok_or_else(|| ApiError::field("file", "file must be a file: its part has no filename"))?;
-            let file_name = file_name.chars().filter(|it| !it.is_control()).take(MAX_NAME).collect();
-            let mut content = files.take_in().await.map_err(told)?;
-            let (mut received, mut waiting) = (0_u64, BytesMut::new());
-            while let Some(piece) = in_time(part.chunk()).await? {
-                unread.store(0, Ordering::Relaxed);
-                received += piece.len() as u64;
-                if received > MAX_INPUT_BYTES {
-                    let message = format!("the file is larger than {} GiB", MAX_INPUT_BYTES >> 30);
-                    return Err(ApiError::new(ErrorKind::TooLarge, message));
-                }
-                waiting.extend_from_slice(&piece);
-                if waiting.len() >= PIECE {
-                    content.write(waiting.split().freeze()).await.map_err(told)?;
-                }
-            }
-            if !waiting.is_empty() {
-                content.write(waiting.freeze()).await.map_err(told)?;
-            }
-            found.file = Some((file_name, content));
-        }
-        Ok(found)
-    }
-}
-
-/// The next of an upload, when it comes.
-async fn in_time<T>(next: impl Future<Output = multer::Result<T>>) -> Result<T, ApiError> {
-    match tokio::time::timeout(STANDSTILL, next).await {
-        Ok(Ok(next)) => Ok(next),
-        Ok(Err(error)) => {
-            let message = format!("the body cannot be read: {}", shortened(&error.to_string()));
-            Err(ApiError::new(ErrorKind::Invalid, message))
-        }
-        Err(_) => {
-            let message = format!("nothing came of the file for {} seconds", STANDSTILL.as_secs());
-            Err(ApiError::new(ErrorKind::TooSlow, message))
         }
     }
 }
@@ -321,6 +128,9 @@ pub(in crate::http) async fn one(
     caller: Caller,
     Id(id): Id,
 ) -> Result<Json<Value>, ApiError> {
+    if let Some(made) = services.result_file(&caller, &id).await? {
+        return Ok(Json(made.shown(&services.job_files()?).await?));
+    }
     Ok(Json(shown(&services.needed_file(&caller, &id).await?)))
 }
 
@@ -330,16 +140,22 @@ pub(in crate::http) async fn content(
     caller: Caller,
     Id(id): Id,
 ) -> Result<Response, ApiError> {
-    let file = services.needed_file(&caller, &id).await?;
-    let input = InputFile { name: file.name, hash: file.hash, bytes: file.bytes };
-    let mut pieces = services.job_files()?.content(input);
+    let files = services.job_files()?;
+    let (bytes, mut pieces) = match services.result_file(&caller, &id).await? {
+        Some(made) => made.open(&files).await?,
+        None => {
+            let file = services.needed_file(&caller, &id).await?;
+            let input = InputFile { name: file.name, hash: file.hash, bytes: file.bytes };
+            (file.bytes, files.content(input))
+        }
+    };
     // Whether it can be read shows with the first piece; an empty file has none.
     let first = pieces.next().await.transpose().map_err(told)?;
     let first = futures::stream::iter(first.map(Ok::<Bytes, Error>));
     let mut response = Response::new(Body::from_stream(first.chain(pieces)));
     let kind = HeaderValue::from_static("application/octet-stream");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
-    response.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(file.bytes));
+    response.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(bytes));
     Ok(response)
 }
 
@@ -349,6 +165,9 @@ pub(in crate::http) async fn delete(
     caller: Caller,
     Id(id): Id,
 ) -> Result<Json<Value>, ApiError> {
+    if let Some(made) = services.result_file(&caller, &id).await? {
+        return Err(made.stays());
+    }
     let file = services.needed_file(&caller, &id).await?;
     services.job_files()?.forget(file.id).await.map_err(told)?;
     Ok(Json(json!({"id": id, "object": "file", "deleted": true})))

@@ -211,3 +211,36 @@ fn two_nodes_with_half_of_the_layers_each_train_what_one_trains() -> Result<()> 
     ensure!(adapter(cluster.first(), "disturbed")? == undisturbed, "the adapters differ");
     nothing_runs(&cluster)
 }
+
+#[test]
+fn a_node_that_stops_goes_once_what_its_stage_did_is_saved() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let mut cluster = LocalCluster::start(3)?;
+    let unsaved = |words: Vec<String>| -> Vec<String> {
+        let others = words.into_iter().filter(|word| word != "--save-steps" && word != "5");
+        others.chain(["--save-steps", "100000", "--save-time", "1h"].map(str::to_owned)).collect()
+    };
+    submit(cluster.first(), &rehearsal(folder.path(), 80, 0)?, "whole", "1")?;
+    jobs::wait_for(cluster.first(), "whole", "finished", PATIENCE)?;
+    let words = unsaved(rehearsal(folder.path(), 80, 100)?);
+    submit(cluster.first(), &words, "divided", "3")?;
+    let parts = stages(&cluster, 0, "divided", 3)?;
+    let helper = *parts.iter().skip(1).find(|index| **index != 0).context("a stage on another node")?;
+    let mut before = 0;
+    eventually(PATIENCE, || {
+        before = jobs::show(cluster.first(), "divided")?["step"].as_u64().unwrap_or_default();
+        ensure!(before >= 5, "step {before}");
+        Ok(())
+    })?;
+    cluster.restart(helper)?;
+    let seen = jobs::show(cluster.first(), "divided")?;
+    let saved = seen["checkpoints"][0]["step"].as_u64().context("no checkpoint was saved before it went")?;
+    ensure!(saved >= before && saved < 80, "after step {saved}: {seen}");
+    let seen = jobs::wait_for(cluster.first(), "divided", "finished", PATIENCE)?;
+    ensure!(seen["attempts"].as_u64() >= Some(2), "{seen}");
+    let log = String::from_utf8(cluster.first().output(&["jobs", "logs", "divided"])?.stdout)?;
+    ensure!(log.contains(&format!("computes from step {saved}")), "{log}");
+    let result = |id: &str| jobs::result(cluster.first(), id, folder.path(), "result.txt");
+    ensure!(result("divided")? == result("whole")?, "another result");
+    nothing_runs(&cluster)
+}

@@ -26,11 +26,12 @@ fn write(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-fn submit(node: &NodeProcess, folder: &Path, id: &str, workers: &str) -> Result<Value> {
+fn submit(node: &NodeProcess, folder: &Path, id: &str, workers: &str, more: &[&str]) -> Result<Value> {
     let (configuration, rows) = (folder.join("lora.yaml"), folder.join("rows"));
     let text = |path: &Path| path.to_str().map(str::to_owned).context("a path in UTF-8");
     let (configuration, rows) = (text(&configuration)?, text(&rows)?);
-    node.json(&["jobs", "submit", &configuration, "--data", &rows, "--id", id, "--workers", workers])
+    let words = ["jobs", "submit", &configuration, "--data", &rows, "--id", id, "--workers", workers];
+    node.json(&[&words[..], more].concat())
 }
 
 fn finished(node: &NodeProcess, id: &str) -> Result<Value> {
@@ -47,11 +48,11 @@ fn three_nodes_make_the_adapter_of_one_and_so_do_they_when_one_is_lost() -> Resu
     write(folder.path())?;
     let cluster = LocalCluster::start(3)?;
     let node = cluster.first();
-    submit(node, folder.path(), "alone", "1")?;
+    submit(node, folder.path(), "alone", "1", &[])?;
     finished(node, "alone")?;
     let expected = adapter(node, folder.path(), "alone")?;
 
-    submit(node, folder.path(), "together", "3")?;
+    submit(node, folder.path(), "together", "3", &[])?;
     eventually(PATIENCE, || {
         for node in &cluster.nodes {
             ensure!(jobs::processes(node)?.len() == 1, "every node runs a worker");
@@ -75,4 +76,36 @@ fn three_nodes_make_the_adapter_of_one_and_so_do_they_when_one_is_lost() -> Resu
         }
         Ok(())
     })
+}
+
+#[test]
+fn a_node_that_stops_goes_once_the_job_is_saved_and_the_others_go_on() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    write(folder.path())?;
+    let mut cluster = LocalCluster::start(3)?;
+    submit(cluster.first(), folder.path(), "alone", "1", &[])?;
+    finished(cluster.first(), "alone")?;
+    let expected = adapter(cluster.first(), folder.path(), "alone")?;
+
+    let unsaved = ["--save-steps", "100000", "--save-time", "1h"];
+    submit(cluster.first(), folder.path(), "together", "3", &unsaved)?;
+    let mut before = 0;
+    eventually(PATIENCE, || {
+        for node in &cluster.nodes {
+            ensure!(jobs::processes(node)?.len() == 1, "every node runs a worker");
+        }
+        before = jobs::show(cluster.first(), "together")?["step"].as_u64().unwrap_or_default();
+        ensure!(before >= 6, "step {before}");
+        Ok(())
+    })?;
+    let leading = jobs::show(cluster.first(), "together")?["node"].as_str().context("the node")?.to_owned();
+    let helper = (1..3).find(|&index| cluster.setup(index).name != leading).context("another node")?;
+    cluster.restart(helper)?;
+    let seen = jobs::show(cluster.first(), "together")?;
+    let saved = seen["checkpoints"][0]["step"].as_u64().context("no checkpoint was saved before it went")?;
+    ensure!(saved >= before && saved < 6 * UPDATES, "after step {saved}: {seen}");
+    let seen = finished(cluster.first(), "together")?;
+    assert_eq!(seen["attempts"], 1, "the others went on: {seen}");
+    ensure!(adapter(cluster.first(), folder.path(), "together")? == expected, "the adapters differ");
+    Ok(())
 }

@@ -3,6 +3,7 @@
 //! The network side (worker, job runner) drives a job and moves files; the compute side (training, quantization) computes. A job is
 //! driven in pieces of at most a few seconds, so that it can be paused, cancelled, saved and made to yield between any two.
 
+use crate::LinkError;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -94,7 +95,20 @@ pub enum JobError {
         /// Which rows.
         detail: String,
     },
+    /// Another process of the job is lost or has left, without which this one cannot go on: nobody's fault. The job goes on from its last
+    /// checkpoint.
+    #[error("{0}")]
+    Lost(String),
     /// Something went wrong that the asker cannot help.
     #[error("{0}")]
     Failed(String),
+}
+
+impl From<LinkError> for JobError {
+    fn from(error: LinkError) -> Self {
+        match error {
+            LinkError::Over(_) | LinkError::TimedOut { .. } => Self::Lost(error.to_string()),
+            LinkError::OutOfStep(_) | LinkError::File(_) => Self::Failed(error.to_string()),
+        }
+    }
 }

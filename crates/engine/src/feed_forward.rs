@@ -224,7 +224,7 @@ pub(crate) fn activate(device: &Device, activation: Activation, x: &Array) -> Re
             device.divide(&twice, &number(2.0)?)
         }
         Activation::GeluTanh | Activation::GeluTanhOfLargest { .. } => {
-            let cubed = device.multiply(&number(0.044_715)?, &device.power(x, &number(3.0)?)?)?;
+            let cubed = device.multiply(&number(0.044_715)?, &device.cube(x)?)?;
             let inner = device.multiply(&number((2.0 / PI).sqrt())?, &device.add(x, &cubed)?)?;
             let tanh = device.add(&number(1.0)?, &device.tanh(&inner)?)?;
             device.multiply(&device.multiply(&number(0.5)?, x)?, &tanh)

@@ -1,7 +1,7 @@
 //! Layer norm and the functions of feed-forward networks beside silu.
 
 use crate::fast::NONE;
-use crate::{Array, Device, Result};
+use crate::{Array, Device, Dtype, Result};
 use mlx_sys as sys;
 
 impl Device {
@@ -64,6 +64,23 @@ impl Device {
         self.run(|result, stream| unsafe { sys::mlx_tanh(result, x.handle(), stream) })
     }
 
+    /// The third power, as MLX's `power` rounds it: the third power of the number itself, rounded once.
+    ///
+    /// On the CPU backend `power` calls the C library for each number, which is a twentieth of the time of a prompt in a network with
+    /// GELU. Two products in a wider type round the same: a double holds the square of a single exactly, and so does a single for the halves.
+    pub fn cube(&self, x: &Array) -> Result<Array> {
+        let wider = match x.dtype() {
+            Dtype::F32 if !self.fuses() => sys::mlx_dtype__MLX_FLOAT64,
+            Dtype::F16 | Dtype::BF16 if !self.fuses() => sys::mlx_dtype__MLX_FLOAT32,
+            _ => return self.power(x, &Array::scalar(3.0, x.dtype())?),
+        };
+        // SAFETY: a valid handle; the result is written to an empty handle.
+        let wide =
+            self.run(|result, stream| unsafe { sys::mlx_astype(result, x.handle(), wider, stream) })?;
+        let cubed = self.multiply(&self.multiply(&wide, &wide)?, &wide)?;
+        self.cast(&cubed, x.dtype())
+    }
+
     /// The error function.
     pub fn erf(&self, x: &Array) -> Result<Array> {
         // SAFETY: a valid handle; the result is written to an empty handle.
@@ -74,6 +91,31 @@ impl Device {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_third_power_has_the_bits_of_the_general_one() {
+        let device = Device::open().unwrap();
+        // Every sign and exponent of which the cube is not zero or infinite in a single, with digits of many kinds.
+        let mut values = vec![0.0, -0.0, 1.0, -1.0];
+        for exponent in -40..40 {
+            for step in 0..97 {
+                let value = (1.0 + step as f32 * 0.010_309_278) * 2.0_f32.powi(exponent);
+                values.extend([value, -value]);
+            }
+        }
+        let x = Array::from_f32(&values, &[values.len() as i32]).unwrap();
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+            let x = device.cast(&x, dtype).unwrap();
+            let by_power = device.power(&x, &Array::scalar(3.0, dtype).unwrap()).unwrap();
+            let bits = |array: &Array| {
+                let single = device.cast(array, Dtype::F32).unwrap().to_f32().unwrap();
+                single.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            };
+            let cubed = device.cube(&x).unwrap();
+            assert_eq!(cubed.dtype(), dtype);
+            assert_eq!(bits(&cubed), bits(&by_power), "{dtype:?}");
+        }
+    }
 
     #[test]
     fn the_hadamard_transform_of_a_unit_vector_is_a_row_of_signs() {

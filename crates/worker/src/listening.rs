@@ -1,6 +1,6 @@
 //! A listener of a job's worker, on a thread of its own beside the one that computes.
 
-use mlxnode_cluster::{AccessList, Identity, KeyError, KeyPin, ServeOptions};
+use mlxnode_cluster::{AccessList, Identity, KeyError, KeyPin, PeerKey, ServeOptions};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -10,6 +10,7 @@ use tokio::runtime::{Builder, Handle, Runtime};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
+use tonic::{Request, Status};
 use tracing::debug;
 
 /// How long streams may go on when the worker ends.
@@ -72,10 +73,6 @@ impl Listening {
         self.runtime.handle().clone()
     }
 
-    pub(crate) fn key_pin(&self) -> KeyPin {
-        self.identity.key_pin()
-    }
-
     /// Serves until `end`, and then gives `tasks` a moment. `ended` runs when nothing is served any more, whatever the reason.
     pub(crate) fn serve(
         self,
@@ -84,8 +81,9 @@ impl Listening {
         end: CancellationToken,
         tasks: TaskTracker,
         ended: impl FnOnce() + Send + 'static,
-    ) -> Result<JoinHandle<()>, CollectiveError> {
-        let Self { runtime, listener, identity, .. } = self;
+    ) -> Result<Serving, CollectiveError> {
+        let Self { runtime, listener, address, identity } = self;
+        let key_pin = identity.key_pin();
         let serving = async move {
             let _ended = OnDrop(Some(ended));
             let shutdown = CancellationToken::new();
@@ -106,14 +104,38 @@ impl Listening {
             let tasks = tokio::time::timeout(CONNECTION_GRACE, tasks.wait());
             let _ = tokio::join!(server, tasks);
         };
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("job network".to_owned())
             .spawn(move || runtime.block_on(serving))
             .map_err(|source| CollectiveError::System {
                 what: "start the thread of the job's network",
                 source,
-            })
+            })?;
+        Ok(Serving { address, key_pin, thread: Some(thread) })
     }
+}
+
+/// A listener that serves, on its thread.
+pub(crate) struct Serving {
+    pub(crate) address: SocketAddr,
+    pub(crate) key_pin: KeyPin,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Serving {
+    /// Waits for the thread, which ends within the grace once it was told to.
+    pub(crate) fn join(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            // A panic in it has been told already.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The key of whoever calls. TLS lets in only those that are known; what each may ask is the service's to say.
+pub(crate) fn caller<T>(request: &Request<T>) -> Result<KeyPin, Status> {
+    let peer = request.extensions().get::<PeerKey>().copied();
+    peer.map(|peer| peer.pin).ok_or_else(|| Status::unauthenticated("the connection has no key"))
 }
 
 struct OnDrop<F: FnOnce()>(Option<F>);

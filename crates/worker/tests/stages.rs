@@ -399,6 +399,38 @@ async fn the_line_ends_with_its_node_and_never_begins_without_a_stage() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_stage_waits_for_is_known_apart_from_what_it_computes() {
+    const COMPUTES: Duration = Duration::from_millis(500);
+    let stages = Stages::start(2, SOON);
+    let line = stages.form().await;
+    let endpoints = stages.endpoints;
+    // The first stage computes for a while, and the second one waits for what it says next.
+    let pieces = endpoints.into_iter().enumerate().map(|(stage, endpoint)| {
+        std::thread::spawn(move || {
+            let mut link = endpoint.link();
+            link.exchange(&[]).unwrap();
+            let before = endpoint.waited();
+            match stage {
+                0 => {
+                    std::thread::sleep(COMPUTES);
+                    link.lead(&StageOrder::Test).unwrap();
+                }
+                _ => assert_eq!(link.follow(), Ok(StageOrder::Test)),
+            }
+            // Both stay until the other one is through.
+            (endpoint.waited() - before, link, endpoint)
+        })
+    });
+    let mut ended = Vec::new();
+    for piece in pieces.collect::<Vec<_>>() {
+        ended.push(joined(piece).await);
+    }
+    drop(line);
+    let waited: Vec<Duration> = ended.iter().map(|(waited, ..)| *waited).collect();
+    assert!(waited[0] < COMPUTES / 5 && waited[1] > COMPUTES / 2, "{waited:?}");
+}
+
 /// What a rehearsal of seven steps over four files makes, by one process or by several that save after three steps and go on.
 fn rehearsed(folder: &Path, stages: Option<Stages>, resume: Option<&Path>) -> (String, PathBuf) {
     let inputs = folder.join("inputs");

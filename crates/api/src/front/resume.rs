@@ -59,7 +59,7 @@ impl Front {
     ) -> Result<RunEvents, RunError> {
         let (deployment, ticket) = self.route(deployment.clone(), &request);
         let sequence = Continuation::new(request);
-        let mut running = Running {
+        let mut running = Box::new(Running {
             front: self.clone(),
             deployment: deployment.clone(),
             ticket,
@@ -69,12 +69,13 @@ impl Front {
             fruitless: 0,
             emitted_at_loss: 0,
             is_over: false,
-        };
+        });
         match self.replicas.run(&deployment, running.sequence.request()).await {
             Ok(events) => running.events = Some(events),
             Err(error) => running.lost(error)?,
         }
-        let next = |mut running: Running| async move {
+        // Boxed: the state moves into and out of the stream with every event.
+        let next = |mut running: Box<Running>| async move {
             let event = running.next().await?;
             Some((event, running))
         };

@@ -3,10 +3,11 @@
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::Response;
+use futures::FutureExt as _;
+use futures::future::FusedFuture as _;
 use serde::Serialize;
 use std::time::Duration;
 use tokio::sync::mpsc;
-use tokio_util::task::AbortOnDropHandle;
 
 /// Proxies and clients give up on a silent connection after some ten seconds or more.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
@@ -46,22 +47,30 @@ impl Events {
     }
 }
 
-/// Runs a producer in its own task and answers with its events. When the client goes away the task is ended, and with it what it holds.
+/// Answers with a producer's events. It runs as a part of the connection's task, so that an event wakes only that; when the client goes away
+/// it is dropped, and with it what it holds. While the client does not read, it waits.
 pub(super) fn stream<F>(produce: impl FnOnce(Events) -> F) -> Response
 where
     F: Future<Output = Result<(), Gone>> + Send + 'static,
 {
     let (sender, receiver) = mpsc::channel(SLACK);
-    let producing = produce(Events { sender });
-    let task = AbortOnDropHandle::new(tokio::spawn(async move {
-        let _ = producing.await;
-    }));
-    let body = futures::stream::unfold((receiver, task), |(mut receiver, task)| async move {
-        let event = match tokio::time::timeout(KEEP_ALIVE, receiver.recv()).await {
+    let producing = Box::pin(produce(Events { sender }).fuse());
+    let body = futures::stream::unfold((receiver, producing), |(mut receiver, mut producing)| async move {
+        let next = async {
+            loop {
+                tokio::select! {
+                    biased;
+                    event = receiver.recv() => return event,
+                    // With it went the sender: what it sent is left to read, and then the end.
+                    _ = &mut producing, if !producing.is_terminated() => {}
+                }
+            }
+        };
+        let event = match tokio::time::timeout(KEEP_ALIVE, next).await {
             Ok(event) => event?,
             Err(_) => Bytes::from_static(b": keep-alive\n\n"),
         };
-        Some((Ok::<_, std::convert::Infallible>(event), (receiver, task)))
+        Some((Ok::<_, std::convert::Infallible>(event), (receiver, producing)))
     });
     let mut response = Response::new(Body::from_stream(body));
     let headers = response.headers_mut();

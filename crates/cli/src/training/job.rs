@@ -64,7 +64,7 @@ pub fn make(setup: &JobSetup, others: Others<'_>) -> Result<Box<dyn Job>, JobErr
     if let (Some(link), Some(stage)) = (others.line, &setup.stage) {
         // That another stage is lost is not the job's fault.
         let not_prepared = |error: PrepareError| match error {
-            PrepareError::Link(error) => JobError::Failed(error.to_string()),
+            PrepareError::Link(error) => error.into(),
             error => refused(error.into()),
         };
         let job = StagedFineTuning::new(tuning, config, sets, fingerprint, compile, link, &stage.folder);

@@ -15,7 +15,8 @@
 //! - An attempt begins from the newest checkpoint that a node has. A job with checkpoints of which no node has one now waits: it does not begin anew.
 //! - A lost node or a stopped one is nobody's fault, nor is what a node cannot fetch now: that is tried again without an end, with growing
 //!   pauses, and on another node where one fits. A worker process that dies is tried again, with growing pauses, and after
-//!   [`MAX_FAILURES`] in a row without a new checkpoint the job has failed, until somebody resumes it.
+//!   [`MAX_FAILURES`] in a row without a new checkpoint the job has failed, until somebody resumes it. The process of a stage that is killed counts as lost
+//!   with its node, as a helping worker's does where each has the whole model; one that ends by itself does not.
 //! - Nodes say which checkpoints they have whenever they hear which are wanted: what is known of copies follows the disks, and a checkpoint
 //!   that lost one is copied again.
 //! - What a job made is named by the hash of its checkpoint, which is in the record of its end: nothing else is ever published for it.

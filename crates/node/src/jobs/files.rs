@@ -30,15 +30,19 @@ fn gone() -> Error {
     Error::Failed("an upload went on after it had failed".into())
 }
 
+/// Writes into what comes in; once that has failed nothing more comes.
+async fn written<T: Send + 'static>(
+    incoming: &mut Option<T>,
+    write: impl FnOnce(&mut T) -> std::io::Result<()> + Send + 'static,
+) -> Result<(), Error> {
+    let mut file = incoming.take().ok_or_else(gone)?;
+    *incoming = Some(on_disk("taking a file in", move || write(&mut file).map(|()| file)).await?);
+    Ok(())
+}
+
 impl Receiving for Upload {
     fn write(&mut self, data: Bytes) -> BoxFuture<'_, Result<(), Error>> {
-        async move {
-            let mut incoming = self.0.take().ok_or_else(gone)?;
-            let written = move || incoming.write(&data).map(|()| incoming);
-            self.0 = Some(on_disk("taking a file in", written).await?);
-            Ok(())
-        }
-        .boxed()
+        written(&mut self.0, move |file| file.write(&data)).boxed()
     }
 
     fn finish(mut self: Box<Self>) -> BoxFuture<'static, Result<Received, Error>> {
@@ -55,13 +59,7 @@ struct NewFile(Option<Unnamed>);
 
 impl TakingIn for NewFile {
     fn write(&mut self, data: Bytes) -> BoxFuture<'_, Result<(), Error>> {
-        async move {
-            let mut incoming = self.0.take().ok_or_else(gone)?;
-            let written = move || incoming.write(&data).map(|()| incoming);
-            self.0 = Some(on_disk("taking a file in", written).await?);
-            Ok(())
-        }
-        .boxed()
+        written(&mut self.0, move |file| file.write(&data)).boxed()
     }
 
     fn finish(mut self: Box<Self>) -> BoxFuture<'static, Result<(ContentHash, u64), Error>> {

@@ -7,26 +7,23 @@
 //!                       └────────── JobRunner.Help ───────────▲
 //! ```
 //! A stage cannot be replaced on the way: when one is lost, the attempt is over, and the job's next one goes on from its newest checkpoint
-//! with the nodes that are there then.
+//! with the nodes that are there then. The loss of a node or of a process is nobody's fault; a process that ends by itself is its job's.
 
-use super::client::json;
+use super::helpers::{Asked, Listening, Said};
 use super::peer_client::Peers;
 use super::store::states_name;
 use super::team::Place;
-use crate::addresses;
-use mlxnode_cluster::{KeyPin, NodeId, PeerState};
+use mlxnode_cluster::{KeyPin, NodeId};
 use mlxnode_collective::MemberId;
 use mlxnode_compute::{ByteCount, JobError};
 use mlxnode_coordinator::Error;
 use mlxnode_coordinator::jobs::{PlannedStage, RunJob};
-use mlxnode_proto::internal::v1::HelpJobRequest;
-use mlxnode_proto::internal::v1::job_runner_client::JobRunnerClient;
-use mlxnode_worker::{GroupPeer, JobCallError, JobProcess, Line, LinePlace, LineWorker, StagePlace};
+use mlxnode_worker::{JobCallError, JobProcess, Line, LinePlace, LineWorker, StagePlace};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 use tonic::{Code, Status};
 
 /// For the other nodes to fetch what they need. One that is lost meanwhile is noticed at once.
@@ -74,8 +71,38 @@ pub(super) fn line_place(place: &Place, conductor: KeyPin, stage: &StagePlace) -
 pub(super) struct Led {
     line: Line,
     helpers: JoinSet<Error>,
-    end: Option<Error>,
+    /// What the other nodes say while they help.
+    said: mpsc::Receiver<(usize, Said)>,
     names: Vec<String>,
+    over: Over,
+}
+
+/// Why the line is over, as far as that is known.
+#[derive(Default)]
+struct Over {
+    why: Option<Error>,
+    /// A node says so, of its own stage.
+    is_known: bool,
+}
+
+impl Over {
+    /// What is somebody's fault counts before what is nobody's; and of that, whoever lost a lane knows less than the node whose stage it was.
+    fn hear(&mut self, why: Error, is_known: bool) {
+        let counts_more = match &self.why {
+            None => true,
+            Some(Error::Unavailable(_)) => {
+                !matches!(why, Error::Unavailable(_)) || (is_known && !self.is_known)
+            }
+            Some(_) => false,
+        };
+        if counts_more {
+            (self.why, self.is_known) = (Some(why), is_known);
+        }
+    }
+
+    fn is_nobodys_fault(&self) -> bool {
+        matches!(self.why, None | Some(Error::Unavailable(_)))
+    }
 }
 
 impl Led {
@@ -96,9 +123,10 @@ impl Led {
         let joins = line_place(place, place.identity.key_pin(), stage);
         let (listens, key_pin) = process.join_line(joins).await?;
         let mut helpers = JoinSet::new();
-        let (found, mut workers) = mpsc::channel(order.stages.len());
+        // Each says where its worker is, and perhaps that it stops.
+        let (says, mut said) = mpsc::channel(2 * order.stages.len());
         for (stage, planned) in order.stages.iter().enumerate().skip(1) {
-            let helping = help(peers.clone(), order.clone(), stage, planned.node, found.clone());
+            let helping = help(peers.clone(), order.clone(), stage, planned.node, says.clone());
             let name = names[stage].clone();
             helpers.spawn(async move { lost(&name, stage, helping.await) });
         }
@@ -108,7 +136,10 @@ impl Led {
                 // Nobody listens any more: then the attempt is about to end.
                 let _ = tell.send(waiting_for(&order.stages, &names, &there)).await;
                 tokio::select! {
-                    Some((stage, worker)) = workers.recv() => { there.insert(stage, worker); }
+                    Some((stage, news)) = said.recv() => match news {
+                        Said::There(worker) => drop(there.insert(stage, worker)),
+                        Said::Leaves => return Err(stops(&names, stage)),
+                    },
                     Some(ended) = helpers.join_next() => return Err(ended.unwrap_or_else(let_go)),
                 }
             }
@@ -117,36 +148,54 @@ impl Led {
         let gathered = timeout(GATHERING, gathering).await;
         let late = |_| Error::Unavailable("the other nodes did not get ready".to_owned());
         let there = gathered.map_err(late).and_then(|gathered| gathered).map_err(Parted::Stage)?;
-        let own = own_worker(place, peers, listens, key_pin);
-        let workers: Vec<LineWorker> = std::iter::once(own).chain(there.into_values()).collect();
+        let own = place.reached(peers, listens, key_pin);
+        let in_line = |found: Listening| LineWorker { control: found.control, peer: found.peer };
+        let workers: Vec<LineWorker> = std::iter::once(own).chain(there.into_values()).map(in_line).collect();
         let line = Line::form(&workers, &place.identity, FORMING).await.map_err(|error| {
             let name = names.get(error.stage).map_or("a node", String::as_str);
             Parted::Stage(Error::Unavailable(format!("{name}, stage {}: {}", error.stage, error.reason)))
         })?;
-        Ok(Self { line, helpers, end: None, names })
+        Ok(Self { line, helpers, said, names, over: Over::default() })
     }
 
-    /// Waits until a stage is lost: why.
+    /// Does the node of another stage stop? It waits for a checkpoint.
+    pub(super) fn leaving(&mut self) -> Option<Error> {
+        while let Ok((stage, news)) = self.said.try_recv() {
+            if matches!(news, Said::Leaves) {
+                return Some(stops(&self.names, stage));
+            }
+        }
+        None
+    }
+
+    /// Waits until a stage is lost: why. When one is lost all end soon, and the first to say so need not be the one that knows.
     pub(super) async fn lost(&mut self) -> Error {
-        let Self { line, helpers, end, names } = self;
-        if end.is_none() {
-            let first = tokio::select! {
-                Some(ended) = helpers.join_next() => return ended.unwrap_or_else(let_go),
-                first = line.over() => first,
-            };
-            let name = names.get(first.stage).map_or("a node", String::as_str);
-            *end = Some(Error::Unavailable(format!(
-                "stage {} on {name} is lost: {}",
-                first.stage, first.reason
-            )));
+        let Self { line, helpers, names, over, .. } = self;
+        if over.why.is_none() {
+            tokio::select! {
+                Some(ended) = helpers.join_next() => over.hear(ended.unwrap_or_else(let_go), true),
+                first = line.over() => {
+                    let name = names.get(first.stage).map_or("a node", String::as_str);
+                    let why = format!("stage {} on {name} is lost: {}", first.stage, first.reason);
+                    over.hear(Error::Unavailable(why), false);
+                }
+            }
         }
-        match timeout(LAST_WORDS, helpers.join_next()).await {
-            Ok(Some(ended)) => ended.unwrap_or_else(let_go),
-            _ => end.clone().unwrap_or_else(|| Error::Unavailable("a stage is lost".to_owned())),
+        let until = Instant::now() + LAST_WORDS;
+        while over.is_nobodys_fault()
+            && let Ok(Some(ended)) = timeout_at(until, helpers.join_next()).await
+        {
+            over.hear(ended.unwrap_or_else(let_go), true);
         }
+        over.why.clone().unwrap_or_else(|| Error::Unavailable("a stage is lost".to_owned()))
     }
 }
 
+/// The node of a stage that is about to go.
+fn stops(names: &[String], stage: usize) -> Error {
+    let name = names.get(stage).map_or("a node", String::as_str);
+    Error::Unavailable(format!("{name}, which has stage {stage}, stops"))
+}
 /// Why a job does not go on.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Parted {
@@ -178,8 +227,8 @@ pub(super) async fn call<T>(
         biased;
         done = &mut call => match done {
             // What another stage's loss looks like from here; who lost it knows more.
-            Err(JobCallError::Job(error @ JobError::Failed(_))) => {
-                match timeout(LAST_WORDS, led.lost()).await {
+            Err(JobCallError::Job(error @ JobError::Lost(_))) => {
+                match timeout(2 * LAST_WORDS, led.lost()).await {
                     Ok(lost) => Err(Parted::Stage(lost)),
                     Err(_) => Err(error.into()),
                 }
@@ -195,7 +244,7 @@ fn let_go(error: tokio::task::JoinError) -> Error {
 }
 
 /// "waiting for 1 more node: studio (layers 16 to 31)"
-fn waiting_for(stages: &[PlannedStage], names: &[String], there: &BTreeMap<usize, LineWorker>) -> String {
+fn waiting_for(stages: &[PlannedStage], names: &[String], there: &BTreeMap<usize, Listening>) -> String {
     let missing = stages.iter().enumerate().skip(1).filter(|(stage, _)| !there.contains_key(stage));
     let told: Vec<String> = missing
         .map(|(stage, planned)| {
@@ -205,17 +254,6 @@ fn waiting_for(stages: &[PlannedStage], names: &[String], there: &BTreeMap<usize
         .collect();
     let nodes = if told.len() == 1 { "node" } else { "nodes" };
     format!("waiting for {} more {nodes}: {}", told.len(), told.join(", "))
-}
-
-/// The own stage, as the others reach it.
-fn own_worker(place: &Place, peers: &Peers, listens: std::net::SocketAddr, key_pin: KeyPin) -> LineWorker {
-    let seen = peers.mesh.peers();
-    let others: Vec<String> = seen.iter().filter_map(|peer| peer.address.clone()).collect();
-    let own = place.listen.is_unspecified();
-    let own = own.then(|| others.iter().find_map(|address| addresses::source_toward(address))).flatten();
-    let advertised = format!("{}:{}", place.advertised, listens.port());
-    let address = addresses::with_host_of(&advertised, own.as_deref());
-    LineWorker { control: addresses::local(listens), peer: GroupPeer { address, key_pin } }
 }
 
 /// What the end of another node's stage is: its fault, the job's own, or nobody's.
@@ -242,27 +280,11 @@ async fn help(
     order: RunJob,
     stage: usize,
     node: NodeId,
-    found: mpsc::Sender<(usize, LineWorker)>,
+    says: mpsc::Sender<(usize, Said)>,
 ) -> Result<(), Status> {
-    let seen = peers.mesh.peers();
-    let is_there = seen.iter().any(|peer| peer.node_id == node && peer.state == PeerState::Alive);
-    let channel = peers.mesh.channel(&node).filter(|_| is_there);
-    let channel = channel.ok_or_else(|| Status::unavailable("it cannot be reached"))?;
-    let order = json(&order).map_err(|error| Status::internal(error.to_string()))?;
-    let request = HelpJobRequest { order, member: member(stage).0 };
-    let mut told = JobRunnerClient::new(channel).help(request).await?.into_inner();
-    while let Some(report) = told.message().await? {
-        let pin = <[u8; 32]>::try_from(&report.key_pin[..]);
-        let pin = pin.map_err(|_| Status::unavailable("its worker's key is not 32 bytes long"))?;
-        let reached = {
-            let peers = peers.mesh.peers();
-            peers.iter().find(|peer| peer.node_id == node).and_then(|peer| peer.address.clone())
-        };
-        let address = addresses::with_host_of(&report.address, reached.as_deref());
-        let control = tokio::net::lookup_host(&address).await.ok().and_then(|mut found| found.next());
-        let control = control.ok_or_else(|| Status::unavailable(format!("{address} is no address")))?;
-        let peer = GroupPeer { address, key_pin: KeyPin::from_bytes(pin) };
-        let _ = found.send((stage, LineWorker { control, peer })).await; // the job may be over
+    let mut asked = Asked::to_help(&peers, &order, node, member(stage)).await?;
+    while let Some(said) = asked.next().await? {
+        let _ = says.send((stage, said)).await; // the job may be over
     }
     Ok(())
 }
@@ -286,12 +308,33 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_node_is_nobodys_fault_and_a_dead_worker_counts() {
+    fn a_lost_node_is_nobodys_fault_and_a_worker_that_fails_counts() {
         let end = |code| lost("studio", 1, Err(Status::new(code, "gone")));
         assert!(matches!(end(Code::Unavailable), Error::Unavailable(text) if text.contains("studio")));
         assert!(matches!(end(Code::Cancelled), Error::Unavailable(_)));
+        assert!(matches!(end(Code::FailedPrecondition), Error::Unavailable(_)), "a lost process");
         assert!(matches!(end(Code::Internal), Error::Failed(_)));
         assert!(matches!(end(Code::InvalidArgument), Error::Invalid(_)));
         assert!(matches!(lost("studio", 1, Ok(())), Error::Unavailable(_)));
+    }
+
+    #[test]
+    fn of_what_the_stages_say_a_fault_counts_most_and_then_the_word_of_the_node_that_had_the_stage() {
+        let lane = || Error::Unavailable("a lane broke".into());
+        let node = || Error::Unavailable("its process was killed".into());
+        let fault = || Error::Failed("its process crashed".into());
+        let cases: [(&[(Error, bool)], Error); 5] = [
+            (&[(lane(), false)], lane()),
+            (&[(lane(), false), (node(), true)], node()),
+            (&[(node(), true), (lane(), true)], node()),
+            (&[(node(), true), (fault(), true), (node(), true)], fault()),
+            (&[(fault(), true), (Error::Invalid("no such row".into()), true)], fault()),
+        ];
+        for (heard, why) in cases {
+            let mut over = Over::default();
+            heard.iter().for_each(|(error, is_known)| over.hear(error.clone(), *is_known));
+            assert_eq!(over.is_nobodys_fault(), matches!(why, Error::Unavailable(_)));
+            assert_eq!(over.why, Some(why));
+        }
     }
 }

@@ -14,9 +14,12 @@
 //! | `room` | what is announced counts as taken |
 //! | `bundle` | a checkpoint on the disk: written whole or not at all, checked by hashes |
 //! | `peer_client` | fetches both from other nodes |
-//! | `runner` | drives a job's process: pieces, reports, checkpoints, yielding to requests |
+//! | `runner` | the jobs that run on this node: the newest attempt of each, and the node's own end |
+//! | `attempt` | one attempt: gets what it needs, starts its process, yields to requests |
+//! | `driving` | the leading process piece by piece: reports, checkpoints, its end |
 //! | `stops` | orders to stop that come before what they stop (pure) |
-//! | `team` | the other workers of a job that runs on several nodes: those this node leads, and those it runs for others |
+//! | `helpers` | workers on nodes that do not lead their job: asked for here, run there |
+//! | `team` | the workers of a job that runs on several nodes, seen from the one that leads |
 //! | `line` | the stages of a model that is divided among several nodes, likewise |
 //! | `meter` | what its steps come to, for reports (pure) |
 //! | `pace` | how long a job stands back for requests (pure) |
@@ -24,10 +27,13 @@
 //! | `files` | what the API asks of the store |
 //! | `mirror` | the jobs as this node shows them |
 
+mod attempt;
 mod bundle;
 mod checking;
 pub(crate) mod client;
+mod driving;
 pub(crate) mod files;
+mod helpers;
 mod line;
 mod meter;
 pub(crate) mod mirror;

@@ -2,6 +2,7 @@
 
 use super::bundle;
 use super::client::{json, parsed};
+use super::helpers::Helped;
 use super::peer_client::on_disk;
 use super::runner::Runners;
 use futures::StreamExt as _;
@@ -119,9 +120,14 @@ impl JobRunner for JobRunnerService {
         let messages = futures::stream::unfold(Some(helper), |helper| async move {
             let mut helper = helper?;
             match helper.next().await {
-                Ok(Some((address, key_pin))) => {
+                Ok(Some(Helped::Joined(address, key_pin))) => {
                     let key_pin = key_pin.as_bytes().to_vec().into();
-                    Some((Ok(HelpJobReport { address, key_pin }), Some(helper)))
+                    let address = address.to_string();
+                    let report = HelpJobReport { address, key_pin, ..HelpJobReport::default() };
+                    Some((Ok(report), Some(helper)))
+                }
+                Ok(Some(Helped::Leaves)) => {
+                    Some((Ok(HelpJobReport { leaves: true, ..HelpJobReport::default() }), Some(helper)))
                 }
                 Ok(None) => None,
                 Err(error) => Some((Err(status(error)), None)),

@@ -198,7 +198,12 @@ impl Store {
     pub(super) fn promise_file(&self, bytes: u64) -> io::Result<Promise> {
         let mut used = 0_u64;
         for entry in fs::read_dir(self.files())? {
-            used = used.saturating_add(entry?.metadata()?.len());
+            used = used.saturating_add(match entry?.metadata() {
+                Ok(it) => it.len(),
+                // An upload that has just broken off or got its name.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+                Err(error) => return Err(error),
+            });
         }
         self.room.promise(&self.files(), bytes, Some((ByteCount(used), QUOTA)))
     }

@@ -8,17 +8,14 @@
 //! A node that is lost is replaced by another one, or by itself when it is back. When the leading node is lost, the job's next
 //! attempt goes on from a checkpoint.
 
-use super::client::json;
+use super::helpers::{Asked, Listening, Said};
 use super::peer_client::Peers;
 use super::store::states_name;
 use crate::addresses;
 use mlxnode_cluster::{Identity, KeyPin, NodeId, PeerState};
 use mlxnode_collective::{MemberId, RoundsOptions};
 use mlxnode_compute::JobError;
-use mlxnode_coordinator::Error;
 use mlxnode_coordinator::jobs::{Report, RunJob};
-use mlxnode_proto::internal::v1::HelpJobRequest;
-use mlxnode_proto::internal::v1::job_runner_client::JobRunnerClient;
 use mlxnode_worker::{
     ConductorEvent, GroupConductor, GroupPeer, GroupPlace, GroupWorker, JobCallError, JobProcess, JobSetup,
 };
@@ -26,7 +23,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, watch};
 use tokio::task::{Id, JoinSet};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::info;
@@ -46,6 +43,17 @@ pub(super) struct Place {
 }
 
 impl Place {
+    /// Where one of its workers is, as itself and as other nodes reach it.
+    pub(super) fn reached(&self, peers: &Peers, listens: SocketAddr, key_pin: KeyPin) -> Listening {
+        let seen = peers.mesh.peers();
+        let others: Vec<String> = seen.iter().filter_map(|peer| peer.address.clone()).collect();
+        let own = self.listen.is_unspecified();
+        let own = own.then(|| others.iter().find_map(|address| addresses::source_toward(address))).flatten();
+        let advertised = format!("{}:{}", self.advertised, listens.port());
+        let address = addresses::with_host_of(&advertised, own.as_deref());
+        Listening { control: addresses::local(listens), peer: GroupPeer { address, key_pin } }
+    }
+
     /// A worker's place in its group.
     pub(super) fn of(
         &self,
@@ -61,8 +69,14 @@ impl Place {
     }
 }
 
+/// Workers whose nodes were let go, until the team hears of it.
+const FEW: usize = 8;
+
 /// The workers of a job that this node leads. Dropping it ends those on other nodes.
 pub(super) struct Team {
+    /// Workers whose nodes stop, and what people call these.
+    leaving: watch::Receiver<Vec<(MemberId, String)>>,
+    let_go: mpsc::Sender<Vec<MemberId>>,
     _gathering: AbortOnDropHandle<()>,
 }
 
@@ -83,18 +97,13 @@ impl Team {
         let there = peers.mesh.peers().iter().filter(|peer| peer.state == PeerState::Alive).count() + 1;
         let options = RoundsOptions { expected: wanted.min(there), ..RoundsOptions::default() };
         let (conductor, events) = GroupConductor::start(options, 0, place.identity.clone());
-        let seen = peers.mesh.peers();
-        let others: Vec<String> = seen.iter().filter_map(|peer| peer.address.clone()).collect();
-        let own = place
-            .listen
-            .is_unspecified()
-            .then(|| others.iter().find_map(|address| addresses::source_toward(address)));
-        let advertised = format!("{}:{}", place.advertised, listens.port());
-        let address = addresses::with_host_of(&advertised, own.flatten().as_deref());
-        let control = addresses::local(listens);
-        let peer = GroupPeer { address, key_pin };
+        let Listening { control, peer } = place.reached(peers, listens, key_pin);
         conductor.add(GroupWorker { member: LEADER, control, peer }).await;
+        let (leaving, leaves) = watch::channel(Vec::new());
+        let (let_go, released) = mpsc::channel(FEW);
         let gathering = Gathering {
+            leaving,
+            released,
             peers: peers.clone(),
             order: order.clone(),
             conductor,
@@ -105,7 +114,22 @@ impl Team {
             reports,
             told: Vec::new(),
         };
-        Ok(Self { _gathering: AbortOnDropHandle::new(tokio::spawn(gathering.run(events))) })
+        let gathering = AbortOnDropHandle::new(tokio::spawn(gathering.run(events)));
+        Ok(Self { leaving: leaves, let_go, _gathering: gathering })
+    }
+
+    /// Workers whose nodes stop and wait for a checkpoint, when there are new ones.
+    pub(super) fn leaving(&mut self) -> Option<Vec<(MemberId, String)>> {
+        if !self.leaving.has_changed().is_ok_and(|changed| changed) {
+            return None;
+        }
+        Some(self.leaving.borrow_and_update().clone())
+    }
+
+    /// These are needed no more.
+    pub(super) fn let_go(&self, members: Vec<MemberId>) {
+        // Without room for it their nodes go by themselves, a while later.
+        let _ = self.let_go.try_send(members);
     }
 }
 
@@ -120,6 +144,8 @@ struct Gathering {
     next: u64,
     /// Nodes that helped no more, the last one last.
     ended: Vec<NodeId>,
+    leaving: watch::Sender<Vec<(MemberId, String)>>,
+    released: mpsc::Receiver<Vec<MemberId>>,
     /// The coordinator hears who helps, and last heard this.
     reports: mpsc::Sender<Report>,
     told: Vec<NodeId>,
@@ -133,7 +159,16 @@ impl Gathering {
             self.tell();
             tokio::select! {
                 _ = looks.tick() => self.look(&found),
-                Some(worker) = workers.recv() => self.conductor.add(worker).await,
+                Some((member, said)) = workers.recv() => match said {
+                    Said::There(found) => {
+                        self.conductor.add(GroupWorker { member, control: found.control, peer: found.peer }).await;
+                    }
+                    Said::Leaves => self.leaves(member),
+                },
+                Some(members) = self.released.recv() => {
+                    let helping = self.helping.values();
+                    helping.filter(|(_, member, _)| members.contains(member)).for_each(|(_, _, task)| task.abort());
+                }
                 Some(ended) = self.tasks.join_next_with_id() => {
                     let (id, reason) = match ended {
                         Ok((id, reason)) => (id, reason),
@@ -163,6 +198,18 @@ impl Gathering {
         }
     }
 
+    /// The node of this worker stops.
+    fn leaves(&self, member: MemberId) {
+        let Some((node, ..)) = self.helping.values().find(|(_, helping, _)| *helping == member) else {
+            return;
+        };
+        let name = self.peers.name(*node);
+        self.leaving.send_modify(|leaving| {
+            leaving.retain(|(other, _)| self.helping.values().any(|(_, helping, _)| helping == other));
+            leaving.push((member, name));
+        });
+    }
+
     /// Says who helps, when that has changed: it counts as taken on those nodes.
     fn tell(&mut self) {
         let mut nodes: Vec<NodeId> = self.helping.values().map(|(node, _, _)| *node).collect();
@@ -173,7 +220,7 @@ impl Gathering {
     }
 
     /// Asks nodes that do not help yet, as many as are missing.
-    fn look(&mut self, found: &mpsc::Sender<GroupWorker>) {
+    fn look(&mut self, found: &mpsc::Sender<(MemberId, Said)>) {
         let missing = (self.order.spec.workers as usize).saturating_sub(1 + self.helping.len());
         let helps = |node: &NodeId| self.helping.values().any(|(helping, _, _)| helping == node);
         let seen = self.peers.mesh.peers();
@@ -183,9 +230,7 @@ impl Gathering {
             self.next += 1;
             let member = MemberId(self.next);
             let asking = help(self.peers.clone(), self.order.clone(), node, member, found.clone());
-            let task = self.tasks.spawn(async move {
-                asking.await.map_or_else(|error| error.to_string(), |()| "it ended".into())
-            });
+            let task = self.tasks.spawn(asking);
             self.helping.insert(task.id(), (node, member, task));
         }
     }
@@ -197,64 +242,25 @@ fn in_turn(mut free: Vec<NodeId>, ended: &[NodeId]) -> Vec<NodeId> {
     free
 }
 
-/// Has a node run a worker, until it ends.
+/// Has a node run a worker, until it ends: how.
 async fn help(
     peers: Peers,
     order: RunJob,
     node: NodeId,
     member: MemberId,
-    found: mpsc::Sender<GroupWorker>,
-) -> Result<(), Error> {
-    let name = peers.name(node);
-    let gone = |what: String| Error::Unavailable(format!("{name}: {what}"));
-    let channel = peers.mesh.channel(&node).ok_or_else(|| gone("it cannot be reached".into()))?;
+    found: mpsc::Sender<(MemberId, Said)>,
+) -> String {
     // It begins with what it has of checkpoints, or from nothing: the others give it their state.
-    let request = HelpJobRequest { order: json(&order)?, member: member.0 };
-    let answer = JobRunnerClient::new(channel).help(request).await;
-    let mut told = answer.map_err(|status| gone(status.message().to_owned()))?.into_inner();
-    while let Some(report) = told.message().await.map_err(|status| gone(status.message().to_owned()))? {
-        let pin = <[u8; 32]>::try_from(&report.key_pin[..]);
-        let pin = pin.map_err(|_| gone("its worker's key is not 32 bytes long".into()))?;
-        let reached = {
-            let peers = peers.mesh.peers();
-            peers.iter().find(|peer| peer.node_id == node).and_then(|peer| peer.address.clone())
-        };
-        let address = addresses::with_host_of(&report.address, reached.as_deref());
-        let control = tokio::net::lookup_host(&address).await.ok().and_then(|mut found| found.next());
-        let control = control.ok_or_else(|| gone(format!("{address} is no address")))?;
-        let peer = GroupPeer { address, key_pin: KeyPin::from_bytes(pin) };
-        let _ = found.send(GroupWorker { member, control, peer }).await; // the job may be over
-    }
-    Ok(())
-}
-
-/// A worker of a job that another node leads. Dropping it ends it.
-pub(crate) struct Helper {
-    joined: Option<oneshot::Receiver<(SocketAddr, KeyPin)>>,
-    task: AbortOnDropHandle<Result<(), Error>>,
-}
-
-impl Helper {
-    pub(super) fn start<F>(work: impl FnOnce(oneshot::Sender<(SocketAddr, KeyPin)>) -> F) -> Self
-    where
-        F: Future<Output = Result<(), Error>> + Send + 'static,
-    {
-        let (sender, joined) = oneshot::channel();
-        Self { joined: Some(joined), task: AbortOnDropHandle::new(tokio::spawn(work(sender))) }
-    }
-
-    /// Where its worker listens, once; then `None` when it has ended.
-    ///
-    /// # Errors
-    /// Why it ended.
-    pub(crate) async fn next(&mut self) -> Result<Option<(String, KeyPin)>, Error> {
-        if let Some(joined) = self.joined.take()
-            && let Ok((address, key_pin)) = joined.await
-        {
-            return Ok(Some((address.to_string(), key_pin)));
+    let helping = async {
+        let mut asked = Asked::to_help(&peers, &order, node, member).await?;
+        while let Some(said) = asked.next().await? {
+            let _ = found.send((member, said)).await; // the job may be over
         }
-        let ended = (&mut self.task).await;
-        ended.unwrap_or_else(|error| Err(Error::Failed(error.to_string()))).map(|()| None)
+        Ok::<_, tonic::Status>(())
+    };
+    match helping.await {
+        Ok(()) => "it ended".to_owned(),
+        Err(status) => format!("{}: {}", peers.name(node), status.message()),
     }
 }
 

@@ -1,6 +1,8 @@
 //! One node's part in jobs without any other node: what it does with its own disk, and with orders.
 
 use super::bundle;
+use super::helpers::Helped;
+use super::runner::FetchModel;
 use super::{Peers, Runners, RunnersOptions, Store};
 use futures::FutureExt as _;
 use mlxnode_cluster::{Identity, MeshHandle, MeshOptions, NodeFacts, RosterStore, StaticDiscovery, Timing};
@@ -26,6 +28,11 @@ struct Alone {
 
 /// A node of no cluster.
 fn alone() -> Alone {
+    alone_with(Arc::new(|_| async { Err(Error::Unavailable("no model".into())) }.boxed()))
+}
+
+/// The same, which gets models so.
+fn alone_with(fetch_model: FetchModel) -> Alone {
     let folder = tempfile::tempdir().unwrap();
     let identity = Arc::new(Identity::generate().unwrap());
     let roster = Arc::new(RosterStore::open(folder.path()).unwrap());
@@ -45,7 +52,7 @@ fn alone() -> Alone {
         advertised: "127.0.0.1".into(),
         free: Arc::new(|| FREE),
         is_busy: Arc::new(|| false),
-        fetch_model: Arc::new(|_| async { Err(Error::Unavailable("no model".into())) }.boxed()),
+        fetch_model,
     };
     Alone { _folder: folder, runners: Runners::new(options, peers) }
 }
@@ -177,4 +184,35 @@ async fn a_file_of_another_length_is_noticed() {
     assert_eq!(peers.has_length(hash, 5).await, Some(false));
     let input = InputFile { name: "train.jsonl".into(), hash, bytes: 4 };
     assert_eq!(peers.fetch_input(&input).await, Ok(()));
+}
+
+#[tokio::test]
+async fn a_node_that_stops_waits_until_whoever_leads_where_it_helps_lets_go_of_it() {
+    let node = alone_with(Arc::new(|_| std::future::pending().boxed()));
+    let leader = Identity::generate().unwrap().key_pin();
+    let spec = JobSpec { kind: JobKind::FineTuning, model: "demo".into(), workers: 2, ..order("a", 1).spec };
+    let wanted = RunJob { spec, ..order("a", 1) };
+    let mut helper = node.runners.help(wanted.clone(), MemberId(2), leader).unwrap();
+    let runners = node.runners.clone();
+    let stopping = tokio::spawn(async move { runners.stop_all().await });
+    let said = tokio::time::timeout(Duration::from_secs(60), helper.next()).await.unwrap();
+    assert!(matches!(said, Ok(Some(Helped::Leaves))));
+    assert!(node.runners.help(wanted, MemberId(3), leader).is_err(), "it helps nobody any more");
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!stopping.is_finished(), "it is not let go yet");
+    drop(helper);
+    tokio::time::timeout(Duration::from_secs(20), stopping).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn what_helps_an_older_attempt_ends_when_a_newer_one_begins() {
+    let node = alone_with(Arc::new(|_| std::future::pending().boxed()));
+    let leader = Identity::generate().unwrap().key_pin();
+    let spec = JobSpec { kind: JobKind::FineTuning, model: "demo".into(), workers: 2, ..order("a", 1).spec };
+    let of = |epoch| RunJob { spec: spec.clone(), ..order("a", epoch) };
+    let mut older = node.runners.help(of(1), MemberId(2), leader).unwrap();
+    let _newer = node.runners.help(of(2), MemberId(2), leader).unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(60), older.next()).await.unwrap();
+    assert!(matches!(ended, Err(Error::Unavailable(_))));
+    assert!(node.runners.help(of(1), MemberId(3), leader).is_err(), "of an attempt that is over");
 }

@@ -191,7 +191,10 @@ impl StagedFineTuning {
                 Ok(Advance::Tested { loss })
             }
             StageOrder::Load => {
-                self.load(None).map_err(|error| JobError::Failed(error.to_string()))?;
+                self.load(None).map_err(|error| match error {
+                    PrepareError::Link(error) => error.into(),
+                    error => JobError::Failed(error.to_string()),
+                })?;
                 Ok(Advance::Prepared(format!("goes on after {} updates", self.trainer.updates())))
             }
             StageOrder::Save => self.give_state().map(|_| Advance::Prepared(SAVED.to_owned())),
@@ -564,5 +567,8 @@ fn divisible(config: &TrainingConfig, width: usize) -> Result<(), PrepareError> 
 
 /// The line is no more: the job goes on from its last checkpoint.
 fn over(error: HandError) -> JobError {
-    JobError::Failed(error.to_string())
+    match error {
+        HandError::Link(error) => error.into(),
+        HandError::Device(error) => JobError::Failed(error.to_string()),
+    }
 }

@@ -3,14 +3,13 @@
 use super::group::Group;
 use super::service::CollectiveService;
 use super::shared::Shared;
-use crate::listening::{CollectiveError, Listening};
+use crate::listening::{CollectiveError, Listening, Serving};
 use mlxnode_cluster::KeyPin;
 use mlxnode_collective::MemberId;
 use mlxnode_proto::internal::v1::collective_server::CollectiveServer;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
 use tonic::service::Routes;
 
@@ -48,14 +47,12 @@ impl CollectiveOptions {
 /// A worker's listener. Dropping it ends all streams and the thread.
 pub struct CollectiveEndpoint {
     shared: Arc<Shared>,
-    address: SocketAddr,
-    key_pin: KeyPin,
-    thread: Option<JoinHandle<()>>,
+    serving: Serving,
 }
 
 impl std::fmt::Debug for CollectiveEndpoint {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        out.debug_struct("CollectiveEndpoint").field("address", &self.address).finish_non_exhaustive()
+        out.debug_struct("CollectiveEndpoint").field("address", &self.serving.address).finish_non_exhaustive()
     }
 }
 
@@ -66,7 +63,6 @@ impl CollectiveEndpoint {
     /// When the address cannot be listened on, or the thread cannot be started.
     pub fn start(options: CollectiveOptions, me: MemberId, parent: KeyPin) -> Result<Self, CollectiveError> {
         let listening = Listening::bind(options.listen)?;
-        let (address, key_pin) = (listening.address, listening.key_pin());
         let shared = Shared::new(me, parent, options, listening.identity.clone(), listening.runtime());
         let shared = Arc::new(shared);
         let service = CollectiveService { shared: shared.clone(), controlled: Arc::default() };
@@ -76,18 +72,23 @@ impl CollectiveEndpoint {
             move || shared.leave("the worker's listener has ended")
         };
         let (access, end, tasks) = (shared.access.clone(), shared.end.clone(), shared.tasks.clone());
-        let thread = listening.serve(access, Routes::new(service), end, tasks, ended)?;
-        Ok(Self { shared, address, key_pin, thread: Some(thread) })
+        let serving = listening.serve(access, Routes::new(service), end, tasks, ended)?;
+        Ok(Self { shared, serving })
     }
 
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
-        self.address
+        self.serving.address
+    }
+
+    /// How long the trainer has waited for the others so far.
+    pub fn waited(&self) -> Duration {
+        self.shared.waited.total()
     }
 
     /// Its key.
     pub fn key_pin(&self) -> KeyPin {
-        self.key_pin
+        self.serving.key_pin
     }
 
     /// The trainer is there: its gradient has `values` numbers, in steps of `micro_batches`. Once.
@@ -100,9 +101,6 @@ impl Drop for CollectiveEndpoint {
     fn drop(&mut self) {
         self.shared.leave("the worker ends");
         self.shared.end.cancel();
-        if let Some(thread) = self.thread.take() {
-            // It ends within the grace; a panic in it has been told already.
-            let _ = thread.join();
-        }
+        self.serving.join();
     }
 }

@@ -55,7 +55,7 @@ impl Group {
                 let waiting_for = inner.member.as_ref().map(Member::waiting_for).unwrap_or_default();
                 return Err(ReduceError::TimedOut { seconds: patience.as_secs(), waiting_for });
             }
-            let waited = self.shared.answered.wait_timeout(inner, left);
+            let waited = self.shared.waited.during(|| self.shared.answered.wait_timeout(inner, left));
             inner = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }

@@ -6,7 +6,8 @@ use super::shared::Shared;
 use super::state_files::StateReader;
 use super::wire::{formation_from_proto, frame_from_proto, report_to_proto};
 use crate::error::shortened;
-use mlxnode_cluster::{KeyPin, PeerKey};
+use crate::listening::caller;
+use mlxnode_cluster::KeyPin;
 use mlxnode_collective::MemberId;
 use mlxnode_proto::internal::v1 as proto;
 use mlxnode_proto::internal::v1::collective_server::Collective;
@@ -31,11 +32,6 @@ const FEW: usize = 4;
 pub(super) struct CollectiveService {
     pub(super) shared: Arc<Shared>,
     pub(super) controlled: Arc<AtomicBool>,
-}
-
-fn caller<T>(request: &Request<T>) -> Result<KeyPin, Status> {
-    let peer = request.extensions().get::<PeerKey>().copied();
-    peer.map(|peer| peer.pin).ok_or_else(|| Status::unauthenticated("the connection has no key"))
 }
 
 #[tonic::async_trait]

@@ -5,6 +5,7 @@ use super::endpoint::CollectiveOptions;
 use super::outbox::Outbox;
 use super::peers;
 use crate::error::shortened;
+use crate::job::Waited;
 use mlxnode_cluster::{AccessList, Identity, KeyPin, Role};
 use mlxnode_collective::{Answer, Formation, Frame, Member, MemberEffect, MemberId, Report};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -50,6 +51,8 @@ pub(super) struct Shared {
     /// Connections to other members, which outlive formations.
     pub(super) channels: Mutex<HashMap<KeyPin, Channel>>,
     pub(super) answered: Condvar,
+    /// By the trainer.
+    pub(super) waited: Waited,
     inner: Mutex<Inner>,
 }
 
@@ -97,6 +100,7 @@ impl Shared {
             tasks: TaskTracker::new(),
             channels: Mutex::default(),
             answered: Condvar::new(),
+            waited: Waited::default(),
             inner: Mutex::default(),
         }
     }

@@ -6,6 +6,7 @@ use crate::run::RunError;
 use crate::stages::{StageEndpoint, StageOptions};
 use mlxnode_compute::{Job, JobError, StageLink};
 use std::io;
+use std::time::Duration;
 
 /// Makes a job, one process of several when there are others. Called on the thread that then drives it.
 pub type JobFactory = fn(&JobSetup, Others<'_>) -> Result<Box<dyn Job>, JobError>;
@@ -52,7 +53,14 @@ impl Worker {
         let job = self.job.as_mut().ok_or_else(|| JobError::Failed("the job has not begun".into()))?;
         match order {
             Order::Join(_) | Order::JoinLine(_) | Order::Begin(_) => Ok(Answer::Done),
-            Order::Advance => job.advance().map(Answer::Advanced),
+            Order::Advance => {
+                let before = waited(&self.endpoint, &self.line);
+                let advance = job.advance()?;
+                Ok(Answer::Advanced {
+                    advance,
+                    waited: waited(&self.endpoint, &self.line).saturating_sub(before),
+                })
+            }
             Order::Save(folder) => job.save(&folder).map(|()| Answer::Done),
             Order::Publish(folder) => job.publish(&folder).map(|()| Answer::Done),
         }
@@ -89,4 +97,10 @@ impl Worker {
 /// An error with its cause.
 fn told(error: &dyn std::error::Error) -> String {
     error.source().map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"))
+}
+
+/// How long the job has waited for others so far.
+fn waited(endpoint: &Option<CollectiveEndpoint>, line: &Option<StageEndpoint>) -> Duration {
+    let of_group = endpoint.as_ref().map(CollectiveEndpoint::waited);
+    of_group.into_iter().chain(line.as_ref().map(StageEndpoint::waited)).sum()
 }

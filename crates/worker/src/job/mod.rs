@@ -11,10 +11,12 @@ mod child;
 mod frames;
 mod parent;
 mod rehearsal;
+mod waited;
 
 pub use child::{JobFactory, run_job};
 pub use parent::{JobCallError, JobProcess};
 pub use rehearsal::Rehearsal;
+pub(crate) use waited::Waited;
 
 use crate::collective::CollectiveEndpoint;
 use mlxnode_cluster::KeyPin;
@@ -23,6 +25,7 @@ use mlxnode_compute::{Advance, JobError, LayerRange, StageLink};
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// What a job is made of, on this machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,7 +111,14 @@ enum Order {
 #[derive(Debug, Serialize, Deserialize)]
 enum Answer {
     Done,
-    Joined { address: SocketAddr, key_pin: KeyPin },
-    Advanced(Advance),
+    Joined {
+        address: SocketAddr,
+        key_pin: KeyPin,
+    },
+    /// A piece, and how long of it the other processes were waited for.
+    Advanced {
+        advance: Advance,
+        waited: Duration,
+    },
     Failed(JobError),
 }

@@ -29,6 +29,13 @@ pub enum JobCallError {
     Process(#[from] ProcessError),
 }
 
+impl JobCallError {
+    /// The process was killed from outside: see [`WorkerExit::was_killed`].
+    pub fn is_kill(&self) -> bool {
+        matches!(self, Self::Process(ProcessError::Ended(exit)) if exit.was_killed())
+    }
+}
+
 /// A job in a process. Dropping it kills the process.
 #[derive(Debug)]
 pub struct JobProcess {
@@ -37,6 +44,7 @@ pub struct JobProcess {
     orders: Option<ChildStdin>,
     answers: ChildStdout,
     log: Option<Log>,
+    waited: Duration,
 }
 
 impl JobProcess {
@@ -59,7 +67,7 @@ impl JobProcess {
         let orders = child.stdin.take().ok_or_else(|| missing("stdin"))?;
         let answers = child.stdout.take().ok_or_else(|| missing("stdout"))?;
         let log = Log::follow(pid, name, child.stderr.take().ok_or_else(|| missing("stderr"))?);
-        Ok(Self { pid, child, orders: Some(orders), answers, log: Some(log) })
+        Ok(Self { pid, child, orders: Some(orders), answers, log: Some(log), waited: Duration::ZERO })
     }
 
     /// Its process id.
@@ -75,7 +83,7 @@ impl JobProcess {
         match self.ask(Order::Join(place)).await? {
             Answer::Joined { address, key_pin } => Ok((address, key_pin)),
             Answer::Failed(error) => Err(error.into()),
-            Answer::Done | Answer::Advanced(_) => Err(confused().into()),
+            Answer::Done | Answer::Advanced { .. } => Err(confused().into()),
         }
     }
 
@@ -87,7 +95,7 @@ impl JobProcess {
         match self.ask(Order::JoinLine(place)).await? {
             Answer::Joined { address, key_pin } => Ok((address, key_pin)),
             Answer::Failed(error) => Err(error.into()),
-            Answer::Done | Answer::Advanced(_) => Err(confused().into()),
+            Answer::Done | Answer::Advanced { .. } => Err(confused().into()),
         }
     }
 
@@ -96,22 +104,35 @@ impl JobProcess {
     /// # Errors
     /// [`JobCallError`]; here and below.
     pub async fn begin(&mut self, setup: JobSetup) -> Result<(), JobCallError> {
-        self.done(Order::Begin(setup)).await
+        self.done(Order::Begin(setup), ORDER_LIMIT).await
+    }
+
+    /// Makes the job of a stage, which waits until all others are there, however long that takes.
+    pub async fn begin_in_line(&mut self, setup: JobSetup) -> Result<(), JobCallError> {
+        self.done(Order::Begin(setup), Duration::MAX).await
     }
 
     /// The next piece. Giving the call up leaves the process in the middle of it: stop it then.
     pub async fn advance(&mut self) -> Result<Advance, JobCallError> {
-        match self.ask(Order::Advance).await? {
-            Answer::Advanced(advance) => Ok(advance),
-            Answer::Failed(error) => Err(error.into()),
-            Answer::Done | Answer::Joined { .. } => Err(confused().into()),
-        }
+        self.piece(ORDER_LIMIT).await
     }
 
     /// The next piece of a stage that follows another one, however long that one takes to say what it is.
     pub async fn follow(&mut self) -> Result<Advance, JobCallError> {
-        match self.ask_for(Order::Advance, Duration::MAX).await? {
-            Answer::Advanced(advance) => Ok(advance),
+        self.piece(Duration::MAX).await
+    }
+
+    /// How long of the last piece it waited for the job's other processes.
+    pub fn waited(&self) -> Duration {
+        self.waited
+    }
+
+    async fn piece(&mut self, limit: Duration) -> Result<Advance, JobCallError> {
+        match self.ask_for(Order::Advance, limit).await? {
+            Answer::Advanced { advance, waited } => {
+                self.waited = waited;
+                Ok(advance)
+            }
             Answer::Failed(error) => Err(error.into()),
             Answer::Done | Answer::Joined { .. } => Err(confused().into()),
         }
@@ -119,12 +140,12 @@ impl JobProcess {
 
     /// Writes its state into an empty folder.
     pub async fn save(&mut self, folder: PathBuf) -> Result<(), JobCallError> {
-        self.done(Order::Save(folder)).await
+        self.done(Order::Save(folder), ORDER_LIMIT).await
     }
 
     /// Writes what it makes into an empty folder.
     pub async fn publish(&mut self, folder: PathBuf) -> Result<(), JobCallError> {
-        self.done(Order::Publish(folder)).await
+        self.done(Order::Publish(folder), ORDER_LIMIT).await
     }
 
     /// Ends the process and waits until it is gone: closes its stdin, then SIGKILL after 5 s.
@@ -139,11 +160,11 @@ impl JobProcess {
         }
     }
 
-    async fn done(&mut self, order: Order) -> Result<(), JobCallError> {
-        match self.ask(order).await? {
+    async fn done(&mut self, order: Order, limit: Duration) -> Result<(), JobCallError> {
+        match self.ask_for(order, limit).await? {
             Answer::Done => Ok(()),
             Answer::Failed(error) => Err(error.into()),
-            Answer::Advanced(_) | Answer::Joined { .. } => Err(confused().into()),
+            Answer::Advanced { .. } | Answer::Joined { .. } => Err(confused().into()),
         }
     }
 

@@ -3,9 +3,7 @@
 //! It shows that a cluster runs jobs, saves, moves and resumes them, without a model: what it makes depends on its files and its number of
 //! steps alone, so that a result after any number of kills can be compared with one after none.
 
-use mlxnode_compute::{
-    Activation, Advance, Dtype, Job, JobError, LinkError, StageLink, StageOrder, StepReport, Way,
-};
+use mlxnode_compute::{Activation, Advance, Dtype, Job, JobError, StageLink, StageOrder, StepReport, Way};
 use std::fs;
 use std::io::{ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
@@ -85,7 +83,7 @@ impl Rehearsal {
     fn next_state(&mut self) -> Result<u64, JobError> {
         let first = self.state ^ 0xcbf2_9ce4_8422_2325 ^ self.done;
         let Some(mut line) = self.line.take() else { return Ok(self.fold(first)?.wrapping_mul(PRIME)) };
-        let passed = line.lead(&StageOrder::Update(self.done..=self.done)).map_err(parted);
+        let passed = line.lead(&StageOrder::Update(self.done..=self.done)).map_err(JobError::from);
         let passed = passed.and_then(|()| self.pass(line.as_mut(), first));
         self.line = Some(line);
         passed
@@ -97,19 +95,19 @@ impl Rehearsal {
         let step = self.done;
         let state = match stage {
             0 => first,
-            _ => unpacked(&line.receive(Way::Forward, step).map_err(parted)?)?,
+            _ => unpacked(&line.receive(Way::Forward, step)?)?,
         };
         let mut state = self.fold(state)?;
         if is_last {
             state = state.wrapping_mul(PRIME);
         } else {
-            line.send(Way::Forward, step, packed(state)?).map_err(parted)?;
-            state = unpacked(&line.receive(Way::Backward, step).map_err(parted)?)?;
+            line.send(Way::Forward, step, packed(state)?)?;
+            state = unpacked(&line.receive(Way::Backward, step)?)?;
         }
         if stage > 0 {
-            line.send(Way::Backward, step, packed(state)?).map_err(parted)?;
+            line.send(Way::Backward, step, packed(state)?)?;
         }
-        let all = line.exchange(&[step as f64]).map_err(parted)?;
+        let all = line.exchange(&[step as f64])?;
         match all.iter().all(|numbers| *numbers == [step as f64]) {
             true => Ok(state),
             false => Err(JobError::Failed(format!("the stages are at the steps {all:?}"))),
@@ -118,7 +116,7 @@ impl Rehearsal {
 
     /// What another stage wants: one step, or a file that says how far this one is.
     fn follow(&mut self, line: &mut dyn StageLink) -> Result<Advance, JobError> {
-        match line.follow().map_err(parted)? {
+        match line.follow()? {
             StageOrder::Update(steps) => {
                 self.done = *steps.start();
                 self.state = self.pass(line, 0)?;
@@ -128,7 +126,7 @@ impl Rehearsal {
             StageOrder::Save => {
                 let file = std::env::temp_dir().join(format!("mlxnode-rehearsal-{}", std::process::id()));
                 write(&file, &format!("{} {}\n", self.done, self.state))?;
-                let gathered = line.gather(&file).map_err(parted);
+                let gathered = line.gather(&file).map_err(JobError::from);
                 let _ = fs::remove_file(&file); // a file of a few bytes, of this process
                 gathered.map(|_| Advance::Prepared("saved".into()))
             }
@@ -169,10 +167,6 @@ fn packed(state: u64) -> Result<Activation, JobError> {
 fn unpacked(activation: &Activation) -> Result<u64, JobError> {
     let bytes = <[u8; 8]>::try_from(&activation.bytes()[..]);
     bytes.map(u64::from_le_bytes).map_err(|_| JobError::Failed("another stage hands on no state".into()))
-}
-
-fn parted(error: LinkError) -> JobError {
-    JobError::Failed(error.to_string())
 }
 
 fn read_state(path: &Path) -> Result<(u64, u64), JobError> {
@@ -229,8 +223,8 @@ impl Job for Rehearsal {
         let state = format!("{} {}\n", self.done, self.state);
         write(&own, &state)?;
         let Some(line) = &mut self.line else { return Ok(()) };
-        line.lead(&StageOrder::Save).map_err(parted)?;
-        for file in line.gather(&own).map_err(parted)? {
+        line.lead(&StageOrder::Save)?;
+        for file in line.gather(&own)? {
             // Before the first step the others know nothing.
             if self.is_moved && fs::read_to_string(&file).ok().as_deref() != Some(state.as_str()) {
                 return Err(JobError::Failed("the stages do not have the same state".into()));

@@ -29,6 +29,14 @@ impl std::fmt::Display for WorkerExit {
 }
 
 impl WorkerExit {
+    /// Somebody or something outside ended it: a person, the system for want of memory, a shutdown. Not by a fault of its own.
+    pub fn was_killed(&self) -> bool {
+        use nix::sys::signal::Signal::{SIGHUP, SIGINT, SIGKILL, SIGTERM};
+        self.signal.is_some_and(|signal| {
+            [SIGHUP, SIGINT, SIGKILL, SIGTERM].iter().any(|other| *other as i32 == signal)
+        })
+    }
+
     pub(crate) fn new(pid: u32, status: std::io::Result<ExitStatus>, last_line: Option<String>) -> Self {
         let (code, signal, reason) = match status {
             Ok(status) => match (status.code(), status.signal()) {
@@ -52,5 +60,12 @@ mod tests {
         assert_eq!(exit(9), "7 ended with signal 9 (why)");
         assert_eq!(exit(71 << 8), "7 ended with code 71 (why)");
         assert_eq!(exit(0), "7 ended with code 0");
+    }
+
+    #[test]
+    fn a_process_that_is_killed_has_no_fault_of_its_own() {
+        let killed = |raw| WorkerExit::new(7, Ok(ExitStatus::from_raw(raw)), None).was_killed();
+        assert!([1, 2, 9, 15].into_iter().all(killed));
+        assert!(![0, 1 << 8, 6, 11].into_iter().any(killed), "an end, a refusal, abort, a wrong address");
     }
 }

@@ -3,13 +3,12 @@
 use super::link::LineLink;
 use super::service::LineService;
 use super::shared::Shared;
-use crate::listening::{CollectiveError, Listening};
+use crate::listening::{CollectiveError, Listening, Serving};
 use mlxnode_cluster::KeyPin;
 use mlxnode_proto::internal::v1::stage_line_server::StageLineServer;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
 use tonic::service::Routes;
 
@@ -39,14 +38,12 @@ impl StageOptions {
 /// A stage's listener. Dropping it ends all lanes and the thread.
 pub struct StageEndpoint {
     shared: Arc<Shared>,
-    address: SocketAddr,
-    key_pin: KeyPin,
-    thread: Option<JoinHandle<()>>,
+    serving: Serving,
 }
 
 impl std::fmt::Debug for StageEndpoint {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        out.debug_struct("StageEndpoint").field("address", &self.address).finish_non_exhaustive()
+        out.debug_struct("StageEndpoint").field("address", &self.serving.address).finish_non_exhaustive()
     }
 }
 
@@ -65,7 +62,6 @@ impl StageEndpoint {
             return Err(CollectiveError::NoStage { stage, stages });
         }
         let listening = Listening::bind(options.listen)?;
-        let (address, key_pin) = (listening.address, listening.key_pin());
         let (identity, runtime) = (listening.identity.clone(), listening.runtime());
         let shared = Arc::new(Shared::new((stage, stages), parent, options, identity, runtime));
         let service = LineService { shared: shared.clone(), controlled: Arc::default() };
@@ -76,18 +72,23 @@ impl StageEndpoint {
         };
         let end = shared.over.token().clone();
         let (access, tasks) = (shared.access.clone(), shared.tasks.clone());
-        let thread = listening.serve(access, Routes::new(service), end, tasks, ended)?;
-        Ok(Self { shared, address, key_pin, thread: Some(thread) })
+        let serving = listening.serve(access, Routes::new(service), end, tasks, ended)?;
+        Ok(Self { shared, serving })
     }
 
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
-        self.address
+        self.serving.address
+    }
+
+    /// How long the trainer has waited for the others so far.
+    pub fn waited(&self) -> Duration {
+        self.shared.waited.total()
     }
 
     /// Its key.
     pub fn key_pin(&self) -> KeyPin {
-        self.key_pin
+        self.serving.key_pin
     }
 
     /// The trainer's side. Of several only the first one has anything to say.
@@ -99,9 +100,6 @@ impl StageEndpoint {
 impl Drop for StageEndpoint {
     fn drop(&mut self) {
         self.shared.over.now("the process ends");
-        if let Some(thread) = self.thread.take() {
-            // It ends within the grace; a panic in it has been told already.
-            let _ = thread.join();
-        }
+        self.serving.join();
     }
 }

@@ -52,14 +52,14 @@ impl Shared {
     ) -> Result<T, LinkError> {
         let patience = self.options.patience;
         let until = (!is_patient).then(|| Instant::now() + patience);
-        let done = block_until(until, async {
+        let work = async {
             tokio::select! {
                 biased;
                 () = self.over.token().cancelled() => None,
                 done = work => done,
             }
-        });
-        match done {
+        };
+        match self.waited.during(|| block_until(until, work)) {
             Some(Some(done)) => Ok(done),
             Some(None) => Err(self.is_over()),
             None => Err(self.broken(LinkError::TimedOut { stage: peer, seconds: patience.as_secs() })),
@@ -132,7 +132,8 @@ impl LineLink {
                 shared.formed().await;
                 shared.take_lanes()
             };
-            *lanes = Some(shared.wait(usize::from(shared.stage == 0), false, formed)?);
+            // As long as the node of the first stage holds on: another one may have to fetch the model before.
+            *lanes = Some(shared.wait(usize::from(shared.stage == 0), true, formed)?);
         }
         match lanes {
             // Also when what is asked for would need no answer.

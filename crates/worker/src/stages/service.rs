@@ -5,9 +5,9 @@
 use super::dialling;
 use super::lanes::{outgoing, take};
 use super::shared::Shared;
+use crate::listening::caller;
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
-use mlxnode_cluster::{KeyPin, PeerKey};
 use mlxnode_proto::internal::v1 as proto;
 use mlxnode_proto::internal::v1::line_frame::Body;
 use mlxnode_proto::internal::v1::line_report::Report;
@@ -30,11 +30,6 @@ const FEW: usize = 2;
 pub(super) struct LineService {
     pub(super) shared: Arc<Shared>,
     pub(super) controlled: Arc<AtomicBool>,
-}
-
-fn caller<T>(request: &Request<T>) -> Result<KeyPin, Status> {
-    let peer = request.extensions().get::<PeerKey>().copied();
-    peer.map(|peer| peer.pin).ok_or_else(|| Status::unauthenticated("the connection has no key"))
 }
 
 #[tonic::async_trait]

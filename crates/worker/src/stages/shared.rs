@@ -3,6 +3,7 @@
 use super::endpoint::StageOptions;
 use super::lanes::{Lane, LaneStream, lane};
 use crate::collective::GroupPeer;
+use crate::job::Waited;
 use mlxnode_cluster::{AccessList, Identity, KeyPin, Role};
 use mlxnode_proto::internal::v1::LineLane;
 use std::collections::BTreeMap;
@@ -53,6 +54,8 @@ pub(super) struct Shared {
     pub(super) access: Arc<AccessList>,
     pub(super) runtime: Handle,
     pub(super) over: Over,
+    /// By the trainer.
+    pub(super) waited: Waited,
     pub(super) tasks: TaskTracker,
     /// Lanes that are open; all of them: the line is formed here.
     pub(super) open: watch::Sender<usize>,
@@ -97,6 +100,7 @@ impl Shared {
             access: Arc::new(AccessList::new([(parent, Role::Parent)])),
             runtime,
             over: Over::default(),
+            waited: Waited::default(),
             tasks: TaskTracker::new(),
             open: watch::Sender::new(0),
             inner: Mutex::new(Inner { peers: Vec::new(), waiting, lanes: Some(lanes) }),

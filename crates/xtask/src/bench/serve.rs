@@ -166,7 +166,9 @@ pub(super) fn run(places: &Places, options: &Options, limits: Limits) -> Result<
                  share the cores; the servers are measured in turns."
             ),
             format!("Pause: the 99th percentile of the times between two tokens of four answers while a prompt of {long} tokens is computed."),
-            "Overload: a Poisson process of ten times the requests that 16 clients got answered; then all hang up.".to_owned(),
+            "Overload: a Poisson process of ten times the requests that were answered at the peak; then all hang up. Memory grows from what the \
+             peak's clients left."
+                .to_owned(),
             "Front: CPU time of the node's process, which serves HTTP and gRPC and schedules; the model runs in another one.".to_owned(),
             "Cancels: clients that hang up at any moment of their request, 16 at a time.".to_owned(),
         ],

@@ -108,6 +108,37 @@ fn story_guesses_change_no_answer() -> Result<()> {
     Ok(())
 }
 
+/// A request may turn guesses off or down; it answers the same.
+#[test]
+fn story_a_request_asks_for_fewer_guesses() -> Result<()> {
+    let cluster = LocalCluster::start(1)?;
+    let node = cluster.first();
+    node.json(&["load", "demo", "--draft-model", "demo", "--num-draft-tokens", "4"])?;
+    const TOKENS: u64 = 120;
+    let asked = |more: Value| -> Result<(Value, u64)> {
+        let mut body =
+            json!({"prompt": [5, 6, 7], "temperature": 0, "max_tokens": TOKENS, "ignore_eos": true});
+        for (name, value) in more.as_object().context("fields")? {
+            body[name] = value.clone();
+        }
+        let before = counted(&cluster)?[0];
+        let answer: Value = serde_json::from_str(&ask(node, "/v1/completions", Some(&body))?)?;
+        Ok((answer["choices"][0]["text"].clone(), counted(&cluster)?[0] - before))
+    };
+    let (whole, many) = asked(json!({}))?;
+    let (off, none) = asked(json!({"num_draft_tokens": 0}))?;
+    let (down, few) = asked(json!({"num_draft_tokens": 1, "draft_model": "demo"}))?;
+    let (more, as_loaded) = asked(json!({"num_draft_tokens": 9, "draft_model": "default_model"}))?;
+    ensure!(whole == off && whole == down && whole == more, "{whole}\n{off}\n{down}\n{more}");
+    // The model's own guesses are all right, so that a step brings one token and its guesses: 1 in 2 of them, or 4 in 5.
+    ensure!(none == 0 && few > 0 && few <= TOKENS / 2 + 1, "{none} and {few} guesses");
+    ensure!(many > TOKENS * 6 / 10 && as_loaded > TOKENS * 6 / 10, "{many} and {as_loaded} guesses");
+    let error = ask(node, "/v1/completions", Some(&json!({"prompt": "x", "draft_model": "other"})));
+    let error = format!("{:#}", error.err().context("another draft model guessed")?);
+    ensure!(error.starts_with("400") && error.contains("--draft-model"), "{error}");
+    Ok(())
+}
+
 #[test]
 fn story_guesses_that_cannot_be_are_refused() -> Result<()> {
     let cluster = LocalCluster::start(1)?;

@@ -294,7 +294,7 @@ fn story_the_page_asks_for_a_key_and_shows_what_it_may() -> Result<()> {
     browser.wait_for("document.querySelectorAll('.deployment').length === 1")?;
     ensure!(
         browser.evaluate(
-            "document.querySelector('#load').hidden && document.querySelector('.deployment button').hidden"
+            "document.querySelector('#load').hidden && document.querySelector('.deployment button').hidden && document.querySelector('#train').hidden"
         )? == json!(true)
     );
     let refused = browser.evaluate(&format!(

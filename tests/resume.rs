@@ -127,13 +127,21 @@ async fn ask(
     Ok(heard)
 }
 
-/// Asks all questions at once on this node. `disturb` runs as soon as each of them got its first pieces.
+/// Asks at once on this node. `disturb` runs as soon as each of them got its first pieces.
 async fn ask_all(node: &NodeProcess, disturb: impl AsyncFnOnce() -> Result<()>) -> Result<Vec<Vec<String>>> {
+    ask_these(questions(), node, disturb).await
+}
+
+async fn ask_these(
+    questions: Vec<Question>,
+    node: &NodeProcess,
+    disturb: impl AsyncFnOnce() -> Result<()>,
+) -> Result<Vec<Vec<String>>> {
     let http = node.ready.http.clone().context("an HTTP listener")?;
     let channel = connect_to_local_node(&DataDir::new(node.data_dir())).await?.context("the node runs")?;
     let mut asked = JoinSet::new();
     let mut begun = Vec::new();
-    for (index, question) in questions().into_iter().enumerate() {
+    for (index, question) in questions.into_iter().enumerate() {
         let (pieces, seen) = watch::channel(0);
         begun.push(seen);
         let (http, channel) = (http.clone(), channel.clone());
@@ -157,6 +165,11 @@ async fn ask_all(node: &NodeProcess, disturb: impl AsyncFnOnce() -> Result<()>) 
 }
 
 async fn resumed(node: &NodeProcess) -> Result<u64> {
+    Ok(figures(node, "mlxnode_answers_resumed_total").await? as u64)
+}
+
+/// The sum of a node's figures of this name.
+async fn figures(node: &NodeProcess, name: &str) -> Result<f64> {
     let http = node.ready.http.clone().context("an HTTP listener")?;
     let address = http.strip_prefix("http://").context("http")?.to_owned();
     let mut stream = TcpStream::connect(&address).await?;
@@ -164,8 +177,11 @@ async fn resumed(node: &NodeProcess) -> Result<u64> {
     stream.write_all(request.as_bytes()).await?;
     let mut text = String::new();
     stream.read_to_string(&mut text).await?;
-    let value = text.lines().find_map(|line| line.strip_prefix("mlxnode_answers_resumed_total "));
-    Ok(value.with_context(|| format!("not in {text}"))?.trim().parse()?)
+    let lines = text.lines().filter_map(|line| line.strip_prefix(name));
+    let values = lines.map(|rest| rest.rsplit(' ').next().unwrap_or_default().parse::<f64>());
+    let values = values.collect::<Result<Vec<_>, _>>().with_context(|| format!("{name} in {text}"))?;
+    ensure!(!values.is_empty(), "{name} is not in {text}");
+    Ok(values.into_iter().sum())
 }
 
 fn ready_deployment(node: &NodeProcess) -> Result<Value> {
@@ -223,6 +239,58 @@ async fn story_answers_survive_a_killed_worker_and_a_killed_node() -> Result<()>
     cluster.nodes.push(second);
     same(&answers, &undisturbed);
     ensure!(resumed(cluster.first()).await? > before, "the node was killed and nobody noticed");
+    Ok(())
+}
+
+/// What an answer says, how it ended and how many tokens that took; how its tokens were put together into pieces does not count.
+fn said(answer: &[String]) -> Result<(String, Vec<Value>)> {
+    let (mut text, mut facts) = (String::new(), Vec::new());
+    for piece in answer {
+        let event: Value = serde_json::from_str(piece)?;
+        let choice = &event["choices"][0];
+        text.push_str(choice["delta"]["content"].as_str().unwrap_or_default());
+        facts.extend(
+            [&choice["finish_reason"], &event["usage"]["completion_tokens"]]
+                .into_iter()
+                .filter(|it| !it.is_null())
+                .cloned(),
+        );
+    }
+    Ok((text, facts))
+}
+
+/// Whoever goes on with an answer has to know which of the guesses counted: none of them twice, none left out.
+#[tokio::test]
+async fn story_answers_whose_tokens_are_guessed_survive_a_killed_worker() -> Result<()> {
+    let cluster = LocalCluster::start(2)?;
+    let node = cluster.first();
+    let asked = || {
+        let over_http = |question: &Question| matches!(question, Question::Http(..));
+        questions().into_iter().filter(over_http).collect::<Vec<_>>()
+    };
+    let load = ["load", "demo", "--stages", "2", "--sequences", "8"];
+    node.json(&load)?;
+    let plain = ask_these(asked(), node, async || Ok(())).await?;
+    node.json(&["unload", "demo"])?;
+    node.json(&[&load[..], &["--draft-model", "demo", "--num-draft-tokens", "4"]].concat())?;
+    // The stage that guesses, and the one that says which guesses are right; seen from the other node.
+    for (stage, front) in [(0, 1), (1, 0)] {
+        let front = &cluster.nodes[front];
+        let before = resumed(front).await?;
+        let pid = ready_deployment(node)?["stages"][stage]["worker_pid"].as_u64().context("pid")?;
+        let answers =
+            ask_these(asked(), front, async || Ok(kill(Pid::from_raw(pid as i32), Signal::SIGKILL)?)).await?;
+        for (place, (answer, plain)) in answers.iter().zip(&plain).enumerate() {
+            assert_eq!(said(answer)?, said(plain)?, "answer {place}, stage {stage}");
+        }
+        ensure!(resumed(front).await? > before, "stage {stage} was killed and nobody noticed");
+        let mut right = 0.0;
+        for node in &cluster.nodes {
+            right += figures(node, "vllm:spec_decode_num_accepted_tokens_total").await.unwrap_or_default();
+        }
+        ensure!(right > 0.0, "nothing was guessed");
+        eventually(Duration::from_secs(20), || ready_deployment(node).map(drop))?;
+    }
     Ok(())
 }
 

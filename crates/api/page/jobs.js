@@ -9,7 +9,7 @@ import { bytes } from "./words.js";
 const PERIOD = 2000;
 const shown = new Map();
 let timer = null;
-let isAdmin = false;
+let mayTrain = false;
 let models = [];
 
 function curve(losses) {
@@ -113,10 +113,10 @@ function update(parts, job) {
   }
   const buttons = Object.values(parts.changes);
   const pressed = buttons.find((button) => button === document.activeElement);
-  for (const [change, { in: states }] of Object.entries(CHANGES)) parts.changes[change].hidden = !isAdmin || !states.includes(job.state);
+  for (const [change, { in: states }] of Object.entries(CHANGES)) parts.changes[change].hidden = !mayTrain || !states.includes(job.state);
   // A button that goes gives the focus to what can be done now.
   if (pressed?.hidden) (buttons.find((button) => !button.hidden) ?? parts.title).focus();
-  parts.publish.hidden = !isAdmin || job.checkpoints.length === 0;
+  parts.publish.hidden = !mayTrain || job.checkpoints.length === 0;
   choose(parts.checkpoint, job.checkpoints.map(({ step, bytes: size }) => [step, `step ${step.toLocaleString("en")}, ${bytes(size)}`]).reverse());
   choose(parts.model, models.map((model) => [model, model]));
 }
@@ -179,8 +179,8 @@ async function refresh() {
 export const jobs = {
   shown: refresh,
   session(session) {
-    isAdmin = session.role === "admin";
-    training.session(isAdmin);
+    mayTrain = ["trainer", "admin"].includes(session.role);
+    training.session(mayTrain);
     refresh();
   },
   picture(picture) {

@@ -36,6 +36,7 @@ function wish(training_file, validation_file) {
     suffix: text("train-suffix"),
     method: { type: method, [method]: { hyperparameters } },
     workers: number("train-workers"),
+    stages: number("train-stages"),
     configuration: text("train-keys"),
   };
 }
@@ -73,10 +74,10 @@ byId("train").addEventListener("change", () => {
 });
 
 export const training = {
-  session(isAdmin) {
-    byId("train").hidden = !isAdmin;
-    byId("title-train").hidden = !isAdmin;
-    byId("may-not-train").hidden = isAdmin;
+  session(mayTrain) {
+    byId("train").hidden = !mayTrain;
+    byId("title-train").hidden = !mayTrain;
+    byId("may-not-train").hidden = mayTrain;
   },
   models(names) {
     const list = byId("train-models");

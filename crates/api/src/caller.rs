@@ -16,9 +16,15 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// May the caller look at what the key of this name made? Everybody sees their own; those who administer the cluster see all.
+    /// Does the caller administer the cluster?
+    pub fn administers(&self) -> bool {
+        self.key.as_ref().is_none_or(|key| key.role == KeyRole::Admin)
+    }
+
+    /// May the caller look at what the key of this name made, and change it? Everybody may with their own; those who administer the
+    /// cluster with all. What was made without a key (`owner` is empty) is theirs.
     pub fn may_see(&self, owner: &str) -> bool {
-        self.key.as_ref().is_none_or(|key| key.role == KeyRole::Admin || key.name == owner)
+        self.administers() || self.key.as_ref().is_some_and(|key| key.name == owner)
     }
 
     /// Name of the key; empty without one.

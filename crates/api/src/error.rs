@@ -110,6 +110,7 @@ impl From<FrontError> for ApiError {
                 Self { param: Some("model".to_owned()), ..Self::new(ErrorKind::NoModel, text) }
             }
             FrontError::AmbiguousModel(_) => Self::field("model", text),
+            FrontError::OtherDraft { .. } => Self::field("draft_model", text),
             FrontError::Busy { retry_after, .. } => {
                 Self::new(ErrorKind::RateLimited, text).retry_after(retry_after)
             }

@@ -67,7 +67,12 @@ impl GuessFlags {
         }
     }
 
-    /// The first flag that was given.
+    /// Tokens at once, when that was given.
+    pub fn at_once(&self) -> Option<u32> {
+        self.num_draft_tokens.map(u32::from)
+    }
+
+    /// The first flag that was given and that a cluster decides when a model is loaded.
     pub fn given(&self) -> Option<&'static str> {
         let draft = self.draft_model.as_ref().map(|_| "--draft-model");
         draft.or(self.prompt_lookup.map(|_| "--prompt-lookup"))

@@ -80,7 +80,7 @@ pub fn open(
                 );
             }
             let model = place.model.clone().unwrap_or_default();
-            Ok(Box::new(ClusterModel::new(runtime, connection, model)))
+            Ok(Box::new(ClusterModel::new(runtime, connection, model, own.guesses.at_once())))
         }
         Target::Local => {
             let quiet = global.quiet;

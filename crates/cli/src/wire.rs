@@ -98,6 +98,7 @@ pub fn key(key: v1::ApiKey) -> Key {
     Key {
         role: match key.role() {
             v1::KeyRole::User | v1::KeyRole::Unspecified => "user",
+            v1::KeyRole::Trainer => "trainer",
             v1::KeyRole::Admin => "admin",
             v1::KeyRole::Metrics => "metrics",
         },

@@ -41,6 +41,8 @@ struct Sequence {
     sum: f32,
     is_scored: bool,
     is_embedded: bool,
+    /// Tokens that may be guessed at once.
+    most_guesses: usize,
     /// Guesses that went through, of which it is not known whether they are right: token, digest and sum after each.
     unsure: Vec<(u32, u64, f32)>,
 }
@@ -120,6 +122,7 @@ impl Stage for SimulatedStage {
             digest: spec.adapter.as_deref().map_or(0, Self::adapter_digest),
             is_scored: spec.prompt_logprobs.is_some(),
             is_embedded: spec.output == Output::Embedding,
+            most_guesses: spec.most_guesses.unwrap_or(usize::MAX),
             ..Sequence::default()
         };
         if self.sequences.insert(sequence, state).is_some() {
@@ -139,7 +142,7 @@ impl Stage for SimulatedStage {
             }
             let mut digest = Self::digest(sequence.digest, *token);
             let right = row.end() % (self.guesses + 1);
-            for number in 0..self.guesses.min(room) {
+            for number in 0..self.guesses.min(room).min(sequence.most_guesses) {
                 let next = Self::next_token(digest, self.info.vocabulary);
                 let guess = if number < right { next } else { (next + 1) % self.info.vocabulary as u32 };
                 row.guesses.push(guess);

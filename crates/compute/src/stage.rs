@@ -29,6 +29,8 @@ pub struct SequenceSpec {
     pub grammar: Option<Grammar>,
     /// The adapter that changes the weights for this sequence, by its name in the deployment. None: the weights as they are.
     pub adapter: Option<String>,
+    /// Tokens that may be guessed ahead at once. None: as many as the first stage likes; 0: none. Changes when tokens come, not which.
+    pub most_guesses: Option<usize>,
     /// The request that it belongs to, for logs and traces; changes nothing.
     pub trace: Option<TraceContext>,
 }
@@ -55,6 +57,7 @@ impl SequenceSpec {
             output: Output::Tokens,
             grammar: None,
             adapter: None,
+            most_guesses: None,
             trace: None,
         }
     }

@@ -71,9 +71,16 @@ pub struct Parameters {
     pub prompt_logprobs: Option<u32>,
     /// What the answer has to look like.
     pub grammar: Option<Grammar>,
+    /// Tokens that may be guessed ahead at once, but no more than the deployment does. Absent: as many as that; 0: none.
+    pub num_draft_tokens: Option<u32>,
+    /// Which draft model guesses: the deployment's own, by the name of its source, or [`OWN_DRAFT`]. The front refuses others.
+    pub draft_model: Option<String>,
     /// An adapter of the deployment: its name, until the front puts what the workers call it in its place.
     pub adapter: Option<String>,
 }
+
+/// What mlx_lm.server calls the draft model that it was started with.
+pub const OWN_DRAFT: &str = "default_model";
 
 /// What the deployment allows.
 #[derive(Clone, Debug, PartialEq)]
@@ -216,10 +223,12 @@ impl ValidRequest {
         let prompt_logprobs = parameters.prompt_logprobs.map(|top| LogprobRequest { top: top as usize });
         Sampling { logprobs: prompt_logprobs, ..Sampling::default() }.check(model.vocabulary)?;
         let (grammar, adapter) = (parameters.grammar.clone(), parameters.adapter.clone());
+        let most_guesses = parameters.num_draft_tokens.map(|most| most as usize);
         let sampling = sampling(parameters, model, fresh_seed);
         sampling.check(model.vocabulary)?;
         Ok(Self {
             spec: SequenceSpec {
+                most_guesses,
                 stop_tokens,
                 prompt_logprobs,
                 grammar,

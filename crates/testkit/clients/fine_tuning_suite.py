@@ -5,6 +5,7 @@ usage: fine_tuning_suite.py URL MODEL KIND
 KINDs, and what is printed: suite.py.
 """
 
+import json
 import sys
 import time
 
@@ -97,9 +98,44 @@ def a_model_is_fine_tuned_and_asked_at_once(client, model):
     checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id).data
     assert checkpoints[0].step_number == 4 and checkpoints[0].metrics.train_loss > 0, checkpoints
     assert checkpoints[0].fine_tuned_model_checkpoint == job.fine_tuned_model, checkpoints
+    what_it_made_is_downloaded(client, job)
     taken = lambda: client.fine_tuning.jobs.create(model=model, training_file=uploaded(client).id, suffix="poet")
     refused(openai.BadRequestError, taken, "suffix")
     refused(openai.ConflictError, lambda: client.fine_tuning.jobs.cancel(job.id))
+
+
+def what_it_made_is_downloaded(client, job):
+    files = {file.filename: file for file in map(client.files.retrieve, job.result_files)}
+    assert sorted(files) == ["adapter_config.json", "adapters.safetensors", "step_metrics.csv"], files
+    assert all((file.object, file.purpose, file.created_at) == ("file", "fine-tune-results", job.finished_at) for file in files.values()), files
+    content = {name: client.files.content(file.id).read() for name, file in files.items()}
+    assert all(len(content[name]) == file.bytes > 0 for name, file in files.items()), files
+    lines = content["step_metrics.csv"].decode().splitlines()
+    assert lines[0] == "step,train_loss,valid_loss" and [line.split(",")[0] for line in lines[1:]] == ["0", "1", "2", "3", "4"], lines
+    assert json.loads(content["adapter_config.json"])["num_layers"] == 2, content["adapter_config.json"]
+    head = int.from_bytes(content["adapters.safetensors"][:8], "little")
+    assert json.loads(content["adapters.safetensors"][8 : 8 + head]), "a safetensors file"
+    refused(openai.ConflictError, lambda: client.files.delete(job.result_files[0]), code="conflict")
+    assert not set(job.result_files) & {file.id for file in client.files.list()}, "they are the job's"
+    refused(openai.BadRequestError, lambda: client.fine_tuning.jobs.create(model=job.model, training_file=job.result_files[0]), "training_file")
+    refused(openai.NotFoundError, lambda: client.files.content("file-metrics-none"), "id", "not_found")
+
+
+@check("demo")
+def a_model_is_divided_among_nodes(client, model):
+    keys = {"num_layers": 1, "iters": 5000, "grad_accumulation_steps": 2}
+    job = client.fine_tuning.jobs.create(
+        model=model,
+        training_file=uploaded(client).id,
+        hyperparameters={"batch_size": 1},
+        extra_body={"configuration": keys, "stages": 2, "share_percent": 100},
+    )
+    assert job.stages == 2 and job.workers == 1 and job.result_files == [], job
+    job = wait(client, job, lambda job: job.status == "running" and job.step > 0)
+    nodes, borders = {stage["node"] for stage in job.plan}, [(stage["first_layer"], stage["end_layer"]) for stage in job.plan]
+    assert len(nodes) == 2 and borders[0][0] == 0 and borders[0][1] == borders[1][0], job.plan
+    assert all(stage["memory_bytes"] > 0 for stage in job.plan), job.plan
+    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
 
 
 @check("demo")
@@ -157,6 +193,9 @@ def what_is_wrong_is_refused_before_it_runs(client, model):
         ({"suffix": "a:b"}, "suffix"),
         ({"model": "some/other", "suffix": "poet"}, "suffix"),
         ({"extra_body": {"typo": 1}}, "typo"),
+        ({"extra_body": {"stages": 9}}, "stages"),
+        ({"extra_body": {"stages": "many"}}, "stages"),
+        ({"extra_body": {"stages": 2, "workers": 2}}, "stages"),
         ({"extra_body": {"configuration": {"itres": 1}}}, "configuration"),
         ({"extra_body": {"configuration": {"iters": 1}}, "hyperparameters": {"n_epochs": 1}}, "n_epochs"),
     ]:

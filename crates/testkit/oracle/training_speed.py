@@ -23,7 +23,7 @@ class Steps(TrainingCallback):
         self.steps.append({
             "iteration": info["iteration"],
             "loss": info["train_loss"],
-            "seconds": 1 / info["iterations_per_second"],
+            "iterations_per_second": info["iterations_per_second"],
             "trained_tokens": info["trained_tokens"],
             "peak_memory_bytes": info["peak_memory"] * 1e9,
         })

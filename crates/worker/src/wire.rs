@@ -85,6 +85,7 @@ pub fn sequence_spec_to_proto(spec: &SequenceSpec) -> Result<proto::SequenceSpec
         embedding: spec.output == Output::Embedding,
         grammar: spec.grammar.as_ref().map(grammar_to_proto),
         adapter: spec.adapter.clone().unwrap_or_default(),
+        most_guesses: spec.most_guesses.map(|most| number("most_guesses", most)).transpose()?,
         traceparent: spec.trace.map(|trace| trace.to_string()).unwrap_or_default(),
     })
 }
@@ -127,6 +128,7 @@ pub fn sequence_spec_from_proto(
         output: if spec.embedding { Output::Embedding } else { Output::Tokens },
         grammar: spec.grammar.map(grammar_from_proto).transpose()?,
         adapter: Some(spec.adapter).filter(|adapter| !adapter.is_empty()),
+        most_guesses: spec.most_guesses.map(|most| most as usize),
         trace: TraceContext::parse(&spec.traceparent),
     })
 }
@@ -458,6 +460,7 @@ mod tests {
                 logprobs: Some(LogprobRequest { top: 3 }),
             },
             prompt_logprobs: Some(LogprobRequest { top: 0 }),
+            most_guesses: Some(2),
             output: Output::Embedding,
             grammar: Some(Grammar::Regex("a|b".into())),
             adapter: Some("poet".into()),

@@ -132,6 +132,19 @@ pub enum FrontError {
         /// Why not.
         problem: String,
     },
+    /// Another draft model is to guess than the one that it was loaded with.
+    #[error(
+        "the model {model:?} was loaded with {has} as its draft model, not with {draft:?}; leave draft_model out, or load the model with it: \
+         `mlxnode load MODEL --draft-model DRAFT`"
+    )]
+    OtherDraft {
+        /// Deployment.
+        model: String,
+        /// What was asked for.
+        draft: String,
+        /// "another one" or "none".
+        has: &'static str,
+    },
     /// It was asked for, and cannot be loaded.
     #[error("{model:?} is not loaded, and cannot be: {reason}")]
     NotLoaded {

@@ -2,6 +2,8 @@
 
 use super::{Front, FrontError, best};
 use crate::deployments::DeploymentView;
+use crate::fields::shortened;
+use mlxnode_coordinator::requests::OWN_DRAFT;
 
 impl Front {
     /// The deployment that a client means, and the adapter that the name asks for.
@@ -62,5 +64,23 @@ pub(super) fn adapter_key(
         Some(problem) => {
             Err(FrontError::BrokenAdapter { model, adapter: name.to_owned(), problem: problem.clone() })
         }
+    }
+}
+
+/// May this draft model guess for the deployment? Only its own: others would have to be loaded for a request.
+///
+/// # Errors
+/// [`FrontError::OtherDraft`]
+pub(super) fn check_draft(deployment: &DeploymentView, draft: Option<&str>) -> Result<(), FrontError> {
+    let own = deployment.guessing.as_ref().and_then(|guessing| guessing.draft.as_deref());
+    match draft {
+        None | Some(OWN_DRAFT) => Ok(()),
+        draft if draft == own => Ok(()),
+        Some(draft) => Err(FrontError::OtherDraft {
+            model: deployment.name.clone(),
+            draft: shortened(draft),
+            // Not its name: that may be a folder of a node.
+            has: if own.is_some() { "another one" } else { "none" },
+        }),
     }
 }

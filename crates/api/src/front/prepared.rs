@@ -1,7 +1,7 @@
 //! A request that is checked and tokenized, ready to run once or several times.
 
 use crate::deployments::DeploymentView;
-use crate::front::names::adapter_key;
+use crate::front::names::{adapter_key, check_draft};
 use crate::front::{
     Answer, Front, FrontError, GenerationRequest, Input, ModelText, Origin, Output, check_ready, fresh_seed,
     named,
@@ -39,6 +39,7 @@ impl Front {
         check_ready(&deployment)?;
         let mut parameters = request.parameters;
         parameters.adapter = adapter_key(&deployment, parameters.adapter.or(adapter).as_deref())?;
+        check_draft(&deployment, parameters.draft_model.as_deref())?;
         // Tokenizing is the first that costs something: who has no chance is refused before it.
         let _place = self.enter(&deployment.name, arrived)?;
         let text = self.model_text(&deployment).await?;

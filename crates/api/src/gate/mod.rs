@@ -25,7 +25,9 @@ pub enum Access {
     User,
     /// The same, to look at the cluster: not counted against what the key may ask.
     Read,
-    /// A key that may change what is loaded, who has keys, and jobs.
+    /// A key that may fine-tune models: with its own files and jobs, or, when it administers the cluster, with all.
+    Train,
+    /// A key that may change what is loaded, who has keys, and all jobs.
     Admin,
     /// A key that may read figures; none where only this machine can ask.
     Metrics,
@@ -97,19 +99,12 @@ pub fn decide<'a>(
     let key = find(&view.keys, presented.ok_or(Denied::NoKey)?).ok_or(Denied::WrongKey)?;
     let may = match needs {
         Access::Open => true,
-        Access::User | Access::Read => matches!(key.role, KeyRole::User | KeyRole::Admin),
+        Access::User | Access::Read => matches!(key.role, KeyRole::User | KeyRole::Trainer | KeyRole::Admin),
+        Access::Train => matches!(key.role, KeyRole::Trainer | KeyRole::Admin),
         Access::Metrics => matches!(key.role, KeyRole::Metrics | KeyRole::Admin),
         Access::Admin => key.role == KeyRole::Admin,
     };
-    if may { Ok(Some(key)) } else { Err(Denied::WrongRole { has: role_name(key.role) }) }
-}
-
-fn role_name(role: KeyRole) -> &'static str {
-    match role {
-        KeyRole::User => "user",
-        KeyRole::Admin => "admin",
-        KeyRole::Metrics => "metrics",
-    }
+    if may { Ok(Some(key)) } else { Err(Denied::WrongRole { has: key.role.name() }) }
 }
 
 /// The gate of one listener. Cheap to clone.
@@ -215,9 +210,11 @@ mod tests {
     fn only_what_is_listed_is_let_in() {
         let (user, user_entry) = key("user", 1, KeyRole::User);
         let (admin, admin_entry) = key("admin", 2, KeyRole::Admin);
+        let (trainer, trainer_entry) = key("trainer", 5, KeyRole::Trainer);
         let (metrics, metrics_entry) = key("metrics", 3, KeyRole::Metrics);
         let (revoked, _) = key("revoked", 4, KeyRole::Admin);
-        let with_keys = KeysView { keys: vec![user_entry, admin_entry, metrics_entry], is_known: true };
+        let with_keys =
+            KeysView { keys: vec![user_entry, admin_entry, metrics_entry, trainer_entry], is_known: true };
         let without = KeysView { keys: Vec::new(), is_known: true };
         let unknown = KeysView::default();
         let credentials = [
@@ -226,10 +223,11 @@ mod tests {
             ("empty", Some("")),
             ("revoked", Some(revoked.reveal())),
             ("user", Some(user.reveal())),
+            ("trainer", Some(trainer.reveal())),
             ("admin", Some(admin.reveal())),
             ("metrics", Some(metrics.reveal())),
         ];
-        let needs = [Access::Open, Access::User, Access::Read, Access::Admin, Access::Metrics];
+        let needs = [Access::Open, Access::User, Access::Read, Access::Train, Access::Admin, Access::Metrics];
         for (is_public, requires_key) in [(false, false), (true, false), (false, true), (true, true)] {
             let options = GateOptions { is_public, requires_key };
             let is_ours_alone = !is_public && !requires_key;
@@ -242,7 +240,8 @@ mod tests {
                             (Access::Metrics, ..) if is_ours_alone => true,
                             (_, "unknown", _) => false,
                             (_, "no keys", _) => is_ours_alone,
-                            (Access::User | Access::Read, _, "user" | "admin") => true,
+                            (Access::User | Access::Read, _, "user" | "trainer" | "admin") => true,
+                            (Access::Train, _, "trainer" | "admin") => true,
                             (Access::Admin, _, "admin") => true,
                             (Access::Metrics, _, "metrics" | "admin") => true,
                             _ => false,

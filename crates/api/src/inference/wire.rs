@@ -65,6 +65,8 @@ pub(super) fn asked(request: v1::GenerateRequest, deadline: Option<Instant>) -> 
         top_logprobs: request.top_logprobs,
         prompt_logprobs: request.prompt_logprobs,
         adapter: Some(request.adapter).filter(|adapter| !adapter.is_empty()),
+        num_draft_tokens: request.num_draft_tokens,
+        draft_model: Some(request.draft_model).filter(|draft| !draft.is_empty()),
         ..Parameters::default()
     };
     let input = match request.input {

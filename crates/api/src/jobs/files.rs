@@ -6,7 +6,7 @@ use futures::stream::BoxStream;
 use futures::{FutureExt as _, StreamExt as _};
 use mlxnode_cluster::NodeId;
 use mlxnode_coordinator::Error;
-use mlxnode_coordinator::jobs::{Checkpoint, ContentHash, InputFile};
+use mlxnode_coordinator::jobs::{Checkpoint, ContentHash, InputFile, TrainingDemand};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
@@ -78,6 +78,8 @@ pub struct Examined {
     pub keys: BTreeSet<String>,
     /// Rows of a micro-batch.
     pub batch_size: u64,
+    /// What a run takes of memory, for how the layers are divided.
+    pub demand: TrainingDemand,
     /// Short rows are put together: how many batches there are depends on their tokens.
     pub packing: bool,
     /// A checkpoint after so many steps, and seconds, when it says so.
@@ -106,6 +108,17 @@ pub enum Unfit {
     /// It could not be found out.
     #[error(transparent)]
     Failed(Error),
+}
+
+/// Which files of a checkpoint are wanted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DownloadPart {
+    /// What the job made.
+    Result,
+    /// One file of that, if there is such.
+    One(String),
+    /// All that it would go on from too.
+    All,
 }
 
 /// A part of a job's result.
@@ -166,12 +179,12 @@ pub trait JobFiles: Send + Sync + 'static {
     /// Has this file so many bytes? `None`: no node has it that can be reached.
     fn has_length(&self, hash: ContentHash, bytes: u64) -> BoxFuture<'static, Option<bool>>;
 
-    /// What a job made, or (`state`) all that it would go on from, from whichever node has it.
+    /// What a checkpoint of a job holds, from whichever node has it.
     fn download(
         &self,
         id: String,
         checkpoint: Checkpoint,
-        state: bool,
+        part: DownloadPart,
     ) -> BoxStream<'static, Result<FilePiece, Error>>;
 
     /// What people call a node.
@@ -232,7 +245,12 @@ impl JobFiles for NoJobFiles {
         async { hashes }.boxed()
     }
 
-    fn download(&self, _: String, _: Checkpoint, _: bool) -> BoxStream<'static, Result<FilePiece, Error>> {
+    fn download(
+        &self,
+        _: String,
+        _: Checkpoint,
+        _: DownloadPart,
+    ) -> BoxStream<'static, Result<FilePiece, Error>> {
         futures::stream::once(async { Err(none()) }).boxed()
     }
 

@@ -18,7 +18,8 @@ mod watch_service;
 mod wire;
 
 pub use files::{
-    Examined, FilePiece, JobFiles, NamedFile, NoJobFiles, Received, Receiving, TakingIn, Unfit, check_file_id,
+    DownloadPart, Examined, FilePiece, JobFiles, NamedFile, NoJobFiles, Received, Receiving, TakingIn, Unfit,
+    check_file_id,
 };
 pub use mlxnode_coordinator::jobs::{ContentHash, InputFile};
 pub use onward_client::jobs_client;

@@ -1,6 +1,6 @@
 //! `Jobs`: wishes go to the coordinator, wherever it is; files are taken in, checked and handed out by the node that is called.
 
-use super::files::{FilePiece, JobFiles, Unfit};
+use super::files::{DownloadPart, Examined, FilePiece, JobFiles, Unfit};
 use super::onward_client::{is_handed_on, jobs_client, onward, whose};
 use super::watch_service::{follow_log, watch};
 use super::wire;
@@ -59,18 +59,18 @@ impl JobsService {
 
 impl JobsService {
     /// Looks through a fine-tuning's configuration and rows, as far as this node can get them: what is wrong with them is told to who
-    /// submits them, with file and line, and not by a job that fails.
-    async fn check(&self, request: &SubmitJobRequest) -> Result<(), Status> {
+    /// submits them, with file and line, and not by a job that fails. None: there is nothing to look through, or it is elsewhere.
+    async fn check(&self, request: &SubmitJobRequest) -> Result<Option<Examined>, Status> {
         let spec = wire::spec(request.clone(), String::new())?;
         spec.check().map_err(status)?;
         if spec.kind != JobKind::FineTuning {
-            return Ok(());
+            return Ok(None);
         }
         match self.files.check(spec.configuration, spec.model, spec.inputs).await {
-            Ok(_) => Ok(()),
+            Ok(examined) => Ok(Some(examined)),
             Err(Unfit::Configuration(text) | Unfit::Rows { text, .. }) => Err(Status::invalid_argument(text)),
             // Whether any node has the files, the coordinator finds out.
-            Err(Unfit::NotHere(_)) => Ok(()),
+            Err(Unfit::NotHere(_)) => Ok(None),
             Err(Unfit::Failed(error)) => Err(status(error)),
         }
     }
@@ -121,9 +121,12 @@ impl Jobs for JobsService {
         Ok(Response::new(UploadResponse { received: received.bytes, complete: received.is_complete }))
     }
 
-    async fn submit(&self, request: Request<SubmitJobRequest>) -> Result<Response<Job>, Status> {
+    async fn submit(&self, mut request: Request<SubmitJobRequest>) -> Result<Response<Job>, Status> {
         if !is_handed_on(&request) {
-            self.check(request.get_ref()).await?;
+            let examined = self.check(request.get_ref()).await?;
+            let wish = request.get_mut();
+            // Who does not say what it takes gets what its configuration says.
+            wish.demand = wish.demand.take().or_else(|| examined.map(|it| wire::demand_to_proto(&it.demand)));
         }
         match self.route.route()? {
             Route::There(channel) => {
@@ -290,7 +293,8 @@ impl Jobs for JobsService {
         })?;
         let hash = wire::hash(&found.hash, "hash")?;
         let checkpoint = Checkpoint { step: found.step, hash, bytes: found.bytes };
-        let pieces = self.files.download(id, checkpoint, state);
+        let part = if state { DownloadPart::All } else { DownloadPart::Result };
+        let pieces = self.files.download(id, checkpoint, part);
         let pieces = pieces.map(|piece| match piece {
             Ok(FilePiece::File { name, bytes, hash }) => {
                 let hash = hash.as_bytes().to_vec().into();

@@ -9,6 +9,7 @@ use tonic::Status;
 pub fn key_to_wire(key: &KeyEntry) -> v1::ApiKey {
     let role = match key.role {
         KeyRole::User => v1::KeyRole::User,
+        KeyRole::Trainer => v1::KeyRole::Trainer,
         KeyRole::Admin => v1::KeyRole::Admin,
         KeyRole::Metrics => v1::KeyRole::Metrics,
     };
@@ -37,6 +38,7 @@ pub fn key_from_wire(key: v1::ApiKey, hash: KeyHash) -> Result<KeyEntry, Status>
 pub(super) fn wish(key: v1::ApiKey) -> Result<KeyWish, Status> {
     let role = match v1::KeyRole::try_from(key.role) {
         Ok(v1::KeyRole::User | v1::KeyRole::Unspecified) => KeyRole::User,
+        Ok(v1::KeyRole::Trainer) => KeyRole::Trainer,
         Ok(v1::KeyRole::Admin) => KeyRole::Admin,
         Ok(v1::KeyRole::Metrics) => KeyRole::Metrics,
         Err(_) => {

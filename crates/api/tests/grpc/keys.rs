@@ -31,9 +31,10 @@ fn known(keys: Vec<KeyEntry>) -> KeysView {
 async fn every_rpc_denies_every_credential_that_is_not_meant_for_it() -> Result<()> {
     let (user, user_entry) = key("user", 1, KeyRole::User);
     let (admin, admin_entry) = key("admin", 2, KeyRole::Admin);
+    let (trainer, trainer_entry) = key("trainer", 5, KeyRole::Trainer);
     let (metrics, metrics_entry) = key("metrics", 3, KeyRole::Metrics);
     let (revoked, revoked_entry) = key("revoked", 4, KeyRole::Admin);
-    let valid = vec![user_entry, admin_entry, metrics_entry];
+    let valid = vec![user_entry, trainer_entry, admin_entry, metrics_entry];
     let never = KeyText::new(&[99; 32]);
     let bearer = |key: &KeyText| format!("Bearer {}", key.reveal());
     let credentials = [
@@ -44,6 +45,7 @@ async fn every_rpc_denies_every_credential_that_is_not_meant_for_it() -> Result<
         ("revoked", bearer(&revoked)),
         ("metrics", bearer(&metrics)),
         ("user", bearer(&user)),
+        ("trainer", bearer(&trainer)),
         ("admin", bearer(&admin)),
     ];
     let (methods, _) = contract()?;
@@ -66,12 +68,12 @@ async fn every_rpc_denies_every_credential_that_is_not_meant_for_it() -> Result<
                 let may = match (access, *name) {
                     (None, _) => false,
                     (Some(Access::Open), _) | (_, "none" | "admin") => true,
-                    (Some(access), "user") => access == Access::User,
+                    (Some(access), "user" | "trainer") => access == Access::User,
                     _ => false,
                 };
                 let ended =
                     call(&rpcs.channel, &method.path, &[("authorization", credential)], framed(&[])).await?;
-                let is_known = matches!(*name, "user" | "metrics");
+                let is_known = matches!(*name, "user" | "trainer" | "metrics");
                 let denial = if is_known { PERMISSION_DENIED } else { UNAUTHENTICATED };
                 let what = format!("{} as {role:?} with {name}: {ended:?}", method.path);
                 match (is_let_in, may) {

@@ -3,6 +3,7 @@
 use crate::client::{ask, good, post, refused, streamed};
 use crate::desk::Desk;
 use anyhow::{Context as _, Result, ensure};
+use mlxnode_coordinator::placement::Guessing;
 use serde_json::{Value, json};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -270,13 +271,43 @@ async fn models_go_by_several_names() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_request_may_ask_for_fewer_guesses_but_not_for_another_draft_model() -> Result<()> {
+    let desk = Desk::start().await?;
+    let asked = async |more: Value| {
+        good(desk.address, PATH, with(say("Hi."), more)).await?;
+        anyhow::Ok(desk.replicas.last().spec.most_guesses)
+    };
+    assert_eq!(asked(json!({})).await?, None, "as many as the deployment does");
+    assert_eq!(asked(json!({"num_draft_tokens": 0, "draft_model": "default_model"})).await?, Some(0));
+    assert_eq!(asked(json!({"num_draft_tokens": 3, "draft_model": null})).await?, Some(3));
+    let (status, param, message) =
+        refused(desk.address, PATH, with(say("Hi."), json!({"draft_model": "small"}))).await?;
+    assert_eq!((status, param), (400, json!("draft_model")));
+    assert!(
+        message.contains("with none as its draft model") && message.contains("mlxnode load"),
+        "{message}"
+    );
+    desk.deployments.send_modify(|view| {
+        let draft = Some("/models/small".to_owned());
+        view.deployments[0].guessing = Some(Guessing { draft, ngram: 0, tokens: 4 });
+    });
+    assert_eq!(asked(json!({"draft_model": "/models/small"})).await?, None);
+    let (_, param, message) =
+        refused(desk.address, PATH, with(say("Hi."), json!({"draft_model": "other"}))).await?;
+    assert_eq!(param, json!("draft_model"));
+    assert!(message.contains("another one") && !message.contains("/models"), "no folder is told: {message}");
+    desk.stop().await
+}
+
+#[tokio::test]
 async fn what_is_not_served_is_refused_by_name() -> Result<()> {
     let desk = Desk::start().await?;
     let cases = [
         (json!({"store": true}), "store"),
         (json!({"functions": []}), "functions"),
         (json!({"draft_model": "x"}), "draft_model"),
-        (json!({"num_draft_tokens": 3}), "num_draft_tokens"),
+        (json!({"num_draft_tokens": -1}), "num_draft_tokens"),
+        (json!({"num_draft_tokens": "3"}), "num_draft_tokens"),
         (json!({"role_mapping": {}}), "role_mapping"),
         (json!({"modalities": ["audio"]}), "modalities"),
         (json!({"top_logprobs": 3}), "top_logprobs"),

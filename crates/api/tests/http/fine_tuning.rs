@@ -10,8 +10,8 @@ use futures::stream::BoxStream;
 use futures::{FutureExt as _, StreamExt as _};
 use mlxnode_api::http::HttpOptions;
 use mlxnode_api::jobs::{
-    ContentHash, Examined, FilePiece, InputFile, JobFiles, JobsService, NamedFile, Received, Receiving,
-    TakingIn, Unfit,
+    ContentHash, DownloadPart, Examined, FilePiece, InputFile, JobFiles, JobsService, NamedFile, Received,
+    Receiving, TakingIn, Unfit,
 };
 use mlxnode_api::{CoordinatorRoute, Route};
 use mlxnode_cluster::NodeId;
@@ -132,7 +132,12 @@ impl JobFiles for Memory {
         async { hashes }.boxed()
     }
 
-    fn download(&self, _: String, _: Checkpoint, _: bool) -> BoxStream<'static, Result<FilePiece, Error>> {
+    fn download(
+        &self,
+        _: String,
+        _: Checkpoint,
+        _: DownloadPart,
+    ) -> BoxStream<'static, Result<FilePiece, Error>> {
         futures::stream::empty().boxed()
     }
 
@@ -309,6 +314,8 @@ async fn what_is_wrong_is_answered_at_once_by_a_typed_error() -> Result<()> {
         (json!({"seed": 1.5}), "seed"),
         (json!({"metadata": {"a": null}}), "metadata"),
         (json!({"workers": 0}), "workers"),
+        (json!({"stages": 9}), "stages"),
+        (json!({"stages": 2, "workers": 2}), "stages"),
         (json!({"share_percent": 101}), "share_percent"),
         (json!({"configuration": 7}), "configuration"),
     ] {

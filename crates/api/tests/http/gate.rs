@@ -55,20 +55,22 @@ async fn with_key(address: SocketAddr, method: &str, path: &str, key: Option<&st
 async fn every_route_denies_every_credential_that_is_not_meant_for_it() -> Result<()> {
     let (user, user_entry) = key("user", 1, KeyRole::User);
     let (admin, admin_entry) = key("admin", 2, KeyRole::Admin);
+    let (trainer, trainer_entry) = key("trainer", 5, KeyRole::Trainer);
     let (metrics, metrics_entry) = key("metrics", 3, KeyRole::Metrics);
     let (revoked, revoked_entry) = key("revoked", 4, KeyRole::Admin);
-    let valid = vec![user_entry, admin_entry, metrics_entry];
+    let valid = vec![user_entry, trainer_entry, admin_entry, metrics_entry];
     let before = KeysView { keys: [valid.clone(), vec![revoked_entry]].concat(), is_known: true };
     let (desk, keys) = desk(before, GateOptions { is_public: true, requires_key: false }).await?;
     assert_eq!(with_key(desk.address, "GET", "/v1/models", Some(revoked.reveal())).await?.status, 200);
     keys.send_replace(KeysView { keys: valid, is_known: true });
     let never = KeyText::new(&[99; 32]);
-    let credentials: [(&str, Option<&str>); 7] = [
+    let credentials: [(&str, Option<&str>); 8] = [
         ("none", None),
         ("malformed", Some("sk-123")),
         ("wrong", Some(never.reveal())),
         ("revoked", Some(revoked.reveal())),
         ("user", Some(user.reveal())),
+        ("trainer", Some(trainer.reveal())),
         ("metrics", Some(metrics.reveal())),
         ("admin", Some(admin.reveal())),
     ];
@@ -81,10 +83,11 @@ async fn every_route_denies_every_credential_that_is_not_meant_for_it() -> Resul
                 (route.access, name),
                 (Access::Open, _)
                     | (_, "admin")
-                    | (Access::User | Access::Read, "user")
+                    | (Access::User | Access::Read, "user" | "trainer")
+                    | (Access::Train, "trainer")
                     | (Access::Metrics, "metrics")
             );
-            let is_known = matches!(name, "user" | "metrics");
+            let is_known = matches!(name, "user" | "trainer" | "metrics");
             let expected = if is_known { 403 } else { 401 };
             if may {
                 assert!(![401, 403].contains(&reply.status), "{} {path} {name}: {reply:?}", route.method);

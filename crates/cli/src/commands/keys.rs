@@ -60,6 +60,8 @@ struct Create {
 enum Role {
     /// Ask models.
     User,
+    /// The same, and fine-tune models that are loaded, over HTTP: its own files and jobs only.
+    Trainer,
     /// All that there is: also load and unload models, keys, jobs.
     Admin,
     /// Read /metrics and nothing else.
@@ -87,6 +89,7 @@ impl Create {
     async fn run(self, connection: &Connection, global: &Global) -> Result<()> {
         let role = match self.role {
             Role::User => KeyRole::User,
+            Role::Trainer => KeyRole::Trainer,
             Role::Admin => KeyRole::Admin,
             Role::Metrics => KeyRole::Metrics,
         };

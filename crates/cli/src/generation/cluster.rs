@@ -18,12 +18,14 @@ pub struct ClusterModel {
     connection: Connection,
     /// The deployment's name; empty for the only one.
     model: String,
+    /// Most tokens that are guessed ahead at once; None: as many as the deployment does.
+    guesses: Option<u32>,
 }
 
 impl ClusterModel {
     /// A deployment of the cluster. `runtime` is the one that the connection was made on.
-    pub fn new(runtime: Runtime, connection: Connection, model: String) -> Self {
-        Self { runtime, connection, model }
+    pub fn new(runtime: Runtime, connection: Connection, model: String, guesses: Option<u32>) -> Self {
+        Self { runtime, connection, model, guesses }
     }
 }
 
@@ -34,7 +36,8 @@ impl Model for ClusterModel {
         guard: &AnswerGuard,
         on_piece: &mut dyn FnMut(Piece) -> Result<()>,
     ) -> Result<Outcome> {
-        let message = generate_request(&self.model, request)?;
+        let message =
+            v1::GenerateRequest { num_draft_tokens: self.guesses, ..generate_request(&self.model, request)? };
         let mut client = self.connection.inference();
         self.runtime.block_on(async {
             let started = Instant::now();

@@ -20,6 +20,7 @@ impl JobReader for TrainingReader {
             rows: rows.training,
             keys: given.keys().map(str::to_owned).collect(),
             batch_size: config.batch_size as u64,
+            demand: config.demand(),
             packing: config.packing,
             save_steps: config.checkpoint_every().map(narrow),
             save_seconds: seconds_of_saves(&config),

@@ -16,6 +16,8 @@ use std::time::Instant;
 const MAX_LINE_BYTES: usize = 1000;
 /// Publications of a job that are remembered; the checkpoints of these stay.
 const MAX_PUBLICATIONS: usize = 16;
+/// Most jobs of one API key that are under way or served: others find room besides.
+const MAX_JOBS_OF_A_KEY: usize = MAX_JOBS * 3 / 4;
 /// What a rehearsal takes of a node.
 const REHEARSAL_MEMORY: ByteCount = ByteCount(64 << 20);
 
@@ -160,9 +162,11 @@ impl Jobs {
     pub fn submit(&self, spec: JobSpec, at: u64) -> Result<Option<Vec<Record>>, Error> {
         spec.check()?;
         if let Some(job) = self.jobs.get(&spec.id) {
-            // Who asks again is no part of what is asked: the first one owns it.
+            // Who asks again is no part of what is asked: the first one owns it. What it takes follows from the rest, when nobody says it.
             let owner = job.stored.spec.owner.clone();
-            if job.stored.spec == (JobSpec { owner, ..spec.clone() }) {
+            let known = job.stored.spec.demand;
+            let demand = known.and_then(|known| spec.demand.or(Some(known)));
+            if job.stored.spec == (JobSpec { owner, demand, ..spec.clone() }) {
                 return Ok(None);
             }
             return Err(Error::NameTaken {
@@ -170,11 +174,26 @@ impl Jobs {
                 source_of_other: "another job, with other content".to_owned(),
             });
         }
+        // Over, and served nowhere: it makes room.
+        let is_free = |job: &Job| {
+            let is_pinned = self.pinned.iter().any(|(id, _)| *id == job.stored.spec.id);
+            job.stored.aim.is_over() && job.moment.run.is_none() && !is_pinned
+        };
+        let of_owner = self.jobs.values().filter(|job| job.stored.spec.owner == spec.owner && !is_free(job));
+        if !spec.owner.is_empty() && of_owner.count() >= MAX_JOBS_OF_A_KEY {
+            return Err(Error::TooMany(format!(
+                "{MAX_JOBS_OF_A_KEY} jobs of the key {} are under way or served, which is the most; cancel one, unload an adapter that \
+                 one made, or wait",
+                spec.owner
+            )));
+        }
         let mut records = Vec::new();
         if self.jobs.len() >= MAX_JOBS {
-            let over = self.jobs.values().filter(|job| job.stored.aim.is_over() && job.moment.run.is_none());
-            let free = over.filter(|job| !self.pinned.iter().any(|(id, _)| *id == job.stored.spec.id));
-            let oldest = free.min_by_key(|job| (job.stored.ended_at, job.stored.order));
+            let oldest = self
+                .jobs
+                .values()
+                .filter(|job| is_free(job))
+                .min_by_key(|job| (job.stored.ended_at, job.stored.order));
             let oldest = oldest.ok_or_else(|| {
                 Error::TooMany(format!(
                     "the cluster has {MAX_JOBS} jobs, which is the most, and each is under way or served; cancel one, unload an \

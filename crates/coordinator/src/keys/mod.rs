@@ -30,10 +30,24 @@ pub enum KeyRole {
     /// Ask models.
     #[default]
     User,
+    /// The same, and fine-tune models that are loaded: with files and jobs of its own.
+    Trainer,
     /// All that there is: also load and unload models, keys, jobs.
     Admin,
     /// Read `/metrics` and nothing else: for the monitoring.
     Metrics,
+}
+
+impl KeyRole {
+    /// As people write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::User => "user",
+            Self::Trainer => "trainer",
+            Self::Admin => "admin",
+            Self::Metrics => "metrics",
+        }
+    }
 }
 
 /// How much a key may ask. Each node counts by itself what is asked of it.

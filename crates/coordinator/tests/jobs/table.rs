@@ -1,6 +1,7 @@
 //! What the table takes, refuses, forgets and does not believe.
 
 use crate::world::*;
+use mlxnode_coordinator::jobs::TrainingDemand;
 
 #[test]
 fn the_same_id_is_the_same_job_or_an_error() {
@@ -9,9 +10,13 @@ fn the_same_id_is_the_same_job_or_an_error() {
     assert_eq!(world.jobs.submit(spec("a"), 5), Ok(None));
     let again = JobSpec { owner: "ann".into(), ..spec("a") };
     assert_eq!(world.jobs.submit(again, 5), Ok(None), "whoever asks");
+    let demand = Some(TrainingDemand { rows: 2, ..TrainingDemand::default() });
+    let records = world.jobs.submit(JobSpec { demand, ..spec("b") }, 5).unwrap().unwrap();
+    records.into_iter().for_each(|record| drop(world.jobs.apply(record)));
+    assert_eq!(world.jobs.submit(spec("b"), 5), Ok(None), "what it takes is not said by everybody");
     let other = JobSpec { configuration: "iters: 2".into(), ..spec("a") };
     assert!(matches!(world.jobs.submit(other, 5), Err(Error::NameTaken { .. })));
-    assert!(matches!(world.jobs.cancel("b", 5), Err(Error::NotFound(_))));
+    assert!(matches!(world.jobs.cancel("c", 5), Err(Error::NotFound(_))));
 }
 
 #[test]
@@ -55,4 +60,23 @@ fn a_full_table_forgets_the_oldest_that_is_over_and_refuses_when_none_is() {
     let wanted: Vec<Wanted> = jobs.wanted();
     assert_eq!(wanted.len(), MAX_JOBS);
     assert!(!wanted.iter().any(|job| job.id == "job-7"));
+}
+
+#[test]
+fn one_key_leaves_room_for_the_jobs_of_others() {
+    let mut jobs = Jobs::default();
+    let owned = |id: String, owner: &str| JobSpec { owner: owner.into(), ..spec(&id) };
+    let most = MAX_JOBS * 3 / 4;
+    for number in 0..most {
+        let records = jobs.submit(owned(format!("job-{number}"), "ann"), 1).unwrap().unwrap();
+        records.into_iter().for_each(|record| drop(jobs.apply(record)));
+    }
+    let refused = jobs.submit(owned("one-more".into(), "ann"), 1).unwrap_err();
+    assert!(matches!(&refused, Error::TooMany(text) if text.contains("ann")), "{refused}");
+    assert!(jobs.submit(owned("another".into(), "bob"), 1).is_ok(), "others have room");
+    assert!(jobs.submit(owned("another".into(), ""), 1).is_ok());
+    assert_eq!(jobs.submit(owned("job-0".into(), "ann"), 1), Ok(None), "what is there is no further one");
+    let cancelled = jobs.cancel("job-3", 2).unwrap().unwrap();
+    jobs.apply(cancelled);
+    assert!(jobs.submit(owned("one-more".into(), "ann"), 3).is_ok(), "what is over does not count");
 }

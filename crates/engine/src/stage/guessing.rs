@@ -238,7 +238,7 @@ impl EngineStage {
         Ok(())
     }
 
-    /// How many guesses a row may have: none that nobody needs, and none beyond the end of a block, where states may be kept.
+    /// How many guesses a row may have: none that nobody needs or wants, and none beyond the end of a block, where states may be kept.
     fn room(&self, row: &Row) -> usize {
         let Some(sequence) = self.sequences.get(&row.sequence) else { return 0 };
         let end = row.end();
@@ -250,6 +250,6 @@ impl EngineStage {
         let in_context = self.options.context_tokens.saturating_sub(end);
         let at_once = self.caches.of(row.sequence).map_or(1, SequenceCache::most_at_once);
         let at_once = usize::try_from(at_once - 1).unwrap_or(0);
-        needed.min(in_context).min(in_block).min(at_once)
+        needed.min(in_context).min(in_block).min(at_once).min(sequence.most_guesses)
     }
 }

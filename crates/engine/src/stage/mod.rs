@@ -193,7 +193,10 @@ impl Stage for EngineStage {
             position: 0,
             prompt: spec.prompt_tokens,
             max_tokens: spec.max_tokens,
-            may_guess: spec.output == Output::Tokens && spec.grammar.is_none(),
+            may_guess: spec.output == Output::Tokens
+                && spec.grammar.is_none()
+                && spec.most_guesses != Some(0),
+            most_guesses: spec.most_guesses.unwrap_or(usize::MAX),
             unsure: Vec::new(),
             adapter,
             purpose,

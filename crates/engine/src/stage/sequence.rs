@@ -16,6 +16,8 @@ pub(super) struct Sequence {
     pub(super) max_tokens: usize,
     /// May its next tokens be guessed?
     pub(super) may_guess: bool,
+    /// So many of them at once.
+    pub(super) most_guesses: usize,
     /// Guesses that went through behind `position`, until it is known which of them are right.
     pub(super) unsure: Vec<u32>,
     /// What changes the weights for it.

@@ -11,7 +11,7 @@ use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use futures::{FutureExt as _, StreamExt as _};
 use mlxnode_api::jobs::{
-    ContentHash, Examined, FilePiece, JobFiles, NamedFile, Received, Receiving, TakingIn, Unfit,
+    ContentHash, DownloadPart, Examined, FilePiece, JobFiles, NamedFile, Received, Receiving, TakingIn, Unfit,
 };
 use mlxnode_cluster::NodeId;
 use mlxnode_coordinator::Error;
@@ -173,19 +173,26 @@ impl JobFiles for NodeJobFiles {
         &self,
         id: String,
         checkpoint: Checkpoint,
-        state: bool,
+        part: DownloadPart,
     ) -> BoxStream<'static, Result<FilePiece, Error>> {
         let peers = self.peers.clone();
         let opened = async move {
             let folder = peers.fetch_checkpoint(&id, &checkpoint).await?;
             let (of, hash) = (folder.clone(), checkpoint.hash);
             let manifest = on_disk("reading a checkpoint", move || bundle::manifest(&of, hash)).await?.0;
-            let prefix = format!("{}/", bundle::RESULT);
-            let meant = move |file: &BundleFile| state || file.name.starts_with(&prefix);
+            let has_folders = part == DownloadPart::All;
+            let meant = |file: &BundleFile| match (&part, file.name.split_once('/')) {
+                (DownloadPart::All, _) => true,
+                (DownloadPart::Result, Some((folder, _))) => folder == bundle::RESULT,
+                (DownloadPart::One(wanted), Some((folder, name))) => {
+                    folder == bundle::RESULT && name == wanted
+                }
+                (_, None) => false,
+            };
             let files: Vec<BundleFile> = manifest.files.into_iter().filter(meant).collect();
             let streams = futures::stream::iter(files).flat_map(move |file| {
                 let path = folder.join(&file.name);
-                let name = match state {
+                let name = match has_folders {
                     true => file.name.clone(),
                     false => file.name.split_once('/').map_or(file.name.clone(), |(_, name)| name.to_owned()),
                 };

@@ -6,9 +6,9 @@
 //! - Start to first token: `mlxnode generate --max-tokens 1` against `bench_peer.py`, from outside. The peer does what
 //!   `mlx_lm generate` does and imports less, so the comparison is kind to it.
 
-use super::models::{self, Dtype, Model, Pair, Shape, Size};
+use super::models::{self, Dtype, Model, Named, Pair, Shape, Size, chosen};
 use super::process::{self, measure};
-use super::report::{Report, Row, Target, Unit};
+use super::report::{Collected, Report, Row, Target, Unit};
 use super::{Limits, binary, example};
 use crate::places::Places;
 use crate::setup;
@@ -23,25 +23,11 @@ use std::time::Duration;
 /// Longest that one run may take.
 const PATIENCE: Duration = Duration::from_secs(600);
 
-/// Which models.
-#[derive(Clone, Debug, Args)]
+/// Which models: all shapes at size s, and llama at all sizes, unless some are named.
+#[derive(Clone, Debug, Default, Args)]
 pub(crate) struct Options {
-    /// Whose shape the model has; repeat for several [default: all at size s, and llama at all sizes]
-    #[arg(long = "shape", value_enum, value_name = "FAMILY")]
-    shapes: Vec<Shape>,
-    /// Size of the model; repeat for several [default: all]
-    #[arg(long = "model", value_enum, value_name = "SIZE")]
-    sizes: Vec<Size>,
-    /// How the weights are stored; repeat for several [default: all]
-    #[arg(long = "dtype", value_enum, value_name = "DTYPE")]
-    dtypes: Vec<Dtype>,
-}
-
-impl Options {
-    /// Everything.
-    pub(super) fn all() -> Self {
-        Self { shapes: Vec::new(), sizes: Vec::new(), dtypes: Vec::new() }
-    }
+    #[command(flatten)]
+    models: Named,
 }
 
 /// What both sides print about a run inside the process.
@@ -112,16 +98,17 @@ pub(super) fn run(places: &Places, options: &Options, limits: Limits) -> Result<
         scratch: places.cache.join("bench-scratch"),
         limits,
     };
-    let mut rows = Vec::new();
+    let mut rows = Collected::new("mlxnode", "mlx-lm");
     for (shape, size, dtype) in options.models() {
         let model = Model::provide(places, &oracle, shape, size, dtype)?;
         eprintln!("engine: {}", model.name());
-        rows.extend(bench.speed(&model)?);
-        rows.extend(bench.batch(&model)?);
-        rows.extend(bench.start(&model)?);
+        let mut measured = bench.speed(&model)?;
+        measured.extend(bench.batch(&model)?);
+        measured.extend(bench.start(&model)?);
         if shape == Shape::Llama && size != Size::T {
-            rows.extend(bench.speculation(&Pair::provide(places, &oracle, size, dtype)?, &model)?);
+            measured.extend(bench.speculation(&Pair::provide(places, &oracle, size, dtype)?, &model)?);
         }
+        rows.add(measured);
     }
     let blas = match process::blas() {
         Some(_) => "both with OpenBLAS, one thread",
@@ -134,18 +121,18 @@ pub(super) fn run(places: &Places, options: &Options, limits: Limits) -> Result<
         "Both generated the same tokens in every run.".into(),
         "Rows of guesses compare mlxnode with itself: with guesses and without.".into(),
     ];
-    Ok(Report { bench: "engine", ours: "mlxnode", base: "mlx-lm", notes, rows })
+    Ok(rows.into_report("engine", notes))
 }
 
 impl Options {
     fn models(&self) -> Vec<(Shape, Size, Dtype)> {
         let mut models = Vec::new();
         let shapes = [Shape::Llama, Shape::Qwen3Moe, Shape::Gemma3, Shape::GptOss, Shape::DeepseekV3];
-        for shape in chosen(&self.shapes, &shapes) {
+        for shape in chosen(&self.models.shapes, &shapes) {
             let sizes: &[Size] =
                 if shape == Shape::Llama { &[Size::T, Size::S, Size::L] } else { &[Size::S] };
-            for size in chosen(&self.sizes, sizes) {
-                for dtype in chosen(&self.dtypes, &[Dtype::F32, Dtype::Bf16, Dtype::Q4]) {
+            for size in chosen(&self.models.sizes, sizes) {
+                for dtype in chosen(&self.models.dtypes, &[Dtype::F32, Dtype::Bf16, Dtype::Q4]) {
                     // MLX has no kernel for unpacked experts in half precision on the CPU backend.
                     if dtype != Dtype::Bf16 || !shape.has_experts() || cfg!(target_os = "macos") {
                         models.push((shape, size, dtype));
@@ -155,10 +142,6 @@ impl Options {
         }
         models
     }
-}
-
-fn chosen<T: Copy>(named: &[T], all: &[T]) -> Vec<T> {
-    if named.is_empty() { all.to_vec() } else { named.to_vec() }
 }
 
 struct Bench {

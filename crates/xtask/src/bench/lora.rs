@@ -9,9 +9,9 @@ mod material;
 mod survival;
 mod together;
 
-use super::models::{Dtype, Model, Shape, Size};
+use super::models::{Dtype, Model, Named, Shape, Size, chosen};
 use super::process::{self, Measured, measure};
-use super::report::{Report, Row, Target, Unit};
+use super::report::{Collected, Report, Row, Target, Unit};
 use super::{Limits, binary, pipeline, reduce};
 use crate::places::Places;
 use crate::setup;
@@ -30,18 +30,11 @@ const PATIENCE: Duration = Duration::from_secs(900);
 const NEAR: f64 = 2e-3;
 const MEBIBYTE: f64 = 1_048_576.0;
 
-/// What is measured.
-#[derive(Clone, Debug, Args)]
+/// What is measured: models of llama's shape, t and s, f32 and q4, unless some are named.
+#[derive(Clone, Debug, Default, Args)]
 pub(crate) struct Options {
-    /// Whose shape the model has; repeat for several [default: llama]
-    #[arg(long = "shape", value_enum, value_name = "FAMILY")]
-    shapes: Vec<Shape>,
-    /// Size of the model; repeat for several [default: t, s]
-    #[arg(long = "model", value_enum, value_name = "SIZE")]
-    sizes: Vec<Size>,
-    /// How the weights are stored; repeat for several [default: f32, q4]
-    #[arg(long = "dtype", value_enum, value_name = "DTYPE")]
-    dtypes: Vec<Dtype>,
+    #[command(flatten)]
+    models: Named,
     /// Only one process against mlx-lm
     #[arg(long, conflicts_with = "only_jobs")]
     no_jobs: bool,
@@ -51,19 +44,11 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// Everything.
-    pub(super) fn all() -> Self {
-        Self { shapes: Vec::new(), sizes: Vec::new(), dtypes: Vec::new(), no_jobs: false, only_jobs: false }
-    }
-
     fn models(&self) -> Vec<(Shape, Size, Dtype)> {
-        fn chosen<T: Copy>(named: &[T], usual: &[T]) -> Vec<T> {
-            if named.is_empty() { usual.to_vec() } else { named.to_vec() }
-        }
         let mut models = Vec::new();
-        for shape in chosen(&self.shapes, &[Shape::Llama]) {
-            for size in chosen(&self.sizes, &[Size::T, Size::S]) {
-                for dtype in chosen(&self.dtypes, &[Dtype::F32, Dtype::Q4]) {
+        for shape in chosen(&self.models.shapes, &[Shape::Llama]) {
+            for size in chosen(&self.models.sizes, &[Size::T, Size::S]) {
+                for dtype in chosen(&self.models.dtypes, &[Dtype::F32, Dtype::Q4]) {
                     models.push((shape, size, dtype));
                 }
             }
@@ -72,12 +57,11 @@ impl Options {
     }
 }
 
-/// A step as both sides tell of it. Ours are among other lines.
+/// A step as both sides tell of it.
 #[derive(Debug, Deserialize)]
 struct Step {
     iteration: u64,
     loss: f64,
-    #[serde(alias = "seconds")]
     iterations_per_second: f64,
     trained_tokens: u64,
     peak_memory_bytes: f64,
@@ -107,17 +91,17 @@ pub(super) fn run(places: &Places, options: &Options, limits: Limits) -> Result<
         folder: folder.path(),
         limits,
     };
-    let mut rows = Vec::new();
+    let mut rows = Collected::new("mlxnode", "base");
     if !options.only_jobs {
         for (shape, size, dtype) in options.models() {
             let model = Model::provide(places, &oracle, shape, size, dtype)?;
-            rows.extend(bench.against_mlx_lm(&model)?);
+            rows.add(bench.against_mlx_lm(&model)?);
         }
     }
     if !options.no_jobs {
         let model = Model::llama(places, &oracle, if limits.quick { Size::T } else { Size::S }, Dtype::F32)?;
-        rows.extend(together::rows(&binary, &environment, folder.path(), &model, limits)?);
-        rows.extend(reduce::run(places, limits)?.rows);
+        rows.add(together::rows(&binary, &environment, folder.path(), &model, limits)?);
+        rows.add(reduce::run(places, limits)?.rows);
     }
     let notes = vec![
         "One process: runs in turns (A B C A B C), after one of each that does not count; the second of two epochs over the same \
@@ -129,7 +113,7 @@ pub(super) fn run(places: &Places, options: &Options, limits: Limits) -> Result<
         "Checkpoint and kills: at the default cadence, from measured times of a step, a checkpoint, and from a kill to the next step."
             .into(),
     ];
-    Ok(Report { bench: "lora", ours: "mlxnode", base: "base", notes, rows })
+    Ok(rows.into_report("lora", notes))
 }
 
 struct Bench<'a> {
@@ -194,8 +178,7 @@ impl Bench<'_> {
         let lines = measured.stdout.lines().filter(|line| line.contains("\"event\":\"train\""));
         let steps = lines.map(serde_json::from_str).collect::<Result<Vec<Step>, _>>();
         let steps = steps.with_context(|| format!("no figures: {}", measured.stdout))?;
-        let seconds = |step: &Step| 1.0 / step.iterations_per_second;
-        Run::of(&steps, seconds, blocks, &measured)
+        Run::of(&steps, blocks, &measured)
     }
 
     fn theirs(&self, material: &Material, blocks: usize) -> Result<Run> {
@@ -205,7 +188,7 @@ impl Bench<'_> {
         let measured = self.measure(command, material, blocks).context("mlx_lm.lora")?;
         let steps: Vec<Step> = serde_json::from_str(&measured.stdout)
             .with_context(|| format!("mlx-lm printed no figures: {}", measured.stdout))?;
-        Run::of(&steps, |step| step.iterations_per_second, blocks, &measured)
+        Run::of(&steps, blocks, &measured)
     }
 
     /// Two epochs with the flags that both know.
@@ -232,18 +215,13 @@ impl Bench<'_> {
 }
 
 impl Run {
-    fn of(
-        steps: &[Step],
-        seconds: impl Fn(&Step) -> f64,
-        blocks: usize,
-        measured: &Measured,
-    ) -> Result<Self> {
+    fn of(steps: &[Step], blocks: usize, measured: &Measured) -> Result<Self> {
         ensure!(steps.len() == 2 * blocks, "{} steps instead of {}", steps.len(), 2 * blocks);
         let second = steps.iter().filter(|step| step.iteration > blocks as u64);
         Ok(Self {
             losses: steps.iter().map(|step| step.loss).collect(),
             trained_tokens: steps.last().map_or(0, |step| step.trained_tokens),
-            seconds: second.map(seconds).sum(),
+            seconds: second.map(|step| 1.0 / step.iterations_per_second).sum(),
             peak: steps.iter().map(|step| step.peak_memory_bytes).fold(0.0, f64::max),
             peak_process: measured.peak_rss as f64,
         })

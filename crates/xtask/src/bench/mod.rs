@@ -48,11 +48,11 @@ pub(crate) struct Bench {
 
 #[derive(Subcommand)]
 enum Subject {
-    /// Decode, prefill, start, load and memory of one process, against mlx-lm
+    /// Decode, prefill, start, load and memory of one process, against mlx-lm: all shapes at size s, llama at all sizes
     Engine(engine::Options),
     /// One hop between two stages, against bare TLS
     Hop,
-    /// Training against mlx_lm.lora; two processes against one; what saving and being killed cost
+    /// Training against mlx_lm.lora (llama of sizes t and s, f32 and q4); two processes against one; what saving and being killed cost
     Lora(lora::Options),
     /// Two nodes with a stage each on two cores, against one; memory of a stage, start of a node, status
     Pipeline,
@@ -83,10 +83,10 @@ impl Bench {
             Some(Subject::Reduce) => vec![reduce::run(places, limits)?],
             Some(Subject::Serve(options)) => vec![serve::run(places, options, limits)?],
             None => vec![
-                engine::run(places, &engine::Options::all(), limits)?,
+                engine::run(places, &engine::Options::default(), limits)?,
                 hop::run(places, limits)?,
                 pipeline::run(places, limits)?,
-                lora::run(places, &lora::Options::all(), limits)?,
+                lora::run(places, &lora::Options::default(), limits)?,
                 reduce::run(places, limits)?,
                 serve::run(places, &serve::Options::all(), limits)?,
             ],

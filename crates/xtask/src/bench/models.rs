@@ -7,7 +7,7 @@
 use crate::places::Places;
 use crate::{command, setup};
 use anyhow::{Context as _, Result};
-use clap::ValueEnum;
+use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -59,6 +59,25 @@ pub(super) enum Dtype {
     Bf16,
     /// Affine, 4 bits in groups of 64; activations in single precision, since MLX's CPU kernels take minutes otherwise
     Q4,
+}
+
+/// Which models, as arguments name them.
+#[derive(Clone, Debug, Default, Args)]
+pub(super) struct Named {
+    /// Whose shape the model has; repeat for several [default: as the bench says]
+    #[arg(long = "shape", value_enum, value_name = "FAMILY")]
+    pub(super) shapes: Vec<Shape>,
+    /// Size of the model; repeat for several [default: as the bench says]
+    #[arg(long = "model", value_enum, value_name = "SIZE")]
+    pub(super) sizes: Vec<Size>,
+    /// How the weights are stored; repeat for several [default: as the bench says]
+    #[arg(long = "dtype", value_enum, value_name = "DTYPE")]
+    pub(super) dtypes: Vec<Dtype>,
+}
+
+/// What was named, or else what is usual.
+pub(super) fn chosen<T: Copy>(named: &[T], usual: &[T]) -> Vec<T> {
+    if named.is_empty() { usual.to_vec() } else { named.to_vec() }
 }
 
 /// A model folder.

@@ -18,9 +18,6 @@ pub(in crate::http) fn parameters(
     fields: &mut Fields,
     defaults: &SamplingDefaults,
 ) -> Result<Parameters, ApiError> {
-    let chosen = "a draft model is chosen when the model is loaded (`mlxnode load --draft-model`)";
-    fields.refuse("draft_model", chosen)?;
-    fields.refuse("num_draft_tokens", chosen)?;
     let temperature = fields.number("temperature", 0.0..=MAX_TEMPERATURE)?.or(defaults.temperature);
     let top_p = fields.number("top_p", 0.0..=1.0)?.or(defaults.top_p);
     let repetition =
@@ -46,6 +43,8 @@ pub(in crate::http) fn parameters(
         extra_stop_tokens: stop_tokens(fields)?,
         ignore_eos: fields.boolean("ignore_eos")?.unwrap_or_default(),
         adapter: fields.string("adapters")?,
+        draft_model: fields.string("draft_model")?,
+        num_draft_tokens: fields.count("num_draft_tokens")?,
         ..Parameters::default()
     })
 }

@@ -4,7 +4,6 @@ use super::control;
 use crate::gate::Access;
 use crate::http::events::{Gone, stream};
 use crate::http::{ApiError, Caller, HttpServices};
-use crate::keys::KeyRole;
 use crate::picture::Picture;
 use axum::Json;
 use axum::extract::State;
@@ -18,7 +17,7 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// Who asks.
 #[derive(Serialize)]
 pub(in crate::http) struct Session {
-    /// "admin" or "user". Without a key, where none is asked for: "admin".
+    /// "user", "trainer" or "admin". Without a key, where none is asked for: "admin".
     role: &'static str,
     /// Name of the key; `null` without one.
     key: Option<String>,
@@ -27,8 +26,7 @@ pub(in crate::http) struct Session {
 }
 
 pub(in crate::http) async fn session(caller: Caller) -> Json<Session> {
-    let is_user = caller.key.as_ref().is_some_and(|key| key.role == KeyRole::User);
-    let role = if is_user { "user" } else { "admin" };
+    let role = caller.key.as_ref().map_or("admin", |key| key.role.name());
     let key = caller.key.map(|key| key.name.clone());
     Json(Session { role, key, version: env!("CARGO_PKG_VERSION") })
 }

@@ -1,10 +1,11 @@
 //! `/api/v1/jobs`: what the cluster works on besides answering. Jobs are submitted, cancelled, paused and resumed at
 //! `/v1/fine_tuning/jobs`.
 
+use crate::fields::shortened;
 use crate::http::body::JsonBody;
 use crate::http::caller::Id;
 use crate::http::jobs_client;
-use crate::http::{ApiError, Caller, HttpServices};
+use crate::http::{ApiError, Caller, ErrorKind, HttpServices};
 use crate::jobs::JobView;
 use axum::Json;
 use axum::extract::State;
@@ -39,6 +40,22 @@ pub(in crate::http) async fn publish(
     let mut fields = body.fields;
     let request = super::wire::publish_request(id, &mut fields)?;
     fields.finish()?;
+    if !caller.administers() {
+        check_model(&caller, &request.model)?;
+    }
     let id = jobs_client::publish(services.jobs_service()?, &caller, request).await?;
     Ok(Json(Published { id }))
+}
+
+/// Whoever does not administer the cluster says which model, and it is one that they may ask.
+fn check_model(caller: &Caller, model: &str) -> Result<(), ApiError> {
+    if model.is_empty() {
+        return Err(ApiError::field("model", "model is missing: name the model that the adapter is for"));
+    }
+    if !caller.may_use(model) {
+        let shown = shortened(model);
+        let message = format!("there is no model {shown:?}, or this API key may not use it");
+        return Err(ApiError { param: Some("model".into()), ..ApiError::new(ErrorKind::NoModel, message) });
+    }
+    Ok(())
 }

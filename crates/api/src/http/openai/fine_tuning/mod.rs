@@ -20,6 +20,8 @@ use axum::extract::{FromRequestParts, State};
 use axum::http::request::Parts;
 use futures::{StreamExt as _, TryStreamExt as _};
 use mlxnode_coordinator::deployments::check_adapter_name;
+use mlxnode_coordinator::jobs::JobSpec;
+use mlxnode_proto::v1::Job;
 use request::Asked;
 use serde_json::Value;
 
@@ -73,6 +75,7 @@ pub(in crate::http) async fn create(
     body: JsonBody,
 ) -> Result<Json<Value>, ApiError> {
     let asked = Asked::read(body.fields)?;
+    check_share(&caller, &asked)?;
     let service = services.jobs_service()?;
     let job = key.job_id(&caller);
     let base = base(&services, &caller, &asked, &job)?;
@@ -87,6 +90,19 @@ pub(in crate::http) async fn create(
     let wish = wire::Wish { id: job, base, inputs, configuration, labels, examined };
     let submitted = jobs_client::submit(service, &caller, wire::request(wish, &asked)).await?;
     Ok(Json(wire::shown(&submitted)))
+}
+
+/// Whoever does not administer the cluster leaves the rest of a node's time to its requests.
+fn check_share(caller: &Caller, asked: &Asked) -> Result<(), ApiError> {
+    let most = JobSpec::DEFAULT_SHARE;
+    if caller.administers() || asked.share_percent <= most {
+        return Ok(());
+    }
+    let message = format!(
+        "share_percent is {}, but jobs of this API key may have at most {most}; more takes the role admin",
+        asked.share_percent
+    );
+    Err(ApiError { param: Some("share_percent".into()), ..ApiError::new(ErrorKind::Forbidden, message) })
 }
 
 /// The model that is trained, and where the result is served.
@@ -122,6 +138,11 @@ fn base(services: &HttpServices, caller: &Caller, asked: &Asked, job: &str) -> R
     if is_adapter(model) {
         let message = "a model with an adapter cannot be trained further; name the model itself";
         return Err(ApiError::field("model", message));
+    }
+    if !caller.administers() {
+        // What is not loaded would be downloaded, or read from a folder of a node.
+        let message = format!("this API key trains models that are loaded, but no model {model:?} is");
+        return Err(ApiError { param: Some("model".into()), ..ApiError::new(ErrorKind::NoModel, message) });
     }
     if asked.suffix.is_some() {
         let message = format!(
@@ -174,10 +195,17 @@ pub(in crate::http) async fn list(
     // The list leaves out what makes it long.
     let whole = futures::stream::iter(jobs.into_iter().map(|job| {
         let (service, caller) = (service.clone(), caller.clone());
-        async move { jobs_client::get(&service, &caller, wire::id(&job)).await }
+        async move {
+            match jobs_client::get(&service, &caller, wire::id(&job)).await {
+                Ok(job) => Ok(Some(job)),
+                // It made room for a new one at this moment.
+                Err(error) if error.kind == ErrorKind::NotFound => Ok(None),
+                Err(error) => Err(error),
+            }
+        }
     }));
-    let whole: Vec<_> = whole.buffered(TOGETHER).try_collect().await?;
-    Ok(Json(listing(whole.iter().map(wire::shown).collect(), more)))
+    let whole: Vec<Option<Job>> = whole.buffered(TOGETHER).try_collect().await?;
+    Ok(Json(listing(whole.iter().flatten().map(wire::shown).collect(), more)))
 }
 
 /// One job.

@@ -6,7 +6,7 @@
 use crate::fields::{Fields, kind, shortened};
 use crate::http::ApiError;
 use crate::jobs::Examined;
-use mlxnode_coordinator::jobs::MAX_WORKERS;
+use mlxnode_coordinator::jobs::{MAX_STAGES, MAX_WORKERS};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
@@ -23,6 +23,8 @@ const MAX_METADATA: usize = 16;
 const MAX_METADATA_KEY: usize = 64;
 const MAX_METADATA_TEXT: usize = 512;
 const MAX_SUFFIX: usize = 64;
+/// Longest model, in bytes: a folder's path.
+const MAX_MODEL: usize = 4096;
 
 /// How it learns.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -65,6 +67,8 @@ pub(super) struct Asked {
     pub(super) suffix: Option<String>,
     pub(super) workers: u32,
     pub(super) share_percent: u32,
+    /// Nodes among which the layers are divided; 0: as many as it takes.
+    pub(super) stages: u32,
     method: Method,
     chosen: Chosen,
     seed: Option<i64>,
@@ -93,6 +97,9 @@ impl Asked {
         if model.trim().is_empty() {
             return Err(ApiError::field("model", "model is empty; name a loaded model, OWNER/NAME or demo"));
         }
+        if model.len() > MAX_MODEL {
+            return Err(ApiError::field("model", format!("model is longer than {MAX_MODEL} bytes")));
+        }
         let training_file = fields.needed_string("training_file")?;
         let validation_file = fields.string("validation_file")?;
         let suffix = fields.string("suffix")?;
@@ -116,6 +123,13 @@ impl Asked {
             None => Chosen::default(),
         };
         let workers = fields.integer("workers", 1..=i64::from(MAX_WORKERS))?.unwrap_or(1);
+        let stages = stages(&mut fields)?;
+        if stages > 1 && workers > 1 {
+            let text = format!(
+                "workers is {workers} and stages is {stages}: a job has either several workers, each with the whole model, or several stages"
+            );
+            return Err(ApiError::field("stages", text));
+        }
         let share = fields.integer("share_percent", 1..=100)?.unwrap_or(0);
         let own = own(&mut fields)?;
         fields.finish()?;
@@ -126,6 +140,7 @@ impl Asked {
             suffix,
             workers: workers as u32,
             share_percent: share as u32,
+            stages,
             method,
             chosen,
             seed,
@@ -243,6 +258,16 @@ fn metadata(fields: &mut Fields) -> Result<BTreeMap<String, String>, ApiError> {
         metadata.insert(name, text);
     }
     Ok(metadata)
+}
+
+/// As `mlxnode jobs submit --stages`: a number, or "auto" (0).
+fn stages(fields: &mut Fields) -> Result<u32, ApiError> {
+    let Some(value) = fields.value("stages").filter(|value| !is_auto(value)) else { return Ok(0) };
+    let number = value.as_u64().and_then(|number| u32::try_from(number).ok());
+    number.filter(|number| (1..=MAX_STAGES).contains(number)).ok_or_else(|| {
+        let shown = shortened(&value.to_string());
+        ApiError::field("stages", format!("stages is {shown}, but must be \"auto\" or 1 to {MAX_STAGES}"))
+    })
 }
 
 /// The method, and its hyperparameters.
@@ -389,6 +414,18 @@ mod tests {
     }
 
     #[test]
+    fn stages_are_a_number_or_as_many_as_it_takes() {
+        for (more, stages) in [
+            (json!({}), 0),
+            (json!({"stages": "auto"}), 0),
+            (json!({"stages": 8}), 8),
+            (json!({"stages": 1, "workers": 3}), 1),
+        ] {
+            assert_eq!(read(more).unwrap().stages, stages);
+        }
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         for (more, param) in [
             (json!({"model": " "}), "model"),
@@ -414,6 +451,12 @@ mod tests {
             (json!({"metadata": {"a": 1}}), "metadata"),
             (json!({"metadata": {"a": "x".repeat(513)}}), "metadata"),
             (json!({"workers": 9}), "workers"),
+            (json!({"stages": 0}), "stages"),
+            (json!({"stages": 9}), "stages"),
+            (json!({"stages": 1.5}), "stages"),
+            (json!({"stages": "two"}), "stages"),
+            (json!({"stages": 2, "workers": 2}), "stages"),
+            (json!({"model": "x".repeat(5000)}), "model"),
             (json!({"share_percent": 0}), "share_percent"),
             (json!({"configuration": [1]}), "configuration"),
             (json!({"typo": 1}), "typo"),

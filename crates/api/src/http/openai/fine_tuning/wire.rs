@@ -2,9 +2,10 @@
 
 use super::request::{Asked, Method, label};
 use super::{Base, TRAINING, VALIDATION};
+use crate::http::openai::files::result_files;
 use crate::http::unix_time;
 use crate::jobs::{ContentHash, Examined, InputFile};
-use mlxnode_proto::v1::{Job, JobCheckpoint, JobInput, JobLogLine, JobState, SubmitJobRequest};
+use mlxnode_proto::v1::{Job, JobCheckpoint, JobInput, JobLogLine, JobStage, JobState, SubmitJobRequest};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, HashMap};
 
@@ -33,6 +34,7 @@ pub(super) fn request(wish: Wish, asked: &Asked) -> SubmitJobRequest {
         inputs: wish.inputs.into_iter().map(input).collect(),
         share_percent: asked.share_percent,
         workers: asked.workers,
+        stages: asked.stages,
         save_steps: wish.examined.save_steps.unwrap_or_default(),
         save_seconds: wish.examined.save_seconds.unwrap_or_default(),
         keep_checkpoints: wish.examined.keep_checkpoints,
@@ -47,7 +49,7 @@ pub(super) fn id(job: &Job) -> &str {
     job.wish.as_ref().map_or("", |wish| &wish.id)
 }
 
-/// A job as OpenAI writes it; `detail`, `step`, `steps`, `node`, `workers` are ours.
+/// A job as OpenAI writes it; what stands behind `user_provided_suffix` is ours.
 pub(super) fn shown(job: &Job) -> Value {
     let nothing = SubmitJobRequest::default();
     let wish = job.wish.as_ref().unwrap_or(&nothing);
@@ -72,7 +74,7 @@ pub(super) fn shown(job: &Job) -> Value {
         "metadata": metadata(&wish.labels),
         "training_file": label(label::TRAINING_FILE).unwrap_or_default(),
         "validation_file": label(label::VALIDATION_FILE),
-        "result_files": [],
+        "result_files": if status == "succeeded" { result_files(job) } else { Vec::new() },
         "trained_tokens": has_ended.then_some(job.trained_tokens),
         "error": (status == "failed").then(|| error(&job.detail)),
         "estimated_finish": (job.seconds_left > 0.0).then(|| now.saturating_add(job.seconds_left.ceil() as i64)),
@@ -83,7 +85,14 @@ pub(super) fn shown(job: &Job) -> Value {
         "steps": job.steps,
         "node": job.node,
         "workers": wish.workers,
+        "stages": if wish.stages == 0 { json!("auto") } else { json!(wish.stages) },
+        "plan": job.stages.iter().map(stage).collect::<Vec<_>>(),
     })
+}
+
+/// What a node has of a model that is divided.
+fn stage(stage: &JobStage) -> Value {
+    json!({"node": stage.node, "first_layer": stage.first, "end_layer": stage.end, "memory_bytes": stage.memory_bytes})
 }
 
 /// A job that is done runs until its result is served (or it is known why not): then it can be asked for at once.

@@ -1,23 +1,19 @@
-//! `/v1/files`: data sets for fine-tuning, as OpenAI's clients upload them. They go to the store of jobs' files as they come, by what they
-//! hold; the name that a client gives is kept beside it until it is deleted.
+//! Files on their way in: multipart forms of any order, piece by piece to the disk.
 
+use super::{check_purpose, shown, told};
 use crate::fields::shortened;
-use crate::http::caller::Id;
-use crate::http::query::{Page, Query, listing};
 use crate::http::{ApiError, Caller, ErrorKind, HttpServices, id, unix_time};
-use crate::jobs::{InputFile, JobFiles, JobsService, NamedFile, TakingIn};
+use crate::jobs::{JobFiles, NamedFile, TakingIn};
 use axum::Json;
-use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse as _, Response};
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt as _;
-use mlxnode_coordinator::Error;
 use mlxnode_coordinator::jobs::MAX_INPUT_BYTES;
-use serde_json::{Value, json};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Poll, ready};
 use std::time::Duration;
 use tokio::sync::OwnedSemaphorePermit;
 
@@ -34,62 +30,6 @@ const MAX_DRAINED: usize = 4 << 20;
 const DRAIN_TIME: Duration = Duration::from_secs(2);
 /// Pieces that go to the disk.
 const PIECE: usize = 256 << 10;
-/// The only purpose that is served.
-const PURPOSE: &str = "fine-tune";
-/// Files of a page.
-const PAGE: usize = 10_000;
-
-/// A file as OpenAI writes it.
-fn shown(file: &NamedFile) -> Value {
-    json!({
-        "id": file.id, "object": "file", "bytes": file.bytes, "created_at": file.created_unix,
-        "expires_at": null, "filename": file.name, "purpose": PURPOSE, "status": "processed", "status_details": null,
-    })
-}
-
-/// Why the store refused.
-pub(super) fn told(error: Error) -> ApiError {
-    let text = error.to_string();
-    match error {
-        Error::Invalid(_) => ApiError::new(ErrorKind::Invalid, text),
-        Error::NotFound(_) => ApiError::new(ErrorKind::NotFound, text),
-        // No room on the disk: what is over makes some.
-        Error::TooMany(_) | Error::Unavailable(_) | Error::TimedOut(_) => {
-            ApiError::new(ErrorKind::Unavailable, text).retry_after(Duration::from_secs(5))
-        }
-        _ => {
-            tracing::error!(reason = text, "a file of a job failed");
-            ApiError::new(
-                ErrorKind::Internal,
-                "the file could not be read or written; the node's log says why",
-            )
-        }
-    }
-}
-
-impl HttpServices {
-    pub(in crate::http) fn jobs_service(&self) -> Result<&JobsService, ApiError> {
-        let missing = || ApiError::new(ErrorKind::Unavailable, "this listener takes no jobs");
-        self.jobs_service.as_ref().ok_or_else(missing)
-    }
-
-    fn job_files(&self) -> Result<Arc<dyn JobFiles>, ApiError> {
-        Ok(self.jobs_service()?.files().clone())
-    }
-
-    /// A file that this caller may see.
-    pub(super) async fn file(&self, caller: &Caller, id: &str) -> Result<Option<NamedFile>, ApiError> {
-        let kept = self.job_files()?.kept().await.map_err(told)?;
-        Ok(kept.into_iter().find(|file| file.id == id && caller.may_see(&file.owner)))
-    }
-
-    async fn needed_file(&self, caller: &Caller, id: &str) -> Result<NamedFile, ApiError> {
-        self.file(caller, id).await?.ok_or_else(|| {
-            let message = format!("there is no file {:?}", shortened(id));
-            ApiError { param: Some("id".to_owned()), ..ApiError::new(ErrorKind::NotFound, message) }
-        })
-    }
-}
 
 /// What an upload brings.
 #[derive(Default)]
@@ -168,27 +108,31 @@ async fn take(
     Ok(named)
 }
 
-fn check_purpose(purpose: &str) -> Result<(), ApiError> {
-    match purpose {
-        PURPOSE => Ok(()),
-        other => {
-            let text = format!("purpose is {:?}, but only {PURPOSE:?} is served", shortened(other));
-            Err(ApiError::field("purpose", text))
-        }
-    }
-}
-
 impl Incoming {
     fn new(request: Request, boundary: String) -> Self {
         // What comes in is counted anew with every piece that is understood: a head without an end fills no memory.
         let unread = Arc::new(AtomicUsize::new(0));
         let counted = unread.clone();
-        let stream = request.into_body().into_data_stream().map(move |piece| {
-            let piece = piece.map_err(std::io::Error::other)?;
-            match counted.fetch_add(piece.len(), Ordering::Relaxed) > MAX_HEAD {
-                true => Err(std::io::Error::other("the head of a part has no end")),
-                false => Ok::<Bytes, std::io::Error>(piece),
+        let mut body = request.into_body().into_data_stream();
+        // multer takes all that is ready before it says what it has understood: one piece each time that it looks, or a fast upload
+        // would count as a head without an end.
+        let mut has_given = false;
+        let stream = futures::stream::poll_fn(move |context| {
+            if std::mem::take(&mut has_given) {
+                context.waker().wake_by_ref();
+                return Poll::Pending;
             }
+            let piece = match ready!(body.poll_next_unpin(context)) {
+                None => return Poll::Ready(None),
+                Some(piece) => piece.map_err(std::io::Error::other),
+            };
+            has_given = true;
+            Poll::Ready(Some(piece.and_then(|piece| {
+                match counted.fetch_add(piece.len(), Ordering::Relaxed) > MAX_HEAD {
+                    true => Err(std::io::Error::other("the head of a part has no end")),
+                    false => Ok::<Bytes, std::io::Error>(piece),
+                }
+            })))
         });
         Self { parts: multer::Multipart::new(stream, boundary), unread }
     }
@@ -291,65 +235,39 @@ async fn in_time<T>(next: impl Future<Output = multer::Result<T>>) -> Result<T, 
     }
 }
 
-/// The files that nodes keep.
-pub(in crate::http) async fn list(
-    State(services): State<HttpServices>,
-    caller: Caller,
-    mut query: Query,
-) -> Result<Json<Value>, ApiError> {
-    if let Some(purpose) = query.take("purpose") {
-        check_purpose(&purpose)?;
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::body::Body;
+
+    /// A form with a file of so many pieces of a MiB, all of which are ready at once.
+    fn form(head: &str, pieces: usize) -> Incoming {
+        let piece = Bytes::from(vec![b'x'; 1 << 20]);
+        let begin = Bytes::from(format!("--XX\r\n{head}"));
+        let end = Bytes::from_static(b"\r\n--XX--\r\n");
+        let body = [vec![begin], vec![piece; pieces], vec![end]].concat();
+        let body = Body::from_stream(futures::stream::iter(body.into_iter().map(Ok::<_, std::io::Error>)));
+        Incoming::new(Request::new(body), "XX".to_owned())
     }
-    let order = query.take("order").unwrap_or_else(|| "desc".to_owned());
-    let page = Page::of(&mut query, PAGE, PAGE)?;
-    query.finish()?;
-    let mut kept = services.job_files()?.kept().await.map_err(told)?;
-    kept.retain(|file| caller.may_see(&file.owner));
-    kept.sort_by(|one, other| (one.created_unix, &one.id).cmp(&(other.created_unix, &other.id)));
-    match order.as_str() {
-        "asc" => {}
-        "desc" => kept.reverse(),
-        _ => return Err(ApiError::field("order", "order must be asc or desc")),
+
+    #[tokio::test]
+    async fn what_comes_faster_than_it_is_read_is_no_head() {
+        let mut incoming = form("content-disposition: form-data; name=\"file\"; filename=\"x\"\r\n\r\n", 16);
+        let mut part = incoming.parts.next_field().await.unwrap().unwrap();
+        let mut received = 0;
+        while let Some(piece) = part.chunk().await.unwrap() {
+            incoming.unread.store(0, Ordering::Relaxed);
+            received += piece.len();
+        }
+        assert_eq!(received, 16 << 20);
+        drop(part);
+        assert!(incoming.parts.next_field().await.unwrap().is_none());
     }
-    let (files, more) = page.cut(kept, |file| &file.id)?;
-    Ok(Json(listing(files.iter().map(shown).collect(), more)))
-}
 
-/// One of them.
-pub(in crate::http) async fn one(
-    State(services): State<HttpServices>,
-    caller: Caller,
-    Id(id): Id,
-) -> Result<Json<Value>, ApiError> {
-    Ok(Json(shown(&services.needed_file(&caller, &id).await?)))
-}
-
-/// What it holds.
-pub(in crate::http) async fn content(
-    State(services): State<HttpServices>,
-    caller: Caller,
-    Id(id): Id,
-) -> Result<Response, ApiError> {
-    let file = services.needed_file(&caller, &id).await?;
-    let input = InputFile { name: file.name, hash: file.hash, bytes: file.bytes };
-    let mut pieces = services.job_files()?.content(input);
-    // Whether it can be read shows with the first piece; an empty file has none.
-    let first = pieces.next().await.transpose().map_err(told)?;
-    let first = futures::stream::iter(first.map(Ok::<Bytes, Error>));
-    let mut response = Response::new(Body::from_stream(first.chain(pieces)));
-    let kind = HeaderValue::from_static("application/octet-stream");
-    response.headers_mut().insert(header::CONTENT_TYPE, kind);
-    response.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(file.bytes));
-    Ok(response)
-}
-
-/// Forgets it; jobs that read it keep it.
-pub(in crate::http) async fn delete(
-    State(services): State<HttpServices>,
-    caller: Caller,
-    Id(id): Id,
-) -> Result<Json<Value>, ApiError> {
-    let file = services.needed_file(&caller, &id).await?;
-    services.job_files()?.forget(file.id).await.map_err(told)?;
-    Ok(Json(json!({"id": id, "object": "file", "deleted": true})))
+    #[tokio::test]
+    async fn a_head_without_an_end_fills_no_memory() {
+        let mut incoming = form("x: ", 64);
+        assert!(incoming.parts.next_field().await.is_err());
+        assert!(incoming.unread.load(Ordering::Relaxed) <= MAX_HEAD + (2 << 20));
+    }
 }

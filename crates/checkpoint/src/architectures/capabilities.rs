@@ -18,11 +18,11 @@ pub struct Capabilities {
 }
 
 impl Capabilities {
-    /// A decoder of attention layers for text. Neither tensor parallelism nor adapters exist yet, for any family.
+    /// A decoder of attention layers for text. Tensor parallelism does not exist yet, for any family.
     pub(super) const DECODER: Self = Self {
         pipeline: true,
         tensor: false,
-        lora: false,
+        lora: true,
         quantized_kv: true,
         speculative: true,
         vision_unused: false,

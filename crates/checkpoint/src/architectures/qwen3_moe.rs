@@ -29,7 +29,10 @@ pub(super) fn model(config: &Config, architecture: &'static str) -> Result<Model
     let (tied, attention) = (config.bool("tie_word_embeddings")?, vec![attention; sizes.layers]);
     let dense_network = sizes.gated(activation, false);
     let mut model = dense::model(config, architecture, &sizes, attention, &dense_network, tied)?;
-    let (experts, per_token) = dense::experts(config, "num_experts")?;
+    // transformers 5 saves it by another name than it reads.
+    let is_saved_again = config.get("num_experts").is_none() && config.get("num_local_experts").is_some();
+    let count = if is_saved_again { "num_local_experts" } else { "num_experts" };
+    let (experts, per_token) = dense::experts(config, count)?;
     let normalization = match config.bool("norm_topk_prob")? {
         true => Normalization::Sum,
         false => Normalization::None,

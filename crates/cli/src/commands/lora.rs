@@ -152,6 +152,7 @@ impl Lora {
         let files = Files::new(&config.adapter_path);
         if let Some(newest) = &newest {
             job.resume(newest).with_context(|| format!("cannot go on from {}", newest.display()))?;
+            checkpoints.goes_on(job.iteration());
             figures.resumed(&job)?;
         } else if config.train
             && let Some(place) = checkpoints.set_aside()?
@@ -171,7 +172,10 @@ impl Lora {
         loop {
             if running.pressed() {
                 if config.train {
-                    let place = checkpoints.save(&mut job)?;
+                    let place = match checkpoints.saved(job.iteration()) {
+                        Some(place) => place,
+                        None => checkpoints.save(&mut job)?,
+                    };
                     figures.interrupted(&job, &place)?;
                 }
                 return Ok(interrupts::exit_code(true));
@@ -195,7 +199,7 @@ impl Lora {
                     if report.step / config.save_every > before / config.save_every {
                         figures.saved(&files.save(&mut job, report.step)?)?;
                     }
-                    if checkpoints.is_due(&job) {
+                    if checkpoints.is_due(job.iteration()) {
                         let place = checkpoints.save(&mut job)?;
                         figures.checkpointed(&job, &place, checkpoints.pause())?;
                     }
@@ -205,8 +209,10 @@ impl Lora {
         }
         if config.train {
             files.finish(&mut job)?;
-            let place = checkpoints.save(&mut job)?;
-            figures.checkpointed(&job, &place, checkpoints.pause())?;
+            if checkpoints.saved(job.iteration()).is_none() {
+                let place = checkpoints.save(&mut job)?;
+                figures.checkpointed(&job, &place, checkpoints.pause())?;
+            }
             figures.finished(&files)?;
         }
         Ok(ExitCode::SUCCESS)

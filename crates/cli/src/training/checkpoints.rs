@@ -23,8 +23,8 @@ pub struct Checkpoints {
     /// What saving took last.
     pause: Duration,
     last: Instant,
-    /// The iteration that was saved last.
-    saved: u64,
+    /// The iteration that was saved last, or gone on from.
+    saved: Option<u64>,
 }
 
 impl Checkpoints {
@@ -41,7 +41,7 @@ impl Checkpoints {
             minutes,
             pause: Duration::ZERO,
             last: Instant::now(),
-            saved: 0,
+            saved: None,
         }
     }
 
@@ -68,13 +68,23 @@ impl Checkpoints {
         Ok(None)
     }
 
-    /// Is it time for one?
-    pub fn is_due(&self, job: &FineTuning) -> bool {
-        let by_steps = job.iteration() / self.every > self.saved / self.every;
+    /// The run goes on from one, so that of this iteration is there.
+    pub fn goes_on(&mut self, iteration: u64) {
+        self.saved = Some(iteration);
+    }
+
+    /// Is it time for one, after so many iterations?
+    pub fn is_due(&self, iteration: u64) -> bool {
+        let by_steps = iteration / self.every > self.saved.unwrap_or(0) / self.every;
         let passed = |minutes: &f64| {
             self.last.elapsed() >= Duration::from_secs_f64(minutes * 60.0).max(self.pause * BETWEEN)
         };
         by_steps || self.minutes.as_ref().is_some_and(passed)
+    }
+
+    /// The one after so many iterations, if it is there: to write it again would leave none for a moment.
+    pub fn saved(&self, iteration: u64) -> Option<PathBuf> {
+        (self.saved == Some(iteration)).then(|| self.place(iteration))
     }
 
     /// What saving took last.
@@ -85,7 +95,7 @@ impl Checkpoints {
     /// Saves the run as it is, and lets go of the oldest ones. A run that goes down meanwhile leaves those before.
     pub fn save(&mut self, job: &mut FineTuning) -> Result<PathBuf> {
         let started = Instant::now();
-        let place = self.folder.join(format!("{:07}", job.iteration()));
+        let place = self.place(job.iteration());
         let begun = self.folder.join("begun");
         let saved = || format!("cannot save the run in {}", place.display());
         match std::fs::remove_dir_all(&begun) {
@@ -105,7 +115,7 @@ impl Checkpoints {
         }
         std::fs::rename(&begun, &place).with_context(saved)?;
         File::open(&self.folder).and_then(|folder| folder.sync_all()).with_context(saved)?;
-        (self.last, self.saved) = (Instant::now(), job.iteration());
+        (self.last, self.saved) = (Instant::now(), Some(job.iteration()));
         let others: Vec<PathBuf> = self.all()?.into_iter().filter(|other| *other != place).collect();
         for old in others.iter().rev().skip(self.kept.max(1) - 1) {
             std::fs::remove_dir_all(old)
@@ -113,6 +123,10 @@ impl Checkpoints {
         }
         self.pause = started.elapsed();
         Ok(place)
+    }
+
+    fn place(&self, iteration: u64) -> PathBuf {
+        self.folder.join(format!("{iteration:07}"))
     }
 
     /// All of them, the oldest first.
@@ -136,4 +150,29 @@ impl Checkpoints {
 /// The iteration that a checkpoint's folder is named by.
 fn iteration(path: &Path) -> Option<u64> {
     path.file_name()?.to_str()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn they_are_due_at_their_steps_and_a_run_that_goes_on_has_the_one_it_came_from() {
+        let of = |yaml: &str| {
+            let config = TrainingConfig::from_yaml(&format!("train: true\n{yaml}"), "a").unwrap();
+            Checkpoints::new(&config)
+        };
+        let mut every_ten = of("save_every: 10\n");
+        assert_eq!(every_ten.saved(0), None, "nothing was saved");
+        assert!(!every_ten.is_due(9) && every_ten.is_due(10) && every_ten.is_due(12));
+        // An interruption saves anywhere.
+        every_ten.goes_on(27);
+        assert_eq!(every_ten.saved(27), Some(Path::new("adapters/checkpoints/0000027").to_owned()));
+        assert_eq!(every_ten.saved(28), None);
+        assert!(!every_ten.is_due(28) && !every_ten.is_due(29) && every_ten.is_due(30));
+        let updates = of("checkpoint_steps: 3\ngrad_accumulation_steps: 4\n");
+        assert!(!updates.is_due(11) && updates.is_due(12));
+        let minutes = of("checkpoint_minutes: 5\n");
+        assert!(!minutes.is_due(1_000_000), "minutes alone decide where they are given alone");
+    }
 }

@@ -10,4 +10,4 @@ mod reading;
 pub use checkpoints::Checkpoints;
 pub use figures::Figures;
 pub use files::Files;
-pub use reading::TrainingReader;
+pub use reading::{TrainingReader, narrow, seconds_of_saves};

@@ -34,7 +34,8 @@ pub fn seconds_of_saves(config: &TrainingConfig) -> Option<u32> {
     config.checkpoint_minutes.map(|minutes| (minutes * 60.0).ceil() as u32)
 }
 
-fn narrow(number: u64) -> u32 {
+/// A count as messages have it.
+pub fn narrow(number: u64) -> u32 {
     u32::try_from(number).unwrap_or(u32::MAX)
 }
 

@@ -4,8 +4,9 @@ use super::{Plan, Trained, TuneError, Tuning};
 use crate::adapters::{Dropout, Matrices, Registry};
 use crate::batch::{Batch, Row};
 use crate::caches::SequenceCache;
-use crate::decoder::Decoder;
+use crate::decoder::{Decoder, Layer};
 use crate::loader;
+use crate::widening::Widened;
 use mlxnode_compute::{CacheOptions, LayerRange};
 use mlxnode_mlx::{Array, Device, Dtype, Error, Function, Result};
 use std::collections::{BTreeMap, HashMap};
@@ -316,8 +317,7 @@ impl Tuner {
         keys: Option<&Array>,
     ) -> Result<Array> {
         let device = self.device();
-        let options = CacheOptions::default();
-        let mut caches: Vec<SequenceCache> = lengths.iter().map(|_| decoder.new_cache(&options)).collect();
+        let mut caches = caches(decoder.layers.len(), lengths);
         let mut batch = Batch::whole(rows(&mut caches, lengths));
         let vectors = match self.shared.layers.is_first() {
             true => decoder.embed(device, input, &mut batch)?,
@@ -358,11 +358,7 @@ impl Tuner {
                     let Some(layer) = decoder.layers.get(index) else {
                         return Err(Error::Mlx(format!("the layer range has no layer {index}")));
                     };
-                    let options = CacheOptions::default();
-                    let mut caches: Vec<SequenceCache> =
-                        lengths.iter().map(|_| decoder.new_cache(&options)).collect();
-                    let mut batch = Batch::whole(rows(&mut caches, &lengths));
-                    layer.alone(device, (*hidden).clone(), index, decoder.widened, &mut batch)
+                    tuner.through(layer, index, hidden, decoder.widened, &lengths)
                 })?,
                 None => tuner.made_layer(index, places, arrays, hidden, &lengths)?,
             };
@@ -386,12 +382,21 @@ impl Tuner {
         }
         let first = shard.layers.start;
         let layer = loader::assemble_layer(device, spec, shard, given, first + index).map_err(refused)?;
-        let options = CacheOptions::default();
-        let layers = self.shared.of_layers.len();
-        let mut caches: Vec<SequenceCache> =
-            lengths.iter().map(|_| SequenceCache::new(layers, &options)).collect();
+        self.through(&layer, index, hidden, loader::widened(spec, shard.layers), lengths)
+    }
+
+    /// Hidden vectors through one layer, the range's number `index`.
+    fn through(
+        &self,
+        layer: &Layer,
+        index: usize,
+        hidden: &Array,
+        widened: Widened,
+        lengths: &[i32],
+    ) -> Result<Array> {
+        let mut caches = caches(self.shared.of_layers.len(), lengths);
         let mut batch = Batch::whole(rows(&mut caches, lengths));
-        layer.alone(device, hidden.clone(), index, loader::widened(spec, shard.layers), &mut batch)
+        layer.alone(self.device(), hidden.clone(), index, widened, &mut batch)
     }
 }
 
@@ -403,6 +408,11 @@ pub struct Backward {
     pub trained: Vec<Array>,
     /// The gradient of the hidden vectors that went in.
     pub input: Option<Array>,
+}
+
+/// Empty ones for as many sequences, which do not outlive a call.
+fn caches(layers: usize, lengths: &[i32]) -> Vec<SequenceCache> {
+    lengths.iter().map(|_| SequenceCache::new(layers, &CacheOptions::default())).collect()
 }
 
 fn rows<'a>(caches: &'a mut [SequenceCache], lengths: &[i32]) -> Vec<Row<'a>> {

@@ -398,11 +398,12 @@ impl Incoming {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use mlxnode_coordinator::jobs::Checkpoint;
 
-    fn store() -> (tempfile::TempDir, Store) {
+    /// An empty one.
+    pub(in crate::jobs) fn store() -> (tempfile::TempDir, Store) {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::new(folder.path().join("jobs"));
         (folder, store)

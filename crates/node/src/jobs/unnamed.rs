@@ -91,14 +91,9 @@ impl Drop for Unnamed {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::jobs::store::tests::store;
     use std::collections::BTreeMap;
     use std::time::SystemTime;
-
-    fn store() -> (tempfile::TempDir, Store) {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::new(folder.path().join("jobs"));
-        (folder, store)
-    }
 
     #[test]
     fn a_file_without_a_name_is_whole_or_nothing() {

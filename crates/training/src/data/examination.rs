@@ -20,7 +20,7 @@ pub struct Examination {
 /// first one has. The files are read once, row by row.
 ///
 /// # Errors
-/// [`DataError`] for the first row that is wrong, with file and line; for no rows to learn from.
+/// [`DataError`] for the first row that is wrong, with file and line; for no rows to learn from, or to test on where that is asked for.
 pub fn examine(config: &TrainingConfig, folder: &Path) -> Result<Examination, DataError> {
     let folder = DataFolder::open(folder, None)?;
     let count = |name: &str| {
@@ -44,10 +44,13 @@ pub fn examine(config: &TrainingConfig, folder: &Path) -> Result<Examination, Da
         Ok::<u64, DataError>(rows)
     };
     let examination = Examination { training: count("train")?, validation: count("valid")? };
-    match examination.training {
-        0 => Err(DataError::Empty { set: "training" }),
-        _ => Ok(examination),
+    if examination.training == 0 {
+        return Err(DataError::Empty { set: "training" });
     }
+    if config.test && count("test")? == 0 {
+        return Err(DataError::Empty { set: "test" });
+    }
+    Ok(examination)
 }
 
 #[cfg(test)]
@@ -94,6 +97,18 @@ mod tests {
             examined("mask_prompt: true", &[("train.jsonl", r#"{"text": "a"}"#)])
                 .unwrap_err()
                 .contains("masked")
+        );
+        let with_test = |row: &str| examined("test: true", &[("train.jsonl", pair), ("test.jsonl", row)]);
+        assert_eq!(with_test(pair), counted(1, 0));
+        assert!(
+            with_test("[1]").unwrap_err().starts_with("test.jsonl line 1"),
+            "it would end the job at its start"
+        );
+        assert!(examined("test: true", &[("train.jsonl", pair)]).unwrap_err().contains("test"));
+        assert_eq!(
+            examined("", &[("train.jsonl", pair), ("test.jsonl", "[1]")]),
+            counted(1, 0),
+            "not asked for"
         );
         assert!(examined("text_feature: words", &[("train.jsonl", r#"{"words": "a"}"#)]).is_ok());
     }

@@ -1,5 +1,7 @@
 //! How far a saved job is, and of what it is a state.
 
+use super::progress::Progress;
+use super::{CURSOR_FILE, STATE_FILE};
 use crate::{Row, Sequence, Sets, TrainingConfig};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -128,20 +130,19 @@ impl Fingerprint {
 }
 
 impl Cursor {
-    /// `numbers` are the iterations, updates, the last measured iteration, and the tokens.
-    pub(super) fn new(
-        numbers: [u64; 4],
-        tested: bool,
-        of: Fingerprint,
-        state: &Path,
-    ) -> std::io::Result<Self> {
-        let [iteration, updates, validated, trained_tokens] = numbers;
-        let state = digest(state)?;
-        Ok(Self { format: FORMAT, iteration, updates, validated, trained_tokens, tested, of, state })
-    }
-
-    pub(super) fn to_json(&self) -> String {
-        serde_json::json!(self).to_string()
+    /// Writes how far the job is beside the state that lies in `directory`.
+    pub(super) fn write(
+        directory: &Path,
+        progress: &Progress,
+        updates: u64,
+        trained_tokens: u64,
+        of: &Fingerprint,
+    ) -> std::io::Result<()> {
+        let (iteration, validated, tested) = progress.place();
+        let (of, state) = (of.clone(), digest(&directory.join(STATE_FILE))?);
+        let cursor =
+            Self { format: FORMAT, iteration, updates, validated, trained_tokens, tested, of, state };
+        std::fs::write(directory.join(CURSOR_FILE), serde_json::json!(cursor).to_string())
     }
 
     pub(super) fn read(file: &Path) -> Result<Self, CursorError> {

@@ -32,7 +32,7 @@ use mlxnode_compute::{
     Advance, Job, JobError, LinkError, Reduce, StepReport, TreeNode, TreeSum, tells_parameters_after,
 };
 use mlxnode_engine::tuning::{TuneError, Tuning};
-use mlxnode_mlx::{Array, Dtype};
+use mlxnode_mlx::{Array, Device, Dtype};
 use progress::{Piece, Progress};
 use std::io::ErrorKind;
 use std::ops::RangeInclusive;
@@ -205,7 +205,7 @@ impl FineTuning {
             let (loss, counted) = self.trainer.loss(&batch)?;
             sum += loss;
             tokens += counted;
-            self.clear_cache()?;
+            clear_cache(self.trainer.device(), &self.config)?;
         }
         Ok(sum / tokens.max(1) as f64)
     }
@@ -240,7 +240,7 @@ impl FineTuning {
             }
         };
         let device = self.trainer.device();
-        let memory = self.clear_cache().and_then(|()| device.memory());
+        let memory = clear_cache(device, &self.config).and_then(|()| device.memory());
         let peak_memory = memory.map_err(|error| JobError::Failed(error.to_string()))?.peak as u64;
         self.progress.done(last);
         self.trained_tokens += sum.tokens;
@@ -280,16 +280,6 @@ impl FineTuning {
             sum.insert(TreeNode::leaf(index), made, |left, right| add(device, left, &right))?;
         }
         sum.into_parts().next().map(|(_, sum)| sum).ok_or_else(|| none().into())
-    }
-
-    /// As `clear_cache_threshold` asks for it.
-    fn clear_cache(&self) -> Result<(), mlxnode_mlx::Error> {
-        let threshold = self.config.clear_cache_threshold;
-        let device = self.trainer.device();
-        if threshold > 0 && device.memory()?.cache as u64 > threshold {
-            device.clear_cache()?;
-        }
-        Ok(())
     }
 
     fn piece(&mut self) -> Result<Advance, JobError> {
@@ -346,6 +336,15 @@ fn options(config: &TrainingConfig, compile: bool) -> TrainerOptions {
     }
 }
 
+/// As `clear_cache_threshold` asks for it.
+fn clear_cache(device: &Device, config: &TrainingConfig) -> Result<(), mlxnode_mlx::Error> {
+    let threshold = config.clear_cache_threshold;
+    if threshold > 0 && device.memory()?.cache as u64 > threshold {
+        device.clear_cache()?;
+    }
+    Ok(())
+}
+
 /// What went wrong in an update or a measurement, as the job says it.
 fn told(step: u64, error: TrainError) -> JobError {
     match error {
@@ -363,16 +362,8 @@ impl Job for FineTuning {
     fn save(&mut self, directory: &Path) -> Result<(), JobError> {
         let state = directory.join(STATE_FILE);
         self.trainer.write_state(&state).map_err(written)?;
-        let (iteration, validated, tested) = self.progress.place();
-        let (updates, trained_tokens) = (self.trainer.updates(), self.trained_tokens);
-        let cursor = Cursor::new(
-            [iteration, updates, validated, trained_tokens],
-            tested,
-            self.fingerprint.clone(),
-            &state,
-        );
-        let cursor = cursor.map_err(io)?;
-        std::fs::write(directory.join(CURSOR_FILE), cursor.to_json()).map_err(io)
+        let (updates, tokens) = (self.trainer.updates(), self.trained_tokens);
+        Cursor::write(directory, &self.progress, updates, tokens, &self.fingerprint).map_err(io)
     }
 
     fn publish(&mut self, directory: &Path) -> Result<(), JobError> {

@@ -13,7 +13,8 @@ use super::line::{HandError, Line, Trouble, can_hand_on};
 use super::passes::{Pass, passes};
 use super::progress::{Piece, Progress};
 use super::{
-    ADAPTER_CONFIG, ADAPTER_FILE, CURSOR_FILE, PrepareError, STATE_FILE, checked, io, options, told, written,
+    ADAPTER_CONFIG, ADAPTER_FILE, CURSOR_FILE, PrepareError, STATE_FILE, checked, clear_cache, io, options,
+    told, written,
 };
 use crate::parameters::{self, Held, Share};
 use crate::trainer::{MicroGradients, Place, Returned, StageTrainer, StateError, add};
@@ -234,7 +235,8 @@ impl StagedFineTuning {
                 (applied.loss, Some(applied.gradient_norm))
             }
         };
-        let memory = self.clear_cache().and_then(|()| self.trainer.device().memory());
+        let device = self.trainer.device();
+        let memory = clear_cache(device, &self.config).and_then(|()| device.memory());
         let memory = memory.map_err(|error| JobError::Failed(error.to_string()))?;
         self.progress.done(last);
         self.trained_tokens += sum.tokens;
@@ -272,7 +274,7 @@ impl StagedFineTuning {
             let device = self.trainer.device();
             sum.insert(TreeNode::leaf(done), own, |left, right| add(device, left, &right))?;
             done += 1;
-            self.clear_cache()?;
+            clear_cache(self.trainer.device(), &self.config)?;
         }
         Ok(sum.into_parts().next().map(|(_, sum)| sum).ok_or_else(none)?)
     }
@@ -371,7 +373,7 @@ impl StagedFineTuning {
                 if let (true, Some(input)) = (self.is_last(), there.input) {
                     sum += self.trainer.loss(batch, input, there.unchanged)?;
                 }
-                self.clear_cache()?;
+                clear_cache(self.trainer.device(), &self.config)?;
             }
             let all = self.line.exchange(&[sum])?;
             Ok(all.last().and_then(|numbers| numbers.first()).copied().unwrap_or(f64::NAN))
@@ -385,16 +387,6 @@ impl StagedFineTuning {
     fn check(&self, batches: &[MicroBatch]) -> Result<(), JobError> {
         let step = self.progress.iteration() + 1;
         batches.iter().try_for_each(|batch| self.trainer.check(batch)).map_err(|error| told(step, error))
-    }
-
-    /// As `clear_cache_threshold` asks for it.
-    fn clear_cache(&self) -> Result<(), Error> {
-        let threshold = self.config.clear_cache_threshold;
-        let device = self.trainer.device();
-        if threshold > 0 && device.memory()?.cache as u64 > threshold {
-            device.clear_cache()?;
-        }
-        Ok(())
     }
 
     fn is_last(&self) -> bool {
@@ -478,10 +470,8 @@ impl Job for StagedFineTuning {
         let parts = self.give_state()?;
         let state = directory.join(STATE_FILE);
         self.join(&parts, Some(self.trainer.notes()), &state)?;
-        let (iteration, validated, tested) = self.progress.place();
-        let numbers = [iteration, self.trainer.updates(), validated, self.trained_tokens];
-        let cursor = Cursor::new(numbers, tested, self.fingerprint.clone(), &state).map_err(io)?;
-        std::fs::write(directory.join(CURSOR_FILE), cursor.to_json()).map_err(io)
+        let (updates, tokens) = (self.trainer.updates(), self.trained_tokens);
+        Cursor::write(directory, &self.progress, updates, tokens, &self.fingerprint).map_err(io)
     }
 
     fn publish(&mut self, directory: &Path) -> Result<(), JobError> {

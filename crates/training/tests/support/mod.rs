@@ -2,7 +2,9 @@
 #![allow(dead_code, unreachable_pub)] // each test binary uses its part
 #![allow(clippy::unwrap_used, clippy::panic)] // a failing test is supposed to stop
 
-use mlxnode_checkpoint::{Checkpoint, Config, SafetensorsWriter, TensorDtype, architectures};
+use mlxnode_checkpoint::{
+    Checkpoint, Config, QuantMode, QuantSetting, SafetensorsWriter, TensorDtype, architectures,
+};
 use mlxnode_compute::LayerRange;
 use mlxnode_engine::tuning::Tuning;
 use mlxnode_mlx::{Array, Device};
@@ -49,18 +51,34 @@ pub fn write_in(folder: &Path, config: &Value, seed: u64, dtype: TensorDtype) {
     let spec = architectures::spec(&Config::from_json(config.to_string().as_bytes()).unwrap()).unwrap();
     let mut writer = SafetensorsWriter::new();
     for module in spec.modules(LayerRange::new(0, spec.layer_count())) {
-        for tensor in module.tensors(None).unwrap() {
+        // Families of which there are packed models only.
+        let is_packed = spec.turned.contains_key(&module.path);
+        let bits = config["quantization"]["bits"].as_u64().unwrap_or_default() as usize;
+        let setting = is_packed.then_some(QuantSetting { bits, group_size: 128, mode: QuantMode::Affine });
+        for tensor in module.tensors(setting).unwrap() {
             let count: usize = tensor.shape.iter().product();
             let mut state =
                 tensor.name.bytes().fold(seed + 7, |state, byte| state.wrapping_mul(31) + u64::from(byte));
-            let is_vector = tensor.shape.len() == 1;
-            let scale = if is_vector { 0.2 } else { 1.5 / (*tensor.shape.last().unwrap() as f32).sqrt() };
+            if is_packed && tensor.name.ends_with(".weight") {
+                let words = (0..count).flat_map(|_| {
+                    state =
+                        state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    ((state >> 32) as u32).to_le_bytes()
+                });
+                writer.add(&tensor.name, TensorDtype::U32, &tensor.shape, words.collect()).unwrap();
+                continue;
+            }
+            let is_vector = tensor.shape.len() < 2;
+            let scale =
+                if is_vector { 0.2 } else { 1.5 / (tensor.shape[tensor.shape.len() - 1] as f32).sqrt() };
             let offset = if is_vector { 1.0 } else { 0.0 };
             let mut bytes = Vec::with_capacity(4 * count);
             for _ in 0..count {
                 state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                 let unit = (state >> 40) as f32 / (1_u64 << 23) as f32 - 1.0;
-                let value = (offset + scale * unit).to_le_bytes();
+                // By which inputs are turned.
+                let is_sign = tensor.name.ends_with(".signs");
+                let value = if is_sign { unit.signum() } else { offset + scale * unit }.to_le_bytes();
                 bytes.extend(if dtype == TensorDtype::F32 { &value[..] } else { &value[2..] });
             }
             writer.add(&tensor.name, dtype, &tensor.shape, bytes).unwrap();

@@ -8,7 +8,7 @@
 
 use super::models::{self, Dtype, Model, Named, Pair, Shape, Size, chosen};
 use super::process::{self, measure};
-use super::report::{Report, Row, Target, Unit};
+use super::report::{Collected, Report, Row, Target, Unit};
 use super::{Limits, binary, example};
 use crate::places::Places;
 use crate::setup;
@@ -98,16 +98,17 @@ pub(super) fn run(places: &Places, options: &Options, limits: Limits) -> Result<
         scratch: places.cache.join("bench-scratch"),
         limits,
     };
-    let mut rows = Vec::new();
+    let mut rows = Collected::new("mlxnode", "mlx-lm");
     for (shape, size, dtype) in options.models() {
         let model = Model::provide(places, &oracle, shape, size, dtype)?;
         eprintln!("engine: {}", model.name());
-        rows.extend(bench.speed(&model)?);
-        rows.extend(bench.batch(&model)?);
-        rows.extend(bench.start(&model)?);
+        let mut measured = bench.speed(&model)?;
+        measured.extend(bench.batch(&model)?);
+        measured.extend(bench.start(&model)?);
         if shape == Shape::Llama && size != Size::T {
-            rows.extend(bench.speculation(&Pair::provide(places, &oracle, size, dtype)?, &model)?);
+            measured.extend(bench.speculation(&Pair::provide(places, &oracle, size, dtype)?, &model)?);
         }
+        rows.add(measured);
     }
     let blas = match process::blas() {
         Some(_) => "both with OpenBLAS, one thread",
@@ -120,7 +121,7 @@ pub(super) fn run(places: &Places, options: &Options, limits: Limits) -> Result<
         "Both generated the same tokens in every run.".into(),
         "Rows of guesses compare mlxnode with itself: with guesses and without.".into(),
     ];
-    Ok(Report { bench: "engine", ours: "mlxnode", base: "mlx-lm", notes, rows })
+    Ok(rows.into_report("engine", notes))
 }
 
 impl Options {

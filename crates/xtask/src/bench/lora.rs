@@ -11,7 +11,7 @@ mod together;
 
 use super::models::{Dtype, Model, Named, Shape, Size, chosen};
 use super::process::{self, Measured, measure};
-use super::report::{Report, Row, Target, Unit};
+use super::report::{Collected, Report, Row, Target, Unit};
 use super::{Limits, binary, pipeline, reduce};
 use crate::places::Places;
 use crate::setup;
@@ -91,17 +91,17 @@ pub(super) fn run(places: &Places, options: &Options, limits: Limits) -> Result<
         folder: folder.path(),
         limits,
     };
-    let mut rows = Vec::new();
+    let mut rows = Collected::new("mlxnode", "base");
     if !options.only_jobs {
         for (shape, size, dtype) in options.models() {
             let model = Model::provide(places, &oracle, shape, size, dtype)?;
-            rows.extend(bench.against_mlx_lm(&model)?);
+            rows.add(bench.against_mlx_lm(&model)?);
         }
     }
     if !options.no_jobs {
         let model = Model::llama(places, &oracle, if limits.quick { Size::T } else { Size::S }, Dtype::F32)?;
-        rows.extend(together::rows(&binary, &environment, folder.path(), &model, limits)?);
-        rows.extend(reduce::run(places, limits)?.rows);
+        rows.add(together::rows(&binary, &environment, folder.path(), &model, limits)?);
+        rows.add(reduce::run(places, limits)?.rows);
     }
     let notes = vec![
         "One process: runs in turns (A B C A B C), after one of each that does not count; the second of two epochs over the same \
@@ -113,7 +113,7 @@ pub(super) fn run(places: &Places, options: &Options, limits: Limits) -> Result<
         "Checkpoint and kills: at the default cadence, from measured times of a step, a checkpoint, and from a kill to the next step."
             .into(),
     ];
-    Ok(Report { bench: "lora", ours: "mlxnode", base: "base", notes, rows })
+    Ok(rows.into_report("lora", notes))
 }
 
 struct Bench<'a> {

@@ -108,46 +108,72 @@ impl Target {
 impl Report {
     /// Columns of equal width, readable in a terminal and as Markdown.
     pub(super) fn table(&self) -> String {
-        let mut lines =
-            vec![["", "measure", self.ours, self.base, "ratio [min–max]", "target", ""].map(str::to_owned)];
-        lines.push(lines[0].clone().map(|_| "---".to_owned()));
-        for row in &self.rows {
-            let number = |spread: &Spread| row.unit.show(spread.median);
-            let ratio =
-                row.ratio.map(|ratio| format!("{:.2} [{:.2}–{:.2}]", ratio.median, ratio.min, ratio.max));
-            let range = || format!("[{}–{}]", row.unit.figure(row.ours.min), row.unit.figure(row.ours.max));
-            let factor = if row.ratio.is_some() { Unit::Times } else { row.unit };
-            let target = row.target.map(|target| match target {
-                Target::AtLeast(limit) => format!("≥ {}", factor.show(limit)),
-                Target::AtMost(limit) => format!("≤ {}", factor.show(limit)),
-            });
-            lines.push([
-                row.subject.clone(),
-                row.measure.clone(),
-                number(&row.ours),
-                row.base.as_ref().map(number).unwrap_or_default(),
-                ratio.unwrap_or_else(range),
-                target.unwrap_or_default(),
-                row.verdict.unwrap_or_default().to_owned(),
-            ]);
-        }
-        let mut widths = [0; 7];
-        for line in &lines {
-            for (width, cell) in widths.iter_mut().zip(line) {
-                *width = (*width).max(cell.chars().count());
-            }
-        }
-        let mut text = String::new();
-        for line in &lines {
-            for (width, cell) in widths.iter().zip(line) {
-                let filler = if cell == "---" { "-" } else { " " };
-                let padding = filler.repeat(width.saturating_sub(cell.chars().count()));
-                let _ = write!(text, "| {cell}{padding} "); // writing to a String does not fail
-            }
-            text.push_str("|\n");
-        }
-        text
+        table((self.ours, self.base), &self.rows)
     }
+}
+
+/// Rows of a bench on their way: each group is said on stderr as soon as it is there, since whatever interrupts a bench of an hour should
+/// leave what it measured before.
+pub(super) struct Collected {
+    sides: (&'static str, &'static str),
+    rows: Vec<Row>,
+}
+
+impl Collected {
+    /// None yet, of ours and of what it is compared with.
+    pub(super) fn new(ours: &'static str, base: &'static str) -> Self {
+        Self { sides: (ours, base), rows: Vec::new() }
+    }
+
+    pub(super) fn add(&mut self, mut rows: Vec<Row>) {
+        eprint!("{}", table(self.sides, &rows));
+        self.rows.append(&mut rows);
+    }
+
+    pub(super) fn into_report(self, bench: &'static str, notes: Vec<String>) -> Report {
+        let (ours, base) = self.sides;
+        Report { bench, ours, base, notes, rows: self.rows }
+    }
+}
+
+fn table((ours, base): (&str, &str), rows: &[Row]) -> String {
+    let mut lines = vec![["", "measure", ours, base, "ratio [min–max]", "target", ""].map(str::to_owned)];
+    lines.push(lines[0].clone().map(|_| "---".to_owned()));
+    for row in rows {
+        let number = |spread: &Spread| row.unit.show(spread.median);
+        let ratio = row.ratio.map(|ratio| format!("{:.2} [{:.2}–{:.2}]", ratio.median, ratio.min, ratio.max));
+        let range = || format!("[{}–{}]", row.unit.figure(row.ours.min), row.unit.figure(row.ours.max));
+        let factor = if row.ratio.is_some() { Unit::Times } else { row.unit };
+        let target = row.target.map(|target| match target {
+            Target::AtLeast(limit) => format!("≥ {}", factor.show(limit)),
+            Target::AtMost(limit) => format!("≤ {}", factor.show(limit)),
+        });
+        lines.push([
+            row.subject.clone(),
+            row.measure.clone(),
+            number(&row.ours),
+            row.base.as_ref().map(number).unwrap_or_default(),
+            ratio.unwrap_or_else(range),
+            target.unwrap_or_default(),
+            row.verdict.unwrap_or_default().to_owned(),
+        ]);
+    }
+    let mut widths = [0; 7];
+    for line in &lines {
+        for (width, cell) in widths.iter_mut().zip(line) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let mut text = String::new();
+    for line in &lines {
+        for (width, cell) in widths.iter().zip(line) {
+            let filler = if cell == "---" { "-" } else { " " };
+            let padding = filler.repeat(width.saturating_sub(cell.chars().count()));
+            let _ = write!(text, "| {cell}{padding} "); // writing to a String does not fail
+        }
+        text.push_str("|\n");
+    }
+    text
 }
 
 impl Unit {

@@ -14,7 +14,7 @@ mod sides;
 use super::models::{Dtype, Model, Size};
 use super::pipeline::Folder;
 use super::process;
-use super::report::{Report, Row, Target, Unit};
+use super::report::{Collected, Report, Row, Target, Unit};
 use super::{Limits, binary};
 use crate::node::Cli;
 use crate::places::Places;
@@ -139,28 +139,25 @@ pub(super) fn run(places: &Places, options: &Options, limits: Limits) -> Result<
             false => Some(Theirs::start(&oracle, folder.path(), &model.folder, &environment)?),
         },
     };
-    let mut rows = throughput(&sides, &model, limits)?;
-    rows.extend(pauses(&sides, &model, long, limits)?);
-    rows.extend(warm_prefix(&sides, &model, limits)?);
+    let mut rows = Collected::new("mlxnode", "mlx_lm.server");
+    rows.add(throughput(&sides, &model, limits)?);
+    rows.add(pauses(&sides, &model, long, limits)?);
+    rows.add(warm_prefix(&sides, &model, limits)?);
     if let Some(ours) = sides.ours.peak_memory() {
-        rows.push(match sides.theirs.as_ref().and_then(Theirs::peak_memory) {
+        rows.add(vec![match sides.theirs.as_ref().and_then(Theirs::peak_memory) {
             Some(theirs) => {
                 Row::compared(&model.name(), "peak memory", Unit::Mebibytes, (&[ours], &[theirs]), None)?
             }
             None => Row::alone(&model.name(), "peak memory", Unit::Mebibytes, &[ours], None)?,
-        });
+        }]);
     }
     let Sides { ours, theirs } = sides;
     drop(theirs); // the overload is ours alone
-    rows.extend(overhead::measure(&ours, &model, limits)?);
-    rows.extend(overload::measure(&ours, &model, options.overload, limits)?);
-    rows.extend(cancels::measure(&ours, &model, limits)?);
+    rows.add(overhead::measure(&ours, &model, limits)?);
+    rows.add(overload::measure(&ours, &model, options.overload, limits)?);
+    rows.add(cancels::measure(&ours, &model, limits)?);
     ours.stop()?;
-    Ok(Report {
-        bench: "serve",
-        ours: "mlxnode",
-        base: "mlx_lm.server",
-        notes: vec![
+    let notes = vec![
             format!(
                 "Questions of {PROMPT} tokens, each another one, answers of {ANSWER}, greedy, streamed over HTTP. Clients, generator and servers \
                  share the cores; the servers are measured in turns."
@@ -171,9 +168,8 @@ pub(super) fn run(places: &Places, options: &Options, limits: Limits) -> Result<
                 .to_owned(),
             "Front: CPU time of the node's process, which serves HTTP and gRPC and schedules; the model runs in another one.".to_owned(),
             "Cancels: clients that hang up at any moment of their request, 16 at a time.".to_owned(),
-        ],
-        rows,
-    })
+    ];
+    Ok(rows.into_report("serve", notes))
 }
 
 /// A question of its own for each number and run: no answer is there already.

@@ -129,7 +129,7 @@ impl Submit {
             stages: self.stages.0,
             demand,
             save_steps: self.save_steps.unwrap_or(saves.steps),
-            save_seconds: self.save_time.map_or(saves.seconds, |time| narrow(time.as_secs())),
+            save_seconds: self.save_time.map_or(saves.seconds, |time| training::narrow(time.as_secs())),
             keep_checkpoints: self.keep.unwrap_or(saves.keep),
             publish_model,
             publish_adapter,
@@ -180,18 +180,11 @@ impl SavePolicy {
     fn of(config: &TrainingConfig) -> Self {
         Self {
             // The runner counts batches, as the progress that it tells.
-            steps: config.checkpoint_every().map(narrow).unwrap_or_default(),
-            seconds: config
-                .checkpoint_minutes
-                .map(|minutes| (minutes * 60.0).ceil() as u32)
-                .unwrap_or_default(),
+            steps: config.checkpoint_every().map(training::narrow).unwrap_or_default(),
+            seconds: training::seconds_of_saves(config).unwrap_or_default(),
             keep: config.keep_checkpoints.min(32) as u32,
         }
     }
-}
-
-fn narrow(number: u64) -> u32 {
-    u32::try_from(number).unwrap_or(u32::MAX)
 }
 
 /// The configuration as the trainer will read it: what is wrong with it shows here and not on a node.

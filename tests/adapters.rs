@@ -183,3 +183,34 @@ async fn story_adapters_do_over_two_nodes_what_they_do_in_mlx_lm() -> Result<()>
     assert_eq!(cluster.first().json(&["adapters", "list"])?, json!({"adapters": []}));
     Ok(())
 }
+
+/// Beside the model and what it reserved, an adapter has what is left of the node's memory: more is refused before it is read.
+#[test]
+fn story_an_adapter_for_which_there_is_no_memory_is_refused_with_figures() -> Result<()> {
+    let cluster = LocalCluster::start_with(1, &["--memory-budget", "120MB"])?;
+    let node = cluster.first();
+    node.json(&["load", "demo"])?;
+    let status = node.json(&["status"])?;
+    let of = |name: &str| status["nodes"][0][name].as_u64().with_context(|| format!("{name} in {status}"));
+    let left = of("memory_budget_bytes")? - of("memory_used_bytes")?;
+    let folder = tempfile::tempdir()?;
+    let refused = |name: &str, bytes: u64| -> Result<String> {
+        let adapter = folder.path().join(name);
+        std::fs::create_dir_all(&adapter)?;
+        std::fs::write(adapter.join("adapter_config.json"), "{}")?;
+        std::fs::File::create(adapter.join("adapters.safetensors"))?.set_len(bytes)?;
+        let output = node.output(&["adapters", "load", "demo", adapter.to_str().context("utf-8")?])?;
+        ensure!(!output.status.success(), "{name} was loaded");
+        Ok(String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let said = refused("large", left + (1 << 20))?;
+    for words in ["no memory for the adapter large", "it takes", "is left", "--memory-budget"] {
+        ensure!(said.contains(words), "no {words:?} in {said}");
+    }
+    // What fits is read: of this one nothing but zeros comes.
+    let said = refused("small", 1 << 20)?;
+    ensure!(!said.contains("no memory"), "{said}");
+    let listed = node.json(&["adapters", "list"])?.to_string();
+    ensure!(!listed.contains("large") && !listed.contains("small"), "{listed}");
+    Ok(())
+}

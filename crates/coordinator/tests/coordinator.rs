@@ -13,10 +13,10 @@ use mlxnode_checkpoint::TrainingCost;
 use mlxnode_cluster::{ControlEpoch, ControlLog, SqliteControlLog};
 use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::coordinator::{
-    Coordinator, CoordinatorHandle, Limits, LinkWorker, LoadUpdate, LoadWish, Nodes, ProgressSink,
-    StartScheduler, StartWorker, start,
+    Coordinator, CoordinatorHandle, Limits, LinkWorker, LoadAdapter, LoadUpdate, LoadWish, Nodes,
+    ProgressSink, StartScheduler, StartWorker, start,
 };
-use mlxnode_coordinator::deployments::{AdapterWish, Attempt, DeploymentView, StartedWorker, State, Usage};
+use mlxnode_coordinator::deployments::{Attempt, DeploymentView, StartedWorker, State, Usage};
 use mlxnode_coordinator::keys::{KeyRole, KeyWish, find};
 use mlxnode_coordinator::placement::{LayerCost, ModelCost, Offer, Wish};
 use mlxnode_coordinator::{Error, NodeId};
@@ -48,6 +48,8 @@ struct Fakes {
     links: Vec<LinkWorker>,
     /// (node, epoch, name)
     adapters: BTreeSet<(u8, u64, String)>,
+    /// For adapters, as it was told with each.
+    rooms: Vec<ByteCount>,
     usage: BTreeMap<String, Usage>,
     drained: Vec<String>,
 }
@@ -178,15 +180,12 @@ impl Nodes for FakeNodes {
         .boxed()
     }
 
-    fn load_adapter(
-        &self,
-        node: NodeId,
-        attempt: Attempt,
-        adapter: AdapterWish,
-    ) -> BoxFuture<'static, Result<ByteCount, Error>> {
+    fn load_adapter(&self, node: NodeId, order: LoadAdapter) -> BoxFuture<'static, Result<ByteCount, Error>> {
         let nodes = self.clone();
         async move {
             nodes.check(node)?;
+            let LoadAdapter { attempt, adapter, room } = order;
+            nodes.with(|fakes| fakes.rooms.push(room));
             if adapter.source == "/adapters/other" {
                 return Err(Error::Refused("the adapter is for another model".into()));
             }
@@ -548,6 +547,16 @@ async fn adapters_are_read_by_all_stages_and_survive_losses_restarts_and_folds()
         story.nodes.with(|fakes| fakes.adapters.iter().filter(|adapter| adapter.1 == epoch).count())
     };
     assert_eq!(of_epoch(&story, view.epoch), 2);
+    // They may take what the layers leave of the nodes, and what others take counts when they are read.
+    within(story.load_adapter("/adapters/second")).await.unwrap();
+    let rooms = story.nodes.with(|fakes| fakes.rooms.clone());
+    assert_eq!((rooms.len(), &rooms[..2]), (4, &rooms[2..]));
+    let layers = view.stages.iter().map(|stage| stage.memory).max().unwrap();
+    assert!(
+        rooms.iter().all(|room| *room == ByteCount(400 * MIB).saturating_sub(layers)),
+        "{rooms:?}, {layers}"
+    );
+    within(story.handle.unload_adapter("small".into(), "second".into())).await.unwrap();
     // Twice is once; a name belongs to one source; what does not fit is nowhere.
     within(story.load_adapter("/adapters/poet")).await.unwrap();
     let taken = within(story.handle.load_adapter("small".into(), "/b".into(), Some("poet".into()))).await;

@@ -7,12 +7,13 @@
 //! | `joining`, `registrar`, `household`, `lookout` | membership: becoming a member, who signs it, who sees it, where to look for others |
 //! | `coordination` | the coordinator's role here or on another node |
 //! | `key_ring` | the API keys, from the coordinator's node to all others |
-//! | `workers`, `schedulers` | the worker processes and the schedulers of this node |
+//! | `workers`, `schedulers`, `adapter_room` | the worker processes and the schedulers of this node; what their adapters may take of its memory |
 //! | `jobs` | the jobs on this node: their files, their processes |
 //! | `observer` | what the figures for monitoring say about this node |
 //! | `node_control`, `replica` | what nodes ask of each other: service and client of each, converted in `wire` |
 //! | `client` | how local programs reach the node |
 
+mod adapter_room;
 mod addresses;
 mod client;
 mod coordination;

@@ -3,6 +3,7 @@
 //! Each order names a deployment and an epoch. What is older than the newest epoch seen for a deployment is refused, so that a
 //! coordinator which slept cannot disturb its successor's work. The end of a process is told at once to whoever watches.
 
+use crate::adapter_room::{AdapterRoom, NoRoom};
 use crate::jobs::Peers;
 use mlxnode_checkpoint::Checkpoint;
 use mlxnode_cluster::Identity;
@@ -57,6 +58,14 @@ pub(crate) enum WorkersError {
     /// The hub, the network or the disk fails now: it may be had later.
     #[error("{0}")]
     Away(String),
+    /// An adapter does not fit.
+    #[error("there is no memory for the adapter {adapter}: {problem}")]
+    NoRoom {
+        /// Its name.
+        adapter: String,
+        /// What it takes, and what is left.
+        problem: NoRoom,
+    },
     /// The process could not be started or loaded.
     #[error(transparent)]
     Process(#[from] ProcessError),
@@ -142,6 +151,8 @@ struct Held {
     process: Arc<WorkerProcess>,
     memory: Memory,
     open_sequences: u32,
+    /// Adapters of the attempt; of several workers the first one counts.
+    adapters: AdapterRoom,
     /// Tells of the process's end, and reads its memory now and then.
     _watcher: AbortOnDropHandle<()>,
 }
@@ -269,7 +280,7 @@ impl Workers {
     }
 
     /// Reads an adapter into the attempt's workers, in place of an earlier one of its name. When one of them cannot, none keeps it.
-    /// Answers with the memory that it takes here.
+    /// Answers with the memory that it takes here. `room`: what all adapters of the attempt may take.
     ///
     /// # Errors
     /// [`WorkersError`].
@@ -277,11 +288,15 @@ impl Workers {
         &self,
         attempt: &Attempt,
         adapter: &AdapterWish,
+        room: ByteCount,
     ) -> Result<ByteCount, WorkersError> {
         self.fence(attempt)?;
         let folder = self.fetch_adapter(&adapter.source).await?;
         let processes = self.processes_of(attempt)?;
         let key = &adapter.key();
+        let needed = self.share_of(attempt, adapter_bytes(&folder));
+        self.with_adapters(attempt, |adapters| adapters.take(key, needed, room))
+            .map_err(|problem| WorkersError::NoRoom { adapter: adapter.name.clone(), problem })?;
         let loads = processes.iter().map(|process| async {
             process.unload_adapter(key).await?;
             process.load_adapter(key, &folder).await
@@ -293,7 +308,18 @@ impl Workers {
             let _ = self.unload_adapter(attempt, key).await;
         }
         loaded?;
-        Ok(self.share_of(attempt, adapter_bytes(&folder)))
+        Ok(needed)
+    }
+
+    /// Without a worker of the attempt there is nothing to take.
+    fn with_adapters<E>(
+        &self,
+        attempt: &Attempt,
+        change: impl FnOnce(&mut AdapterRoom) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut state = self.state();
+        let held = state.held.iter_mut().find(|held| held.attempt == *attempt);
+        held.map_or(Ok(()), |held| change(&mut held.adapters))
     }
 
     /// Of what an adapter holds, what lies on this node: the layers that the attempt has here.
@@ -317,7 +343,11 @@ impl Workers {
         let unloads = processes.iter().map(|process| process.unload_adapter(name));
         let unloaded: Result<Vec<()>, ProcessError> =
             futures::future::join_all(unloads).await.into_iter().collect();
-        Ok(unloaded.map(drop)?)
+        unloaded?;
+        self.with_adapters(attempt, |adapters| {
+            adapters.give_back(name);
+            Ok(())
+        })
     }
 
     fn processes_of(&self, attempt: &Attempt) -> Result<Vec<Arc<WorkerProcess>>, WorkersError> {
@@ -509,6 +539,7 @@ impl Workers {
             process,
             memory: Memory::default(),
             open_sequences: 0,
+            adapters: AdapterRoom::default(),
             _watcher: AbortOnDropHandle::new(watcher),
         });
         Ok(())

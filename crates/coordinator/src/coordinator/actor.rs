@@ -8,6 +8,7 @@ use super::handle::PlanReport;
 use super::job_nodes::JobNodes;
 use super::job_orders::{Asked, JobMessage, Tidying};
 use super::journal::{Decisions, Entry, Journal};
+use super::nodes::LoadAdapter;
 use super::orders::{Orders, within};
 use crate::deployments::{
     AdapterWish, Attempt, DeploymentView, DeploymentWish, Deployments, Effect, Event, Loaded, State,
@@ -430,7 +431,16 @@ impl Running {
             | Effect::StartScheduler { attempt, .. } => Some(attempt.clone()),
             _ => None,
         };
-        let Some(work) = self.orders.carry_out(effect) else { return };
+        let work = match effect {
+            Effect::LoadAdapter { attempt, node, adapter } => {
+                let room = self.adapter_room(&attempt.name, node);
+                self.orders.load_adapter(node, LoadAdapter { attempt, adapter, room })
+            }
+            effect => match self.orders.carry_out(effect) {
+                Some(work) => work,
+                None => return,
+            },
+        };
         let myself = myself.clone();
         let order = self.under_way.spawn(async move {
             // An error means that the actor has ended, and then nobody needs the answer.

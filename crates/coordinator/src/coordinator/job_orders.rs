@@ -4,12 +4,13 @@ use super::actor::{Message, Reply, Running, now};
 use super::job_nodes::JobReports;
 use super::journal::Entry;
 use super::orders::within;
-use crate::Error;
 use crate::deployments::{self, AdapterWish};
 use crate::jobs::{
     ContentHash, Effect, Event, JobOffer, JobSpec, JobView, LogLine, Need, PublishWish, Record, Tidied,
 };
 use crate::placement::Offer;
+use crate::{Error, NodeId};
+use mlxnode_compute::ByteCount;
 use ractor::ActorRef;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -341,18 +342,24 @@ impl Running {
         })
     }
 
-    /// What nodes have left beside deployments and jobs.
+    /// What a node has left beside deployments and jobs.
+    fn left(&self, offer: &Offer) -> ByteCount {
+        let reserved = self.deployments.reserved(offer.node) + self.jobs.reserved(offer.node);
+        offer.budget.saturating_sub(offer.used).saturating_sub(reserved)
+    }
+
+    /// What nodes have left for jobs.
     fn job_offers(&self) -> Vec<JobOffer> {
-        let free = |offer: Offer| JobOffer {
-            free: offer
-                .budget
-                .saturating_sub(offer.used)
-                .saturating_sub(self.deployments.reserved(offer.node))
-                .saturating_sub(self.jobs.reserved(offer.node)),
-            node: offer.node,
-            name: offer.name,
-        };
+        let free = |offer: Offer| JobOffer { free: self.left(&offer), node: offer.node, name: offer.name };
         self.orders.nodes.offers().into_iter().map(free).collect()
+    }
+
+    /// What all adapters of a deployment together may take of a node: what nobody else has.
+    pub(super) fn adapter_room(&self, deployment: &str, node: NodeId) -> ByteCount {
+        let offers = self.orders.nodes.offers();
+        // A node that is not there says so itself.
+        let left = offers.iter().find(|offer| offer.node == node).map(|offer| self.left(offer));
+        left.map_or(ByteCount(u64::MAX), |left| left + self.deployments.adapter_memory(deployment, node))
     }
 
     /// What nodes offer to models: not what jobs have.

@@ -22,7 +22,7 @@ mod progress;
 
 pub use handle::{Coordinator, CoordinatorHandle, LoadStream, LoadWish, PlanReport, start, start_with_jobs};
 pub use job_nodes::{JobNodes, JobReports, NoJobNodes};
-pub use nodes::{LinkWorker, Nodes, StartScheduler, StartWorker};
+pub use nodes::{LinkWorker, LoadAdapter, Nodes, StartScheduler, StartWorker};
 pub use progress::{LoadUpdate, Phase, Progress, ProgressSink};
 
 use std::time::Duration;

@@ -46,13 +46,9 @@ pub trait Nodes: Send + Sync + 'static {
     /// Starts the replica's scheduler, beside the worker of its first stage.
     fn start_scheduler(&self, node: NodeId, order: StartScheduler) -> BoxFuture<'static, Result<(), Error>>;
 
-    /// Reads an adapter into the attempt's workers on a node, in place of an earlier one of its name. Answers with the memory that it takes.
-    fn load_adapter(
-        &self,
-        node: NodeId,
-        attempt: Attempt,
-        adapter: AdapterWish,
-    ) -> BoxFuture<'static, Result<ByteCount, Error>>;
+    /// Reads an adapter into the attempt's workers on a node, in place of an earlier one of its name. Answers with the memory that it takes. Refused when
+    /// that is more than there is.
+    fn load_adapter(&self, node: NodeId, order: LoadAdapter) -> BoxFuture<'static, Result<ByteCount, Error>>;
 
     /// Takes an adapter out of the attempt's workers on a node. One that is not there is fine.
     fn unload_adapter(
@@ -93,6 +89,17 @@ pub struct LinkWorker {
     pub pid: u32,
     /// Whom to.
     pub links: Links,
+}
+
+/// Reads an adapter beside a shard.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoadAdapter {
+    /// Whose workers.
+    pub attempt: Attempt,
+    /// Which.
+    pub adapter: AdapterWish,
+    /// What all adapters of the deployment may take of the node.
+    pub room: ByteCount,
 }
 
 /// An order to start a scheduler.

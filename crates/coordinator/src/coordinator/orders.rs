@@ -1,7 +1,7 @@
 //! Carries out the effects that the nodes have a part in, each bounded in time and turned into its answer.
 
 use super::Limits;
-use super::nodes::{LinkWorker, Nodes, StartScheduler, StartWorker};
+use super::nodes::{LinkWorker, LoadAdapter, Nodes, StartScheduler, StartWorker};
 use super::progress::{Audience, Phase, Progress, ProgressSink};
 use crate::deployments::{Attempt, Effect, Event};
 use crate::placement::{DraftCost, ModelCost};
@@ -22,6 +22,18 @@ pub(super) struct Orders {
 }
 
 impl Orders {
+    /// Carries out [`Effect::LoadAdapter`]: the adapter may take what the node has left.
+    pub(super) fn load_adapter(&self, node: NodeId, order: LoadAdapter) -> BoxFuture<'static, Event> {
+        let (nodes, limit) = (self.nodes.clone(), self.limits.adapter);
+        let (attempt, name) = (order.attempt.clone(), order.adapter.name.clone());
+        let what = format!("loading the adapter {name} on {}", self.name(node));
+        async move {
+            let result = within(limit, &what, nodes.load_adapter(node, order)).await;
+            Event::AdapterLoaded { attempt, node, adapter: name, result }
+        }
+        .boxed()
+    }
+
     /// Carries out one effect; `None` for those that are not for the nodes.
     pub(super) fn carry_out(&self, effect: Effect) -> Option<BoxFuture<'static, Event>> {
         let orders = self.clone();
@@ -73,14 +85,6 @@ impl Orders {
                 Event::Linked { attempt, stage, result }
             }
             .boxed(),
-            Effect::LoadAdapter { attempt, node, adapter } => async move {
-                let name = adapter.name.clone();
-                let what = format!("loading the adapter {name} on {}", orders.name(node));
-                let work = orders.nodes.load_adapter(node, attempt.clone(), adapter);
-                let result = within(limits.adapter, &what, work).await;
-                Event::AdapterLoaded { attempt, node, adapter: name, result }
-            }
-            .boxed(),
             Effect::UnloadAdapter { attempt, node, adapter } => async move {
                 let what = format!("unloading the adapter {adapter} on {}", orders.name(node));
                 let work = orders.nodes.unload_adapter(node, attempt.clone(), adapter.clone());
@@ -120,7 +124,9 @@ impl Orders {
                 Event::Stopped { attempt, node, result }
             }
             .boxed(),
-            Effect::Record { .. }
+            // Takes to know the room: see [`Orders::load_adapter`].
+            Effect::LoadAdapter { .. }
+            | Effect::Record { .. }
             | Effect::RecordAdapter { .. }
             | Effect::Abandon { .. }
             | Effect::AdapterSettled { .. }

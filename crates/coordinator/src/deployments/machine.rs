@@ -229,6 +229,13 @@ impl Deployments {
         placement::plan(cost, &offers, wish)
     }
 
+    /// Bytes that the adapters of a deployment take of a node.
+    pub fn adapter_memory(&self, name: &str, node: NodeId) -> ByteCount {
+        let entry = self.entries.get(name).filter(|entry| entry.replica.is_some());
+        let adapters = entry.into_iter().flat_map(|entry| &entry.adapter_bytes);
+        adapters.filter(|((other, _), _)| *other == node).map(|(_, bytes)| *bytes).sum()
+    }
+
     /// Bytes that the deployments take of a node's budget.
     pub fn reserved(&self, node: NodeId) -> ByteCount {
         self.reserved_without(node, &[])

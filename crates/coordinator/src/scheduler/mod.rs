@@ -11,11 +11,14 @@
 //! The workers do the steps: prefill chunks, micro-batches and the ring are theirs. The scheduler decides which sequences
 //! they have at once, so that everybody gets a fair share and the reserved KV memory is never exceeded:
 //!
+//! - `limits`: what a replica takes
+//! - `machine`: the decisions; `machine::admission`: who is let in and who gives way; `machine::answers`: what comes back
 //! - `queue`: who is next
 //! - `forecast`: what fits
 //! - `reuse`: what of a prompt is computed already
 
 mod forecast;
+mod limits;
 mod machine;
 mod queue;
 mod request;
@@ -23,7 +26,8 @@ mod reuse;
 mod stream;
 mod task;
 
-pub use machine::{Effect, Limits, Promise, RequestId, Scheduler};
+pub use limits::{Limits, Promise};
+pub use machine::{Effect, RequestId, Scheduler};
 pub use stream::{RunRequest, RunStream};
 pub use task::{Drive, Ended, SchedulerHandle, SchedulerTask, start};
 

@@ -3,7 +3,8 @@
 //! States: running (driver alive) → ended, because the driver was lost ([`Ended::DriverLost`]) or because the owner stopped it or
 //! all handles are gone ([`Ended::Stopped`]). The owner is who called [`start`]: dropping the [`SchedulerTask`] ends it at once.
 
-use super::machine::{Effect, Limits, RequestId, Scheduler};
+use super::limits::Limits;
+use super::machine::{Effect, RequestId, Scheduler};
 use super::stream::{Cancelled, RunRequest, RunStream};
 use super::{DriveCommand, DriveEvent, RunError, RunEvent, Statistics};
 use mlxnode_compute::SequenceSpec;

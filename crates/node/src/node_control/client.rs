@@ -10,8 +10,10 @@ use mlxnode_checkpoint::{Checkpoint, CheckpointError, ModelProfile, TrainingCost
 use mlxnode_cluster::{MeshHandle, NodeId, PeerState, RosterStore};
 use mlxnode_compute::ByteCount;
 use mlxnode_coordinator::Error;
-use mlxnode_coordinator::coordinator::{LinkWorker, Nodes, ProgressSink, StartScheduler, StartWorker};
-use mlxnode_coordinator::deployments::{AdapterWish, Attempt, StartedWorker, Usage};
+use mlxnode_coordinator::coordinator::{
+    LinkWorker, LoadAdapter, Nodes, ProgressSink, StartScheduler, StartWorker,
+};
+use mlxnode_coordinator::deployments::{Attempt, StartedWorker, Usage};
 use mlxnode_coordinator::placement::{ModelCost, Offer};
 use mlxnode_coordinator::scheduler::Limits;
 use mlxnode_proto::internal::v1 as proto;
@@ -108,7 +110,9 @@ impl ClusterNodes {
     fn own_failure(&self, error: &WorkersError) -> Error {
         let text = format!("{}: {}", self.name(self.own), crate::error::chain(error));
         match error {
-            WorkersError::Stale { .. } | WorkersError::Stopped { .. } => Error::Refused(text),
+            WorkersError::Stale { .. } | WorkersError::Stopped { .. } | WorkersError::NoRoom { .. } => {
+                Error::Refused(text)
+            }
             WorkersError::UnknownWorker { .. } | WorkersError::Model(_) | WorkersError::Away(_) => {
                 Error::NotFound(text)
             }
@@ -270,16 +274,12 @@ impl Nodes for ClusterNodes {
         })
     }
 
-    fn load_adapter(
-        &self,
-        node: NodeId,
-        attempt: Attempt,
-        adapter: AdapterWish,
-    ) -> BoxFuture<'static, Result<ByteCount, Error>> {
+    fn load_adapter(&self, node: NodeId, order: LoadAdapter) -> BoxFuture<'static, Result<ByteCount, Error>> {
         let nodes = self.clone();
         Box::pin(async move {
+            let LoadAdapter { attempt, adapter, room } = order;
             if node == nodes.own {
-                let loaded = nodes.workers.load_adapter(&attempt, &adapter).await;
+                let loaded = nodes.workers.load_adapter(&attempt, &adapter, room).await;
                 return loaded.map_err(|error| nodes.own_failure(&error));
             }
             let request = proto::LoadNodeAdapterRequest {
@@ -288,6 +288,7 @@ impl Nodes for ClusterNodes {
                 name: adapter.name,
                 source: adapter.source,
                 load: adapter.load,
+                room_bytes: room.0,
             };
             let loaded = nodes.client(node)?.load_adapter(request).await;
             let loaded = loaded.map_err(|status| nodes.failure(node, &status))?.into_inner();

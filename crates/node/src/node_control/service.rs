@@ -131,10 +131,12 @@ impl NodeControl for NodeControlService {
         &self,
         request: Request<LoadNodeAdapterRequest>,
     ) -> Result<Response<LoadNodeAdapterResponse>, Status> {
-        let LoadNodeAdapterRequest { deployment, fence, name, source, load } = request.into_inner();
+        let LoadNodeAdapterRequest { deployment, fence, name, source, load, room_bytes } =
+            request.into_inner();
         let attempt = wire::attempt(deployment, fence)?;
         let adapter = AdapterWish { name, source, load };
-        let memory = self.workers.load_adapter(&attempt, &adapter).await.map_err(status)?;
+        let memory =
+            self.workers.load_adapter(&attempt, &adapter, ByteCount(room_bytes)).await.map_err(status)?;
         Ok(Response::new(LoadNodeAdapterResponse { memory_bytes: memory.0 }))
     }
 
@@ -216,7 +218,9 @@ where
 fn status(error: WorkersError) -> Status {
     let text = crate::error::chain(&error);
     match error {
-        WorkersError::Stale { .. } | WorkersError::Stopped { .. } => Status::failed_precondition(text),
+        WorkersError::Stale { .. } | WorkersError::Stopped { .. } | WorkersError::NoRoom { .. } => {
+            Status::failed_precondition(text)
+        }
         WorkersError::UnknownWorker { .. } | WorkersError::Model(_) | WorkersError::Away(_) => {
             Status::not_found(text)
         }

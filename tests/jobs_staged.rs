@@ -244,3 +244,39 @@ fn a_node_that_stops_goes_once_what_its_stage_did_is_saved() -> Result<()> {
     ensure!(result("divided")? == result("whole")?, "another result");
     nothing_runs(&cluster)
 }
+
+#[test]
+fn two_lines_of_two_stages_train_what_one_line_trains() -> Result<()> {
+    const UPDATES: u64 = 24;
+    let folder = tempfile::tempdir()?;
+    let cluster = LocalCluster::start(4)?;
+    let node = cluster.first();
+    // Three micro-batches in an update: the lines have two and one of them.
+    let words = fine_tuning(folder.path(), UPDATES)?;
+    let adapter = |id: &str| jobs::result(node, id, folder.path(), "adapters.safetensors");
+    submit(node, &words, "line", "2")?;
+    let line = jobs::wait_for(node, "line", "finished", PATIENCE)?;
+
+    let four: Vec<String> = words.into_iter().chain(["--workers", "4"].map(str::to_owned)).collect();
+    let planned = submit(node, &four, "lines", "2")?;
+    let parts = planned["stages"].as_array().context("stages")?;
+    let of = |key: &str| parts.iter().map(|part| part[key].as_u64()).collect::<Vec<_>>();
+    ensure!(of("replica") == [0, 0, 1, 1].map(Some), "{planned}");
+    let firsts = of("first_layer");
+    ensure!(firsts[0] == firsts[2] && firsts[1] == firsts[3] && firsts[0] == Some(0), "{planned}");
+    // A process of the second line is killed on the way: then all is planned anew.
+    jobs::wait_for_checkpoint(node, "lines", 10, PATIENCE)?;
+    let parts = stages(&cluster, 0, "lines", 4)?;
+    for pid in jobs::processes(&cluster.nodes[parts[3]])? {
+        kill(pid, Signal::SIGKILL)?;
+    }
+    let lines = jobs::wait_for(node, "lines", "finished", PATIENCE)?;
+    ensure!(lines["attempts"].as_u64() >= Some(2), "it was not disturbed: {lines}");
+    let (expected, found) = (losses(&line)?, losses(&lines)?);
+    ensure!(expected.len() == UPDATES as usize && found.len() == expected.len(), "{lines}");
+    for (step, (one, two)) in expected.iter().zip(&found).enumerate() {
+        ensure!((one - two).abs() <= 1e-6 * one.abs().max(1.0), "loss {step}: {one} and {two}");
+    }
+    ensure!(adapter("lines")? == adapter("line")?, "the adapters differ");
+    nothing_runs(&cluster)
+}

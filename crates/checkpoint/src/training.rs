@@ -20,6 +20,9 @@ const SINGLE: u64 = 4;
 const OTHER_RESULTS: u64 = 8;
 /// Numbers of the size of an attention's scores, each in single precision, while it is gone through backwards.
 const SCORES: u64 = 4;
+/// What goes to other processes and comes from them has so many numbers for each that is trained, in single precision: the own sums, their
+/// parts for others, the whole sum and the one before it.
+const EXCHANGED: u64 = 4;
 /// Numbers of the logits' size that a loss and its gradient make, each in single precision.
 const LOSS_RESULTS: u64 = 5;
 /// What results are taken for beyond what they are, in tenths: arrays live on until what needs them is computed, in whatever order.
@@ -88,6 +91,9 @@ pub struct TrainingDemand {
     pub checkpointing: bool,
     /// The unchanged parameters are kept for comparison.
     pub reference: bool,
+    /// Other processes have the same layers, and gradients are added up with theirs.
+    #[serde(default)]
+    pub exchanging: bool,
 }
 
 impl Default for TrainingDemand {
@@ -102,6 +108,7 @@ impl Default for TrainingDemand {
             memories: 2,
             checkpointing: false,
             reference: false,
+            exchanging: false,
         }
     }
 }
@@ -194,8 +201,9 @@ impl TrainingCost {
         let trained = parameters + numbers * size * demand.memories;
         // The sums of a tree that is summed as it grows, and the newest micro-batch's.
         let sums = u64::from(demand.micro_batches.max(1).ilog2()) + 2;
-        let backward = numbers * SINGLE * sums;
-        let update = numbers * (SINGLE + size + size * (1 + demand.memories));
+        let exchanged = if demand.exchanging { numbers * SINGLE * EXCHANGED } else { 0 };
+        let backward = numbers * SINGLE * sums + exchanged;
+        let update = numbers * (SINGLE + size + size * (1 + demand.memories)) + exchanged;
         let kept = |index: usize, layer: &LayerTraining| {
             tokens.saturating_mul(self.kept(demand, layer, is_trained(index)))
         };
@@ -447,6 +455,12 @@ mod tests {
         assert_eq!(three[1].layers(), LayerRange::new(3, 6));
         // Adam's two memories beside each parameter, all in single precision.
         assert_eq!(whole[0].trained.0, 8 * 20_000 * 8 * 4 * 3);
+        // Where gradients are added up with those of other processes: four more arrays of their size.
+        let exchanging = cost.stages(&TrainingDemand { exchanging: true, ..demand }, &[3, 6]);
+        for (alone, exchanging) in three.iter().zip(&exchanging) {
+            let layers = alone.layers.1 - alone.layers.0;
+            assert_eq!(exchanging.gradients.0 - alone.gradients.0, (layers * 20_000 * 8 * 4 * 4) as u64);
+        }
     }
 
     #[test]

@@ -15,7 +15,8 @@ use serde_json::{Value, json};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use support::line::{Ended, Fault, Plan};
+use support::exchange::{Exchange, Member};
+use support::line::{Ended, Fault, Made, Plan};
 use support::*;
 
 fn sequence(length: u64, seed: u64, offset: u32) -> Sequence {
@@ -494,6 +495,62 @@ fn a_line_that_is_lost_at_any_call_ends_soon_and_publishes_nothing_wrong() {
             // Nobody's fault: the job goes on from its last checkpoint.
             Err(Ended::Failed(JobError::Lost(_)) | Ended::NotBegun(_)) => {}
             Err(other) => panic!("{fault:?}: {other:?}"),
+        }
+    }
+}
+
+/// Runs a plan in several lines that share the work: what the leading stage of each leaves.
+fn in_lines(plan: &Plan<'_>, layers: &[Range<usize>], lines: u32, micro_batches: u32) -> Vec<Left> {
+    // The same stage of all lines.
+    let groups: Vec<_> = layers.iter().map(|_| Arc::new(Exchange::new(lines, micro_batches))).collect();
+    let left = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..lines)
+            .map(|number| {
+                let groups = groups.clone();
+                scope.spawn(move || {
+                    let joins = move |stage: usize, made: &mut Made| {
+                        let exchange = Arc::clone(&groups[stage]);
+                        made.group = Some(Box::new(Member { exchange, number }));
+                    };
+                    plan.line(layers, None, joins, |job| run(job, usize::MAX)).lead()
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    for group in &groups {
+        let told = group.told.lock().unwrap();
+        let hashes = &told[&1];
+        assert_eq!((told.len(), hashes.len()), (1, lines as usize), "after the first update");
+        assert!(hashes.iter().all(|hash| *hash == hashes[0]));
+    }
+    left
+}
+
+#[test]
+fn lines_that_share_the_work_leave_what_one_process_leaves() {
+    // Clipping, dropout, a last update of fewer micro-batches; an update's micro-batches in halves, and in parts that are no halves.
+    const ALL: &str = "iters: 7\nbatch_size: 2\ngrad_accumulation_steps: 4\nlearning_rate: 1e-3\nnum_layers: -1\n\
+        clip_grad_norm: 0.05\ngrad_checkpoint: true\noptimizer: adamw\nval_batches: 2\ntest: true\n\
+        lora_parameters: {rank: 4, scale: 10.0, dropout: 0.1}\n";
+    // The first stage trains nothing, and of three lines one has nothing to do.
+    const LAST: &str = "iters: 4\nbatch_size: 2\ngrad_accumulation_steps: 2\nlearning_rate: 1e-3\nnum_layers: 2\n\
+        lora_parameters: {rank: 4, scale: 10.0, dropout: 0.0}\n";
+    // As mlx-lm, whose last gradients go nowhere: nothing is shared of them.
+    const PARITY: &str = "iters: 5\nbatch_size: 2\ngrad_accumulation_steps: 2\nlearning_rate: 1e-3\nnum_layers: -1\nparity: mlx-lm\n\
+        lora_parameters: {rank: 4, scale: 10.0, dropout: 0.0}\n";
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    write(&model, &config("llama", json!({"num_hidden_layers": 4})), 5);
+    for (yaml, cuts, lines, micro_batches) in
+        [(ALL, &[2_usize][..], 2, 4), (ALL, &[1, 3], 3, 4), (LAST, &[1], 3, 2), (PARITY, &[2], 2, 2)]
+    {
+        let plan = Plan { model: &model, yaml, sets, compile: false };
+        let expected = run(&mut plan.alone(), usize::MAX).unwrap();
+        for left in in_lines(&plan, &ranges(cuts, 4), lines, micro_batches) {
+            assert_eq!(left.losses, expected.losses, "{lines} lines: {yaml}");
+            assert_eq!(left.norms, expected.norms, "{lines} lines: {yaml}");
+            assert!(left == expected, "{lines} lines end elsewhere: {yaml}");
         }
     }
 }

@@ -83,6 +83,8 @@ fn demand(demand: v1::TrainingDemand) -> TrainingDemand {
         memories: demand.memories.min(8),
         checkpointing: demand.checkpointing,
         reference: demand.reference,
+        // The plan says.
+        exchanging: false,
     }
 }
 
@@ -216,6 +218,7 @@ pub fn job_to_wire(view: &JobView, name: &dyn Fn(NodeId) -> String) -> v1::Job {
                 first: stage.layers.start as u64,
                 end: stage.layers.end as u64,
                 memory_bytes: stage.memory.0,
+                replica: stage.replica,
             })
             .collect(),
     }

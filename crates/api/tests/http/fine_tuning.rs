@@ -315,7 +315,7 @@ async fn what_is_wrong_is_answered_at_once_by_a_typed_error() -> Result<()> {
         (json!({"metadata": {"a": null}}), "metadata"),
         (json!({"workers": 0}), "workers"),
         (json!({"stages": 9}), "stages"),
-        (json!({"stages": 2, "workers": 2}), "stages"),
+        (json!({"stages": 2, "workers": 3}), "stages"),
         (json!({"share_percent": 101}), "share_percent"),
         (json!({"configuration": 7}), "configuration"),
     ] {

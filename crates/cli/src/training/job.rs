@@ -69,11 +69,16 @@ pub fn make(setup: &JobSetup, others: Others<'_>) -> Result<Box<dyn Job>, JobErr
         };
         let job = StagedFineTuning::new(tuning, config, sets, fingerprint, compile, link, &stage.folder);
         let mut job = job.map_err(not_prepared)?;
+        if let Some(endpoint) = others.group {
+            let group = Box::new(endpoint.join(job.values(), shared(micro_batches)?));
+            job = job.with_replicas(group).map_err(not_prepared)?;
+        }
         if let Some(state) = &setup.resume {
             job.resume(state).map_err(not_prepared)?;
         }
-        // Only the first stage has anything to report.
-        return recorded(Box::new(job), record.filter(|_| stage.stage == 0), setup);
+        // Only the first stage of the first line has anything to report.
+        let is_first = stage.stage == 0 && stage.replica == 0;
+        return recorded(Box::new(job), record.filter(|_| is_first), setup);
     }
     let mut job =
         FineTuning::new(tuning, config, sets, fingerprint, compile).map_err(|error| refused(error.into()))?;
@@ -82,13 +87,16 @@ pub fn make(setup: &JobSetup, others: Others<'_>) -> Result<Box<dyn Job>, JobErr
     }
     if let Some(endpoint) = others.group {
         let values = job.trainer().parameters().iter().map(|parameter| parameter.len()).sum();
-        let micro_batches = u32::try_from(micro_batches).map_err(|_| {
-            JobError::Refused("grad_accumulation_steps is too large for several workers".into())
-        })?;
-        let group = Box::new(endpoint.join(values, micro_batches));
+        let group = Box::new(endpoint.join(values, shared(micro_batches)?));
         job = job.with_group(group).map_err(|error| refused(error.into()))?;
     }
     recorded(Box::new(job), record, setup)
+}
+
+/// The micro-batches of an update that several workers share.
+fn shared(micro_batches: u64) -> Result<u32, JobError> {
+    let refused = |_| JobError::Refused("grad_accumulation_steps is too large for several workers".into());
+    u32::try_from(micro_batches).map_err(refused)
 }
 
 /// With the records that the configuration asks for.

@@ -277,12 +277,36 @@ pub struct RunJob {
     pub epoch: u64,
     /// What it may go on from, the newest first. Empty: from the beginning.
     pub checkpoints: Vec<Checkpoint>,
-    /// Which nodes have which layers, when they are divided; the first one leads.
+    /// Which nodes have which layers, when they are divided, line by line; the first one leads.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stages: Vec<PlannedStage>,
     /// What it takes of each node that works at it, or of the first stage's; 0 when that is not known.
     #[serde(default)]
     pub memory: ByteCount,
+}
+
+impl RunJob {
+    /// How many lines of stages share the work; 1 where the layers are not divided.
+    pub fn replicas(&self) -> usize {
+        self.stages.iter().map(|stage| stage.replica as usize + 1).max().unwrap_or(1)
+    }
+
+    /// How many stages a line has; none where the layers are not divided.
+    pub fn line_length(&self) -> usize {
+        self.stages.len() / self.replicas()
+    }
+
+    /// Are the stages there line by line, all lines with the same layers? Whoever takes an order looks.
+    pub fn is_well_divided(&self) -> bool {
+        let length = self.line_length();
+        let first = self.stages.get(..length).unwrap_or_default();
+        self.stages.len() == length * self.replicas()
+            && length != 1
+            && self.stages.iter().enumerate().all(|(place, stage)| {
+                stage.replica as usize == place / length
+                    && first.get(place % length).is_some_and(|same| same.layers == stage.layers)
+            })
+    }
 }
 
 /// What was done, or happened.

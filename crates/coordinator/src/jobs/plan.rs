@@ -1,11 +1,12 @@
 //! Which nodes compute a job, each with some of the model's layers, and what that takes of their memory.
 //!
 //! A job that fits one node runs on one. A model that does not is divided: among as few nodes as have room for it, or among as many
-//! as was asked for. The arithmetic is [`TrainingCost`]'s; here nodes are chosen.
+//! as was asked for. Where more nodes are wanted than one line of stages has, several lines share the work: each has the whole model, divided
+//! in the same places. The arithmetic is [`TrainingCost`]'s; here nodes are chosen.
 
 use super::{JobKind, JobOffer, JobSpec};
 use crate::NodeId;
-use mlxnode_checkpoint::{StageMemory, TrainedPart, TrainingCost};
+use mlxnode_checkpoint::{StageMemory, TrainedPart, TrainingCost, TrainingDemand};
 use mlxnode_compute::{ByteCount, LayerRange};
 use serde::{Deserialize, Serialize};
 
@@ -35,12 +36,19 @@ pub struct PlannedStage {
     pub layers: LayerRange,
     /// What that takes of its memory.
     pub memory: ByteCount,
+    /// Of several lines of stages that share the work, which one it belongs to, from 0.
+    #[serde(default, skip_serializing_if = "is_first")]
+    pub replica: u32,
+}
+
+fn is_first(replica: &u32) -> bool {
+    *replica == 0
 }
 
 impl JobSpec {
-    /// Can it be divided, if need be? A job with several workers has the whole model on each.
+    /// Can it be divided, if need be?
     fn may_divide(&self) -> bool {
-        self.stages != 1 && self.workers <= 1 && self.kind != JobKind::Rehearsal
+        self.stages != 1 && self.kind != JobKind::Rehearsal
     }
 }
 
@@ -60,7 +68,7 @@ impl Need {
         Self::Model { whole, cost: Box::new(cost) }
     }
 
-    /// Which of these nodes compute the job, stage by stage; the first one leads. `preferred` ranks them: those that have its newest checkpoint, say.
+    /// Which of these nodes compute the job, line by line and stage by stage; the first one leads. `preferred` ranks them: those that have its newest checkpoint, say.
     ///
     /// # Errors
     /// What is missing, for people.
@@ -73,14 +81,14 @@ impl Need {
         let mut by_room = offers.to_vec();
         by_room.sort_by_key(|offer| std::cmp::Reverse((preferred(offer.node), offer.free, offer.node)));
         if spec.stages > 1 {
-            return self.divided(spec, &by_room, preferred);
+            return self.divided(spec, spec.stages as usize, &by_room, preferred);
         }
         let whole = match self {
             Self::Fixed(memory) => *memory,
             Self::Model { whole, .. } => *whole,
         };
         let alone = |offer: &&JobOffer, memory| {
-            vec![PlannedStage { node: offer.node, layers: LayerRange::new(0, 0), memory }]
+            vec![PlannedStage { node: offer.node, layers: LayerRange::new(0, 0), memory, replica: 0 }]
         };
         if let Some(offer) = by_room.iter().find(|offer| offer.free >= whole) {
             return Ok(alone(offer, whole));
@@ -94,7 +102,17 @@ impl Need {
                 if let [(place, stage)] = &stages[..] {
                     return Ok(alone(&by_room[*place], stage.total()));
                 }
-                let placed = |(place, stage): &(usize, StageMemory)| planned(by_room[*place], stage, None);
+                if spec.workers as usize >= 2 * stages.len()
+                    && let Ok(lines) = self.divided(spec, stages.len(), &by_room, preferred)
+                {
+                    return Ok(lines);
+                }
+                let placed = |(place, stage): &(usize, StageMemory)| PlannedStage {
+                    node: by_room[*place].node,
+                    layers: stage.layers(),
+                    memory: stage.total(),
+                    replica: 0,
+                };
                 return Ok(stages.iter().map(placed).collect());
             }
         }
@@ -112,82 +130,105 @@ impl Need {
         })
     }
 
-    /// As many stages as are asked for.
+    /// So many stages, in as many lines as there are nodes and room for, of those that are wanted.
     fn divided(
         &self,
         spec: &JobSpec,
+        count: usize,
         by_room: &[&JobOffer],
         preferred: &dyn Fn(NodeId) -> u8,
     ) -> Result<Vec<PlannedStage>, String> {
-        let count = spec.stages as usize;
         let missing = count.saturating_sub(by_room.len());
         if missing > 0 {
             let nodes = if missing == 1 { "node" } else { "nodes" };
             return Err(format!("waiting for {missing} more {nodes}: the model is divided among {count}"));
         }
+        let most = (spec.workers as usize).min(by_room.len()) / count;
+        let several =
+            (2..=most).rev().find_map(|lines| self.lines(spec, count, lines, by_room, preferred).ok());
+        several.map_or_else(|| self.lines(spec, count, 1, by_room, preferred), Ok)
+    }
+
+    /// So many lines of so many stages. The same stage of all lines has the same layers: it takes what the smallest of their nodes has room for.
+    fn lines(
+        &self,
+        spec: &JobSpec,
+        count: usize,
+        lines: usize,
+        by_room: &[&JobOffer],
+        preferred: &dyn Fn(NodeId) -> u8,
+    ) -> Result<Vec<PlannedStage>, String> {
         // Those with the most room; of these one that is preferred first.
         let mut chosen = by_room.to_vec();
         chosen.sort_by_key(|offer| std::cmp::Reverse((offer.free, offer.node)));
-        chosen.truncate(count);
+        chosen.truncate(count * lines);
         chosen.sort_by_key(|offer| std::cmp::Reverse((preferred(offer.node), offer.free, offer.node)));
+        // Nodes of like room have the same stage.
+        let of_stages: Vec<&[&JobOffer]> = chosen.chunks(lines).collect();
         let cost = match self {
             Self::Fixed(memory) => {
-                let stage = |(place, offer): (usize, &&JobOffer)| PlannedStage {
-                    node: offer.node,
-                    layers: LayerRange::new(place, place + 1),
-                    memory: *memory,
-                };
-                let stages: Vec<PlannedStage> = chosen.iter().enumerate().map(stage).collect();
-                return fitting(stages, &chosen);
+                let layers = |stage| LayerRange::new(stage, stage + 1);
+                return fitting(&of_stages, |stage| (layers(stage), *memory));
             }
             Self::Model { cost, .. } => cost,
         };
-        let demand = spec.demand.unwrap_or_default();
+        let demand = TrainingDemand { exchanging: lines > 1, ..spec.demand.unwrap_or_default() };
         // Equal rooms without an end: as even as can be.
         let even = cost.divide(&demand, &vec![ByteCount(u64::MAX); count]);
         let even = even.ok_or_else(|| {
             format!("the model cannot be divided into {count} stages: it has {} layers", cost.layer_count())
         })?;
-        if spec.memory.is_none() {
-            let free: Vec<ByteCount> = chosen.iter().map(|offer| offer.free).collect();
-            if let Some(stages) = cost.divide(&demand, &free) {
-                return Ok(chosen
-                    .iter()
-                    .zip(&stages)
-                    .map(|(offer, stage)| planned(offer, stage, None))
-                    .collect());
-            }
+        let least = |nodes: &&[&JobOffer]| nodes.iter().map(|offer| offer.free).min().unwrap_or_default();
+        let free: Vec<ByteCount> = of_stages.iter().map(least).collect();
+        let as_there_is_room = spec.memory.is_none().then(|| cost.divide(&demand, &free)).flatten();
+        let stages = as_there_is_room.unwrap_or(even);
+        fitting(&of_stages, |stage| {
+            let memory = spec.memory.unwrap_or_else(|| stages[stage].total());
+            (stages[stage].layers(), memory)
+        })
+    }
+}
+
+/// The stages line by line, when each has room on its node. `of_stages`: for each stage its node in every line; `part`: its layers and what it
+/// takes.
+fn fitting(
+    of_stages: &[&[&JobOffer]],
+    part: impl Fn(usize) -> (LayerRange, ByteCount),
+) -> Result<Vec<PlannedStage>, String> {
+    let lines = of_stages.first().map_or(0, |nodes| nodes.len());
+    let mut planned = Vec::new();
+    for replica in 0..lines {
+        for (stage, nodes) in of_stages.iter().enumerate() {
+            let (layers, memory) = part(stage);
+            let offer = nodes.get(replica).filter(|offer| offer.free >= memory);
+            planned.push(offer.map(|offer| PlannedStage {
+                node: offer.node,
+                layers,
+                memory,
+                replica: u32::try_from(replica).unwrap_or(u32::MAX),
+            }));
         }
-        let stages =
-            chosen.iter().zip(&even).map(|(offer, stage)| planned(offer, stage, spec.memory)).collect();
-        fitting(stages, &chosen)
     }
-}
-
-fn planned(offer: &JobOffer, stage: &StageMemory, memory: Option<ByteCount>) -> PlannedStage {
-    PlannedStage { node: offer.node, layers: stage.layers(), memory: memory.unwrap_or_else(|| stage.total()) }
-}
-
-/// The stages, when each has room on its node.
-fn fitting(stages: Vec<PlannedStage>, nodes: &[&JobOffer]) -> Result<Vec<PlannedStage>, String> {
-    if stages.iter().zip(nodes).all(|(stage, offer)| offer.free >= stage.memory) {
-        return Ok(stages);
-    }
-    let needed: Vec<String> = stages.iter().map(|stage| stage.memory.to_string()).collect();
-    let there: Vec<String> = nodes.iter().map(|offer| format!("{} on {}", offer.free, offer.name)).collect();
-    Err(format!(
-        "its {} stages need {} of memory; there is {}: unload a model, give a node more, or divide it among more",
-        stages.len(),
-        needed.join(" and "),
-        there.join(" and ")
-    ))
+    planned.into_iter().collect::<Option<Vec<_>>>().ok_or_else(|| {
+        let needed: Vec<String> =
+            (0..of_stages.len()).map(|stage| part(stage).1.to_string()).collect();
+        let nodes = of_stages.iter().flat_map(|nodes| nodes.iter());
+        let there: Vec<String> = nodes.map(|offer| format!("{} on {}", offer.free, offer.name)).collect();
+        format!(
+            "its {} stages need {} of memory; there is {}: unload a model, give a node more, or divide it among more",
+            of_stages.len(),
+            needed.join(" and "),
+            there.join(" and ")
+        )
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::RunJob;
     use super::super::spec::tests::spec;
     use super::*;
-    use mlxnode_checkpoint::{LayerTraining, ModelProfile, TrainingDemand};
+    use mlxnode_checkpoint::{LayerTraining, ModelProfile};
     use mlxnode_compute::Dtype;
 
     const MB: u64 = 1 << 20;
@@ -267,6 +308,45 @@ mod tests {
             let error = plan(stages, &free).unwrap_err();
             assert!(error.contains(words), "{words}: {error}");
         }
+    }
+
+    #[test]
+    fn several_lines_of_stages_share_the_work_as_far_as_there_are_nodes_with_room() {
+        let lines = |stages, workers, free: &[u64]| {
+            let demand = TrainingDemand { rows: 1, row_tokens: 8, ..TrainingDemand::default() };
+            let spec = JobSpec { stages, workers, demand: Some(demand), ..spec() };
+            let offers = offers(free);
+            let all: Vec<&JobOffer> = offers.iter().collect();
+            let plan = need().plan(&spec, &all, &|id| u8::from(id == node(1)))?;
+            let nodes: std::collections::BTreeSet<NodeId> = plan.iter().map(|stage| stage.node).collect();
+            assert_eq!(nodes.len(), plan.len(), "a node has one stage");
+            let order = RunJob {
+                spec,
+                epoch: 1,
+                checkpoints: Vec::new(),
+                memory: plan[0].memory,
+                stages: if plan.len() > 1 { plan.clone() } else { Vec::new() },
+            };
+            assert!(order.is_well_divided(), "{plan:?}");
+            for stage in &plan {
+                let offer = offers.iter().find(|offer| offer.node == stage.node).unwrap();
+                assert!(offer.free >= stage.memory, "{stage:?}");
+            }
+            Ok::<_, String>((plan[0].node, order.replicas(), order.line_length()))
+        };
+        assert_eq!(lines(2, 4, &[4000; 4]), Ok((node(1), 2, 2)), "whoever has the checkpoint leads");
+        assert_eq!(lines(2, 8, &[4000; 7]), Ok((node(1), 3, 2)), "three lines, and a node is left");
+        assert_eq!(lines(2, 4, &[4000; 3]), Ok((node(1), 1, 2)), "not enough nodes for two lines");
+        assert_eq!(lines(2, 4, &[4000, 4000, 10, 4000]).map(|it| it.1), Ok(1), "nor room");
+        assert_eq!(lines(2, 2, &[4000; 4]).map(|it| (it.1, it.2)), Ok((1, 2)));
+        assert_eq!(lines(2, 1, &[4000; 4]).map(|it| (it.1, it.2)), Ok((1, 2)));
+        // Nobody said how many stages: as few as it takes, and as many lines as that leaves nodes for.
+        assert_eq!(lines(0, 4, &[900; 4]).map(|it| (it.1, it.2)), Ok((2, 2)));
+        assert_eq!(lines(0, 3, &[900; 4]).map(|it| (it.1, it.2)), Ok((1, 2)));
+        assert_eq!(lines(0, 4, &[2000; 4]).map(|it| it.2), Ok(0), "each has the whole model");
+        assert!(lines(2, 4, &[4000]).unwrap_err().contains("waiting for 1 more node"));
+        // Unlike rooms: the smallest node of a stage decides.
+        assert_eq!(lines(2, 4, &[700, 1100, 1000, 650]).map(|it| it.1), Ok(2));
     }
 
     #[test]

@@ -123,7 +123,7 @@ pub struct JobSpec {
     pub memory: Option<ByteCount>,
     /// Percent of the time that it may take of a node while that answers requests; 1 to 100.
     pub share: u32,
-    /// Nodes that compute it together, as far as there are so many.
+    /// Nodes that compute it together, as far as there are so many: each with the whole model, or lines of [`Self::stages`] nodes.
     #[serde(default = "one")]
     pub workers: u32,
     /// Nodes among which the model's layers are divided; 0: as many as it takes.
@@ -202,10 +202,10 @@ impl JobSpec {
                 self.stages
             ));
         }
-        if self.stages > 1 && self.workers > 1 {
+        if self.stages > 1 && self.workers > 1 && !self.workers.is_multiple_of(self.stages) {
             return invalid(format!(
-                "workers is {} and stages is {}: a job has either several workers, each with the whole model, or several stages",
-                self.workers, self.stages
+                "workers is {} and stages is {}: each {} nodes have the whole model together, so workers must be a multiple of it",
+                self.workers, self.stages, self.stages
             ));
         }
         if !(1..=MAX_KEPT).contains(&self.saves.keep) {
@@ -283,9 +283,16 @@ pub(super) mod tests {
     #[test]
     fn what_makes_no_sense_is_refused_with_the_field() {
         assert_eq!(spec().check(), Ok(()));
+        for (stages, workers) in [(2, 1), (2, 2), (2, 4), (1, 3), (0, 5)] {
+            assert_eq!(
+                JobSpec { stages, workers, ..spec() }.check(),
+                Ok(()),
+                "{workers} nodes, {stages} stages"
+            );
+        }
         let again = spec().inputs[0].clone();
         type Change = Box<dyn Fn(&mut JobSpec)>;
-        let cases: [(Change, &str); 13] = [
+        let cases: [(Change, &str); 14] = [
             (
                 Box::new(|spec| spec.labels = (0..99).map(|it| (it.to_string(), String::new())).collect()),
                 "labels",
@@ -299,7 +306,8 @@ pub(super) mod tests {
             (Box::new(move |spec| spec.inputs.push(again.clone())), "two files"),
             (Box::new(|spec| spec.share = 0), "share"),
             (Box::new(|spec| spec.stages = 9), "stages"),
-            (Box::new(|spec| (spec.stages, spec.workers) = (2, 2)), "either several workers"),
+            (Box::new(|spec| (spec.stages, spec.workers) = (2, 5)), "a multiple"),
+            (Box::new(|spec| (spec.stages, spec.workers) = (4, 2)), "a multiple"),
             (Box::new(|spec| spec.saves.keep = 0), "keep"),
             (
                 Box::new(|spec| {

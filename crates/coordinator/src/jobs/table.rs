@@ -659,9 +659,11 @@ fn begins_on(node: NodeId, stages: &[PlannedStage]) -> String {
     if stages.len() < 2 {
         return node.short();
     }
+    let is_replicated = stages.iter().any(|stage| stage.replica > 0);
     let part = |stage: &PlannedStage| {
         let (first, last) = (stage.layers.start, stage.layers.end.saturating_sub(1));
-        format!("{}: layers {first} to {last}, {}", stage.node.short(), stage.memory)
+        let of = if is_replicated { format!("replica {}, ", stage.replica) } else { String::new() };
+        format!("{}: {of}layers {first} to {last}, {}", stage.node.short(), stage.memory)
     };
     let parts: Vec<String> = stages.iter().map(part).collect();
     format!("{} nodes ({})", stages.len(), parts.join("; "))

@@ -2,6 +2,7 @@
 //! process. What the leading one then does, `driving` says.
 
 use super::bundle::{self, Draft};
+use super::helpers::Joined;
 use super::line::{self, Parted};
 use super::pace::pause_after;
 use super::peer_client::{Peers, disk, on_disk};
@@ -16,7 +17,6 @@ use mlxnode_coordinator::Error;
 use mlxnode_coordinator::jobs::{Checkpoint, ContentHash, JobKind, Report, RunEnd, RunJob};
 use mlxnode_worker::{JobCallError, JobProcess, JobSetup};
 use std::ffi::OsString;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -74,8 +74,13 @@ impl Attempt {
                 _ = told.wait_for(|will| *will != Will::Run) => return Ok(RunEnd::Yielded),
             }
         };
-        let (setup, step) = prepared;
+        let (setup, from) = prepared;
         let _states = self.states(LEADER)?; // of a stage too
+        let step = from.as_ref().map_or(0, |checkpoint| checkpoint.step);
+        if !self.order.stages.is_empty() {
+            // Where there are several lines, all go on from the same one.
+            self.order.checkpoints = from.into_iter().collect();
+        }
         let mut process = self.spawn(format!("job {}", self.order.spec.id)).await?;
         let is_stage = setup.stage.is_some();
         let driven = self.drive(&mut process, setup, step).await;
@@ -96,11 +101,11 @@ impl Attempt {
         self,
         member: MemberId,
         leader: KeyPin,
-        joined: tokio::sync::oneshot::Sender<(SocketAddr, KeyPin)>,
+        joined: tokio::sync::oneshot::Sender<Joined>,
     ) -> Result<(), Error> {
         let stage = usize::try_from(member.0.saturating_sub(1)).unwrap_or(usize::MAX);
         let is_stage = line::is_stage(&self.order, stage);
-        if is_stage == self.order.stages.is_empty() {
+        if is_stage == self.order.stages.is_empty() || !self.order.is_well_divided() {
             return Err(Error::Invalid(format!("the job has no stage {stage}")));
         }
         let (setup, _) = self.prepare(stage).await?;
@@ -109,14 +114,18 @@ impl Attempt {
         let mut process = self.spawn(format!("job {}, worker {member}", self.order.spec.id)).await?;
         if let Some(stage) = &setup.stage {
             // The stages make their job together, once all are there: another node may have to fetch the model before.
-            let place = line::line_place(&self.place, leader, stage);
-            let _ = joined.send(process.join_line(place).await.map_err(failed)?); // whoever leads may be gone
+            let at = process.join_line(line::line_place(&self.place, leader, stage)).await.map_err(failed)?;
+            let exchange = match line::group_place(&self.place, leader, &self.order, stage) {
+                Some(place) => Some(process.join(place).await.map_err(failed)?),
+                None => None,
+            };
+            let _ = joined.send(Joined { at, exchange }); // whoever leads may be gone
             process.begin_in_line(setup).await.map_err(failed)?;
         } else {
             let place = self.place.of(member, leader, &self.peers, &self.order).map_err(failed)?;
-            let listens = process.join(place).await.map_err(failed)?;
+            let at = process.join(place).await.map_err(failed)?;
             process.begin(setup).await.map_err(failed)?;
-            let _ = joined.send(listens);
+            let _ = joined.send(Joined { at, exchange: None });
         }
         loop {
             let started = Instant::now();
@@ -166,7 +175,7 @@ impl Attempt {
     }
 
     /// Everything onto this machine: model, files, and what to go on from.
-    async fn prepare(&self, stage: usize) -> Result<(JobSetup, u64), Error> {
+    async fn prepare(&self, stage: usize) -> Result<(JobSetup, Option<Checkpoint>), Error> {
         let spec = &self.order.spec;
         let mut model = None;
         if spec.kind != JobKind::Rehearsal {
@@ -186,29 +195,34 @@ impl Attempt {
         let stage =
             on_disk("laying out the stage's folder", move || line::place(&peers, &order, stage)).await;
         let stage = stage.map_err(may_pass)?;
-        let (resume, step) = match &stage {
+        let from = match &stage {
             // The first stage gives the others their part of the state.
-            Some(place) if place.stage > 0 => (None, 0),
-            _ => self.checkpoint().await?,
+            Some(place) if place.stage > 0 => None,
+            // Other lines go on from what the leading one goes on from, which knows best.
+            Some(place) => self.checkpoint(place.replica == 0).await?,
+            None => self.checkpoint(true).await?,
         };
+        let (resume, from) = from.unzip();
         let setup = JobSetup {
             kind: spec.kind.name().to_owned(),
             model,
             model_name: spec.model.clone(),
             configuration: spec.configuration.clone(),
             inputs,
-            resume: resume.map(|folder| folder.join(bundle::STATE)),
+            resume: resume.map(|folder: PathBuf| folder.join(bundle::STATE)),
             stage,
         };
-        Ok((setup, step))
+        Ok((setup, from))
     }
 
-    /// The newest checkpoint that is whole: one that was saved here when nobody listened, or one of the order's.
-    async fn checkpoint(&self) -> Result<(Option<PathBuf>, u64), Error> {
+    /// The newest checkpoint that is whole, and where it is: one that was saved here when nobody listened, if such ones count (`own`), or one
+    /// of the order's.
+    async fn checkpoint(&self, own: bool) -> Result<Option<(PathBuf, Checkpoint)>, Error> {
         let spec = &self.order.spec;
         let newest = self.order.checkpoints.iter().map(|checkpoint| checkpoint.step).max().unwrap_or(0);
         let job = self.peers.store.job(&spec.id).map_err(disk("the job's folder"))?;
-        let mut own: Vec<Checkpoint> = bundle::list(&job)
+        let listed = if own { bundle::list(&job) } else { Vec::new() };
+        let mut own: Vec<Checkpoint> = listed
             .into_iter()
             .filter(|(manifest, _)| manifest.step > newest)
             .map(|(manifest, hash)| Checkpoint { step: manifest.step, hash, bytes: manifest.total() })
@@ -230,7 +244,7 @@ impl Attempt {
                         self.say(Report::Checkpointed(checkpoint.clone())).await;
                     }
                     skips(checkpoint.step);
-                    return Ok((Some(folder), checkpoint.step));
+                    return Ok(Some((folder, checkpoint.clone())));
                 }
                 // An older one would not do better, and later this one may be had.
                 Err(error @ (Error::TooMany(_) | Error::Failed(_))) => return Err(may_pass(error)),
@@ -244,7 +258,7 @@ impl Attempt {
             Some(error) if !self.order.checkpoints.is_empty() => Err(error),
             _ => {
                 skips(0);
-                Ok((None, 0))
+                Ok(None)
             }
         }
     }

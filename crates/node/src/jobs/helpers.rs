@@ -25,7 +25,7 @@ use tonic::{Status, Streaming};
 #[derive(Debug)]
 pub(super) enum Said {
     /// Its worker can be reached.
-    There(Listening),
+    There(Worker),
     /// It stops, and waits a while until it is let go.
     Leaves,
 }
@@ -37,6 +37,15 @@ pub(super) struct Listening {
     pub(super) control: SocketAddr,
     /// As the other workers reach it.
     pub(super) peer: GroupPeer,
+}
+
+/// A worker that listens.
+#[derive(Clone, Debug)]
+pub(super) struct Worker {
+    /// For the other workers, or for the other stages of its line.
+    pub(super) at: Listening,
+    /// For the same stage of other lines, where there are some.
+    pub(super) exchange: Option<Listening>,
 }
 
 /// A node that was asked to help. Dropping it lets the node go.
@@ -76,31 +85,49 @@ impl Asked {
         if report.leaves {
             return Ok(Some(Said::Leaves));
         }
-        let pin = <[u8; 32]>::try_from(&report.key_pin[..]);
+        let at = self.listening(&report.address, &report.key_pin).await?;
+        let exchange = match report.exchange_address.as_str() {
+            "" => None,
+            address => Some(self.listening(address, &report.exchange_key_pin).await?),
+        };
+        Ok(Some(Said::There(Worker { at, exchange })))
+    }
+
+    async fn listening(&self, address: &str, key_pin: &[u8]) -> Result<Listening, Status> {
+        let pin = <[u8; 32]>::try_from(key_pin);
         let pin = pin.map_err(|_| Status::unavailable("its worker's key is not 32 bytes long"))?;
         let reached = {
             let peers = self.peers.mesh.peers();
             peers.iter().find(|peer| peer.node_id == self.node).and_then(|peer| peer.address.clone())
         };
-        let address = addresses::with_host_of(&report.address, reached.as_deref());
+        let address = addresses::with_host_of(address, reached.as_deref());
         let control = tokio::net::lookup_host(&address).await.ok().and_then(|mut found| found.next());
         let control = control.ok_or_else(|| Status::unavailable(format!("{address} is no address")))?;
         let peer = GroupPeer { address, key_pin: KeyPin::from_bytes(pin) };
-        Ok(Some(Said::There(Listening { control, peer })))
+        Ok(Listening { control, peer })
     }
 }
 
 /// What a node that helps tells the leading one.
 pub(crate) enum Helped {
-    /// Where its worker listens, and its key.
-    Joined(SocketAddr, KeyPin),
+    /// Where its worker listens.
+    Joined(Joined),
     /// The node stops.
     Leaves,
 }
 
+/// Where a worker listens, and the keys of its listeners.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Joined {
+    /// For the other workers, or for the other stages of its line.
+    pub(crate) at: (SocketAddr, KeyPin),
+    /// For the same stage of other lines, where there are some.
+    pub(crate) exchange: Option<(SocketAddr, KeyPin)>,
+}
+
 /// A worker of a job that another node leads. Dropping it ends it.
 pub(crate) struct Helper {
-    joined: Option<oneshot::Receiver<(SocketAddr, KeyPin)>>,
+    joined: Option<oneshot::Receiver<Joined>>,
     /// Cancelled when its node stops; until that is said.
     leaving: Option<CancellationToken>,
     task: AbortOnDropHandle<Result<(), Error>>,
@@ -110,7 +137,7 @@ impl Helper {
     /// Begins it. `leaving` is cancelled when its node stops.
     pub(super) fn start<F>(
         leaving: CancellationToken,
-        work: impl FnOnce(oneshot::Sender<(SocketAddr, KeyPin)>) -> F,
+        work: impl FnOnce(oneshot::Sender<Joined>) -> F,
     ) -> Self
     where
         F: Future<Output = Result<(), Error>> + Send + 'static,
@@ -130,8 +157,8 @@ impl Helper {
             tokio::select! {
                 told = wait => {
                     *joined = None;
-                    if let Ok((address, key_pin)) = told {
-                        return Ok(Some(Helped::Joined(address, key_pin)));
+                    if let Ok(joined) = told {
+                        return Ok(Some(Helped::Joined(joined)));
                     }
                 }
                 () = stops.cancelled() => {
@@ -162,15 +189,15 @@ mod tests {
     #[tokio::test]
     async fn a_helper_says_where_it_is_that_its_node_stops_and_how_it_ended() {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 7));
-        let pin = KeyPin::from_bytes([1; 32]);
+        let there = Joined { at: (address, KeyPin::from_bytes([1; 32])), exchange: None };
         let leaving = CancellationToken::new();
         let (go, wait) = oneshot::channel::<()>();
         let mut helper = Helper::start(leaving.clone(), |joined| async move {
-            let _ = joined.send((address, pin));
+            let _ = joined.send(there);
             let _ = wait.await;
             Err(Error::Unavailable("gone".into()))
         });
-        assert!(matches!(helper.next().await, Ok(Some(Helped::Joined(at, _))) if at == address));
+        assert!(matches!(helper.next().await, Ok(Some(Helped::Joined(joined))) if joined == there));
         leaving.cancel();
         assert!(matches!(helper.next().await, Ok(Some(Helped::Leaves))));
         drop(go);

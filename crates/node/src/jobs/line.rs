@@ -6,19 +6,25 @@
 //!                  └─ Led: Line ── where the stages are ──▶ both
 //!                       └────────── JobRunner.Help ───────────▲
 //! ```
+//! Several such lines may share the work of a job: then the same stage of all lines exchanges gradients, as single workers do (`team`), and what a stage is
+//! part of are a line and a group. The leading node brings all of them together.
+//!
 //! A stage cannot be replaced on the way: when one is lost, the attempt is over, and the job's next one goes on from its newest checkpoint
 //! with the nodes that are there then. The loss of a node or of a process is nobody's fault; a process that ends by itself is its job's.
 
-use super::helpers::{Asked, Listening, Said};
+use super::helpers::{Asked, Listening, Said, Worker};
 use super::peer_client::Peers;
 use super::store::states_name;
 use super::team::Place;
 use mlxnode_cluster::{KeyPin, NodeId};
-use mlxnode_collective::MemberId;
+use mlxnode_collective::{MemberId, RoundsOptions};
 use mlxnode_compute::{ByteCount, JobError};
 use mlxnode_coordinator::Error;
 use mlxnode_coordinator::jobs::{PlannedStage, RunJob};
-use mlxnode_worker::{JobCallError, JobProcess, Line, LinePlace, LineWorker, StagePlace};
+use mlxnode_worker::{
+    ConductorEvent, GroupConductor, GroupPlace, GroupWorker, JobCallError, JobProcess, Line, LinePlace,
+    LineWorker, StagePlace,
+};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -58,7 +64,20 @@ pub(super) fn place(peers: &Peers, order: &RunJob, stage: usize) -> std::io::Res
     let job = peers.store.job(&order.spec.id)?;
     let folder = job.join(states_name(order.epoch, member(stage))).join("own");
     std::fs::create_dir_all(&folder)?;
-    Ok(Some(StagePlace { stage, stages: order.stages.len(), layers: own.layers, folder }))
+    let (replica, stages) = (own.replica as usize, order.line_length());
+    Ok(Some(StagePlace { stage: stage - replica * stages, stages, replica, layers: own.layers, folder }))
+}
+
+/// The place of a stage among the same stages of other lines; none when there is one line.
+pub(super) fn group_place(
+    place: &Place,
+    conductor: KeyPin,
+    order: &RunJob,
+    stage: &StagePlace,
+) -> Option<GroupPlace> {
+    let member = member(stage.replica * stage.stages + stage.stage);
+    let folder = stage.folder.with_file_name("exchange");
+    (order.replicas() > 1).then_some(GroupPlace { member, conductor, listen: place.listen, folder })
 }
 
 /// A stage's place in its line.
@@ -69,7 +88,10 @@ pub(super) fn line_place(place: &Place, conductor: KeyPin, stage: &StagePlace) -
 
 /// The stages of a job that this node leads. Dropping it ends those on other nodes.
 pub(super) struct Led {
-    line: Line,
+    /// The lines, of which the first leads.
+    lines: Vec<Line>,
+    /// For each stage of a line those that exchange its gradients, where there are several lines.
+    groups: Vec<(GroupConductor, mpsc::Receiver<ConductorEvent>)>,
     helpers: JoinSet<Error>,
     /// What the other nodes say while they help.
     said: mpsc::Receiver<(usize, Said)>,
@@ -120,8 +142,16 @@ impl Led {
         tell: mpsc::Sender<String>,
     ) -> Result<Self, Parted> {
         let names: Vec<String> = order.stages.iter().map(|stage| peers.name(stage.node)).collect();
-        let joins = line_place(place, place.identity.key_pin(), stage);
-        let (listens, key_pin) = process.join_line(joins).await?;
+        let own = place.identity.key_pin();
+        let (listens, key_pin) = process.join_line(line_place(place, own, stage)).await?;
+        let at = place.reached(peers, listens, key_pin);
+        let exchange = match group_place(place, own, order, stage) {
+            Some(group) => {
+                let (listens, key_pin) = process.join(group).await?;
+                Some(place.reached(peers, listens, key_pin))
+            }
+            None => None,
+        };
         let mut helpers = JoinSet::new();
         // Each says where its worker is, and perhaps that it stops.
         let (says, mut said) = mpsc::channel(2 * order.stages.len());
@@ -148,14 +178,30 @@ impl Led {
         let gathered = timeout(GATHERING, gathering).await;
         let late = |_| Error::Unavailable("the other nodes did not get ready".to_owned());
         let there = gathered.map_err(late).and_then(|gathered| gathered).map_err(Parted::Stage)?;
-        let own = place.reached(peers, listens, key_pin);
-        let in_line = |found: Listening| LineWorker { control: found.control, peer: found.peer };
-        let workers: Vec<LineWorker> = std::iter::once(own).chain(there.into_values()).map(in_line).collect();
-        let line = Line::form(&workers, &place.identity, FORMING).await.map_err(|error| {
-            let name = names.get(error.stage).map_or("a node", String::as_str);
-            Parted::Stage(Error::Unavailable(format!("{name}, stage {}: {}", error.stage, error.reason)))
-        })?;
-        Ok(Self { line, helpers, said, names, over: Over::default() })
+        let workers: Vec<Worker> =
+            std::iter::once(Worker { at, exchange }).chain(there.into_values()).collect();
+        let length = order.line_length();
+        let forming = workers.chunks(length).enumerate().map(|(replica, workers)| {
+            let in_line = |worker: &Worker| {
+                let Listening { control, peer } = worker.at.clone();
+                LineWorker { control, peer }
+            };
+            let (workers, names) = (workers.iter().map(in_line).collect::<Vec<_>>(), &names);
+            async move {
+                Line::form(&workers, &place.identity, FORMING).await.map_err(|error| {
+                    let number = replica * length + error.stage;
+                    Parted::Stage(Error::Unavailable(format!("{}: {}", named(names, number), error.reason)))
+                })
+            }
+        });
+        let lines = futures::future::try_join_all(forming).await?;
+        let mut groups = Vec::new();
+        for stage in (0..length).filter(|_| lines.len() > 1) {
+            groups.push(
+                group(place, workers.iter().enumerate().skip(stage).step_by(length), lines.len()).await?,
+            );
+        }
+        Ok(Self { lines, groups, helpers, said, names, over: Over::default() })
     }
 
     /// Does the node of another stage stop? It waits for a checkpoint.
@@ -170,14 +216,24 @@ impl Led {
 
     /// Waits until a stage is lost: why. When one is lost all end soon, and the first to say so need not be the one that knows.
     pub(super) async fn lost(&mut self) -> Error {
-        let Self { line, helpers, names, over, .. } = self;
+        let Self { lines, groups, helpers, names, over, .. } = self;
         if over.why.is_none() {
+            let length = names.len() / lines.len().max(1);
+            let ends = lines.iter_mut().enumerate().map(|(replica, line)| {
+                Box::pin(async move {
+                    let first = line.over().await;
+                    (replica * length + first.stage, first.reason)
+                })
+            });
+            let exchanges = groups.iter_mut().map(|(_, events)| Box::pin(events.recv()));
             tokio::select! {
                 Some(ended) = helpers.join_next() => over.hear(ended.unwrap_or_else(let_go), true),
-                first = line.over() => {
-                    let name = names.get(first.stage).map_or("a node", String::as_str);
-                    let why = format!("stage {} on {name} is lost: {}", first.stage, first.reason);
-                    over.hear(Error::Unavailable(why), false);
+                ((number, reason), ..) = futures::future::select_all(ends) => {
+                    over.hear(Error::Unavailable(format!("{} is lost: {reason}", named(names, number))), false);
+                }
+                (event, ..) = first_of(exchanges) => {
+                    let (why, is_known) = parted(names, event);
+                    over.hear(why, is_known);
                 }
             }
         }
@@ -191,10 +247,62 @@ impl Led {
     }
 }
 
+/// The first of these, or never when there are none.
+async fn first_of<F: Future + Unpin>(all: impl Iterator<Item = F>) -> (F::Output, usize, Vec<F>) {
+    let all: Vec<F> = all.collect();
+    match all.is_empty() {
+        true => std::future::pending().await,
+        false => futures::future::select_all(all).await,
+    }
+}
+
+/// The same stage of all lines: they exchange gradients from the first update on, and stay as they are.
+async fn group(
+    place: &Place,
+    workers: impl Iterator<Item = (usize, &Worker)>,
+    lines: usize,
+) -> Result<(GroupConductor, mpsc::Receiver<ConductorEvent>), Parted> {
+    // A stage that is lost ends its line, and a line that waits for requests or for room on its disk is not lost.
+    let options = RoundsOptions {
+        expected: lines,
+        gather_within: GATHERING,
+        step_within: GATHERING,
+        ..RoundsOptions::default()
+    };
+    let (conductor, events) = GroupConductor::start(options, 0, place.identity.clone());
+    for (number, worker) in workers {
+        let Some(Listening { control, peer }) = worker.exchange.clone() else {
+            let why = "a node does not listen for other lines; is it of another release?";
+            return Err(Parted::Stage(Error::Unavailable(why.to_owned())));
+        };
+        conductor.add(GroupWorker { member: member(number), control, peer }).await;
+    }
+    Ok((conductor, events))
+}
+
+/// What it means that a stage left those that it exchanges gradients with, and whether that is known to be its fault.
+fn parted(names: &[String], event: Option<ConductorEvent>) -> (Error, bool) {
+    let number = |member: MemberId| usize::try_from(member.0.saturating_sub(1)).unwrap_or(usize::MAX);
+    match event {
+        Some(ConductorEvent::Lost { member, reason, is_evicted: true }) => {
+            (Error::Failed(format!("{} had to go: {reason}", named(names, number(member)))), true)
+        }
+        Some(ConductorEvent::Lost { member, reason, is_evicted: false }) => {
+            (Error::Unavailable(format!("{} is lost: {reason}", named(names, number(member)))), false)
+        }
+        Some(ConductorEvent::Failed { reason }) => (Error::Failed(reason), true),
+        None => (Error::Unavailable("the stages of several lines are no longer together".to_owned()), false),
+    }
+}
+
+/// "stage 3 on studio": a stage by its number in the order, over all lines.
+fn named(names: &[String], number: usize) -> String {
+    format!("stage {number} on {}", names.get(number).map_or("a node", String::as_str))
+}
+
 /// The node of a stage that is about to go.
 fn stops(names: &[String], stage: usize) -> Error {
-    let name = names.get(stage).map_or("a node", String::as_str);
-    Error::Unavailable(format!("{name}, which has stage {stage}, stops"))
+    Error::Unavailable(format!("the node stops that has {}", named(names, stage)))
 }
 /// Why a job does not go on.
 #[derive(Debug, thiserror::Error)]
@@ -244,7 +352,7 @@ fn let_go(error: tokio::task::JoinError) -> Error {
 }
 
 /// "waiting for 1 more node: studio (layers 16 to 31)"
-fn waiting_for(stages: &[PlannedStage], names: &[String], there: &BTreeMap<usize, Listening>) -> String {
+fn waiting_for(stages: &[PlannedStage], names: &[String], there: &BTreeMap<usize, Worker>) -> String {
     let missing = stages.iter().enumerate().skip(1).filter(|(stage, _)| !there.contains_key(stage));
     let told: Vec<String> = missing
         .map(|(stage, planned)| {
@@ -300,6 +408,7 @@ mod tests {
             node: NodeId::from_bytes([number; 32]),
             layers: LayerRange::new(start, end),
             memory: ByteCount(1),
+            replica: 0,
         };
         let stages = [stage(0, 0, 8), stage(1, 8, 16), stage(2, 16, 24)];
         let names = ["desk", "studio", "mini"].map(str::to_owned);

@@ -2,12 +2,12 @@
 
 use super::bundle;
 use super::client::{json, parsed};
-use super::helpers::Helped;
+use super::helpers::{Helped, Joined};
 use super::peer_client::on_disk;
 use super::runner::Runners;
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
-use mlxnode_cluster::PeerKey;
+use mlxnode_cluster::{KeyPin, PeerKey};
 use mlxnode_collective::MemberId;
 use mlxnode_coordinator::Error;
 use mlxnode_coordinator::jobs::{Checkpoint, ContentHash};
@@ -120,10 +120,17 @@ impl JobRunner for JobRunnerService {
         let messages = futures::stream::unfold(Some(helper), |helper| async move {
             let mut helper = helper?;
             match helper.next().await {
-                Ok(Some(Helped::Joined(address, key_pin))) => {
-                    let key_pin = key_pin.as_bytes().to_vec().into();
-                    let address = address.to_string();
-                    let report = HelpJobReport { address, key_pin, ..HelpJobReport::default() };
+                Ok(Some(Helped::Joined(Joined { at, exchange }))) => {
+                    let pin = |key_pin: KeyPin| bytes::Bytes::from(key_pin.as_bytes().to_vec());
+                    let report = HelpJobReport {
+                        address: at.0.to_string(),
+                        key_pin: pin(at.1),
+                        exchange_address: exchange
+                            .map(|(address, _)| address.to_string())
+                            .unwrap_or_default(),
+                        exchange_key_pin: exchange.map(|(_, key_pin)| pin(key_pin)).unwrap_or_default(),
+                        ..HelpJobReport::default()
+                    };
                     Some((Ok(report), Some(helper)))
                 }
                 Ok(Some(Helped::Leaves)) => {

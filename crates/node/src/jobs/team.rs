@@ -161,7 +161,8 @@ impl Gathering {
                 _ = looks.tick() => self.look(&found),
                 Some((member, said)) = workers.recv() => match said {
                     Said::There(found) => {
-                        self.conductor.add(GroupWorker { member, control: found.control, peer: found.peer }).await;
+                        let Listening { control, peer } = found.at;
+                        self.conductor.add(GroupWorker { member, control, peer }).await;
                     }
                     Said::Leaves => self.leaves(member),
                 },

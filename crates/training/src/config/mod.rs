@@ -268,6 +268,7 @@ impl TrainingConfig {
             },
             checkpointing: self.grad_checkpoint,
             reference: self.preference.is_some_and(|preference| preference.loss == PreferenceLoss::Dpo),
+            exchanging: false,
         }
     }
 

@@ -17,6 +17,7 @@ mod group;
 mod line;
 mod passes;
 mod progress;
+mod replicas;
 mod staged;
 
 pub use cursor::CursorError;
@@ -155,10 +156,7 @@ impl FineTuning {
     ///
     /// [`PrepareError::Halves`]: the number of workers would show in the result.
     pub fn with_group(mut self, group: Box<dyn Reduce>) -> Result<Self, PrepareError> {
-        let halves = self.trainer.parameters().iter().map(Array::dtype).find(|dtype| *dtype != Dtype::F32);
-        if let Some(dtype) = halves.filter(|_| self.config.parity) {
-            return Err(PrepareError::Halves { dtype: format!("{dtype:?}").to_lowercase() });
-        }
+        single(self.trainer.parameters(), &self.config)?;
         self.group = Some(group);
         Ok(self)
     }
@@ -323,6 +321,15 @@ fn checked(config: &TrainingConfig, sets: &Sets) -> Result<(), PrepareError> {
         }
     }
     Ok(())
+}
+
+/// Is everything added up in single precision, as it is between processes?
+fn single(parameters: &[Array], config: &TrainingConfig) -> Result<(), PrepareError> {
+    let halves = parameters.iter().map(Array::dtype).find(|dtype| *dtype != Dtype::F32);
+    match halves.filter(|_| config.parity) {
+        Some(dtype) => Err(PrepareError::Halves { dtype: format!("{dtype:?}").to_lowercase() }),
+        None => Ok(()),
+    }
 }
 
 fn options(config: &TrainingConfig, compile: bool) -> TrainerOptions {

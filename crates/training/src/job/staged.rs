@@ -12,21 +12,23 @@ use super::cursor::{Cursor, Fingerprint};
 use super::line::{HandError, Line, Trouble, can_hand_on};
 use super::passes::{Pass, passes};
 use super::progress::{Piece, Progress};
+use super::replicas::Replicas;
 use super::{
     ADAPTER_CONFIG, ADAPTER_FILE, CURSOR_FILE, PrepareError, STATE_FILE, checked, clear_cache, io, options,
-    told, written,
+    single, told, written,
 };
 use crate::parameters::{self, Held, Share};
 use crate::trainer::{MicroGradients, Place, Returned, StageTrainer, StateError, add};
 use crate::{BatchOptions, Batches, MicroBatch, Sets, TrainingConfig};
 use mlxnode_checkpoint::JoinError;
 use mlxnode_compute::{
-    Advance, Job, JobError, LayerRange, LinkError, StageLink, StageOrder, StepReport, TreeNode, TreeSum, Way,
+    Advance, Job, JobError, LayerRange, LinkError, Reduce, StageLink, StageOrder, StepReport, Tally,
+    TreeNode, TreeSum, Way,
 };
 use mlxnode_engine::tuning::Tuning;
 use mlxnode_mlx::{Array, Dtype, Error};
 use std::collections::{BTreeMap, VecDeque};
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -44,6 +46,8 @@ pub struct StagedFineTuning {
     /// Tokens that counted so far.
     trained_tokens: u64,
     line: Line,
+    /// The same stage of other lines that train the same adapter, where there are some.
+    replicas: Option<Replicas>,
     whole: Whole,
     /// Nothing is left to do.
     is_done: bool,
@@ -111,7 +115,40 @@ impl StagedFineTuning {
         let most = (0..line.stages()).map(count).max().unwrap_or(0);
         let (progress, whole) = (Progress::new(&config), Whole { names, owners, most });
         let (trained_tokens, is_done) = (0, false);
-        Ok(Self { config, trainer, batches, fingerprint, progress, trained_tokens, line, whole, is_done })
+        let replicas = None;
+        Ok(Self {
+            config,
+            trainer,
+            batches,
+            fingerprint,
+            progress,
+            trained_tokens,
+            line,
+            replicas,
+            whole,
+            is_done,
+        })
+    }
+
+    /// The same with the same stage of other lines, each with the same model, configuration and rows: they share the micro-batches of an
+    /// update. Its steps have `grad_accumulation_steps` micro-batches, and [`Self::values`] numbers.
+    ///
+    /// # Errors
+    ///
+    /// [`PrepareError::Halves`]: the number of lines would show in the result.
+    pub fn with_replicas(mut self, group: Box<dyn Reduce>) -> Result<Self, PrepareError> {
+        single(self.trainer.parameters(), &self.config)?;
+        let micro_batches = u32::try_from(self.config.grad_accumulation_steps.max(1));
+        let micro_batches = micro_batches.map_err(|_| PrepareError::Stages {
+            problem: "grad_accumulation_steps is too large for several replicas".to_owned(),
+        })?;
+        self.replicas = Some(Replicas::new(group, micro_batches));
+        Ok(self)
+    }
+
+    /// How many numbers are trained here.
+    pub fn values(&self) -> usize {
+        self.trainer.parameters().iter().map(Array::len).sum()
     }
 
     /// Has all stages go on where [`Job::save`] left off in `directory`, with any number of stages. Stage 0 only: the others hear of it in
@@ -223,7 +260,7 @@ impl StagedFineTuning {
         let is_lost = self.config.parity && micro_batches < self.config.grad_accumulation_steps;
         let batches: Vec<MicroBatch> = iterations.map(|iteration| self.batches.training(iteration)).collect();
         self.check(&batches)?;
-        let mut sum = self.sum(first, &batches).map_err(over)?;
+        let mut sum = if is_lost { self.alone(first, &batches)? } else { self.together(first, &batches)? };
         let (loss, norm, peak) = self.tell(&sum, micro_batches, is_lost).map_err(over)?;
         sum.loss = loss;
         let learning_rate = self.config.schedule.at(self.trainer.updates());
@@ -232,6 +269,9 @@ impl StagedFineTuning {
             false => {
                 let applied = self.trainer.apply(&sum, micro_batches, norm, learning_rate);
                 let applied = applied.map_err(|error| told(step, error))?;
+                if let Some(replicas) = &mut self.replicas {
+                    replicas.compare(self.trainer.updates(), || self.trainer.hash_parameters())?;
+                }
                 (applied.loss, Some(applied.gradient_norm))
             }
         };
@@ -253,14 +293,46 @@ impl StagedFineTuning {
     }
 
     /// The sum of the gradients of these micro-batches, of which the first is number `first` of the run.
-    fn sum(&mut self, first: u64, batches: &[MicroBatch]) -> Result<MicroGradients, HandError> {
+    fn alone(&mut self, first: u64, batches: &[MicroBatch]) -> Result<MicroGradients, JobError> {
+        let leaves = u32::try_from(batches.len()).map_err(|_| over(none().into()))?;
+        let sum = self.sums(first, batches, 0..leaves, leaves).map_err(over)?;
+        sum.into_parts().next().map(|(_, sum)| sum).ok_or_else(|| over(none().into()))
+    }
+
+    /// The same, of which the other replicas compute some.
+    fn together(&mut self, first: u64, batches: &[MicroBatch]) -> Result<MicroGradients, JobError> {
+        let Some(replicas) = &mut self.replicas else { return self.alone(first, batches) };
+        let deal = replicas.begin(self.trainer.updates())?;
+        let sums = self.sums(first, batches, deal.run.clone(), deal.micro_batches).map_err(over)?;
+        let (mut parts, mut rows) = (Vec::new(), Vec::new());
+        for (node, part) in sums.into_parts() {
+            let values = part.to_bytes(self.trainer.device()).map_err(|error| over(error.into()))?;
+            parts.push((node, values.into(), Tally { loss: part.loss, tokens: part.tokens }));
+            rows.extend(part.rows);
+        }
+        let Some(replicas) = &mut self.replicas else { return Err(over(none().into())) };
+        let sum = replicas.sum(deal, parts)?;
+        let made = MicroGradients::from_bytes(self.trainer.tuner(), &sum.values, sum.tally, rows);
+        made.map_err(|error| over(error.into()))
+    }
+
+    /// The sums of the gradients of those micro-batches that lie in `run`, which are all of an update or some of its `leaves`; `batches` are all there
+    /// are of it. What lies behind the end of the run of the training adds nothing.
+    fn sums(
+        &mut self,
+        first: u64,
+        batches: &[MicroBatch],
+        run: Range<u32>,
+        leaves: u32,
+    ) -> Result<TreeSum<MicroGradients>, HandError> {
         let (stage, stages) = (self.line.stage(), self.line.stages());
-        let none = || Error::Mlx("an update without micro-batches".to_owned());
-        let count = u32::try_from(batches.len()).map_err(|_| none())?;
-        let (mut waiting, mut sum, mut done) = (VecDeque::new(), TreeSum::new(count), 0);
-        for pass in passes(stage, stages, batches.len() as u64) {
+        let there = u32::try_from(batches.len()).unwrap_or(u32::MAX);
+        let (start, end) = (run.start.min(there), run.end.min(there));
+        let (mut waiting, mut sum, mut done) = (VecDeque::new(), TreeSum::new(leaves), start);
+        for pass in passes(stage, stages, u64::from(end - start)) {
             let missing = || Error::Mlx("a micro-batch is not there".to_owned());
             let (Pass::Forward(number) | Pass::Backward(number)) = pass;
+            let number = u64::from(start) + number;
             let batch =
                 usize::try_from(number).ok().and_then(|number| batches.get(number)).ok_or_else(missing)?;
             let iteration = first + number;
@@ -271,12 +343,20 @@ impl StagedFineTuning {
             let there = waiting.pop_front().ok_or_else(missing)?;
             let own = self.back(batch, iteration, there)?;
             // They come back in their order.
-            let device = self.trainer.device();
-            sum.insert(TreeNode::leaf(done), own, |left, right| add(device, left, &right))?;
+            self.add(&mut sum, done, own)?;
             done += 1;
             clear_cache(self.trainer.device(), &self.config)?;
         }
-        Ok(sum.into_parts().next().map(|(_, sum)| sum).ok_or_else(none)?)
+        for leaf in end.max(run.start)..run.end {
+            let zero = MicroGradients::zero(self.trainer.tuner())?;
+            self.add(&mut sum, leaf, zero)?;
+        }
+        Ok(sum)
+    }
+
+    fn add(&self, sum: &mut TreeSum<MicroGradients>, leaf: u32, own: MicroGradients) -> Result<(), Error> {
+        let device = self.trainer.device();
+        sum.insert(TreeNode::leaf(leaf), own, |left, right| add(device, left, &right)).map(drop)
     }
 
     /// Through the layers, and on to the next stage. `number` is the hand-over's, `iteration` seeds dropout.
@@ -553,6 +633,10 @@ fn divisible(config: &TrainingConfig, width: usize) -> Result<(), PrepareError> 
         ));
     }
     Ok(())
+}
+
+fn none() -> Error {
+    Error::Mlx("an update without micro-batches".to_owned())
 }
 
 /// The line is no more: the job goes on from its last checkpoint.

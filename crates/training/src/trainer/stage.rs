@@ -76,6 +76,16 @@ impl StageTrainer {
         &self.trainer.tuner
     }
 
+    /// What is trained here.
+    pub(crate) fn parameters(&self) -> &[Array] {
+        &self.trainer.parameters
+    }
+
+    /// As [`Trainer::hash_parameters`], of what is trained here.
+    pub(crate) fn hash_parameters(&self) -> Result<[u8; 32]> {
+        self.trainer.hash_parameters()
+    }
+
     pub(crate) fn updates(&self) -> u64 {
         self.trainer.updates
     }

@@ -1,7 +1,9 @@
 //! A line of stages within a process: a thread for each, channels with little room between them.
 
 use super::*;
-use mlxnode_compute::{Activation, Advance, Job as _, JobError, LinkError, StageLink, StageOrder, Way};
+use mlxnode_compute::{
+    Activation, Advance, Job as _, JobError, LinkError, Reduce, StageLink, StageOrder, Way,
+};
 use mlxnode_training::{FineTuning, PrepareError, Sets, StagedFineTuning};
 use std::ops::Range;
 use std::path::PathBuf;
@@ -267,6 +269,7 @@ impl Plan<'_> {
                 sets: self.sets,
                 fingerprint: [7; 32],
                 layers: layers[stage].clone(),
+                group: None,
             };
             let (compile, done, differs) = (self.compile, done.clone(), differs.clone());
             let (own, lead) =
@@ -306,6 +309,8 @@ pub struct Made {
     pub sets: fn() -> Sets,
     pub fingerprint: [u8; 32],
     pub layers: Range<usize>,
+    /// The same stage of other lines.
+    pub group: Option<Box<dyn Reduce>>,
 }
 
 impl Made {
@@ -319,7 +324,12 @@ impl Made {
         let layers = LayerRange::new(self.layers.start, self.layers.end);
         let tuning = Tuning::load(&checkpoint, layers, &mut |_, _| {}).unwrap();
         let config = training(&self.yaml);
-        StagedFineTuning::new(tuning, config, (self.sets)(), self.fingerprint, compile, link, folder)
+        let (sets, group) = ((self.sets)(), self.group);
+        let job = StagedFineTuning::new(tuning, config, sets, self.fingerprint, compile, link, folder)?;
+        match group {
+            Some(group) => job.with_replicas(group),
+            None => Ok(job),
+        }
     }
 }
 

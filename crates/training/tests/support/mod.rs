@@ -12,6 +12,7 @@ use mlxnode_training::{BatchRow, MicroBatch, TrainingConfig};
 use serde_json::{Value, json};
 use std::path::Path;
 
+pub mod exchange;
 pub mod line;
 
 pub const VOCABULARY: usize = 300;

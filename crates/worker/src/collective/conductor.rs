@@ -42,6 +42,8 @@ pub enum ConductorEvent {
         member: MemberId,
         /// Why, for people.
         reason: String,
+        /// It is there and had to go: it computes otherwise than the others, or does not answer.
+        is_evicted: bool,
     },
     /// The job cannot go on.
     Failed {
@@ -156,7 +158,7 @@ impl Conducting {
                 debug!(%member, ?report, "a worker reports");
                 self.rounds.report(member, report, now)
             }
-            News::Lost(member, reason) => self.lose(member, reason).await,
+            News::Lost(member, reason) => self.lose(member, reason, false).await,
         }
     }
 
@@ -176,13 +178,13 @@ impl Conducting {
         });
     }
 
-    async fn lose(&mut self, member: MemberId, reason: String) -> Vec<RoundsEffect> {
+    async fn lose(&mut self, member: MemberId, reason: String, is_evicted: bool) -> Vec<RoundsEffect> {
         let was_there = self.workers.remove(&member).is_some();
         if self.peers.remove(&member).is_none() && !was_there {
             return vec![];
         }
         info!(%member, %reason, "a worker of the job is lost");
-        let _ = self.events.send(ConductorEvent::Lost { member, reason }).await; // nobody may listen any more
+        let _ = self.events.send(ConductorEvent::Lost { member, reason, is_evicted }).await; // nobody may listen any more
         self.rounds.lost(member, Instant::now())
     }
 
@@ -195,19 +197,19 @@ impl Conducting {
                     RoundsEffect::Halt { member, epoch, at } => {
                         let told = self.workers.get(&member).map(|(client, _)| client.halt(epoch, at));
                         if let Some(Err(error)) = told {
-                            more.extend(self.lose(member, error.to_string()).await);
+                            more.extend(self.lose(member, error.to_string(), false).await);
                         }
                     }
                     RoundsEffect::Form { member, formation } => {
                         let told =
                             self.workers.get(&member).map(|(client, _)| client.form(&formation, &self.peers));
                         if let Some(Err(error)) = told {
-                            more.extend(self.lose(member, error.to_string()).await);
+                            more.extend(self.lose(member, error.to_string(), false).await);
                         }
                     }
                     RoundsEffect::Evict { member, reason } => {
                         warn!(%member, %reason, "a worker of the job has to go");
-                        more.extend(self.lose(member, reason).await);
+                        more.extend(self.lose(member, reason, true).await);
                     }
                     RoundsEffect::Fail { reason } => {
                         let _ = self.events.send(ConductorEvent::Failed { reason }).await;

@@ -66,15 +66,16 @@ impl Worker {
         }
     }
 
-    fn is_new(&self) -> Result<(), JobError> {
-        match self.job.is_none() && self.endpoint.is_none() && self.line.is_none() {
+    /// A stage of one of several lines joins both.
+    fn may_join(&self, has_joined: bool) -> Result<(), JobError> {
+        match self.job.is_none() && !has_joined {
             true => Ok(()),
             false => Err(JobError::Failed("a worker joins others before its job begins, and once".into())),
         }
     }
 
     fn join_line(&mut self, place: LinePlace) -> Result<Answer, JobError> {
-        self.is_new()?;
+        self.may_join(self.line.is_some())?;
         let options = StageOptions::new(place.listen, place.folder);
         let line = StageEndpoint::start(options, place.stage, place.stages, place.conductor);
         let line = line.map_err(|error| JobError::Failed(told(&error)))?;
@@ -84,7 +85,7 @@ impl Worker {
     }
 
     fn join(&mut self, place: GroupPlace) -> Result<Answer, JobError> {
-        self.is_new()?;
+        self.may_join(self.endpoint.is_some())?;
         let options = CollectiveOptions::new(place.listen, place.folder);
         let endpoint = CollectiveEndpoint::start(options, place.member, place.conductor);
         let endpoint = endpoint.map_err(|error| JobError::Failed(told(&error)))?;

@@ -53,6 +53,8 @@ pub struct StagePlace {
     pub stage: usize,
     /// Of how many.
     pub stages: usize,
+    /// Of which line of stages, from 0.
+    pub replica: usize,
     /// Its layers.
     pub layers: LayerRange,
     /// A folder of this stage alone, for its part of the state.
@@ -77,7 +79,7 @@ pub struct LinePlace {
 /// The other processes of a job, as far as there are others.
 #[derive(Default)]
 pub struct Others<'a> {
-    /// Those that have the same model and other rows.
+    /// Those that have the same model, or the same layers of it, and other rows.
     pub group: Option<&'a CollectiveEndpoint>,
     /// Those that have the model's other layers.
     pub line: Option<Box<dyn StageLink>>,

@@ -14,7 +14,7 @@ use std::path::Path;
 pub fn json(job: &Job) -> Value {
     let mut value = serde_json::to_value(shown(job.clone())).unwrap_or_default();
     let checkpoint = |it: &JobCheckpoint| json!({ "step": it.step, "hash": hex(&it.hash), "bytes": it.bytes, "saved_unix": it.saved_unix, "nodes": it.nodes });
-    let stage = |it: &JobStage| json!({ "node": it.node, "first_layer": it.first, "end_layer": it.end, "memory_bytes": it.memory_bytes });
+    let stage = |it: &JobStage| json!({ "node": it.node, "first_layer": it.first, "end_layer": it.end, "memory_bytes": it.memory_bytes, "replica": it.replica });
     let publication = |it: &JobPublication| json!({ "model": it.model, "adapter": it.adapter, "hash": hex(&it.hash), "problem": it.problem });
     let more = json!({
         "submitted_unix": job.submitted_unix, "started_unix": job.started_unix, "ended_unix": job.ended_unix,
@@ -145,12 +145,16 @@ pub fn stages(job: &Job) -> Result<()> {
 
 /// The same as lines.
 pub fn plan(job: &Job) -> Vec<String> {
-    job.stages.iter().enumerate().map(|(number, stage)| format!("  {}", words(number, stage))).collect()
+    let lines = job.stages.iter().map(|stage| stage.replica as usize + 1).max().unwrap_or(1);
+    let length = (job.stages.len() / lines).max(1);
+    let stages = job.stages.iter().enumerate();
+    stages.map(|(number, stage)| format!("  {}", words(number % length, stage, lines > 1))).collect()
 }
 
-fn words(number: usize, stage: &JobStage) -> String {
+fn words(number: usize, stage: &JobStage, is_replicated: bool) -> String {
     let (last, memory) = (stage.end.saturating_sub(1), ByteCount(stage.memory_bytes));
-    format!("stage {number} on {}: layers {} to {last}, {memory} planned", stage.node, stage.first)
+    let of = if is_replicated { format!("replica {}, ", stage.replica) } else { String::new() };
+    format!("{of}stage {number} on {}: layers {} to {last}, {memory} planned", stage.node, stage.first)
 }
 
 /// The curve of a job's losses as a picture; the ending says which kind.
@@ -182,8 +186,13 @@ mod tests {
 
     #[test]
     fn a_stage_has_its_node_its_layers_and_its_memory() {
-        let stage = JobStage { node: "studio".into(), first: 16, end: 32, memory_bytes: 12_000_000_000 };
-        assert_eq!(words(1, &stage), "stage 1 on studio: layers 16 to 31, 12.0 GB planned");
+        let memory_bytes = 12_000_000_000;
+        let stage = JobStage { node: "studio".into(), first: 16, end: 32, memory_bytes, replica: 0 };
+        assert_eq!(words(1, &stage, false), "stage 1 on studio: layers 16 to 31, 12.0 GB planned");
+        let first = JobStage { first: 0, end: 16, ..stage.clone() };
+        let again = [0, 1].map(|replica| [&first, &stage].map(|stage| JobStage { replica, ..stage.clone() }));
+        let job = Job { stages: again.concat(), ..Job::default() };
+        assert_eq!(plan(&job)[2], "  replica 1, stage 0 on studio: layers 0 to 15, 12.0 GB planned");
     }
 
     #[test]

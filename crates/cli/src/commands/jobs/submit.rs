@@ -37,8 +37,9 @@ pub struct Submit {
     /// Percent of a node's time that the job may take while that answers requests.
     #[arg(long, value_name = "PERCENT", value_parser = within(1..=100), default_value_t = 25)]
     share: u32,
-    /// Nodes that compute it together, as far as there are so many. They share an update's micro-batches (grad_accumulation_steps).
-    #[arg(long, value_name = "N", value_parser = within(1..=8), default_value_t = 1)]
+    /// Nodes that compute it together, as far as there are so many. They share an update's micro-batches (grad_accumulation_steps). With
+    /// --stages S a multiple of S: each S nodes have the model together, and so many lines of them share the work.
+    #[arg(long, visible_alias = "nodes", value_name = "N", value_parser = within(1..=8), default_value_t = 1)]
     workers: u32,
     /// Nodes among which the model's layers are divided, each with some of them: 1 to 8, or "auto": as many as it takes, one when that has the
     /// memory. The plan is shown before the start.

@@ -124,9 +124,9 @@ impl Asked {
         };
         let workers = fields.integer("workers", 1..=i64::from(MAX_WORKERS))?.unwrap_or(1);
         let stages = stages(&mut fields)?;
-        if stages > 1 && workers > 1 {
+        if stages > 1 && workers > 1 && workers % i64::from(stages) != 0 {
             let text = format!(
-                "workers is {workers} and stages is {stages}: a job has either several workers, each with the whole model, or several stages"
+                "workers is {workers} and stages is {stages}: each {stages} nodes have the whole model together, so workers must be a multiple of it"
             );
             return Err(ApiError::field("stages", text));
         }
@@ -420,6 +420,7 @@ mod tests {
             (json!({"stages": "auto"}), 0),
             (json!({"stages": 8}), 8),
             (json!({"stages": 1, "workers": 3}), 1),
+            (json!({"stages": 2, "workers": 4}), 2),
         ] {
             assert_eq!(read(more).unwrap().stages, stages);
         }
@@ -455,7 +456,7 @@ mod tests {
             (json!({"stages": 9}), "stages"),
             (json!({"stages": 1.5}), "stages"),
             (json!({"stages": "two"}), "stages"),
-            (json!({"stages": 2, "workers": 2}), "stages"),
+            (json!({"stages": 2, "workers": 3}), "stages"),
             (json!({"model": "x".repeat(5000)}), "model"),
             (json!({"share_percent": 0}), "share_percent"),
             (json!({"configuration": [1]}), "configuration"),

@@ -195,7 +195,7 @@ def what_is_wrong_is_refused_before_it_runs(client, model):
         ({"extra_body": {"typo": 1}}, "typo"),
         ({"extra_body": {"stages": 9}}, "stages"),
         ({"extra_body": {"stages": "many"}}, "stages"),
-        ({"extra_body": {"stages": 2, "workers": 2}}, "stages"),
+        ({"extra_body": {"stages": 2, "workers": 3}}, "stages"),
         ({"extra_body": {"configuration": {"itres": 1}}}, "configuration"),
         ({"extra_body": {"configuration": {"iters": 1}}, "hyperparameters": {"n_epochs": 1}}, "n_epochs"),
     ]:

@@ -12,7 +12,7 @@
 //! A stage cannot be replaced on the way: when one is lost, the attempt is over, and the job's next one goes on from its newest checkpoint
 //! with the nodes that are there then. The loss of a node or of a process is nobody's fault; a process that ends by itself is its job's.
 
-use super::helpers::{Asked, Listening, Said, Worker};
+use super::help_client::{Asked, Listening, Said, Worker};
 use super::peer_client::Peers;
 use super::store::states_name;
 use super::team::Place;

@@ -18,7 +18,7 @@
 //! | `attempt` | one attempt: gets what it needs, starts its process, yields to requests |
 //! | `driving` | the leading process piece by piece: reports, checkpoints, its end |
 //! | `stops` | orders to stop that come before what they stop (pure) |
-//! | `helpers` | workers on nodes that do not lead their job: asked for here, run there |
+//! | `help_client`, `helpers` | workers on nodes that do not lead their job: asked for by the one, run by the other |
 //! | `team` | the workers of a job that runs on several nodes, seen from the one that leads |
 //! | `line` | the stages of a model that is divided among several nodes, likewise |
 //! | `meter` | what its steps come to, for reports (pure) |
@@ -33,6 +33,7 @@ mod checking;
 pub(crate) mod client;
 mod driving;
 pub(crate) mod files;
+mod help_client;
 mod helpers;
 mod line;
 mod meter;

@@ -8,7 +8,7 @@
 //! A node that is lost is replaced by another one, or by itself when it is back. When the leading node is lost, the job's next
 //! attempt goes on from a checkpoint.
 
-use super::helpers::{Asked, Listening, Said};
+use super::help_client::{Asked, Listening, Said};
 use super::peer_client::Peers;
 use super::store::states_name;
 use crate::addresses;

@@ -6,13 +6,14 @@
 //! | module | one line |
 //! |---|---|
 //! | `upload` | files on their way in |
-//! | `results` | files that jobs made |
+//! | `results`, `wire` | files that jobs made, and what of a job they are made of |
 
 mod results;
 mod upload;
+mod wire;
 
-pub(super) use results::result_files;
 pub(in crate::http) use upload::upload;
+pub(super) use wire::finished;
 
 use crate::fields::shortened;
 use crate::http::caller::Id;

@@ -1,15 +1,14 @@
 //! Result files: what a finished job made, as files whose ids follow from the job's. They are the job's: nobody uploads or deletes them.
 
 use super::told;
+use super::wire::{FinishedJob, Loss, finished};
 use crate::http::jobs_client;
 use crate::http::{ApiError, Caller, ErrorKind, HttpServices};
-use crate::jobs::{ContentHash, DownloadPart, FilePiece, JobFiles};
+use crate::jobs::{DownloadPart, FilePiece, JobFiles};
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{StreamExt as _, TryStreamExt as _};
 use mlxnode_coordinator::Error;
-use mlxnode_coordinator::jobs::Checkpoint;
-use mlxnode_proto::v1::{Job, JobState};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -59,24 +58,23 @@ impl Made {
     }
 
     /// Has this job made it?
-    fn is_of(self, job: &Job) -> bool {
-        let learned = job.wish.as_ref().is_some_and(|wish| matches!(wish.kind.as_str(), "" | "fine-tuning"));
-        let has_result = learned && !job.checkpoints.is_empty();
-        job.state() == JobState::Finished && (self == Self::Metrics || has_result)
+    fn is_of(self, job: &FinishedJob) -> bool {
+        self == Self::Metrics || job.result.is_some()
     }
 }
 
-/// Ids of what a job made; none while it is not finished.
-pub(in crate::http::openai) fn result_files(job: &Job) -> Vec<String> {
-    let id = job.wish.as_ref().map_or("", |wish| &wish.id);
-    Made::ALL.into_iter().filter(|made| made.is_of(job)).map(|made| made.id(id)).collect()
+impl FinishedJob {
+    /// Ids of what it made.
+    pub(in crate::http::openai) fn files(&self) -> Vec<String> {
+        Made::ALL.into_iter().filter(|made| made.is_of(self)).map(|made| made.id(&self.id)).collect()
+    }
 }
 
 /// A file that a job made.
 pub(super) struct ResultFile {
     id: String,
     made: Made,
-    job: Job,
+    job: FinishedJob,
 }
 
 impl HttpServices {
@@ -88,7 +86,10 @@ impl HttpServices {
     ) -> Result<Option<ResultFile>, ApiError> {
         let Some((made, job)) = Made::named(id) else { return Ok(None) };
         match jobs_client::get(self.jobs_service()?, caller, job).await {
-            Ok(job) => Ok(made.is_of(&job).then(|| ResultFile { id: id.to_owned(), made, job })),
+            Ok(job) => {
+                let job = finished(&job).filter(|job| made.is_of(job));
+                Ok(job.map(|job| ResultFile { id: id.to_owned(), made, job }))
+            }
             Err(error) if error.kind == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
@@ -116,12 +117,8 @@ impl ResultFile {
             return Ok((text.len() as u64, futures::stream::iter([Ok(text)]).boxed()));
         }
         let missing = || ApiError::new(ErrorKind::NotFound, format!("the job made no {name}"));
-        let wish = self.job.wish.as_ref().ok_or_else(missing)?;
-        // Of a job that is finished the last one is its result.
-        let held = self.job.checkpoints.last().ok_or_else(missing)?;
-        let hash = ContentHash::try_from(held.hash.as_ref()).map_err(|_| missing())?;
-        let checkpoint = Checkpoint { step: held.step, hash, bytes: held.bytes };
-        let mut pieces = files.download(wish.id.clone(), checkpoint, DownloadPart::One(name.to_owned()));
+        let result = self.job.result.clone().ok_or_else(missing)?;
+        let mut pieces = files.download(self.job.id.clone(), result, DownloadPart::One(name.to_owned()));
         let Some(FilePiece::File { bytes, .. }) = pieces.next().await.transpose().map_err(told)? else {
             return Err(missing());
         };
@@ -136,7 +133,7 @@ impl ResultFile {
 
     /// Why it cannot be deleted.
     pub(super) fn stays(&self) -> ApiError {
-        let job = self.job.wish.as_ref().map_or("", |wish| &wish.id);
+        let job = &self.job.id;
         let message =
             format!("this file is what the job {job} made, and stays as long as the job is remembered");
         ApiError::new(ErrorKind::Conflict, message)
@@ -144,42 +141,32 @@ impl ResultFile {
 }
 
 /// Lines of step, training loss and validation loss; a figure that was not measured is empty.
-fn metrics(job: &Job) -> String {
+fn metrics(job: &FinishedJob) -> String {
     let figure = |value: Option<f64>| value.map(|value| value.to_string()).unwrap_or_default();
-    let line = |loss: &mlxnode_proto::v1::JobLoss| {
-        format!("{},{},{}\n", loss.step, figure(loss.training), figure(loss.validation))
-    };
+    let line = |loss: &Loss| format!("{},{},{}\n", loss.step, figure(loss.training), figure(loss.validation));
     std::iter::once("step,train_loss,valid_loss\n".to_owned()).chain(job.losses.iter().map(line)).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mlxnode_proto::v1::{JobCheckpoint, JobLoss, SubmitJobRequest};
+    use crate::jobs::ContentHash;
+    use mlxnode_coordinator::jobs::Checkpoint;
 
-    fn job(state: JobState, kind: &str) -> Job {
-        Job {
-            wish: Some(SubmitJobRequest { id: "ftjob-1_a".into(), kind: kind.into(), ..Default::default() }),
-            state: state.into(),
-            losses: vec![
-                JobLoss { step: 1, training: Some(2.5), validation: None },
-                JobLoss { step: 2, training: Some(1.0), validation: Some(0.125) },
-            ],
-            checkpoints: vec![JobCheckpoint { step: 2, hash: vec![1; 32].into(), ..Default::default() }],
-            ..Default::default()
-        }
+    fn job(result: Option<Checkpoint>) -> FinishedJob {
+        let losses = vec![
+            Loss { step: 1, training: Some(2.5), validation: None },
+            Loss { step: 2, training: Some(1.0), validation: Some(0.125) },
+        ];
+        FinishedJob { id: "ftjob-1_a".to_owned(), ended_unix: 7, result, losses }
     }
 
     #[test]
-    fn only_a_finished_job_has_result_files() {
+    fn a_job_without_a_result_has_its_figures_only() {
         let all = ["file-metrics-ftjob-1_a", "file-adapter-ftjob-1_a", "file-config-ftjob-1_a"];
-        assert_eq!(result_files(&job(JobState::Finished, "fine-tuning")), all);
-        assert_eq!(result_files(&job(JobState::Finished, "rehearsal")), all[..1]);
-        let bare = Job { checkpoints: Vec::new(), ..job(JobState::Finished, "fine-tuning") };
-        assert_eq!(result_files(&bare), all[..1]);
-        for state in [JobState::Running, JobState::Failed, JobState::Cancelled, JobState::Paused] {
-            assert_eq!(result_files(&job(state, "fine-tuning")), [""; 0], "{state:?}");
-        }
+        let result = Checkpoint { step: 2, hash: ContentHash::of(b"x"), bytes: 1 };
+        assert_eq!(job(Some(result)).files(), all);
+        assert_eq!(job(None).files(), all[..1]);
     }
 
     #[test]
@@ -194,7 +181,6 @@ mod tests {
 
     #[test]
     fn figures_are_lines_of_step_and_losses() {
-        let job = job(JobState::Finished, "fine-tuning");
-        assert_eq!(metrics(&job), "step,train_loss,valid_loss\n1,2.5,\n2,1,0.125\n");
+        assert_eq!(metrics(&job(None)), "step,train_loss,valid_loss\n1,2.5,\n2,1,0.125\n");
     }
 }

@@ -21,7 +21,6 @@ use axum::http::request::Parts;
 use futures::{StreamExt as _, TryStreamExt as _};
 use mlxnode_coordinator::deployments::check_adapter_name;
 use mlxnode_coordinator::jobs::JobSpec;
-use mlxnode_proto::v1::Job;
 use request::Asked;
 use serde_json::Value;
 
@@ -204,7 +203,7 @@ pub(in crate::http) async fn list(
             }
         }
     }));
-    let whole: Vec<Option<Job>> = whole.buffered(TOGETHER).try_collect().await?;
+    let whole: Vec<_> = whole.buffered(TOGETHER).try_collect().await?;
     Ok(Json(listing(whole.iter().flatten().map(wire::shown).collect(), more)))
 }
 

@@ -2,7 +2,7 @@
 
 use super::request::{Asked, Method, label};
 use super::{Base, TRAINING, VALIDATION};
-use crate::http::openai::files::result_files;
+use crate::http::openai::files::finished;
 use crate::http::unix_time;
 use crate::jobs::{ContentHash, Examined, InputFile};
 use mlxnode_proto::v1::{Job, JobCheckpoint, JobInput, JobLogLine, JobStage, JobState, SubmitJobRequest};
@@ -74,7 +74,7 @@ pub(super) fn shown(job: &Job) -> Value {
         "metadata": metadata(&wish.labels),
         "training_file": label(label::TRAINING_FILE).unwrap_or_default(),
         "validation_file": label(label::VALIDATION_FILE),
-        "result_files": if status == "succeeded" { result_files(job) } else { Vec::new() },
+        "result_files": finished(job).filter(|_| status == "succeeded").map(|job| job.files()).unwrap_or_default(),
         "trained_tokens": has_ended.then_some(job.trained_tokens),
         "error": (status == "failed").then(|| error(&job.detail)),
         "estimated_finish": (job.seconds_left > 0.0).then(|| now.saturating_add(job.seconds_left.ceil() as i64)),
